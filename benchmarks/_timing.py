@@ -1,0 +1,97 @@
+"""Paired timings: ours and theirs in turns in one run, CPU-seconds, beside what the machine can do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+__all__ = ["Ratio", "Row", "copy_rate", "cpu_seconds", "gemm_rate", "paired"]
+
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Seconds of theirs over seconds of ours, round by round: above 1, ours is faster."""
+
+    ours: tuple[float, ...]
+    theirs: tuple[float, ...]
+
+    @property
+    def ratios(self) -> np.ndarray:
+        return np.array(self.theirs) / np.array(self.ours)
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.ratios))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} [{self.ratios.min():.3g}, {self.ratios.max():.3g}]"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    number: int
+    what: str
+    beside: str
+    ratio: str
+    absolute: str
+    share_of_roof: str
+    target: str
+    is_met: bool | None  # None: not measured here
+
+
+def cpu_seconds(function: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
+    """CPU-seconds of one call, over all threads of the process."""
+    start = clock()
+    function()
+    return clock() - start
+
+
+def paired(
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    *,
+    n_ours: int = 1,
+    n_theirs: int = 1,
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] = time.process_time,
+) -> Ratio:
+    """Time both in turns, A B A B.
+
+    Parameters
+    ----------
+    ours, theirs
+        What is timed. Both have run before, so that nothing is compiled here, and their results were compared.
+    n_ours, n_theirs
+        How many units of work a call does; seconds are given for one unit. The faster one gets more.
+    rounds
+        How many pairs, at least 5.
+    clock
+        CPU-seconds of the process; ``time.perf_counter`` where threads or processes are compared.
+    """
+    seconds = [(cpu_seconds(ours, clock) / n_ours, cpu_seconds(theirs, clock) / n_theirs) for _ in range(rounds)]
+    return Ratio(*zip(*seconds, strict=True))
+
+
+@cache
+def copy_rate() -> float:
+    """Bytes a CPU-second that one thread copies, read and write both counted; larger than the caches."""
+    source = np.ones(1 << 24)
+    target = np.empty_like(source)
+    seconds = [cpu_seconds(lambda: np.copyto(target, source)) for _ in range(5)]
+    return 2 * source.nbytes / float(np.median(seconds[1:]))
+
+
+@cache
+def gemm_rate(n: int = 1536) -> float:
+    """Float32 operations a CPU-second of numpy's matrix product, over the threads it takes."""
+    a = np.ones((n, n), np.float32)
+    seconds = [cpu_seconds(lambda: a @ a) for _ in range(5)]
+    return 2 * n**3 / float(np.median(seconds[1:]))

@@ -1,0 +1,96 @@
+"""Looking up what a verb was asked for, with errors that offer close names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from scllm._typing import FloatArray
+
+__all__ = ["embedding", "groups", "labels", "missing_key", "obs_column"]
+
+_SHOWN = 8
+
+
+def missing_key(key: str, names: Iterable[str], where: str, advice: str = "") -> KeyError:
+    """Say that ``key`` is not in ``where`` and offer the closest of ``names``; to be raised by the caller.
+
+    Examples
+    --------
+    >>> missing_key("celltype", ["cell_type", "batch"], "a column of adata.obs")
+    KeyError("'celltype' is not a column of adata.obs. Did you mean 'cell_type'?")
+    """
+    names = [str(name) for name in names]
+    close = get_close_matches(key, names, n=3)
+    if close:
+        offer = f"Did you mean {' or '.join(map(repr, close))}?"
+    else:
+        offer = f"There is {_cut(names)}." if names else "There is none at all."
+    return KeyError(" ".join(filter(None, (f"{key!r} is not {where}.", offer, advice))))
+
+
+def obs_column(obs: pd.DataFrame, key: str) -> pd.Series:
+    """The column ``key`` of ``obs`` as it is; ``KeyError`` if there is none."""
+    if key not in obs.columns:
+        raise missing_key(key, obs.columns, "a column of adata.obs")
+    return obs[key]
+
+
+def groups(obs: pd.DataFrame, key: str) -> pd.Series:
+    """``obs[key]``, whatever its type, as the categories that occur: named as strings, missing where it is missing."""
+    return _as_categories(obs_column(obs, key))
+
+
+def labels(obs: pd.DataFrame, key: str) -> pd.Series:
+    """``obs[key]`` as the classes that occur, named as strings and missing where the label is missing.
+
+    Numbers and fewer than two classes are a ``ValueError``: they cannot be told apart from values, or learned.
+    """
+    column = obs_column(obs, key)
+    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+        raise ValueError(
+            f"obs[{key!r}] holds numbers ({column.dtype}), labels expected. "
+            f"If the numbers are classes: adata.obs[{key!r}] = adata.obs[{key!r}].astype('category')."
+        )
+    classes = _as_categories(column)
+    if len(classes.cat.categories) < 2:
+        raise ValueError(
+            f"obs[{key!r}] holds {len(classes.cat.categories)} classes ({_cut(classes.cat.categories)}), at least 2 "
+            "expected. Pass a column with several labels with `key=`."
+        )
+    return classes
+
+
+def embedding(adata: AnnData, use_rep: str, *, advice: str = "") -> FloatArray:
+    """``obsm[use_rep]`` as a finite dense array, ``(n_cells, d)``."""
+    if use_rep not in adata.obsm:
+        raise missing_key(use_rep, adata.obsm, "in adata.obsm", advice)
+    values = np.asarray(adata.obsm[use_rep])
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.number):
+        raise ValueError(
+            f"obsm[{use_rep!r}] has shape {values.shape} and type {values.dtype}, numbers of shape (n_cells, d) "
+            "expected. Pass the key of a cell embedding with `use_rep=`."
+        )
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"obsm[{use_rep!r}] is not finite in {len(bad)} of {len(values)} cells "
+            f"(first: {adata.obs_names[bad[0]]!r}), finite values expected. Embed again, or leave those cells out."
+        )
+    return values
+
+
+def _as_categories(column: pd.Series) -> pd.Series:
+    column = column.astype("category").cat.remove_unused_categories()
+    return column.cat.rename_categories([str(name) for name in column.cat.categories])
+
+
+def _cut(names: Iterable[str]) -> str:
+    """The first few names, quoted."""
+    names = list(names)
+    rest = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + rest

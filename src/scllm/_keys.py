@@ -1,0 +1,42 @@
+"""Every AnnData key that scllm writes."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "EMBEDDING", "GENES", "GENE_SYMBOL", "LABEL", "LOUVAIN", "PCA",
+    "PROBABILITIES", "PROBABILITY", "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT", "TOKENS", "TOKEN_ID", "TOKEN_VALUES",
+    "TOY", "UNS",
+]  # fmt: skip
+
+UNS = "scllm"
+"""``uns["scllm"]`` holds one dict a verb: ``params`` and, where the verb makes a table, ``table``."""
+
+COUNTS = "counts"
+BINNED = "binned"
+RECONSTRUCTED = "reconstructed"
+
+TOKEN_ID = "token_id"
+
+TOKENS = "tokens"
+TOKEN_VALUES = "_values"
+"""Suffix: ``obsm["tokens_values"]``."""
+EMBEDDING = "X_scllm"
+PROBABILITIES = "_probabilities"
+"""Suffix: ``obsm["scllm_label_probabilities"]``."""
+
+GENES = "scllm_genes"
+
+SPLIT = "split"
+LABEL = "scllm_label"
+PROBABILITY = "_prob"
+"""Suffix: ``obs["scllm_label_prob"]``."""
+
+BATCH = "batch"
+CELL_TYPE = "cell_type"
+LOUVAIN = "louvain"
+GENE_SYMBOL = "gene_symbol"
+REGULATOR_LEVEL = "regulator_level"
+PCA = "X_pca"
+"""scanpy's: read as the yardstick of ``benchmark``, never written."""
+TOY = "toy"
+"""``uns["toy"]``: what was planted in the toy data."""

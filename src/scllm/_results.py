@@ -1,0 +1,103 @@
+"""How verbs leave their settings and tables in ``adata.uns["scllm"]``, so that every AnnData file format takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from scllm import _keys
+from scllm._checks import missing_key
+
+__all__ = ["record", "recorded"]
+
+
+def record(adata: AnnData, verb: str, params: Mapping[str, Any], table: pd.DataFrame | None = None) -> None:
+    """Write ``params`` and ``table`` of a verb into ``adata.uns["scllm"][verb]``, in place of what it wrote before.
+
+    Parameters
+    ----------
+    adata
+        Where to write.
+    verb
+        Key in ``uns["scllm"]``.
+    params
+        Settings. ``None`` is left out, a sequence becomes an array, a path a string, a dataclass a dict of its
+        fields, and a mapping two arrays (``keys``, ``values``): its keys may be class names, which must not become
+        keys of a file.
+    table
+        Long table; text with gaps becomes categorical, since files hold no gaps in text.
+
+    Writes
+    ------
+    ``adata.uns["scllm"][verb]``
+        A dict of ``params`` and, if given, ``table``.
+    """
+    entry: dict[str, Any] = {"params": _storable_items(params)}
+    if table is not None:
+        entry["table"] = _storable_table(table)
+    # a new outer dict: the uns of a view shares its inner dicts with the AnnData it looks at
+    adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), verb: entry}
+
+
+def recorded(adata: AnnData, verb: str, *, made_by: str) -> dict[str, Any]:
+    """What ``verb`` wrote into ``adata.uns["scllm"]``; the ``KeyError`` if it did not says what to call."""
+    written = adata.uns.get(_keys.UNS, {})
+    if verb not in written:
+        raise missing_key(verb, written, "in adata.uns['scllm']", f"Call {made_by} first.")
+    return written[verb]
+
+
+def _storable_items(items: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(name): _storable(value) for name, value in items.items() if value is not None}
+
+
+def _storable(value: Any) -> Any:
+    match value:
+        case str() | bool() | int() | float() | np.generic() | np.ndarray():
+            return value
+        case pd.DataFrame():
+            return _storable_table(value)
+        case Path():
+            return str(value)
+        case Mapping():
+            return {"keys": _array(value), "values": _array(value.values())}
+        case AbstractSet():
+            return _array(sorted(value, key=str))
+        case list() | tuple() | range() | pd.Series() | pd.Index():
+            return _array(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return _storable_items({field.name: getattr(value, field.name) for field in fields(value)})
+    return str(value)
+
+
+def _array(values: Any) -> NDArray[Any]:
+    """One array of numbers, or of strings as soon as one value is none (a tuple of genes becomes ``"A,B"``)."""
+    values = list(values)
+    if all(isinstance(value, (bool, int, float, np.number, np.bool_)) for value in values):
+        return np.array(values)
+    return np.array([_text(value) for value in values], dtype=object)
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple, set, frozenset)) else str(value)
+
+
+def _storable_table(table: pd.DataFrame) -> pd.DataFrame:
+    table = table.copy()
+    table.columns = table.columns.map(str)
+    if not isinstance(table.index, pd.RangeIndex):
+        table.index = table.index.map(str)
+    for name, column in table.items():
+        if isinstance(column.dtype, np.dtype) and column.dtype == object:
+            known = column.dropna()
+            text = column.where(column.isna(), column.map(str)) if len(known) else column.astype(float)
+            table[name] = text.astype("category") if column.isna().any() and len(known) else text
+    return table

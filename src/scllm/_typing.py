@@ -1,0 +1,16 @@
+"""Type aliases shared by all floors."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+__all__ = ["CSR", "FloatArray", "IntArray", "Rows"]
+
+CSR: TypeAlias = sparse.csr_matrix
+IntArray: TypeAlias = NDArray[np.integer]
+FloatArray: TypeAlias = NDArray[np.floating]
+Rows: TypeAlias = NDArray[np.integer] | slice

@@ -1,0 +1,1 @@
+"""Floor 1: cells and tokens, without torch."""

@@ -1,0 +1,81 @@
+"""Is this matrix what the model needs? Asked once, before anything long starts."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pandas as pd
+
+from scllm._typing import CSR
+from scllm.data.source import CellSource
+
+__all__ = ["check_source", "check_values"]
+
+_LOGGED_MAXIMUM = 50  # log1p of any real count is far below; a count matrix of a whole cell is not
+_SAMPLED_ROWS = 2_048
+
+
+def check_source(source: CellSource, *, needs_counts: bool, layer: str | None, hint: str = "") -> None:
+    """Raise ``ValueError`` on negative, non-finite, all-zero or (where counts are needed) non-integer values.
+
+    In memory every value is looked at; on disk rows spread over the file are, and the rest when it is read.
+    """
+    if source.n_obs == 0 or len(source.genes) == 0:
+        raise ValueError(
+            f"the data have {source.n_obs} cells and {len(source.genes)} genes, at least one of each expected. "
+            "Check the filters that came before."
+        )
+    step = max(1, source.n_obs // _SAMPLED_ROWS) if source.chunked else 1
+    rows = np.arange(0, source.n_obs, step)
+    maximum, n_odd, first_odd = 0.0, 0, None
+    for start in range(0, len(rows), _SAMPLED_ROWS):
+        block = rows[start : start + _SAMPLED_ROWS]
+        counts = source.read(block)
+        check_values(counts, cells=source.obs_names[block], genes=source.genes, layer=layer)
+        maximum = max(maximum, float(counts.data.max(initial=0)))
+        if needs_counts and not np.issubdtype(counts.dtype, np.integer):
+            odd = np.flatnonzero(counts.data != np.rint(counts.data))
+            n_odd += len(odd)
+            if len(odd) and first_odd is None:
+                cell = int(np.searchsorted(counts.indptr, odd[0], side="right")) - 1
+                first_odd = f"{counts.data[odd[0]]:.4g} in cell {source.obs_names[block[cell]]!r}"
+    if maximum == 0:
+        raise ValueError(
+            f"{_name(layer)} holds nothing but zeros, counts expected. Pass the layer that holds counts with `layer=`."
+        )
+    if n_odd and maximum < _LOGGED_MAXIMUM:
+        advice = hint or "Pass the raw layer with `layer=`, or undo the normalisation."
+        raise ValueError(
+            f"{_name(layer)} holds non-integers (first: {first_odd}) and looks log-normalised (maximum {maximum:.3g}), "
+            f"raw counts expected. {advice}"
+        )
+    if n_odd:
+        warnings.warn(
+            f"{_name(layer)} holds {n_odd:,} values that are no integers (first: {first_odd}), raw counts are expected. "
+            "They are used as they are; pass the layer with raw counts with `layer=` if there is one.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def check_values(counts: CSR, *, cells: pd.Index, genes: pd.Index, layer: str | None) -> None:
+    """Raise ``ValueError`` at the first negative or non-finite value."""
+    data = counts.data
+    if not len(data):
+        return
+    lowest = data.min()  # NaN if there is one
+    if lowest >= 0 and np.isfinite(data.max()):
+        return
+    at = int(np.flatnonzero(~((data >= 0) & np.isfinite(data)))[0])
+    cell = cells[int(np.searchsorted(counts.indptr, at, side="right")) - 1]
+    gene = genes[counts.indices[at]]
+    what = "negative" if data[at] < 0 else "non-finite"
+    raise ValueError(
+        f"{_name(layer)} holds {what} values (first: {data[at]:g}, gene {gene!r} in cell {cell!r}), non-negative finite "
+        "expression expected. Scaled or regressed data cannot be used: pass a layer with counts with `layer=`."
+    )
+
+
+def _name(layer: str | None) -> str:
+    return "X" if layer is None else f"layer {layer!r}"

@@ -1,0 +1,163 @@
+"""Which names a data set uses for its genes, and which token each of them is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from scllm._log import log
+from scllm._typing import CSR, IntArray
+from scllm.data.tokens import Tokens
+from scllm.data.vocab import Vocab
+from scllm.kernels.ragged import restrict
+
+__all__ = ["GeneMatch", "id_type", "match", "strip_version"]
+
+_ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{11}(\.\d+)?$")
+
+# columns in which AnnData files of the usual sources (scanpy, CELLxGENE, 10x, Seurat exports) keep the other names
+_USUAL_COLUMNS = (
+    "feature_name", "gene_symbol", "gene_symbols", "gene_name", "gene_names", "symbol", "gene_short_name",
+    "ensembl_id", "feature_id", "gene_ids", "gene_id", "ensembl", "ensembl_ids",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GeneMatch:
+    """How the genes of a data set map into a vocabulary.
+
+    Parameters
+    ----------
+    token_ids
+        Token of each gene of the data, ``(n_genes,)`` int32, -1 where the vocabulary does not have it.
+    column
+        Where the names were found: ``"var_names"`` or a column of ``var``.
+    id_type
+        What the names are: ``"symbol"`` or ``"ensembl"``.
+    n_vocab
+        Genes in the vocabulary.
+    """
+
+    token_ids: IntArray
+    column: str
+    id_type: Literal["symbol", "ensembl"]
+    n_vocab: int
+
+    @cached_property
+    def n_matched(self) -> int:
+        """Distinct genes of the vocabulary that the data have."""
+        return len(np.unique(self.token_ids[self.token_ids >= 0]))
+
+    @property
+    def coverage(self) -> float:
+        """Matched genes as a share of the smaller of (genes in the data, genes in the vocabulary)."""
+        return self.n_matched / max(1, min(len(self.token_ids), self.n_vocab))
+
+    @cached_property
+    def _collapse(self) -> tuple[CSR, IntArray] | None:
+        """Matrix that sums columns of one token, and the tokens; ``None`` where no two columns share one."""
+        known = np.flatnonzero(self.token_ids >= 0)
+        tokens, first, place = np.unique(self.token_ids[known], return_index=True, return_inverse=True)
+        if len(tokens) == len(known):
+            return None
+        by_appearance = np.argsort(first, kind="stable")
+        column = np.argsort(by_appearance, kind="stable")[place]
+        shape = (len(self.token_ids), len(tokens))
+        ones = np.ones(len(known), np.float32)
+        return sparse.csr_matrix((ones, (known, column)), shape=shape), tokens[by_appearance].astype(np.int32)
+
+    @cached_property
+    def measured(self) -> IntArray:
+        """Tokens of the genes that the data have, each once, in the order of the data."""
+        known = self.token_ids[self.token_ids >= 0]
+        _, first = np.unique(known, return_index=True)
+        return known[np.sort(first)]
+
+    def tokens(self, counts: CSR) -> Tokens:
+        """Counts as ragged rows over the vocabulary; columns of one token are summed, zeros and other genes left out."""
+        ids = self.token_ids
+        if self._collapse is not None:
+            summing, ids = self._collapse
+            counts = sparse.csr_matrix(counts @ summing)
+            counts.sort_indices()
+        indptr, genes, values = restrict(counts.indptr, counts.indices, counts.data, ids)
+        return Tokens(indptr, genes, values)
+
+
+def match(
+    names: Sequence[str] | pd.Index,
+    vocab: Vocab,
+    *,
+    var: pd.DataFrame | None = None,
+    gene_key: str | None = None,
+    min_coverage: float = 0.3,
+) -> GeneMatch:
+    """Find the column of gene names that fits a vocabulary best, and the token of each gene.
+
+    Ensembl version suffixes are stripped. Without ``gene_key``, ``names`` and the usual columns of ``var`` are tried
+    and the one with most matches is taken. Raises ``ValueError`` where names are duplicated or coverage is too low.
+    """
+    names = pd.Index(names)
+    if not names.is_unique:
+        repeated = names[names.duplicated()].unique()
+        raise ValueError(
+            f"{len(repeated)} gene names are duplicated (first: {repeated[0]!r}), every gene must be there once. "
+            "Call adata.var_names_make_unique(), or sum the rows that share a name."
+        )
+    candidates = _candidates(names, var, gene_key)
+    known = {column: vocab.ids(strip_version(values)) for column, values in candidates.items()}
+    column = max(known, key=lambda name: len(np.unique(known[name][known[name] >= 0])))
+    found = GeneMatch(known[column], column, id_type(candidates[column]), len(vocab.genes))
+    if found.n_matched == 0 or found.coverage < min_coverage:
+        raise ValueError(_too_few(found, candidates[column], vocab, min_coverage))
+    n_summed = int((found.token_ids >= 0).sum()) - found.n_matched
+    if n_summed:
+        log.info("%d genes share a token with another gene and are summed with it", n_summed)
+    log.info("%d of %d genes matched by %s (%.0f %%)", found.n_matched, len(names), column, 100 * found.coverage)
+    return found
+
+
+def strip_version(names: Iterable[str]) -> list[str]:
+    """Names as strings, Ensembl ids without their version (``ENSG00000141510.17`` becomes ``ENSG00000141510``)."""
+    names = [str(name) for name in names]
+    return [name.split(".")[0] if _ENSEMBL.match(name) else name for name in names]
+
+
+def id_type(names: Iterable[str]) -> Literal["symbol", "ensembl"]:
+    """Whether names are Ensembl ids (more than half look like one) or symbols."""
+    names = [str(name) for name in names]
+    n_ensembl = sum(_ENSEMBL.match(name) is not None for name in names)
+    return "ensembl" if 2 * n_ensembl > len(names) else "symbol"
+
+
+def _candidates(names: pd.Index, var: pd.DataFrame | None, gene_key: str | None) -> dict[str, list[str]]:
+    if gene_key is not None and gene_key != "var_names":
+        if var is None or gene_key not in var:
+            there = [] if var is None else list(var.columns)
+            raise KeyError(f"gene_key {gene_key!r} is not a column of adata.var. The columns are {there}.")
+        return {gene_key: var[gene_key].astype(str).tolist()}
+    candidates = {"var_names": names.astype(str).tolist()}
+    if gene_key is None and var is not None:
+        candidates |= {column: var[column].astype(str).tolist() for column in _USUAL_COLUMNS if column in var}
+    return candidates
+
+
+def _too_few(found: GeneMatch, names: list[str], vocab: Vocab, min_coverage: float) -> str:
+    what = {"symbol": "symbols", "ensembl": "Ensembl ids"}
+    theirs = id_type(vocab.genes)
+    message = (
+        f"{found.n_matched} of {min(len(names), len(vocab.genes))} genes are in the model's vocabulary "
+        f"({100 * found.coverage:.0f} %), at least {100 * min_coverage:.0f} % expected. The vocabulary holds "
+        f"{what[theirs]} ({vocab.genes[0] if vocab.genes else ''!r}), {found.column} look like "
+        f"{what[found.id_type]} ({names[0] if names else ''!r})."
+    )
+    if theirs != found.id_type:
+        return f"{message} Pass the column of adata.var that holds {what[theirs]} with `gene_key=` in pp.match_genes."
+    return f"{message} Check species and gene names, or accept it with pp.match_genes(adata, model, min_coverage=...)."

@@ -1,0 +1,179 @@
+"""CSR arrays in a folder, mapped into memory: written from any source, or from a matrix stored by columns."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from scllm._log import log
+from scllm._typing import CSR, IntArray
+from scllm.data.anndata_file import AnnDataFile, naming
+from scllm.data.storage import BLOCK, csr, runs, stored_dtype
+from scllm.kernels.ragged import take_rows
+
+__all__ = ["MappedRows", "TransposedRows", "write_rows"]
+
+_rewriting = threading.Lock()
+
+
+class MappedRows:
+    """CSR arrays in a folder (``indptr.npy``, ``indices.npy``, ``data.npy``), mapped into memory.
+
+    Processes on one machine share one copy, and random rows are as cheap as in memory.
+    """
+
+    chunked = False
+    chunk_rows = 1
+
+    def __init__(self, folder: Path, n_genes: int, *, is_canonical: bool = True) -> None:
+        self.folder, self._is_canonical = folder, is_canonical
+        self.indptr: IntArray = np.load(folder / "indptr.npy")
+        self.shape = (len(self.indptr) - 1, n_genes)
+        self._map()
+        self.dtype = self._data.dtype
+
+    def read(self, rows: IntArray) -> CSR:
+        """Read rows in the order asked for."""
+        with naming(self.folder, rows):
+            # touching pages beyond the end of a file kills the process, so a shortened file has to be noticed before
+            for array in (self._indices, self._data):
+                if array.base.size() < array.offset + array.nbytes:
+                    raise OSError(errno.EIO, "the file is shorter than when it was opened", str(array.filename))
+            indptr, indices, data = take_rows(self.indptr, rows, np.asarray(self._indices), np.asarray(self._data))
+        return csr(indptr, indices, data, self, is_canonical=self._is_canonical)
+
+    def _map(self) -> None:
+        self._indices: Any = _mapped(self.folder / "indices.npy")
+        self._data: Any = _mapped(self.folder / "data.npy")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_indices": None, "_data": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+
+class TransposedRows:
+    """A CSC group of an ``.h5ad`` or ``.zarr``, rewritten by rows into a temporary folder when first read.
+
+    Columns are streamed, so memory stays small. The folder goes with the object, or when it is closed.
+    """
+
+    chunked = False
+    chunk_rows = 1
+
+    def __init__(self, file: AnnDataFile, key: str) -> None:
+        self.file, self.key = file, key
+        group = file.root[key]
+        self.shape = (int(group.attrs["shape"][0]), int(group.attrs["shape"][1]))
+        self.dtype = stored_dtype(group["data"].dtype)
+        self._rows: MappedRows | None = None
+        self._remove: weakref.finalize | None = None
+
+    def read(self, rows: IntArray) -> CSR:
+        """Read rows in the order asked for."""
+        if not len(rows):
+            return sparse.csr_matrix((0, self.shape[1]), dtype=self.dtype)
+        with _rewriting:
+            mapped = self._rows = self._rows or self._rewrite()
+        return mapped.read(rows)
+
+    def close(self) -> None:
+        """Remove the temporary folder; the next read writes it again."""
+        self._rows = None
+        if self._remove is not None:
+            self._remove()
+
+    def _rewrite(self) -> MappedRows:
+        group = self.file.root[self.key]
+        n_values, size = group["data"].shape[0], 4 + self.dtype.itemsize
+        # mapped files are sparse: a full disk would kill the process instead of raising
+        if (free := shutil.disk_usage(tempfile.gettempdir()).free) < n_values * size:
+            raise OSError(
+                f"'{self.file.path}' is stored by columns and has to be rewritten by rows: {n_values * size / 1e9:.1f} GB "
+                f"are needed in '{tempfile.gettempdir()}', {free / 1e9:.1f} GB are free. "
+                "Set TMPDIR to a larger disk, or store the matrix as CSR."
+            )
+        folder = Path(tempfile.mkdtemp(prefix="scllm-rows-"))
+        self._remove = weakref.finalize(self, _remove_folder, folder, os.getpid())
+        log.info("%s is stored by columns: rewriting '%s' by rows into %s", self.file.path, self.key, folder)
+        with naming(self.file.path, np.array([0, self.shape[0] - 1])):
+            _transpose(group, folder, self.shape, self.dtype)
+        return MappedRows(folder, self.shape[1], is_canonical=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": None, "_remove": None}
+
+
+def write_rows(blocks: Iterator[CSR], folder: Path) -> None:
+    """Write CSR blocks one after the other as the files that :class:`MappedRows` opens."""
+    lengths = [np.zeros(1, np.int64)]
+    with open(folder / "indices.npy", "wb") as indices, open(folder / "data.npy", "wb") as data:
+        dtype = None
+        for block in blocks:
+            if dtype is None:
+                dtype = block.data.dtype
+                _write_header(indices, np.dtype(np.int32), 0)
+                _write_header(data, dtype, 0)
+            lengths.append(np.diff(block.indptr).astype(np.int64))
+            indices.write(block.indices.astype(np.int32, copy=False).data)
+            data.write(block.data.astype(dtype, copy=False).data)
+        indptr = np.cumsum(np.concatenate(lengths))
+        assert dtype is not None
+        # numpy leaves room in the header for a longer first axis
+        _write_header(indices, np.dtype(np.int32), indptr[-1])
+        _write_header(data, dtype, indptr[-1])
+    np.save(folder / "indptr.npy", indptr)
+
+
+def _mapped(path: Path) -> np.memmap:
+    array = np.load(path, mmap_mode="r")
+    if not isinstance(array, np.memmap):
+        raise OSError(f"'{path}' cannot be mapped into memory. Write the folder again with `write_arrays`.")
+    return array
+
+
+def _remove_folder(folder: Path, process: int) -> None:
+    """Remove a folder, but not from a fork of the process that made it."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_header(file: Any, dtype: np.dtype, length: int) -> None:
+    file.seek(0)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (int(length),)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _transpose(group: Any, folder: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
+    """Write the rows of a CSC group, streaming its columns twice: to count, then to place."""
+    n_values = group["data"].shape[0]
+    counts = np.zeros(shape[0], np.int64)
+    for start in range(0, n_values, BLOCK):
+        counts += np.bincount(group["indices"][start : start + BLOCK], minlength=shape[0])
+    indptr = np.concatenate([[0], np.cumsum(counts)])
+    np.save(folder / "indptr.npy", indptr)
+    indices = np.lib.format.open_memmap(folder / "indices.npy", mode="w+", dtype=np.int32, shape=(n_values,))
+    data = np.lib.format.open_memmap(folder / "data.npy", mode="w+", dtype=dtype, shape=(n_values,))
+    free = indptr[:-1].copy()  # (n_rows,) where the row's next value goes
+    starts = group["indptr"][:].astype(np.int64)
+    for first, last in runs(starts[:-1], starts[1:], bridge=0):
+        span = slice(int(starts[first]), int(starts[last]))
+        values, rows = group["data"][span].astype(dtype, copy=False), group["indices"][span]
+        columns = starts[first : last + 1] - span.start
+        block = sparse.csc_matrix((values, rows, columns), shape=(shape[0], last - first)).tocsr()
+        n_new = np.diff(block.indptr)
+        place = np.repeat(free - block.indptr[:-1], n_new) + np.arange(block.nnz)
+        indices[place], data[place] = block.indices + first, block.data
+        free += n_new

@@ -1,0 +1,64 @@
+"""The torch-free part of run and model directories: JSON written atomically, history lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+__all__ = ["append_history", "cut_history", "read_history", "read_json", "write_json", "write_text"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside the target, flush, rename over it: the file is whole or the old one."""
+    fresh = path.with_name(f".{path.name}.new")
+    with fresh.open("w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    fresh.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically."""
+    write_text(path, json.dumps(content, indent=1))
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON."""
+    return json.loads(path.read_text())
+
+
+def append_history(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Add one JSON object a line."""
+    with path.open("a") as handle:
+        handle.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def cut_history(path: Path, step: int) -> None:
+    """Drop lines after a step, so that a resumed run logs none twice."""
+    if path.is_file():
+        kept = [line for line in _whole_lines(path) if line["step"] <= step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_history(path: Path) -> pd.DataFrame | None:
+    """History as a table, one row a logged step; ``None`` where there is none."""
+    if not path.is_file():
+        return None
+    lines = _whole_lines(path)
+    return pd.DataFrame(lines) if lines else None
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    # a killed process may leave half a line at the end
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines

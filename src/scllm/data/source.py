@@ -1,0 +1,388 @@
+"""Rows of a count matrix, wherever they live: in memory, in ``.h5ad`` or ``.zarr``, in memory-mapped arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import h5py
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from anndata.io import write_elem
+from scipy import sparse
+
+from scllm._log import log
+from scllm._typing import CSR, IntArray, Rows
+from scllm.data.anndata_file import AnnDataFile, FileTables, MemoryTables, Tables, is_array
+from scllm.data.mapped import MappedRows, TransposedRows, write_rows
+from scllm.data.storage import DenseRows, MemoryRows, RowStore, SelectedRows, SparseRows, positions
+from scllm.kernels.ragged import take_rows
+
+__all__ = ["CellSource", "ConcatenatedCells", "StoredCells", "fingerprint", "open_source", "write_arrays"]
+
+# the last file of a folder of memory-mapped arrays to be written: with it the folder is whole
+_TABLES = "cells.h5ad"
+
+
+@runtime_checkable
+class CellSource(Protocol):
+    """Rows of a count matrix, wherever they live.
+
+    ``chunked`` says that single random rows are slow to read: draw chunks of about ``chunk_rows`` neighbours then.
+    """
+
+    n_obs: int
+    genes: pd.Index
+    var: pd.DataFrame
+    layer: str | None
+    chunked: bool
+    chunk_rows: int
+
+    @property
+    def obs_names(self) -> pd.Index:
+        """Names of the cells; read from the file each time."""
+        ...
+
+    @property
+    def obs_columns(self) -> list[str]:
+        """Names of the columns that :meth:`obs` can read."""
+        ...
+
+    def read(self, rows: Rows) -> CSR:
+        """Read rows in the order asked for: positions with or without repeats, a slice or a mask.
+
+        Values have the stored type; columns are sorted and free of duplicates, stored zeros stay.
+        """
+        ...
+
+    def obs(self, columns: Sequence[str]) -> pd.DataFrame:
+        """Read columns of ``obs``, indexed by the names of the cells."""
+        ...
+
+
+def open_source(data: AnnData | str | os.PathLike | Sequence | CellSource, *, layer: str | None = None) -> CellSource:
+    """Open whatever holds cells by genes as rows to read, without loading what is on disk.
+
+    Parameters
+    ----------
+    data
+        An ``AnnData`` (also backed, also a view); a path to ``.h5ad`` or ``.zarr``; a folder of such files, taken in
+        the order of their names; a folder from :func:`write_arrays`; a list of any of these, whose genes are united
+        in the order in which they first appear. A source is handed back as it is.
+    layer
+        Layer that holds the matrix; ``None`` is ``X``.
+
+    Returns
+    -------
+    The source. Files stay open as long as it lives.
+
+    Examples
+    --------
+    >>> adata = AnnData(np.eye(3, dtype="float32"))
+    >>> open_source(adata).read(np.array([2, 0])).toarray()
+    array([[0., 0., 1.],
+           [1., 0., 0.]], dtype=float32)
+    """
+    match data:
+        case AnnData():
+            return _open_adata(data, layer)
+        case str() | os.PathLike():
+            return _open_path(Path(data), layer)
+        case StoredCells() | ConcatenatedCells() | CellSource():
+            if layer not in (None, data.layer):
+                raise ValueError(
+                    f"layer {layer!r} was asked of a source opened on layer {data.layer!r}. A source has one matrix; "
+                    "pass `layer=` where the source is opened."
+                )
+            return data
+        case Sequence() if len(data):
+            return ConcatenatedCells([open_source(part, layer=layer) for part in data])
+    raise TypeError(
+        f"{data!r:.80} ({type(data).__name__}) holds no cells that could be read. An AnnData, a path to .h5ad or "
+        ".zarr, a list or a folder of such was expected; write the data with `adata.write_h5ad` and pass the path."
+    )
+
+
+def write_arrays(source: CellSource, path: str | os.PathLike, *, rows: Rows | None = None, chunk: int = 4096) -> Path:
+    """Write a source as memory-mapped arrays, which many processes share and read in any order.
+
+    Parameters
+    ----------
+    source
+        What to write.
+    path
+        Folder to make. One that already holds a whole copy is an error.
+    rows
+        Cells to write, in this order; ``None`` are all.
+    chunk
+        Cells held in memory at a time.
+
+    Returns
+    -------
+    The folder, for :func:`open_source`. It keeps the name of the layer, and so the fingerprint.
+    """
+    folder = Path(path)
+    if (folder / _TABLES).exists():
+        raise FileExistsError(f"'{folder}' already holds a source, a new folder was expected. Remove it or open it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = positions(slice(None) if rows is None else rows, source.n_obs)
+    write_rows((source.read(cells[start : start + chunk]) for start in range(0, max(1, len(cells)), chunk)), folder)
+    obs = source.obs(source.obs_columns).iloc[cells]
+    # a missing string cannot be stored among strings, but as a missing category
+    obs = obs.astype({c: "category" for c in obs if obs[c].dtype == object and obs[c].hasnans})
+    with h5py.File(folder / "cells.partial", "w") as file:
+        write_elem(file, "obs", obs)
+        write_elem(file, "var", source.var)
+        if source.layer is not None:
+            file.attrs["layer"] = source.layer
+    os.replace(folder / "cells.partial", folder / _TABLES)
+    return folder
+
+
+def fingerprint(source: CellSource) -> str:
+    """Hash what a source holds, cheaply: size, genes, layer and 64 rows spread over all.
+
+    The same matrix has the same fingerprint however it is stored.
+    """
+    block = source.read(np.unique(np.linspace(0, source.n_obs - 1, min(64, source.n_obs)).astype(np.int64)))
+    block.eliminate_zeros()
+    digest = hashlib.sha256(repr((source.n_obs, source.layer, list(source.genes))).encode())
+    for array, dtype in ((block.indptr, "<i8"), (block.indices, "<i8"), (block.data, "<f8")):
+        digest.update(array.astype(dtype).tobytes())
+    return digest.hexdigest()[:16]
+
+
+class StoredCells:
+    """One matrix beside the tables that describe its cells and genes."""
+
+    def __init__(self, store: RowStore, tables: Tables, *, name: str, layer: str | None) -> None:
+        self._store, self._tables, self.name, self.layer = store, tables, name, layer
+        self.n_obs, self.chunked, self.chunk_rows = store.shape[0], store.chunked, store.chunk_rows
+        self.var = tables.var
+        self.genes = self.var.index
+
+    def read(self, rows: Rows) -> CSR:
+        """Read rows in the order asked for."""
+        return self._store.read(positions(rows, self.n_obs))
+
+    @property
+    def obs_names(self) -> pd.Index:
+        """Names of the cells."""
+        return self._tables.obs_names
+
+    @property
+    def obs_columns(self) -> list[str]:
+        """Names of the columns of ``obs``."""
+        return self._tables.obs_columns
+
+    def obs(self, columns: Sequence[str]) -> pd.DataFrame:
+        """Read columns of ``obs``."""
+        for column in columns:
+            if column not in self.obs_columns:
+                close = get_close_matches(str(column), self.obs_columns, n=1)
+                there = f"Did you mean {close[0]!r}?" if close else f"There are {_listed(self.obs_columns)}."
+                raise KeyError(f"{column!r} is not a column of obs in {self.name}. {there}")
+        return self._tables.obs(columns)
+
+    def close(self) -> None:
+        """Close files and remove temporary ones; a later read opens them again."""
+        for part in (self._store, self._tables):
+            if hasattr(part, "close"):
+                part.close()
+
+
+class ConcatenatedCells:
+    """Several sources one below the other, over the union of their genes."""
+
+    def __init__(self, parts: Sequence[CellSource]) -> None:
+        self.parts = list(parts)
+        for part in self.parts:
+            if not part.genes.is_unique:
+                twice = part.genes[part.genes.duplicated()][0]
+                raise ValueError(
+                    f"gene {twice!r} appears twice in {_name(part)}, unique names are needed to concatenate. "
+                    "Call `adata.var_names_make_unique()` and write the file again."
+                )
+        var = pd.concat([part.var for part in self.parts])
+        self.var: pd.DataFrame = var[~var.index.duplicated()]
+        self.genes = self.var.index
+        self.layer = self.parts[0].layer
+        self._columns = [self.genes.get_indexer(part.genes).astype(np.int32) for part in self.parts]
+        self._ends = np.cumsum([part.n_obs for part in self.parts])
+        self.n_obs = int(self._ends[-1])
+        self.chunked = any(part.chunked for part in self.parts)
+        self.chunk_rows = max(part.chunk_rows for part in self.parts)
+        self._dtype = np.result_type(*(part.read(slice(0, 0)).dtype for part in self.parts))
+
+    def read(self, rows: Rows) -> CSR:
+        """Read rows in the order asked for."""
+        cells = positions(rows, self.n_obs)
+        owner = np.searchsorted(self._ends, cells, side="right")
+        asked = [np.flatnonzero(owner == i) for i in range(len(self.parts))]
+        blocks = [self._read_part(i, cells[places]) for i, places in enumerate(asked) if len(places)]
+        if len(blocks) == 1:
+            return blocks[0]
+        empty = sparse.csr_matrix((0, len(self.genes)), dtype=self._dtype)
+        stacked = sparse.vstack([empty, *blocks], format="csr")
+        order = np.argsort(np.concatenate([*asked, np.empty(0, np.int64)]))
+        indptr, indices, data = take_rows(stacked.indptr, order, stacked.indices, stacked.data)
+        return sparse.csr_matrix((data, indices, indptr), shape=stacked.shape)
+
+    def _read_part(self, i: int, cells: IntArray) -> CSR:
+        start = self._ends[i] - self.parts[i].n_obs
+        block = self.parts[i].read(cells - start)
+        data, columns = block.data.astype(self._dtype, copy=False), self._columns[i][block.indices]
+        renamed = sparse.csr_matrix((data, columns, block.indptr), shape=(len(cells), len(self.genes)))
+        renamed.sort_indices()
+        return renamed
+
+    @property
+    def obs_names(self) -> pd.Index:
+        """Names of the cells, as they are in the parts."""
+        names = self.parts[0].obs_names
+        return names.append([part.obs_names for part in self.parts[1:]])
+
+    @property
+    def obs_columns(self) -> list[str]:
+        """Names of the columns of ``obs`` that all parts have."""
+        others = [set(part.obs_columns) for part in self.parts[1:]]
+        return [column for column in self.parts[0].obs_columns if all(column in other for other in others)]
+
+    def obs(self, columns: Sequence[str]) -> pd.DataFrame:
+        """Read columns of ``obs``; categories are united."""
+        tables = [part.obs(columns) for part in self.parts]
+        united = {column: _united([table[column] for table in tables]) for column in columns}
+        return pd.DataFrame(united, index=tables[0].index.append([table.index for table in tables[1:]]))
+
+    def close(self) -> None:
+        """Close the parts."""
+        for part in self.parts:
+            if isinstance(part, StoredCells | ConcatenatedCells):
+                part.close()
+
+
+def _open_adata(adata: AnnData, layer: str | None) -> StoredCells:
+    """An AnnData; of a view the parent's matrix is read, not a copy."""
+    parent = adata._adata_ref if adata.is_view else adata
+    rows = np.arange(parent.n_obs)[adata._oidx] if adata.is_view else None
+    columns = np.arange(parent.n_vars)[adata._vidx] if adata.is_view and adata.n_vars != parent.n_vars else None
+    if layer is not None and layer not in parent.layers:
+        raise KeyError(_no_layer(layer, list(parent.layers), "adata"))
+    store: RowStore
+    if adata.isbacked and layer is None:
+        store = _open_matrix(AnnDataFile(Path(adata.filename)), None)
+    else:
+        matrix = parent.X if layer is None else parent.layers[layer]
+        if adata.is_view and sparse.issparse(matrix) and matrix.format != "csr":
+            # its rows cannot be read as they stand: the copy of the view is the smaller one
+            matrix, rows, columns = (adata.X if layer is None else adata.layers[layer]), None, None
+        store = MemoryRows(_by_rows(matrix))
+    if rows is not None:
+        store = SelectedRows(store, rows, columns)
+    return StoredCells(store, MemoryTables(adata.obs, adata.var), name="adata", layer=layer)
+
+
+def _by_rows(matrix: Any) -> Any:
+    if matrix is None:
+        raise KeyError("adata.X is None, a matrix was expected. Pass the layer that holds the counts with `layer=`.")
+    if isinstance(matrix, np.ndarray):
+        return np.asarray(matrix)
+    if not sparse.issparse(matrix):
+        raise TypeError(
+            f"the matrix is a {type(matrix).__module__}.{type(matrix).__name__}, a numpy array or scipy sparse matrix "
+            "was expected. Pass the path of its file, which is read row by row, or load it with `adata.to_memory()`."
+        )
+    if matrix.format != "csr":
+        log.info("the matrix is stored as %s: converting it to CSR", matrix.format.upper())
+    return matrix.tocsr()
+
+
+def _open_path(path: Path, layer: str | None) -> CellSource:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"'{path}' does not exist. A path to .h5ad or .zarr, or a folder of such was expected; "
+            f"the current directory is '{Path.cwd()}'."
+        )
+    if path.is_file() or (path / "zarr.json").exists() or (path / ".zgroup").exists():
+        return _open_file(path, layer)
+    if (path / _TABLES).exists():
+        return _open_arrays(path, layer)
+    files = sorted(file for file in path.iterdir() if file.suffix in (".h5ad", ".zarr"))
+    if not files:
+        raise FileNotFoundError(
+            f"'{path}' holds {_listed([file.name for file in path.iterdir()])}. .h5ad or .zarr files were expected, "
+            "or a whole folder from `write_arrays`; pass the folder that holds them."
+        )
+    return ConcatenatedCells([_open_file(file, layer) for file in files])
+
+
+def _open_file(path: Path, layer: str | None) -> StoredCells:
+    if path.is_file() and not h5py.is_hdf5(path):
+        raise ValueError(
+            f"'{path}' is not an HDF5 file. An .h5ad written by anndata was expected; if it was copied or downloaded, "
+            "see whether it is whole."
+        )
+    file = AnnDataFile(path)
+    for table in ("obs", "var"):
+        if table not in file.root or "_index" not in file.root[table].attrs:
+            raise ValueError(
+                f"'{path}' has no table {table!r} as anndata 0.7 and newer write it. "
+                "Read the file with `anndata.read_h5ad`, write it again and pass the new one."
+            )
+    return StoredCells(_open_matrix(file, layer), FileTables(file), name=f"'{path}'", layer=layer)
+
+
+def _open_arrays(folder: Path, layer: str | None) -> StoredCells:
+    file = AnnDataFile(folder / _TABLES)
+    written = file.root.attrs.get("layer")
+    if layer not in (None, written):
+        raise KeyError(_no_layer(layer, [] if written is None else [written], f"'{folder}'"))
+    tables = FileTables(file)
+    return StoredCells(MappedRows(folder.absolute(), len(tables.var)), tables, name=f"'{folder}'", layer=written)
+
+
+def _open_matrix(file: AnnDataFile, layer: str | None) -> RowStore:
+    layers = list(file.root["layers"]) if "layers" in file.root else []
+    if layer is not None and layer not in layers:
+        raise KeyError(_no_layer(layer, layers, f"'{file.path}'"))
+    key = "X" if layer is None else f"layers/{layer}"
+    node = file.root[key] if key in file.root else None
+    kind = None if node is None else node.attrs.get("encoding-type")
+    match kind:
+        case "csr_matrix":
+            return SparseRows(file, key)
+        case "csc_matrix":
+            return TransposedRows(file, key)
+        case "array" if is_array(node):
+            return DenseRows(file, key)
+        case None | "null" if layer is None:
+            raise KeyError(f"'{file.path}' has no matrix X. Pass a layer with `layer=`; there are {_listed(layers)}.")
+    raise TypeError(
+        f"{key!r} in '{file.path}' is stored as {kind!r}, a CSR, CSC or dense matrix was expected. "
+        "Read the file with anndata, convert the matrix and write it again."
+    )
+
+
+def _no_layer(layer: str, layers: list[str], name: str) -> str:
+    return f"layer {layer!r} is not in {name}. There are {_listed(layers)}; pass one of them, or `layer=None` for X."
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first few names, quoted."""
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
+
+
+def _united(columns: list[pd.Series]) -> Any:
+    """One column out of several; categorical if all are."""
+    if all(isinstance(column.dtype, pd.CategoricalDtype) for column in columns):
+        return pd.api.types.union_categoricals(columns, ignore_order=True)
+    return pd.concat(columns).array
+
+
+def _name(source: CellSource) -> str:
+    return getattr(source, "name", type(source).__name__)

@@ -1,0 +1,84 @@
+"""Dividing cells into parts, by cell or by whole groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from scllm._typing import IntArray
+
+__all__ = ["PARTS", "split_cells"]
+
+PARTS = ("train", "validation", "test")
+
+
+def split_cells(
+    n_cells: int,
+    fractions: Sequence[float],
+    *,
+    groups: pd.Series | None = None,
+    stratify: pd.Series | None = None,
+    random_state: int = 0,
+) -> IntArray:
+    """Which part each cell belongs to, ``(n_cells,)``: an index into ``fractions``.
+
+    Parameters
+    ----------
+    n_cells
+        Number of cells.
+    fractions
+        Share of each part; they add up to one.
+    groups
+        Cells of one group stay together; shares are met as closely as whole groups allow.
+    stratify
+        Every label is divided by the same shares; missing labels count as one more.
+    random_state
+        Seed.
+    """
+    check_fractions(fractions)
+    rng = np.random.default_rng(random_state)
+    if groups is not None:
+        return _by_group(groups, fractions, rng)
+    part = np.empty(n_cells, np.int64)
+    strata = [np.arange(n_cells)]
+    if stratify is not None:
+        codes = pd.factorize(stratify, use_na_sentinel=False)[0]
+        strata = [np.flatnonzero(codes == code) for code in range(codes.max(initial=-1) + 1)]
+    for cells in strata:
+        edges = np.rint(np.cumsum(fractions)[:-1] * len(cells)).astype(int)
+        for number, chosen in enumerate(np.split(rng.permutation(cells), edges)):
+            part[chosen] = number
+    return part
+
+
+def check_fractions(fractions: Sequence[float]) -> None:
+    """Raise unless there are two or three positive shares that add up to one."""
+    if len(fractions) not in (2, 3) or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(
+            f"fractions are {tuple(fractions)}, two or three positive shares that add up to 1 expected (train, validation "
+            "and test). Pass for example fractions=(0.8, 0.1, 0.1)."
+        )
+
+
+def _by_group(groups: pd.Series, fractions: Sequence[float], rng: np.random.Generator) -> IntArray:
+    codes, names = pd.factorize(groups, use_na_sentinel=False)
+    if len(names) < len(fractions):
+        raise ValueError(
+            f"{groups.name!r} holds {len(names)} groups, at least {len(fractions)} expected: a group is never divided. "
+            "Pass another group_key, or split by cell."
+        )
+    sizes = np.bincount(codes)
+    part_of = np.empty(len(names), np.int64)
+    missing = np.array(fractions) * len(codes)
+    # largest first, each to the part that lacks most; equal sizes in random order
+    order = np.lexsort((rng.permutation(len(names)), -sizes))
+    for place, group in enumerate(order):
+        empty = [number for number in range(len(fractions)) if number not in part_of[order[:place]]]
+        # no part may stay empty
+        open_to = empty if len(empty) == len(order) - place else range(len(fractions))
+        chosen = max(open_to, key=lambda number: missing[number])
+        part_of[group] = chosen
+        missing[chosen] -= sizes[group]
+    return part_of[codes]

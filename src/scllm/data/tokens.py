@@ -1,0 +1,78 @@
+"""Cells as sentences of gene tokens, stored as ragged rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from scllm._typing import IntArray, Rows
+from scllm.kernels.ragged import crop_random, crop_top, pad_rows, take_rows
+
+__all__ = ["Tokens"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Cells as ragged rows: cell ``i`` owns ``genes[indptr[i]:indptr[i + 1]]``.
+
+    Parameters
+    ----------
+    indptr
+        Where each cell begins, ``(n_cells + 1,)`` int64.
+    genes
+        Token ids, ``(n_tokens,)`` int32.
+    values
+        What stands beside each token: bins, counts, normalised expression, or nothing in a rank sentence.
+    """
+
+    indptr: IntArray
+    genes: IntArray
+    values: NDArray[np.generic] | None
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens of each cell."""
+        return np.diff(self.indptr)
+
+    def take(self, cells: Rows) -> Tokens:
+        """The sentences of some cells, in the order asked for."""
+        rows = np.arange(len(self))[cells]
+        if self.values is None:
+            indptr, genes = take_rows(self.indptr, rows, self.genes)
+            return Tokens(indptr, genes, None)
+        indptr, genes, values = take_rows(self.indptr, rows, self.genes, self.values)
+        return Tokens(indptr, genes, values)
+
+    def slice(self, start: int, stop: int) -> Tokens:
+        """Neighbouring cells, without a copy of their tokens."""
+        first, last = self.indptr[start], self.indptr[stop]
+        values = None if self.values is None else self.values[first:last]
+        return Tokens(self.indptr[start : stop + 1] - first, self.genes[first:last], values)
+
+    def crop(self, max_len: int, rng: Generator | None = None) -> Tokens:
+        """Keep at most ``max_len`` tokens a cell: a random subset, or without ``rng`` the highest values.
+
+        Kept tokens stay in their order. Rank sentences have no values; without ``rng`` their first tokens stay.
+        """
+        if not len(self) or self.lengths.max() <= max_len:
+            return self
+        if rng is not None:
+            indptr, kept = crop_random(self.indptr, max_len, rng.random(len(self.genes)))
+        else:
+            order = np.zeros(len(self.genes), np.float32) if self.values is None else self.values
+            indptr, kept = crop_top(self.indptr, order, max_len)
+        return Tokens(indptr, self.genes[kept], None if self.values is None else self.values[kept])
+
+    def padded(
+        self, *, pad_id: int, pad_value: float = -2, length: int | None = None
+    ) -> tuple[IntArray, NDArray[np.generic] | None]:
+        """Rectangular arrays ``(n_cells, length)``, cells cut or filled up at the end."""
+        width = int(length if length is not None else self.lengths.max(initial=0))
+        genes = pad_rows(self.indptr, self.genes, width, pad_id)
+        return genes, None if self.values is None else pad_rows(self.indptr, self.values, width, pad_value)

@@ -1,0 +1,177 @@
+"""The vocabulary: which token has which id."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scllm._typing import IntArray
+
+__all__ = ["Vocab", "read_tokens"]
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """Tokens in id order: ``tokens[i]`` has id ``i``. Foreign vocabularies keep their own ids.
+
+    Parameters
+    ----------
+    tokens
+        Gene names and special tokens (in angle brackets) in the order of their ids.
+    pad, mask, cls, eos
+        Names of the special tokens; ``None`` where the vocabulary has no such token.
+
+    Examples
+    --------
+    >>> vocab = Vocab.from_genes(["CD3E", "LYZ"])
+    >>> vocab.ids(["LYZ", "unknown", "<cls>"])
+    array([ 1, -1,  2], dtype=int32)
+    """
+
+    tokens: tuple[str, ...]
+    pad: str | None = "<pad>"
+    mask: str | None = "<mask>"
+    cls: str | None = "<cls>"
+    eos: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self._id_of) < len(self.tokens):
+            repeated = next(token for i, token in enumerate(self.tokens) if self._id_of[token] != i)
+            raise ValueError(
+                f"the vocabulary holds {repeated!r} more than once, every token must be there once. Remove the repeats."
+            )
+        for role in ("pad", "mask", "cls", "eos"):
+            token = getattr(self, role)
+            if token is not None and token not in self._id_of:
+                raise ValueError(
+                    f"the {role} token {token!r} is not among the {len(self.tokens)} tokens. "
+                    f"Add it, or pass {role}=None for a vocabulary without one."
+                )
+
+    @classmethod
+    def from_genes(cls, genes: Iterable[str]) -> Vocab:
+        """Genes get 0 ... G-1 in the order given, then ``<cls>``, ``<pad>`` and ``<mask>`` follow."""
+        return cls((*map(str, genes), "<cls>", "<pad>", "<mask>"))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __contains__(self, token: object) -> bool:
+        return token in self._id_of
+
+    def __repr__(self) -> str:
+        shown = ", ".join(self.genes[:3])
+        specials = " ".join(self.specials)
+        return f"Vocab({len(self.genes):,} genes ({shown}, ...), specials {specials})"
+
+    @cached_property
+    def _id_of(self) -> dict[str, int]:
+        return {token: i for i, token in enumerate(self.tokens)}
+
+    @cached_property
+    def specials(self) -> tuple[str, ...]:
+        """Tokens that are no genes: those in angle brackets."""
+        return tuple(token for token in self.tokens if token.startswith("<") and token.endswith(">"))
+
+    @cached_property
+    def genes(self) -> tuple[str, ...]:
+        """Tokens that are genes, in id order."""
+        specials = set(self.specials)
+        return tuple(token for token in self.tokens if token not in specials)
+
+    @property
+    def special_ids(self) -> IntArray:
+        """Ids of the special tokens."""
+        return self.ids(self.specials)
+
+    @property
+    def gene_ids(self) -> IntArray:
+        """Ids of the genes."""
+        return self.ids(self.genes)
+
+    @property
+    def pad_id(self) -> int:
+        """Id of the padding token."""
+        return self._special_id("pad")
+
+    @property
+    def cls_id(self) -> int:
+        """Id of the token that stands for the whole cell."""
+        return self._special_id("cls")
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the token that hides a gene."""
+        return self._special_id("mask")
+
+    def _special_id(self, role: str) -> int:
+        token = getattr(self, role)
+        if token is None:
+            raise ValueError(
+                f"this vocabulary has no {role} token, and the model needs one. Its specials: {self.specials}"
+            )
+        return self._id_of[token]
+
+    def ids(self, names: Iterable[str]) -> IntArray:
+        """Ids of tokens, -1 where a name is not in the vocabulary."""
+        id_of = self._id_of
+        return np.fromiter((id_of.get(name, -1) for name in names), dtype=np.int32)
+
+    def names(self, ids: Iterable[int]) -> list[str]:
+        """Tokens of ids."""
+        return [self.tokens[i] for i in ids]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``vocab.json`` holds."""
+        return {"tokens": list(self.tokens), "pad": self.pad, "mask": self.mask, "cls": self.cls, "eos": self.eos}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Vocab:
+        """Read what :meth:`to_dict` wrote."""
+        return cls(tuple(saved["tokens"]), saved["pad"], saved["mask"], saved["cls"], saved["eos"])
+
+    @classmethod
+    def from_tokens(cls, tokens: Iterable[str]) -> Vocab:
+        """A vocabulary with exactly these tokens; specials are those of the usual names that are there."""
+        tokens = tuple(map(str, tokens))
+        there = set(tokens)
+        return cls(
+            tokens, **{role: f"<{role}>" if f"<{role}>" in there else None for role in ("pad", "mask", "cls", "eos")}
+        )
+
+    @classmethod
+    def read(cls, path: str | PathLike[str]) -> Vocab:
+        """Read a vocabulary file: ours, a ``{token: id}`` dictionary, a JSON list, or one name a line (``.gz`` too)."""
+        path = Path(path)
+        content = read_tokens(path)
+        return cls.from_dict(content) if isinstance(content, dict) else cls.from_tokens(content)
+
+
+def read_tokens(path: Path) -> list[str] | dict[str, Any]:
+    """The tokens of a vocabulary file in id order, or the dict of a file that scllm wrote."""
+    raw = path.read_bytes()
+    text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
+    if not text.lstrip().startswith(("{", "[")):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    content = json.loads(text)
+    if isinstance(content, list):
+        return [str(token) for token in content]
+    if isinstance(content.get("tokens"), list):
+        return dict(content)
+    tokens = sorted(content, key=content.__getitem__)
+    ids = [content[token] for token in tokens]
+    if ids != list(range(len(ids))):
+        wrong = next(i for i, found in enumerate(ids) if i != found)
+        raise ValueError(
+            f"{path}: ids must run 0 ... {len(ids) - 1} without gaps or repeats, found {ids[wrong]!r} "
+            f"({tokens[wrong]!r}) in place of {wrong}. Renumber the file, or pass the one the model was trained with."
+        )
+    return tokens

@@ -1,0 +1,152 @@
+"""Training settings: one frozen dataclass, the same for verbs, command line and run directories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args, get_type_hints
+
+__all__ = ["Precision", "TrainConfig"]
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Schedule = Literal["step", "cosine", "linear", "constant"]
+Strategy = Literal["ddp", "fsdp"]
+Logger = Literal["tensorboard", "wandb"]
+GeneInit = Literal["svd", "random"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained; ``None`` is the verb's and family's own choice.
+
+    Parameters
+    ----------
+    batch_size
+        Cells of one optimiser step, over all processes.
+    lr
+        Highest learning rate.
+    epochs
+        Passes over the training cells.
+    steps
+        Optimiser steps, in place of ``epochs``.
+    warmup
+        Steps over which the learning rate rises from zero.
+    schedule
+        ``"step"`` (times ``gamma`` each epoch), ``"cosine"`` or ``"linear"`` (down to zero at the end), ``"constant"``.
+    gamma
+        Factor of the learning rate an epoch with ``schedule="step"``.
+    weight_decay
+        Of AdamW, on matrices only.
+    layer_decay
+        Factor of the learning rate from each block to the one before it; 1 trains all alike.
+    clip
+        Largest norm of the gradient; ``None`` for no limit.
+    precision
+        ``"fp32"``, ``"bf16"``, ``"fp16"`` (with loss scaling), or ``"auto"``.
+    accumulate
+        Parts in which a step's cells go through the model, one after the other, for less memory.
+    downsample
+        Largest share of counts taken away at random from each cell of a training batch (augmentation).
+    gene_init
+        Where the gene table of a fresh model starts: ``"svd"`` (right singular vectors of the log-normalised
+        training cells) or ``"random"``.
+    strategy
+        ``"ddp"``: every process holds the whole model. ``"fsdp"``: processes share it.
+    max_restarts
+        How often a failed group of processes is started again.
+    logger
+        Where losses are sent besides ``history.jsonl``: ``"tensorboard"`` or ``"wandb"``.
+    random_state
+        What order, masks, crops and dropout are a function of.
+    log_every
+        Steps between two lines of the history.
+    save_every
+        Steps between two checkpoints; ``None``: one an epoch.
+    patience
+        Epochs without a better validation loss after which training stops; ``None``: never.
+    compile
+        Whether blocks go through ``torch.compile``.
+    checkpointing
+        Whether blocks are computed again in the backward pass, for less memory.
+    """
+
+    batch_size: int | None = None
+    lr: float | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    warmup: int = 0
+    schedule: Schedule = "step"
+    gamma: float = 0.9
+    weight_decay: float = 0.0
+    layer_decay: float = 1.0
+    clip: float | None = 1.0
+    precision: Precision | None = None
+    accumulate: int = 1
+    downsample: float = 0.0
+    gene_init: GeneInit | None = None
+    strategy: Strategy = "ddp"
+    max_restarts: int = 0
+    logger: Logger | None = None
+    random_state: int | None = None
+    log_every: int = 1
+    save_every: int | None = None
+    patience: int | None = None
+    compile: bool = False
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "steps", "accumulate", "log_every", "save_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, at least 1 expected. Pass a positive number.")
+        for name, allowed in (
+            ("schedule", Schedule),
+            ("strategy", Strategy),
+            ("gene_init", GeneInit),
+            ("precision", Precision),
+            ("logger", Logger),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in get_args(allowed):
+                raise ValueError(f"{name} is {value!r}, one of {get_args(allowed)} expected. Pass one of those.")
+        if not 0 <= self.downsample < 1:
+            raise ValueError(
+                f"downsample is {self.downsample}, a share from 0 up to below 1 expected. 0 leaves it off."
+            )
+        if self.lr is not None and not self.lr > 0:
+            raise ValueError(f"lr is {self.lr}, a positive learning rate expected. scGPT uses 1e-4.")
+
+    def merged(self, given: Mapping[str, Any]) -> TrainConfig:
+        """With what the caller of a verb gave besides; a value given both ways is a ``TypeError``."""
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            if getattr(self, name) is not None:
+                raise TypeError(
+                    f"{name} is given twice: {value!r} as an argument and {getattr(self, name)!r} in config. Give it once."
+                )
+        return replace(self, **given)
+
+    def resolved(self, defaults: Mapping[str, Any]) -> TrainConfig:
+        """With defaults in place of what was left open."""
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain settings."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> TrainConfig:
+        """Read plain settings, from JSON or TOML."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(saved) - known)
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]!r} is not a training setting, one of {sorted(known)} expected. Check the spelling."
+            )
+        hints = get_type_hints(cls)
+        return cls(
+            **{
+                name: float(value) if hints[name] in (float, float | None) and value is not None else value
+                for name, value in saved.items()
+            }
+        )

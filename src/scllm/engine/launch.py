@@ -1,0 +1,195 @@
+"""Starting a run directory in this process or in several."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections import deque
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from scllm import models
+from scllm._log import log, show_progress
+from scllm.data import genes
+from scllm.data.source import CellSource, open_source
+from scllm.engine import ranks
+from scllm.engine.checkpoint import restore
+from scllm.engine.config import TrainConfig
+from scllm.engine.device import resolve_device, resolve_precision
+from scllm.engine.loader import Loader
+from scllm.engine.loop import fit
+from scllm.engine.objectives import objective_from_dict
+from scllm.engine.optim import freeze
+from scllm.engine.run import Run
+from scllm.models.base import CellModel
+
+__all__ = ["command", "launch", "train"]
+
+
+def launch(
+    run: Run, *, n_procs: int, device: str, source: CellSource | None = None, family: str | None = None
+) -> CellModel:
+    """Train a run directory to its end and read the final model back.
+
+    Parameters
+    ----------
+    run
+        Made with its spec, its cells and its initial model.
+    n_procs
+        1: in this process, on ``source``. More: as many fresh interpreters, on the data the directory names.
+    device
+        Where to compute.
+    source
+        The data, where this process has them already.
+    family
+        Module of a family from another package.
+    """
+    if n_procs == 1:
+        with run.locked():
+            train(run, device=device, source=source, family=family)
+    else:
+        _train_in_processes(run, n_procs, device, family)
+    return models.load(run.path, family=family)
+
+
+def train(run: Run, *, device: str = "auto", source: CellSource | None = None, family: str | None = None) -> None:
+    """Continue whatever the run directory holds, to the end. This is ``python -m scllm run``."""
+    if run.is_done:
+        return
+    chosen = resolve_device(device)
+    with ranks.joined(chosen):
+        spec = run.spec
+        config = TrainConfig.from_dict(spec["train"])
+        if source is None:
+            source = _open(run, spec)
+        model = models.load(run.model, family=family)
+        if spec["freeze"]:
+            freeze(model, tuple(spec["freeze"]) if isinstance(spec["freeze"], list) else spec["freeze"])
+        model.to(chosen)
+        training, validation = _loaders(run, spec, config, source, model)
+        precision = resolve_precision(config.precision or "auto", chosen)
+        log.info("training on %s in %s, %d cells a step", chosen, precision, config.batch_size)
+        objective = objective_from_dict(spec["objective"])
+        if config.compile or config.checkpointing:
+            model.speed_up(compile=config.compile, checkpointing=config.checkpointing)
+        fit(model, training, objective, config, run=run, validation=validation, precision=precision)
+        if ranks.rank() == 0:
+            _finish(run, family)
+        ranks.wait_for_all()
+
+
+def command(run: Run, n_procs: int, device: str, family: str | None = None) -> list[str]:
+    """What starts a run in several processes, here or on a cluster."""
+    config = TrainConfig.from_dict(run.spec["train"])
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_procs}",
+        f"--max-restarts={config.max_restarts}", "-m", "scllm", "run", str(run.path), "--device", device,
+        *(["--family", family] if family else []),
+    ]  # fmt: skip
+
+
+def _open(run: Run, spec: dict[str, Any]) -> CellSource:
+    reference = spec["data_reference"]
+    if reference is None:
+        if not run.data.exists():
+            raise FileNotFoundError(
+                f"{run.path} was trained on data in memory, and they are not stored with it. Call the verb again with the "
+                "same data and the same run_dir."
+            )
+        return open_source(run.data)
+    return open_source(reference, layer=spec["data"]["layer"])
+
+
+def _loaders(
+    run: Run, spec: dict[str, Any], config: TrainConfig, source: CellSource, model: CellModel
+) -> tuple[Loader, Loader | None]:
+    data, cells = spec["data"], run.cells
+    match = genes.match(
+        source.genes, model.vocab, var=source.var, gene_key=data["gene_key"], min_coverage=data["min_coverage"]
+    )
+    obs = {name.removeprefix("obs:"): column for name, column in cells.items() if name.startswith("obs:")}
+    common = {"source": source, "match": match, "encoder": model.encoder, "vocab": model.vocab, "obs": obs}
+    seed = config.random_state or 0
+    assert config.batch_size is not None
+    training = Loader(
+        rows=cells["train"], batch_size=config.batch_size, seed=seed, weights=cells.get("weights"),
+        downsample=config.downsample, **common,
+    )  # fmt: skip
+    if not len(cells["validation"]):
+        return training, None
+    return training, Loader(rows=cells["validation"], batch_size=config.batch_size, seed=seed, training=False, **common)
+
+
+def _finish(run: Run, family: str | None) -> None:
+    """Put the best weights into the model folder, and say that the run is done."""
+    best = restore(run.best)
+    assert best is not None
+    model = models.load(run.model, family=family)
+    model.load_state_dict(best)
+    model.history = run.table()
+    model.save(run.model)
+    run.finish()
+
+
+def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None) -> None:
+    environment = os.environ.copy()
+    # each process its share of the cores, unless the caller decided
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_procs)))
+    with run.locked(), run.log.open("w") as output:
+        # a session of its own, so that an interrupt in the terminal reaches it once, from here
+        process = subprocess.Popen(
+            command(run, n_procs, device, family), stdout=output, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True, preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )  # fmt: skip
+        try:
+            _follow(run, process)
+        except BaseException:
+            _stop(process)
+            raise
+    if run.is_done:
+        if process.returncode:
+            # workers have been seen to abort while exiting, after all work was saved
+            warnings.warn(
+                f"the processes of {run.path} ended with exit status {process.returncode} after the run was done and saved; "
+                f"the result is whole. What they printed is in {run.log}.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return
+    with run.log.open(errors="replace") as output:
+        last = "".join(deque(output, maxlen=40))
+    raise RuntimeError(
+        f"the run in {run.path} ended with exit status {process.returncode} before it was done. Call again with the same "
+        f"run_dir to continue from the last checkpoint. The last lines of {run.log}:\n{last}"
+    )
+
+
+def _follow(run: Run, process: subprocess.Popen[bytes]) -> None:
+    """Show progress until the processes end."""
+    bar = tqdm(desc=f"training in {run.path.name}", unit="step", disable=not show_progress())
+    while process.poll() is None:
+        time.sleep(0.2)
+        if not bar.disable and (table := run.table()) is not None:
+            bar.n = int(table["step"].max())
+            bar.set_postfix(loss=f"{table['loss'].iloc[-1]:.4g}")
+    bar.close()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _end_with_parent() -> None:
+    # PR_SET_PDEATHSIG: processes must not train on when the notebook that started them is gone
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,0 +1,175 @@
+"""Batches of packed cells, made on a thread of their own while the model computes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scllm._typing import FloatArray, IntArray
+from scllm.data.checks import check_values
+from scllm.data.encode import Encoder
+from scllm.data.genes import GeneMatch
+from scllm.data.plan import Read, n_batches, plan
+from scllm.data.source import CellSource
+from scllm.data.tokens import Tokens
+from scllm.data.vocab import Vocab
+from scllm.kernels.draws import mix
+from scllm.kernels.thinning import thin
+from scllm.models.base import Batch
+
+__all__ = ["Loader", "prefetched"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Cells of a source as batches; which rows make a batch is a function of ``(seed, epoch)``.
+
+    Parameters
+    ----------
+    source
+        Where the counts are.
+    rows
+        Rows of the source that take part.
+    match
+        The token of each gene of the source.
+    encoder, vocab
+        How counts become sentences.
+    batch_size
+        Cells of one step over all ranks.
+    seed
+        What order, crops and masks are keyed by.
+    obs
+        Columns that go with the batches, over all rows of the source.
+    weights
+        Probability of drawing each of ``rows``, up to a factor.
+    downsample
+        Largest share of counts taken away from a cell.
+    training
+        Whether draws differ between epochs, and long cells are cropped at random.
+    """
+
+    source: CellSource
+    rows: IntArray
+    match: GeneMatch
+    encoder: Encoder
+    vocab: Vocab
+    batch_size: int
+    seed: int = 0
+    obs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    weights: FloatArray | None = None
+    downsample: float = 0.0
+    training: bool = True
+
+    @property
+    def chunk(self) -> int:
+        """Neighbouring rows that are read together."""
+        chunks = self.source.chunked and self.training and self.weights is None
+        return self.source.chunk_rows if chunks else 1
+
+    def n_batches(self, world: int = 1) -> int:
+        """Batches of one epoch, the same on every rank."""
+        return n_batches(len(self.rows), self.batch_size, world=world, chunk=self.chunk)
+
+    def epoch(
+        self, epoch: int, *, start: int = 0, rank: int = 0, world: int = 1, parts: int = 1
+    ) -> Iterator[list[Batch]]:
+        """Each step's cells on this rank, in ``parts`` micro-batches, from batch ``start`` on."""
+        reads = self._training_plan(epoch, rank, world) if self.training else self._in_order(rank, world)
+        return prefetched(lambda: self._batches(reads, 0 if not self.training else epoch, start, parts))
+
+    def _training_plan(self, epoch: int, rank: int, world: int) -> Iterator[Read]:
+        n = len(self.rows)
+        return plan(
+            n,
+            self.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            rank=rank,
+            world=world,
+            chunk=self.chunk,
+            weights=self.weights,
+        )
+
+    def _in_order(self, rank: int, world: int) -> Iterator[Read]:
+        for start in range(0, len(self.rows), self.batch_size):
+            rows = np.arange(start, min(start + self.batch_size, len(self.rows)))[rank::world]
+            yield Read(rows, (len(rows),))
+
+    def _batches(self, reads: Iterable[Read], epoch: int, start: int, parts: int) -> Iterator[list[Batch]]:
+        batch = 0
+        for read in reads:
+            stop = batch + len(read.sizes)
+            if stop > start:
+                yield from self._encode(read, epoch, max(0, start - batch), parts)
+            batch = stop
+
+    def _encode(self, read: Read, epoch: int, skip: int, parts: int) -> Iterator[list[Batch]]:
+        rows = self.rows[read.rows]
+        keys = mix(self.seed, epoch, rows)
+        tokens = self.encode(rows, keys if self.training else None, keys)
+        edges = np.concatenate([[0], np.cumsum(read.sizes)])
+        for first, last in zip(edges[skip:-1], edges[skip + 1 :], strict=True):
+            cuts = np.linspace(first, last, parts + 1).astype(int)
+            yield [
+                Batch.from_tokens(
+                    tokens.slice(a, b), keys[a:b], {name: column[rows[a:b]] for name, column in self.obs.items()}
+                )
+                for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+                if b > a
+            ]
+
+    def encode(self, rows: IntArray, keys: IntArray | None, draws: IntArray | None = None) -> Tokens:
+        """Sentences of some rows; with ``keys`` as in training."""
+        counts = self.source.read(rows)
+        if self.source.chunked:
+            # in memory this was asked once; on disk only a sample was
+            check_values(counts, cells=self.source.obs_names[rows], genes=self.source.genes, layer=None)
+        tokens = self.match.tokens(counts)
+        if self.downsample and keys is not None:
+            tokens = Tokens(*thin(tokens.indptr, tokens.genes, tokens.values, draws, self.downsample))
+        return self.encoder(tokens, self.vocab, keys, measured=self.match.measured)
+
+
+def prefetched(make: Callable[[], Iterator[T]], ahead: int = 4) -> Iterator[T]:
+    """Iterate on a thread that stays a few items ahead; what it raises is raised here."""
+    items: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(ahead)
+    stopped = threading.Event()
+
+    def put(item: tuple[T | None, BaseException | None]) -> None:
+        while not stopped.is_set():
+            try:
+                return items.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in make():
+                put((item, None))
+                if stopped.is_set():
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # handed on to the thread that waits
+            put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True, name="scllm-prefetch")
+    thread.start()
+    try:
+        while True:
+            item, error = items.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,203 @@
+"""The one training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scllm._log import log, show_progress
+from scllm.data.run_files import append_history, cut_history
+from scllm.engine import checkpoint, ranks
+from scllm.engine.config import TrainConfig
+from scllm.engine.device import autocast
+from scllm.engine.loader import Loader
+from scllm.engine.objectives import Loss, Objective
+from scllm.engine.optim import learning_rate, optimizer, train_mode
+from scllm.engine.run import Run
+from scllm.kernels.draws import mix
+from scllm.models.base import Batch, CellModel
+
+__all__ = ["fit"]
+
+
+def fit(
+    model: CellModel,
+    batches: Loader,
+    objective: Objective,
+    config: TrainConfig,
+    *,
+    run: Run,
+    validation: Loader | None = None,
+    precision: str = "fp32",
+) -> None:
+    """Train a model in place, from wherever the run directory says it is, to the end.
+
+    Parameters
+    ----------
+    model
+        On its device. Weights that are not to be trained have ``requires_grad=False``.
+    batches
+        Training cells.
+    objective
+        What to train for.
+    config
+        Settings, none of them open.
+    run
+        Receives ``history.jsonl``, ``last.pt`` and ``best_model.pt``.
+    validation
+        Cells to choose the best weights by; without them the last weights are the best.
+    precision
+        ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+    """
+    rank, world, device = ranks.rank(), ranks.world(), model.device
+    per_epoch = batches.n_batches(world)
+    n_steps = config.steps or per_epoch * (config.epochs or 1)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimise = optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    step, best, since_best = _resume(run, model, optimise, scaler)
+    bar = tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=not show_progress())
+
+    while step < n_steps and (config.patience is None or since_best < config.patience):
+        epoch = step // per_epoch
+        began = time.perf_counter()
+        for parts in batches.epoch(epoch, start=step % per_epoch, rank=rank, world=world, parts=config.accumulate):
+            lr = learning_rate(step, epoch, n_steps, config)
+            for group in optimise.param_groups:
+                group["lr"] = lr * group["scale"]
+            train_mode(model)
+            totals = _Totals(objective.logs(model), device)
+            with _seeded(device, config.random_state or 0, step, rank):
+                for batch in parts:
+                    batch = batch.to(device)
+                    with autocast(precision, device):
+                        loss = objective(model, batch, step)
+                    scaler.scale(loss.sum).backward()
+                    totals.add(loss, batch)
+            for weight in trained:
+                # ranks without cells, and heads without labels, contribute nothing
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            ranks.sum_over_ranks([weight.grad for weight in trained])  # type: ignore[misc]
+            means, count, n_cells = totals.reduced()
+            scaler.unscale_(optimise)
+            torch._foreach_div_([weight.grad for weight in trained], max(count, 1))
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.clip or math.inf)
+            if not math.isfinite(means["loss"]) or not (norm.isfinite() or scaler.is_enabled()):
+                raise RuntimeError(
+                    f"the loss or its gradient is not finite at step {step + 1} (loss {means['loss']}, norm {norm:.3g}). "
+                    f"Nothing was updated; the last checkpoint is in {run.last}. Lower lr, or use precision='fp32'."
+                )
+            scaler.step(optimise)
+            scaler.update()
+            optimise.zero_grad(set_to_none=True)
+            step += 1
+
+            now = time.perf_counter()
+            cells_per_s, began = n_cells / (now - began), now
+            line = {"step": step, "epoch": epoch, "split": "train", **objective.report(means, step - 1), "lr": lr}
+            lines = [line | {"cells_per_s": round(cells_per_s, 2)}] if step % config.log_every == 0 else []
+            ends = step % per_epoch == 0 or step == n_steps
+            if ends:
+                found = line if validation is None else evaluate(model, validation, objective, precision)
+                if validation is not None:
+                    lines.append({"step": step, "epoch": epoch, "split": "validation", **found, "lr": lr})
+                # without validation cells the last weights are the best
+                score = -step if validation is None else found["loss"]
+                since_best = 0 if score < best else since_best + 1
+                log.info(
+                    "epoch %d, step %d of %d: loss %.4g, %.4g on validation",
+                    epoch,
+                    step,
+                    n_steps,
+                    means["loss"],
+                    found["loss"],
+                )
+            if rank == 0:
+                append_history(run.history, lines)
+                if ends and since_best == 0:
+                    checkpoint.save(run.best, _weights(model))
+            best = min(best, score) if ends else best
+            if rank == 0 and (ends or (config.save_every and step % config.save_every == 0)):
+                state = {"model": _weights(model), "optimizer": optimise.state_dict(), "scaler": scaler.state_dict()}
+                checkpoint.save(run.last, state | {"step": step, "best": best, "since_best": since_best})
+            bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
+            bar.update()
+            began = time.perf_counter() if ends else began
+            if step >= n_steps:
+                break
+    bar.close()
+
+
+def _resume(
+    run: Run, model: CellModel, optimise: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> tuple[int, float, int]:
+    """Step, best validation loss and epochs since then at the last checkpoint; all of it goes back there."""
+    state = checkpoint.restore(run.last)
+    ranks.wait_for_all()
+    if ranks.rank() == 0:
+        cut_history(run.history, 0 if state is None else state["step"])
+    if state is None:
+        return 0, math.inf, 0
+    model.load_state_dict(state["model"])
+    optimise.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    log.info("continuing at step %d", state["step"])
+    return state["step"], state["best"], state["since_best"]
+
+
+def _weights(model: CellModel) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+
+
+@contextmanager
+def _seeded(device: torch.device, random_state: int, step: int, rank: int) -> Iterator[None]:
+    """Dropout is a function of the step too: seeded anew, and the caller's generators left as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(mix(random_state, step, rank)) & (1 << 63) - 1)
+        yield
+
+
+@torch.no_grad()
+def evaluate(model: CellModel, cells: Loader, objective: Objective, precision: str) -> dict[str, float]:
+    """Losses over all cells of a loader, the same for any number of ranks. Masks do not change between epochs."""
+    model.eval()
+    device = model.device
+    totals = _Totals(objective.logs(model), device)
+    for number, parts in enumerate(cells.epoch(0, rank=ranks.rank(), world=ranks.world())):
+        for batch in parts:
+            batch = batch.to(device)
+            with autocast(precision, device):
+                totals.add(objective(model, batch, number), batch)
+    means, _, _ = totals.reduced()
+    found = objective.report(means, 0)
+    found.pop("mask_ratio", None)  # every batch has its own
+    return found
+
+
+class _Totals:
+    """Sums over micro-batches and ranks, divided once."""
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        # named from the start: a rank without cells must take part in the sum
+        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("loss", *names)}
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.n_cells = 0
+
+    def add(self, loss: Loss, batch: Batch) -> None:
+        for name, value in {"loss": loss.sum, **loss.logged}.items():
+            self.sums[name] += value.detach()
+        self.count += loss.count
+        self.n_cells += batch.n_cells
+
+    def reduced(self) -> tuple[dict[str, float], float, int]:
+        """Means by name, the count they were divided by, and the number of cells."""
+        flat = torch.stack([*self.sums.values(), self.count, self.count.new_tensor(self.n_cells)])
+        ranks.sum_over_ranks([flat])
+        *sums, count, n_cells = flat.tolist()
+        return {name: value / max(count, 1) for name, value in zip(self.sums, sums, strict=True)}, count, int(n_cells)

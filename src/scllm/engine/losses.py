@@ -1,0 +1,68 @@
+"""Losses as pure functions; sums where the sum is what adds up over micro-batches and ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = [
+    "binary_cross_entropy", "contrastive", "cross_entropy", "dice", "elastic_similarity", "focal", "relative_error",
+    "squared_error", "zero_likelihood",
+]  # fmt: skip
+
+
+def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Summed squared error; divided by its count, the masked MSE of scGPT."""
+    return F.mse_loss(predicted.float(), target.float(), reduction="sum")
+
+
+def relative_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Summed ``|p - t| / (t + 1e-6)``; dominated by targets of zero where there are any."""
+    return ((predicted.float() - target).abs() / (target + 1e-6)).sum()
+
+
+def zero_likelihood(logits: Tensor, target: Tensor) -> Tensor:
+    """Summed negative log-likelihood of "is expressed" under ``sigmoid(logits)``."""
+    return F.binary_cross_entropy_with_logits(logits.float(), (target > 0).float(), reduction="sum")
+
+
+def elastic_similarity(cell: Tensor, threshold: float) -> Tensor:
+    """Elastic cell similarity of scGPT: mean of ``1 - (cos - threshold)^2`` over all pairs, negative cosines as zero."""
+    unit = F.normalize(cell.float(), dim=1)
+    cosine = (unit @ unit.T).fill_diagonal_(0).relu()
+    return (1 - (cosine - threshold) ** 2).mean()
+
+
+def contrastive(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
+    """Mean cross-entropy of finding each cell's second view among all (CCE in scGPT; Gao et al. 2021)."""
+    similarity = F.normalize(first.float(), dim=1) @ F.normalize(second.float(), dim=1).T / temperature
+    return F.cross_entropy(similarity, torch.arange(len(first), device=first.device))
+
+
+def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each cell, ``(b,)``."""
+    return F.cross_entropy(logits.float(), label, weight=weight, reduction="none")
+
+
+def binary_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+    """One-against-all binary cross-entropy of each cell, summed over classes, ``(b,)``."""
+    target = F.one_hot(label, logits.shape[1]).float()
+    each = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").sum(1)
+    return each if weight is None else each * weight[label]
+
+
+def focal(logits: Tensor, label: Tensor, weight: Tensor | None = None, gamma: float = 2.0) -> Tensor:
+    """Focal loss of each cell: cross-entropy times ``(1 - p)^gamma`` (Lin et al. 2017), ``(b,)``."""
+    log_p = F.log_softmax(logits.float(), dim=1).gather(1, label[:, None]).squeeze(1)
+    each = -((1 - log_p.exp()) ** gamma) * log_p
+    return each if weight is None else each * weight[label]
+
+
+def dice(logits: Tensor, label: Tensor, smooth: float = 1.0) -> Tensor:
+    """Soft Dice loss over the classes of a batch (Milletari et al. 2016): one minus the mean overlap of class and prediction."""
+    p = logits.float().softmax(1)
+    target = F.one_hot(label, logits.shape[1]).float()
+    overlap = (2 * (p * target).sum(0) + smooth) / (p.sum(0) + target.sum(0) + smooth)
+    there = target.sum(0) > 0
+    return 1 - overlap[there].mean()

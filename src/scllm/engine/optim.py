@@ -1,0 +1,101 @@
+"""Parameter groups, freezing, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+
+from scllm.engine.config import TrainConfig
+from scllm.models.base import CellModel
+
+__all__ = ["Freeze", "freeze", "learning_rate", "optimizer", "train_mode"]
+
+Freeze = int | str | tuple[str, ...]
+
+
+def freeze(model: CellModel, what: Freeze) -> None:
+    """Keep weights as they are: the first n blocks, ``"encoder"`` (all but the heads), or name patterns."""
+    blocks = list(model.blocks)
+    if isinstance(what, int):
+        if not 0 <= what <= len(blocks):
+            raise ValueError(
+                f"freeze is {what}, 0 to {len(blocks)} blocks expected. The model has {len(blocks)} blocks."
+            )
+        for block in blocks[:what]:
+            block.requires_grad_(False)
+        return
+    if what == "encoder":
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name.startswith("heads."))
+        return
+    patterns = (what,) if isinstance(what, str) else what
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ValueError(
+                f"freeze: no weight is called {pattern!r}; names such as {names[:3]} expected. Use patterns like 'layers.0.*'."
+            )
+    for name, weight in model.named_parameters():
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            weight.requires_grad_(False)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Training mode, but for modules whose weights are all frozen: they leave dropout off."""
+    model.train()
+    trained = any(weight.requires_grad for weight in model.parameters())
+    if not trained:
+        model.eval()
+        return
+    for child in model.children():
+        weights = list(child.parameters())
+        if weights and not any(weight.requires_grad for weight in weights):
+            child.eval()
+        elif weights and not isinstance(child, nn.Sequential):
+            train_mode(child)
+
+
+def optimizer(model: CellModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, vectors and tables of embeddings do not; earlier blocks may learn more slowly."""
+    assert config.lr is not None
+    block_of = {id(weight): i for i, block in enumerate(model.blocks) for weight in block.parameters()}
+    n_blocks = len(list(model.blocks))
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        # heads and decoders stand above the last block, the embeddings below the first
+        depth = (
+            n_blocks
+            if name.startswith("heads.")
+            else block_of.get(id(weight), -1 if id(weight) in tables else n_blocks)
+        )
+        scale = config.layer_decay ** (n_blocks - depth)
+        decay = config.weight_decay if weight.ndim > 1 and id(weight) not in tables else 0.0
+        group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
+        group["params"].append(weight)
+    if not groups:
+        raise ValueError("every weight is frozen, at least one to train expected. Freeze less, or add a head.")
+    return torch.optim.AdamW(list(groups.values()), lr=config.lr, fused=True)
+
+
+def learning_rate(step: int, epoch: int, n_steps: int, config: TrainConfig) -> float:
+    """Learning rate of a step (counted from 0)."""
+    assert config.lr is not None
+    rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    after = min(1.0, max(0, step - config.warmup) / max(1, n_steps - config.warmup))
+    match config.schedule:
+        case "step":
+            fall = config.gamma**epoch
+        case "cosine":
+            fall = 0.5 * (1 + math.cos(math.pi * after))
+        case "linear":
+            fall = 1 - after
+        case "constant":
+            fall = 1.0
+    return config.lr * rise * fall

@@ -1,0 +1,136 @@
+"""A run is a directory: what is trained (``spec.json``), how far it is (``last.pt``), what came out (``model/``)."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from scllm.data.run_files import read_history, read_json, write_json
+
+__all__ = ["Run"]
+
+# what may differ between a run and its continuation
+_FREE = ("versions", "processes", "data_reference")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory.
+
+    Parameters
+    ----------
+    path
+        The directory.
+    """
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        """The model: as it began, and once the run is done with the best validation weights."""
+        return self.path / "model"
+
+    @property
+    def best(self) -> Path:
+        """The best validation weights as a plain state dict."""
+        return self.path / "best_model.pt"
+
+    @property
+    def last(self) -> Path:
+        """Model, optimiser and step at the last checkpoint."""
+        return self.path / "last.pt"
+
+    @property
+    def history(self) -> Path:
+        """One JSON line a logged step."""
+        return self.path / "history.jsonl"
+
+    @property
+    def data(self) -> Path:
+        """In-memory data as memory-mapped arrays, while the run goes on."""
+        return self.path / "data"
+
+    @property
+    def log(self) -> Path:
+        """What the processes of a run printed."""
+        return self.path / "log.txt"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the final weights are written."""
+        return (self.path / "done").exists()
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What is trained, on what, and how."""
+        spec = self.path / "spec.json"
+        if not spec.is_file():
+            raise FileNotFoundError(
+                f"{self.path} is not a run directory (no spec.json). Pass the run_dir of tl.pretrain or tl.finetune."
+            )
+        return read_json(spec)
+
+    @property
+    def cells(self) -> dict[str, NDArray[Any]]:
+        """Rows of the training and validation cells, and the columns that go with them."""
+        with np.load(self.path / "cells.npz", allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def create(self, spec: Mapping[str, Any], cells: Mapping[str, NDArray[Any]]) -> None:
+        """Write down what is to be trained; ``spec.json`` comes last, so that half a directory is none."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "cells.npz").open("wb") as handle:
+            np.savez(handle, **cells)  # type: ignore[arg-type]
+        write_json(self.path / "spec.json", spec)
+
+    def is_new(self) -> bool:
+        """Whether nothing was written here yet."""
+        return not (self.path / "spec.json").is_file()
+
+    def check(self, spec: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` naming what differs between a spec and the one in the directory."""
+        # as it reads back: JSON knows no tuples
+        ours = _flat({k: v for k, v in json.loads(json.dumps(spec)).items() if k not in _FREE})
+        theirs = _flat({k: v for k, v in self.spec.items() if k not in _FREE})
+        different = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+        if different:
+            seen = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in different[:6])
+            raise ValueError(
+                f"{self.path} holds a run with other settings ({seen}), the same settings expected. Pass another run_dir, "
+                "or the settings of the run to continue it."
+            )
+
+    def table(self) -> pd.DataFrame | None:
+        """The history so far."""
+        return read_history(self.history)
+
+    def finish(self) -> None:
+        """Say that the final weights are written."""
+        (self.path / "done").write_text("")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Let one process train here at a time; the lock goes with the process, however it ends."""
+        with (self.path / ".lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RuntimeError(
+                    f"another process trains in {self.path}, one at a time expected. Wait for it, or stop it."
+                ) from error
+            yield
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict):
+        return {prefix.removesuffix("."): content}
+    return {name: value for key, part in content.items() for name, value in _flat(part, f"{prefix}{key}.").items()}

@@ -1,0 +1,53 @@
+"""Taking scllm's results out of AnnData."""
+
+from __future__ import annotations
+
+import numpy as np
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from scllm import _keys
+from scllm._results import recorded
+from scllm._typing import IntArray
+from scllm.data.tokens import Tokens
+
+__all__ = ["tokens"]
+
+
+def tokens(
+    adata: AnnData, *, key: str = _keys.TOKENS, length: int | None = None, pad_value: float = -2
+) -> tuple[IntArray, NDArray[np.float32] | None]:
+    """Token ids and values as padded arrays, as scGPT's code lays them out.
+
+    Parameters
+    ----------
+    adata
+        After :func:`scllm.pp.tokenize`.
+    key
+        What ``tokenize`` was given as ``key_added``.
+    length
+        Columns; ``None`` is the longest sentence. Longer sentences are cut at the end.
+    pad_value
+        Value of padding.
+
+    Returns
+    -------
+    Genes and values, each ``(n_cells, length)``: ``<cls>`` first, then genes, then padding (the vocabulary's pad id and
+    ``pad_value``). Values are ``None`` for rank sentences.
+
+    Examples
+    --------
+    >>> adata = scllm.datasets.toy()
+    >>> scllm.pp.tokenize(adata)
+    >>> genes, values = scllm.get.tokens(adata, length=10)
+    >>> genes.shape == values.shape == (adata.n_obs, 10)
+    True
+    """
+    settings = recorded(adata, "tokenize", made_by="pp.tokenize")["params"]
+    if key not in adata.obsm:
+        raise KeyError(f"{key!r} is not in adata.obsm. Call pp.tokenize(adata, key_added={key!r}) first.")
+    genes = adata.obsm[key]
+    values = adata.obsm.get(key + _keys.TOKEN_VALUES)
+    ragged = Tokens(genes.indptr, genes.data, None if values is None else values.data)
+    padded, beside = ragged.padded(pad_id=int(settings["pad_id"]), pad_value=pad_value, length=length)
+    return padded, beside

@@ -1,0 +1,244 @@
+"""Gather, restrict, crop and pad ragged rows.
+
+Row ``i`` owns ``values[indptr[i]:indptr[i + 1]]``. Every ``indptr`` handed back is int64 and begins at 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+from numpy.typing import NDArray
+
+from scllm.kernels._jit import jit, row_kernel
+
+__all__ = ["crop_random", "crop_top", "pad_rows", "prepend", "restrict", "take_rows"]
+
+
+def take_rows(indptr: NDArray[np.integer], rows: NDArray[np.integer], *arrays: NDArray) -> tuple[NDArray, ...]:
+    """Gather rows out of one or more parallel arrays.
+
+    Parameters
+    ----------
+    indptr
+        Where each row begins and ends.
+    rows
+        Positions of the rows wanted, in any order, with repeats if need be; not negative.
+    arrays
+        Arrays of one entry each, all cut by the same ``indptr``.
+
+    Returns
+    -------
+    The new ``indptr``, then the gathered arrays in their own types.
+    """
+    rows = np.asarray(rows)
+    new_indptr = _indptr(np.diff(indptr)[rows])
+    outs = [np.empty(new_indptr[-1], array.dtype) for array in arrays]
+    for array, out in zip(arrays, outs, strict=True):
+        _take(new_indptr, indptr, rows, array, out)
+    return new_indptr, *outs
+
+
+def restrict(
+    indptr: NDArray[np.integer], indices: NDArray[np.integer], data: NDArray, ids: NDArray[np.integer]
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray]:
+    """Keep the entries whose column has an id and whose value is not zero, and rename the columns to the ids.
+
+    Parameters
+    ----------
+    indptr, indices, data
+        A CSR matrix.
+    ids
+        Id of each column, -1 for columns to leave out.
+
+    Returns
+    -------
+    ``indptr``, ids (int32) and values of what is left, in the order they had.
+    """
+    n_entries = indptr[-1] - indptr[0]
+    new_indptr = np.empty(indptr.size, np.int64)
+    # one more than needed: dropped entries are written too and overwritten by the next
+    kept_ids, kept = np.empty(n_entries + 1, np.int32), np.empty(n_entries + 1, data.dtype)
+    _restrict(indptr, indices, data, ids, new_indptr, kept_ids, kept)
+    return new_indptr, kept_ids[: new_indptr[-1]], kept[: new_indptr[-1]]
+
+
+def crop_top(indptr: NDArray[np.integer], values: NDArray, max_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Find each row's highest values, to keep at most ``max_len`` of them.
+
+    Parameters
+    ----------
+    indptr
+        Where each row begins and ends.
+    values
+        What to choose by, without NaN. Of equal values the earlier is kept.
+    max_len
+        Longest row wanted.
+
+    Returns
+    -------
+    The new ``indptr`` and the positions in ``values`` of the kept entries, in the order they had.
+    """
+    lengths = np.diff(indptr)
+    if lengths.size == 0 or lengths.max() <= max_len:
+        return _indptr(lengths), np.arange(indptr[0], indptr[-1], dtype=np.int64)
+    new_indptr = _indptr(np.minimum(lengths, max_len))
+    positions = np.empty(new_indptr[-1], np.int64)
+    _crop_top(indptr, values, values.dtype == np.uint8, new_indptr, positions)
+    return new_indptr, positions
+
+
+def crop_random(
+    indptr: NDArray[np.integer], max_len: int, draws: NDArray[np.floating]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Choose at most ``max_len`` entries of each row by chance: those with the smallest draws.
+
+    Parameters
+    ----------
+    indptr
+        Where each row begins and ends.
+    max_len
+        Longest row wanted.
+    draws
+        One number an entry, as from :func:`scllm.kernels.draws.uniform_entries`.
+
+    Returns
+    -------
+    The new ``indptr`` and the positions of the kept entries, in the order they had.
+    """
+    return crop_top(indptr, -draws, max_len)
+
+
+def prepend(indptr: NDArray[np.integer], values: NDArray, first: float) -> tuple[NDArray[np.int64], NDArray]:
+    """Put one entry in front of every row, such as ``<cls>``.
+
+    Parameters
+    ----------
+    indptr
+        Where each row begins and ends.
+    values
+        The rows' entries.
+    first
+        The new first entry of each row; takes the type of ``values``.
+
+    Returns
+    -------
+    The new ``indptr`` and values, one longer a row.
+    """
+    new_indptr = _indptr(np.diff(indptr) + 1)
+    out = np.empty(new_indptr[-1], values.dtype)
+    _prepend(new_indptr, indptr, values, values.dtype.type(first), out)
+    return new_indptr, out
+
+
+def pad_rows(indptr: NDArray[np.integer], values: NDArray, length: int, fill: float) -> NDArray:
+    """Lay the rows out in a rectangle.
+
+    Parameters
+    ----------
+    indptr
+        Where each row begins and ends.
+    values
+        The rows' entries.
+    length
+        Width of the result; no row may be longer.
+    fill
+        What stands behind the shorter rows; takes the type of ``values``.
+
+    Returns
+    -------
+    Array (n_rows, length).
+    """
+    longest = np.diff(indptr).max(initial=0)
+    if longest > length:
+        raise ValueError(f"a row has {longest} entries, expected at most length={length}. Crop the rows first.")
+    out = np.full((indptr.size - 1, length), fill, values.dtype)
+    _pad(indptr, values, out)
+    return out
+
+
+def _indptr(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    indptr = np.zeros(lengths.size + 1, np.int64)
+    np.cumsum(lengths, out=indptr[1:])
+    return indptr
+
+
+@row_kernel
+def _take(new_indptr, indptr, rows, array, out):
+    for i in prange(rows.size):
+        begin = indptr[rows[i]]
+        start = new_indptr[i]
+        for j in range(new_indptr[i + 1] - start):
+            out[start + j] = array[begin + j]
+
+
+@jit
+def _restrict(indptr, indices, data, ids, new_indptr, kept_ids, kept):
+    n = 0
+    new_indptr[0] = 0
+    for row in range(indptr.size - 1):
+        for j in range(indptr[row], indptr[row + 1]):
+            kept_ids[n], kept[n] = ids[indices[j]], data[j]
+            n += np.int64((ids[indices[j]] >= 0) & (data[j] != 0))
+        new_indptr[row + 1] = n
+
+
+@row_kernel
+def _crop_top(indptr, values, is_byte, new_indptr, positions):
+    for row in prange(indptr.size - 1):
+        begin, end = indptr[row], indptr[row + 1]
+        start, n_kept = new_indptr[row], new_indptr[row + 1] - new_indptr[row]
+        if n_kept == end - begin:
+            for j in range(n_kept):
+                positions[start + j] = begin + j
+        elif n_kept:
+            lowest = _nth_highest(values[begin:end], n_kept, is_byte)
+            _crop_row(values[begin:end], lowest, begin, positions[start : start + n_kept])
+
+
+@jit
+def _nth_highest(values, n, is_byte):
+    if not is_byte:
+        return np.partition(values, values.size - n)[values.size - n]
+    # bins: counting them is a fifth of the time of partitioning them
+    tally = np.zeros(256, np.int64)
+    for value in values:
+        tally[np.uint8(value)] += 1
+    highest, n_above = np.uint8(255), tally[255]
+    while n_above < n:
+        highest -= np.uint8(1)
+        n_above += tally[highest]
+    return values.dtype.type(highest)
+
+
+@jit
+def _crop_row(values, lowest, begin, positions):
+    """Positions of the highest values; of those equal to the lowest kept value, only the earliest have room."""
+    n_kept = positions.size
+    room = n_kept
+    for j in range(values.size):
+        room -= np.int64(values[j] > lowest)
+    n, j = 0, 0
+    # written whether kept or not and overwritten by the next: branches here would be mispredicted
+    while n < n_kept:
+        is_lowest = np.int64((values[j] == lowest) & (room > 0))
+        positions[n] = begin + j
+        n += np.int64(values[j] > lowest) | is_lowest
+        room -= is_lowest
+        j += 1
+
+
+@jit
+def _prepend(new_indptr, indptr, values, first, out):
+    for row in range(indptr.size - 1):
+        start, begin = new_indptr[row], indptr[row]
+        out[start] = first
+        for j in range(indptr[row + 1] - begin):
+            out[start + 1 + j] = values[begin + j]
+
+
+@jit
+def _pad(indptr, values, out):
+    for row in range(indptr.size - 1):
+        begin = indptr[row]
+        for j in range(indptr[row + 1] - begin):
+            out[row, j] = values[begin + j]

@@ -1,0 +1,65 @@
+"""Taking counts away at random: exactly binomial, and a function of each cell's key."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+from numpy.typing import NDArray
+
+from scllm.kernels._jit import row_kernel
+from scllm.kernels.draws import draw
+from scllm.kernels.ragged import restrict
+
+__all__ = ["thin"]
+
+_SHARE, _COUNT = np.uint64(3), np.uint64(4)  # salts: no other draw uses them
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_WHOLE = 32  # counts are thinned in pieces of this size, where (1 - p)^n cannot underflow
+
+
+def thin(
+    indptr: NDArray[np.integer], ids: NDArray[np.integer], counts: NDArray, keys: NDArray[np.int64], most: float
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray]:
+    """Draw each cell as if it had been sequenced less deeply.
+
+    A cell loses a share drawn uniformly from 0 to ``most``; each of its counts stays with the same probability, so what
+    is left of a count ``n`` is Binomial(n, 1 - share).
+
+    Parameters
+    ----------
+    indptr, ids, counts
+        Ragged rows: gene ids and integer counts.
+    keys
+        One key a row, from :func:`scllm.kernels.draws.mix`.
+    most
+        Largest share of counts to take away, from 0 to below 1.
+
+    Returns
+    -------
+    ``indptr``, ``ids`` and ``counts`` of what is left, without the zeros that arise.
+    """
+    kept = np.empty_like(counts)
+    _thin(indptr, ids, counts, keys.view(np.uint64), most, kept)
+    return restrict(indptr, ids, kept, np.arange(int(ids.max(initial=0)) + 1))
+
+
+@row_kernel
+def _thin(indptr, ids, counts, keys, most, kept):
+    for row in prange(indptr.size - 1):
+        p = 1.0 - most * draw(keys[row], _SHARE, np.uint64(0))
+        for j in range(indptr[row], indptr[row + 1]):
+            left, n, piece = np.int64(counts[j]), 0, np.uint64(ids[j])
+            while left > 0:
+                size = min(left, _WHOLE)
+                # inversion: walk up the binomial distribution until it passes the draw
+                u, k = draw(keys[row], _COUNT, piece), 0
+                chance = (1.0 - p) ** size
+                total = chance
+                while u >= total and k < size:
+                    chance *= (size - k) / (k + 1) * p / (1.0 - p)
+                    k += 1
+                    total += chance
+                n += k
+                left -= size
+                piece += _STEP
+            kept[j] = n

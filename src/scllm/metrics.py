@@ -1,0 +1,214 @@
+"""How good labels and embeddings are: small functions on plain arrays.
+
+Unless said otherwise every score lies between 0 (worst) and 1 (best). scIB below is Luecken et al., "Benchmarking
+atlas-level data integration in single-cell genomics", *Nature Methods* 2022, doi:10.1038/s41592-021-01336-8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import (
+    accuracy_score,
+    adjusted_rand_score,
+    confusion_matrix,
+    f1_score,
+    normalized_mutual_info_score,
+    recall_score,
+    roc_auc_score,
+    silhouette_samples,
+    silhouette_score,
+)
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from scllm._typing import CSR, FloatArray, IntArray
+
+__all__ = [
+    "BATCH_METRICS",
+    "BIO_METRICS",
+    "BIO_WEIGHT",
+    "batch_mixing",
+    "classification_scores",
+    "clustering_agreement",
+    "confusion",
+    "graph_connectivity",
+    "knn_accuracy",
+    "logistic_regression_scores",
+    "silhouette_batch",
+    "silhouette_label",
+]
+
+BIO_METRICS = ("nmi", "ari", "silhouette_label", "knn_accuracy", "logreg_accuracy", "logreg_macro_f1")
+BATCH_METRICS = ("silhouette_batch", "graph_connectivity", "batch_mixing")
+BIO_WEIGHT = 0.6
+"""Share of the bio mean in the overall score; 0.4 is left for the batch mean (scIB)."""
+
+
+def classification_scores(
+    truth: ArrayLike, predicted: ArrayLike, probabilities: FloatArray | None = None, classes: ArrayLike | None = None
+) -> dict[str, float]:
+    """Accuracy, macro F1 and balanced accuracy; with ``probabilities`` the macro AUROC too.
+
+    Averages go over the classes of ``truth``: a prediction outside them ("unknown") is a miss of the true class and no
+    class of its own.
+
+    Parameters
+    ----------
+    truth, predicted
+        Labels, ``(n,)``.
+    probabilities
+        ``(n, k)``, one column for each of ``classes``. Classes without a cell, or with all of them, have no AUROC.
+    classes
+        Names of the columns; ``None`` = the sorted classes of ``truth``.
+
+    Returns
+    -------
+    ``accuracy``, ``macro_f1``, ``balanced_accuracy`` and, with probabilities, ``auroc``: the mean over classes of one
+    class against the rest.
+
+    Examples
+    --------
+    >>> scores = classification_scores(["B", "B", "T", "T"], ["B", "T", "T", "T"])
+    >>> {name: round(value, 3) for name, value in scores.items()}
+    {'accuracy': 0.75, 'macro_f1': 0.733, 'balanced_accuracy': 0.75}
+    """
+    truth, predicted = np.asarray(truth), np.asarray(predicted)
+    known = np.unique(truth)
+    scores = {
+        "accuracy": float(accuracy_score(truth, predicted)),
+        "macro_f1": float(f1_score(truth, predicted, labels=known, average="macro", zero_division=0)),
+        "balanced_accuracy": float(recall_score(truth, predicted, labels=known, average="macro", zero_division=0)),
+    }
+    if probabilities is not None:
+        columns = known if classes is None else np.asarray(classes)
+        is_class = truth[:, None] == columns  # (n, k)
+        scored = is_class.any(axis=0) & ~is_class.all(axis=0)
+        areas = [roc_auc_score(is_class[:, k], probabilities[:, k]) for k in np.flatnonzero(scored)]
+        scores["auroc"] = float(np.mean(areas)) if areas else float("nan")
+    return scores
+
+
+def confusion(truth: ArrayLike, predicted: ArrayLike, *, rows: ArrayLike, columns: ArrayLike) -> IntArray:
+    """Cells of each true class (row) by predicted class (column), ``(len(rows), len(columns))``.
+
+    Examples
+    --------
+    >>> confusion(["B", "B", "T"], ["B", "unknown", "T"], rows=["B", "T"], columns=["B", "T", "unknown"])
+    array([[1, 0, 1],
+           [0, 1, 0]])
+    """
+    names = list(dict.fromkeys([*rows, *columns]))
+    counts = confusion_matrix(np.asarray(truth), np.asarray(predicted), labels=names)
+    place = {name: at for at, name in enumerate(names)}
+    return counts[np.ix_([place[name] for name in rows], [place[name] for name in columns])]
+
+
+def clustering_agreement(clusterings: Iterable[ArrayLike], labels: ArrayLike) -> tuple[float, float]:
+    """NMI and ARI of the clustering that agrees best with the labels, by NMI.
+
+    Clusterings are of one graph at several resolutions: how finely it was cut says nothing about the embedding, so the
+    best cut counts (scIB). NMI is ``2 I(C; L) / (H(C) + H(L))``; ARI is the Rand index adjusted for chance, 0 at chance
+    and negative below it.
+
+    Examples
+    --------
+    >>> clustering_agreement([[0, 0, 0, 0], [0, 0, 1, 1]], ["B", "B", "T", "T"])
+    (1.0, 1.0)
+    """
+    scored = [(normalized_mutual_info_score(labels, clusters), clusters) for clusters in clusterings]
+    nmi, best = max(scored, key=lambda pair: pair[0])
+    return float(nmi), float(adjusted_rand_score(labels, best))
+
+
+def silhouette_label(embedding: FloatArray, labels: ArrayLike) -> float:
+    """How compact and apart the classes lie: ``(ASW + 1) / 2`` with the average silhouette width ASW (scIB).
+
+    One half means that cells are as near to another class as to their own.
+    """
+    return (float(silhouette_score(embedding, labels)) + 1) / 2
+
+
+def silhouette_batch(embedding: FloatArray, labels: ArrayLike, batches: ArrayLike) -> float:
+    """How little the batches lie apart within each class: the mean over classes of ``mean(1 - |s|)`` (scIB).
+
+    ``s`` is a cell's silhouette width by batch among the cells of its class. Classes that come from one batch, or where
+    each cell is a batch of its own, say nothing and are left out; NaN if none remains.
+    """
+    labels, batches = np.asarray(labels), np.asarray(batches)
+    scores = []
+    for label in np.unique(labels):
+        cells = np.flatnonzero(labels == label)
+        if 1 < len(np.unique(batches[cells])) < len(cells):
+            scores.append(np.mean(1 - np.abs(silhouette_samples(embedding[cells], batches[cells]))))
+    return float(np.mean(scores)) if scores else float("nan")
+
+
+def graph_connectivity(graph: CSR, labels: ArrayLike) -> float:
+    """Whether each class hangs together in the neighbour graph: its largest component / its cells, mean (scIB)."""
+    labels = np.asarray(labels)
+    scores = []
+    for label in np.unique(labels):
+        cells = np.flatnonzero(labels == label)
+        component = connected_components(graph[cells][:, cells], directed=False)[1]
+        scores.append(np.bincount(component).max() / len(cells))
+    return float(np.mean(scores))
+
+
+def batch_mixing(graph: CSR, batches: ArrayLike) -> float:
+    """How mixed the batches are around a cell: mean entropy of its neighbours' batches / entropy of all, at most 1.
+
+    ``-sum_b p_b log p_b`` with the share ``p_b`` of batch b among the neighbours: the entropy of batch mixing of
+    Haghverdi et al., *Nature Biotechnology* 2018, doi:10.1038/nbt.4091. Unlike the other batch scores it does not know
+    classes: where batches hold different cell types, 1 cannot and should not be reached.
+
+    Parameters
+    ----------
+    graph
+        Stored entries are the neighbours of a row's cell; their values are not read.
+    batches
+        Batch of each cell, at least two.
+    """
+    _, batch = np.unique(np.asarray(batches), return_inverse=True)
+    is_batch = np.eye(batch.max() + 1)[batch]  # (n_cells, n_batches)
+    neighbours = sparse.csr_matrix((np.ones(len(graph.indices)), graph.indices, graph.indptr), shape=graph.shape)
+    counts = neighbours @ is_batch
+    counts = counts[counts.sum(axis=1) > 0]
+    around = _entropy(counts / counts.sum(axis=1, keepdims=True)).mean()
+    return float(min(1.0, around / _entropy(is_batch.mean(axis=0, keepdims=True))[0]))
+
+
+def knn_accuracy(
+    embedding: FloatArray, labels: ArrayLike, *, k: int = 15, n_folds: int = 5, random_state: int = 0
+) -> float:
+    """Accuracy of the majority vote of the ``k`` nearest cells of the other folds; folds are stratified."""
+    labels = np.asarray(labels)
+    k = min(k, len(labels) - -(-len(labels) // n_folds) - 1)
+    folds = StratifiedKFold(n_folds, shuffle=True, random_state=random_state)
+    predicted = cross_val_predict(KNeighborsClassifier(k), embedding, labels, cv=folds)
+    return float(accuracy_score(labels, predicted))
+
+
+def logistic_regression_scores(
+    embedding: FloatArray, labels: ArrayLike, *, n_folds: int = 5, random_state: int = 0
+) -> dict[str, float]:
+    """Out-of-fold scores of a logistic regression on the standardised embedding: what a linear probe can read off.
+
+    See :func:`classification_scores` for what is returned.
+    """
+    labels = np.asarray(labels)
+    folds = StratifiedKFold(n_folds, shuffle=True, random_state=random_state)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    return classification_scores(labels, cross_val_predict(probe, embedding, labels, cv=folds))
+
+
+def _entropy(shares: FloatArray) -> FloatArray:
+    """Entropy of each row in nats."""
+    return -np.sum(shares * np.log(np.where(shares > 0, shares, 1)), axis=1)

@@ -1,0 +1,171 @@
+"""Model families: build one, load one, save one."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import fields
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from scllm.data.encode import BinEncoder, Encoder, ValueEncoder, encoder_from_dict
+from scllm.data.run_files import read_history
+from scllm.data.vocab import Vocab
+from scllm.models.base import CellModel, Checkpoint, HeadSpec
+from scllm.models.storage import is_native, load_weights, read_native
+
+__all__ = ["BinEncoder", "CellModel", "ValueEncoder", "Vocab", "build", "families", "load"]
+
+
+def families() -> list[str]:
+    """Names of the model families that come with scllm.
+
+    Examples
+    --------
+    >>> "scgpt" in families()
+    True
+    """
+    here = [module.name for module in pkgutil.iter_modules(__path__)]
+    return [name for name in here if hasattr(import_module(f"{__name__}.{name}"), "Config")]
+
+
+def family_module(family: str) -> ModuleType:
+    """The module of a family; a name with a dot is a module of another package, and is imported as it is."""
+    if "." in family:
+        return import_module(family)
+    if family not in families():
+        raise ValueError(
+            f"there is no model family {family!r}, one of {families()} expected. A family of your own package is named with "
+            "its module, for example 'mylab.model'."
+        )
+    return import_module(f"{__name__}.{family}")
+
+
+def build(
+    family: str, *, vocab: Vocab | Iterable[str], encoder: Encoder | None = None, size: str = "base", **config: Any
+) -> CellModel:
+    """Build a model with fresh weights.
+
+    Parameters
+    ----------
+    family
+        One of :func:`families`, or the module of your own family (``"mylab.model"``).
+    vocab
+        The vocabulary, or gene names to make one of.
+    encoder
+        How counts become sentences; ``None`` is the family's own.
+    size
+        A named architecture of the family (``"tiny"``, ``"small"``, ``"base"``).
+    **config
+        Fields of the family's ``Config``, over those of ``size``.
+
+    Returns
+    -------
+    An untrained :class:`CellModel`. Weights are drawn from torch's global generator: seed it for equal ones.
+
+    Examples
+    --------
+    >>> build("scgpt", vocab=["CD3E", "LYZ"], size="tiny").config.d_model
+    64
+    """
+    module = family_module(family)
+    if size not in module.SIZES:
+        raise ValueError(f"{family} has no size {size!r}, one of {sorted(module.SIZES)} expected.")
+    known = {field.name for field in fields(module.Config)}
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise TypeError(f"{family} has no setting {unknown[0]!r}, one of {sorted(known)} expected.")
+    settings = module.Config(**{**module.SIZES[size], **config})
+    vocab = vocab if isinstance(vocab, Vocab) else Vocab.from_genes(vocab)
+    return module.Model(settings, vocab, encoder if encoder is not None else settings.encoder())
+
+
+def load(
+    path: str | PathLike[str] | CellModel,
+    *,
+    family: str | None = None,
+    vocab: Vocab | None = None,
+    medians: Any = None,
+    ignore: Iterable[str] = (),
+) -> CellModel:
+    """Load a model; nothing in the files is executed.
+
+    Parameters
+    ----------
+    path
+        A folder that scllm wrote (a model or a run directory), or a published checkpoint. A model is given back as it is.
+    family
+        Which published format it is; native folders say so themselves.
+    vocab
+        Replaces the vocabulary of a published checkpoint, for formats that come without one.
+    medians
+        Gene medians, for families that rank by them.
+    ignore
+        Prefixes of weight names that may be missing or left over.
+
+    Returns
+    -------
+    The model, in evaluation mode, on the CPU.
+    """
+    if isinstance(path, CellModel):
+        return path
+    if medians is not None:
+        raise ValueError("medians= goes with families that rank genes; none of those is asked for here. Leave it out.")
+    folder = _folder(Path(path))
+    if family is None or is_native(folder):
+        return _load_native(folder, ignore, family)
+    module = family_module(family)
+    if not hasattr(module, "read"):
+        raise ValueError(f"{family} has no published format that scllm reads. Load a native folder without family=.")
+    checkpoint: Checkpoint = module.read(folder)
+    model: CellModel = module.Model(checkpoint.config, vocab or checkpoint.vocab, checkpoint.encoder)
+    model.set_heads(checkpoint.heads)
+    load_weights(model, checkpoint.weights, source=folder, ignore=ignore)
+    model.path = folder.absolute()
+    return model.eval()
+
+
+def _folder(path: Path) -> Path:
+    """The model folder itself, also where a run directory was given."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there, a model folder or run directory expected. Check the path.")
+    if (path / "spec.json").is_file():
+        if not (path / "done").exists():
+            raise ValueError(
+                f"{path} is a run that is not done, a finished run expected. Continue it with the same call of the verb, "
+                f"or `scllm run {path}`."
+            )
+        return path / "model"
+    return path
+
+
+def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> CellModel:
+    if not is_native(folder):
+        raise ValueError(
+            f"{folder} does not hold a model that scllm wrote (config.json with weights.safetensors). For a published "
+            f"checkpoint say which with family=, one of {families()}."
+        )
+    config, vocab, weights = read_native(folder)
+    saved = config["family"]
+    if family not in (None, saved):
+        raise ValueError(f"{folder} holds a {saved!r} model, family={family!r} was asked for. Leave family= out.")
+    if "." in saved and family is None:
+        # a family outside this package is imported only when the caller passes it, never because a file says so
+        raise ValueError(
+            f"{folder} holds a model of the family {saved!r} from another package. If you trust it, pass family={saved!r}."
+        )
+    module = family_module(saved)
+    model: CellModel = module.Model(
+        module.Config(**config["config"]), Vocab.from_dict(vocab), encoder_from_dict(config["encoder"])
+    )
+    model.set_heads(
+        HeadSpec(**{**spec, "classes": None if spec["classes"] is None else tuple(spec["classes"])})
+        for spec in config["heads"]
+    )
+    load_weights(model, weights, source=folder, ignore=ignore)
+    model.history = read_history(folder / "history.jsonl")
+    model.path = folder.absolute()
+    return model.eval()

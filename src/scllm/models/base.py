@@ -1,0 +1,368 @@
+"""What every model family has in common: a configuration, a vocabulary, an encoder, and one packed batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from scllm._typing import IntArray
+from scllm.data.encode import Encoder
+from scllm.data.tokens import Tokens
+from scllm.data.vocab import Vocab
+from scllm.models.storage import write_native
+
+__all__ = ["Batch", "CellModel", "Checkpoint", "HeadSpec", "ModelConfig", "Outputs", "Pooling"]
+
+Pooling = Literal["cls", "mean", "max"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture; each family adds its own fields."""
+
+    n_layers: int = 12
+    n_heads: int = 8
+    d_model: int = 512
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; every head needs the same width. "
+                "Change one of them."
+            )
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a prediction head answers.
+
+    Parameters
+    ----------
+    key
+        The ``obs`` column it was trained on.
+    classes
+        Its labels in the order of the outputs; ``None`` for a head that predicts a value.
+    mean, std
+        Of the values a value head was trained on: its output times ``std`` plus ``mean`` is the value.
+    """
+
+    key: str
+    classes: tuple[str, ...] | None
+    mean: float = 0.0
+    std: float = 1.0
+
+    @property
+    def n_outputs(self) -> int:
+        """Width of the head's output."""
+        return 1 if self.classes is None else len(self.classes)
+
+
+@dataclass
+class Batch:
+    """Cells packed one after the other; nothing is padded.
+
+    Parameters
+    ----------
+    genes
+        Token ids, ``(t,)`` int64.
+    values
+        Values beside the tokens, ``(t,)`` float32, or nothing.
+    cu_seqlens
+        Where each cell begins and ends, ``(b + 1,)`` int32.
+    lengths
+        Tokens of each cell, on the host: grouping cells must not wait for the GPU.
+    keys
+        What each cell's random draws are keyed by, ``(b,)`` int64.
+    obs
+        Labels, batch and the like by name, ``(b,)`` each.
+    """
+
+    genes: Tensor
+    values: Tensor | None
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+    keys: Tensor
+    obs: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def from_tokens(cls, tokens: Tokens, keys: IntArray | None = None, obs: Mapping[str, Any] | None = None) -> Batch:
+        """Pack the sentences of cells."""
+        keys = np.zeros(len(tokens), np.int64) if keys is None else keys
+        return cls(
+            torch.from_numpy(tokens.genes.astype(np.int64)),
+            None if tokens.values is None else torch.from_numpy(np.asarray(tokens.values, np.float32)),
+            torch.from_numpy(tokens.indptr.astype(np.int32)),
+            tuple(tokens.lengths.tolist()),
+            torch.from_numpy(np.ascontiguousarray(keys, np.int64)),
+            {name: torch.as_tensor(column) for name, column in (obs or {}).items()},
+        )
+
+    @property
+    def n_cells(self) -> int:
+        """Cells in the batch."""
+        return len(self.lengths)
+
+    @property
+    def first(self) -> Tensor:
+        """Position of each cell's first token, ``(b,)``."""
+        return self.cu_seqlens[:-1].long()
+
+    @property
+    def cell(self) -> Tensor:
+        """Which cell each token belongs to, ``(t,)`` int64."""
+        cells = torch.arange(self.n_cells, device=self.genes.device)
+        return torch.repeat_interleave(cells, self.cu_seqlens.diff().long(), output_size=len(self.genes))
+
+    def with_values(self, values: Tensor) -> Batch:
+        """The same cells with other values beside the genes."""
+        return Batch(self.genes, values, self.cu_seqlens, self.lengths, self.keys, self.obs)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move to a device, without waiting for it."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(
+            move(self.genes),
+            None if self.values is None else move(self.values),
+            move(self.cu_seqlens),
+            self.lengths,
+            move(self.keys),
+            {name: move(column) for name, column in self.obs.items()},
+        )
+
+    def pin(self) -> Batch:
+        """Pinned copies, so that moving to a GPU overlaps with computing."""
+        pinned = self.values.pin_memory() if self.values is not None else None
+        obs = {name: column.pin_memory() for name, column in self.obs.items()}
+        cu_seqlens, keys = self.cu_seqlens.pin_memory(), self.keys.pin_memory()
+        return Batch(self.genes.pin_memory(), pinned, cu_seqlens, self.lengths, keys, obs)
+
+    def padded(self, *, pad_id: int, pad_value: float = 0) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Genes, values and padding (``True`` where there is no token), each ``(b, l)``."""
+        width = max(self.lengths, default=0)
+        lengths = self.cu_seqlens.diff().long()
+        padding = torch.arange(width, device=self.genes.device) >= lengths[:, None]
+        genes = self.genes.new_full(padding.shape, pad_id)
+        genes[~padding] = self.genes
+        if self.values is None:
+            return genes, None, padding
+        values = self.values.new_full(padding.shape, pad_value)
+        values[~padding] = self.values
+        return genes, values, padding
+
+
+@dataclass
+class Outputs:
+    """What a forward pass gives.
+
+    Parameters
+    ----------
+    hidden
+        State of each token after the last block, ``(t, d)``.
+    cell
+        Embedding of each cell, ``(b, d)``.
+    heads
+        Predictions by name: per token ``(t,)``, per cell ``(b, k)``.
+    """
+
+    hidden: Tensor
+    cell: Tensor
+    heads: dict[str, Tensor]
+
+
+@dataclass
+class Checkpoint:
+    """What a family's ``read`` finds in a foreign format."""
+
+    config: ModelConfig
+    vocab: Vocab
+    encoder: Encoder
+    weights: dict[str, Tensor]
+    heads: tuple[HeadSpec, ...] = ()
+
+
+class CellModel(nn.Module):
+    """A single-cell transformer with all that is needed to use it: weights, vocabulary and encoder.
+
+    Made by :func:`scllm.models.build`, :func:`scllm.models.load` and the verbs that train.
+
+    Attributes
+    ----------
+    config
+        The architecture.
+    vocab
+        Token ids of genes and specials.
+    encoder
+        How counts become sentences.
+    history
+        Training history (a DataFrame), ``None`` for a model that was not trained here.
+    report
+        Sizes, speed and agreement after :func:`scllm.tl.quantize` or :func:`scllm.tl.prune`.
+    path
+        Where the model was saved or loaded last.
+    head_specs
+        What each module in ``heads`` answers.
+    """
+
+    family: ClassVar[str]
+    pooling: ClassVar[Pooling] = "cls"
+    unit_length: ClassVar[bool] = False
+    """Whether the family's own cell embedding is scaled to length one."""
+
+    def __init__(self, config: ModelConfig, vocab: Vocab, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab = vocab
+        self.encoder = encoder
+        self.history: pd.DataFrame | None = None
+        self.report: pd.DataFrame | None = None
+        self.path: Path | None = None
+        self.head_specs: tuple[HeadSpec, ...] = ()
+        self.heads = nn.ModuleList()
+        special = torch.zeros(len(vocab), dtype=torch.bool)
+        special[torch.from_numpy(vocab.special_ids).long()] = True
+        self.register_buffer("is_special", special, persistent=False)
+
+    # --- what a family fills in ---
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks, first to last."""
+        raise TypeError(f"{type(self).__name__} does not define its blocks")
+
+    def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
+        """States of all tokens after a block, ``(t, d)``; with ``first_only`` of each cell's first token, ``(b, d)``."""
+        raise TypeError(f"{type(self).__name__} does not define hidden states")
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Everything the model predicts."""
+        raise TypeError(f"{type(self).__name__} does not define a forward pass")
+
+    def gene_table(self) -> Tensor:
+        """The embedding of each token before any context, ``(n_tokens, d)``."""
+        raise TypeError(f"{type(self).__name__} does not define a gene table")
+
+    def write_original(self, path: Path) -> None:
+        """Write the family's published format."""
+        raise ValueError(f"{self.family} has no published format that scllm writes. Use format='native'.")
+
+    def new_head(self, n_outputs: int) -> nn.Module:
+        """A fresh head of the family's own kind."""
+        return nn.Linear(self.config.d_model, n_outputs)
+
+    # --- what all families share ---
+
+    def speed_up(self, *, compile: bool = False, checkpointing: bool = False) -> None:
+        """Compile the blocks' pointwise parts, or compute blocks again in the backward pass for less memory."""
+        for block in self.blocks:
+            block.checkpointing = checkpointing
+            if compile:
+                block.compile_feed_forward()
+
+    def set_heads(self, specs: Iterable[HeadSpec]) -> None:
+        """Replace all heads by fresh ones."""
+        self.head_specs = tuple(specs)
+        self.heads = nn.ModuleList(self.new_head(spec.n_outputs) for spec in self.head_specs)
+
+    def pool(self, hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
+        """One vector a cell, ``(b, d)``; means and maxima leave special tokens out."""
+        if pooling == "cls":
+            return hidden[batch.first]
+        gene = ~self.is_special[batch.genes]
+        cell = batch.cell[gene]
+        shape = (batch.n_cells, hidden.shape[1])
+        index = cell[:, None].expand(-1, shape[1])
+        if pooling == "max":
+            highest = hidden.new_zeros(shape)
+            return highest.scatter_reduce(0, index, hidden[gene], "amax", include_self=False)
+        total = hidden.new_zeros(shape).index_add(0, cell, hidden[gene])
+        return total / torch.bincount(cell, minlength=batch.n_cells).clamp(min=1)[:, None]
+
+    def embed(self, batch: Batch, *, pooling: Pooling | None = None, layer: int = -1) -> Tensor:
+        """Embedding of each cell, ``(b, d)``; ``pooling=None`` is the family's own."""
+        how = pooling or self.pooling
+        if how == "cls":
+            # the last block's queries are needed for <cls> only
+            cell = self.hidden(batch, layer=layer, first_only=True)
+        else:
+            cell = self.pool(self.hidden(batch, layer=layer), batch, how)
+        return nn.functional.normalize(cell.float(), dim=1) if pooling is None and self.unit_length else cell
+
+    def head_outputs(self, cell: Tensor) -> dict[str, Tensor]:
+        """Logits (or values) of every head by its key."""
+        return {spec.key: head(cell) for spec, head in zip(self.head_specs, self.heads, strict=True)}
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def hash(self) -> str:
+        """Short hash of all weights."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | PathLike[str], *, format: Literal["native", "scgpt"] = "native") -> None:
+        """Write the model into a folder.
+
+        Parameters
+        ----------
+        path
+            The folder; made if it is not there.
+        format
+            ``"native"`` (weights, vocabulary, encoder, heads), or the published format of the model's own family.
+        """
+        if format == "native":
+            write_native(self, Path(path))
+        elif format == self.family:
+            self.write_original(Path(path))
+        else:
+            raise ValueError(
+                f"format is {format!r}, 'native' or the model's own family {self.family!r} expected. "
+                "A model cannot be written in the format of another family."
+            )
+        self.path = Path(path).absolute()
+
+    def __repr__(self) -> str:
+        config, heads = (
+            self.config,
+            ", ".join(
+                f"{spec.key} ({'value' if spec.classes is None else f'{spec.n_outputs} classes'})"
+                for spec in self.head_specs
+            ),
+        )
+        lines = [
+            f"{self.family} model: {config.n_layers} layers x {config.n_heads} heads x {config.d_model}, "
+            f"{self.n_parameters / 1e6:.1f} M weights on {self.device}",
+            f"  vocabulary  {self.vocab!r}",
+            f"  encoder     {self.encoder!r}",
+        ]
+        if heads:
+            lines.append(f"  heads       {heads}")
+        if self.history is not None and len(self.history):
+            validation = self.history.loc[self.history["split"] == "validation", "loss"]
+            best = f", best validation loss {validation.min():.4g}" if len(validation) else ""
+            lines.append(f"  trained     {int(self.history['step'].max())} steps{best}")
+        if self.path is not None:
+            lines.append(f"  saved in    {self.path}")
+        return "\n".join(lines)

@@ -1,0 +1,235 @@
+"""Layers that families share: attention over packed cells, transformer blocks, heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from scllm.models.base import Batch
+
+try:  # there is no packed attention before torch 2.10, and none on a CPU
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # pragma: no cover
+    varlen_attn = None  # type: ignore[assignment]
+
+__all__ = [
+    "Attention", "BinTable", "Block", "CellDecoder", "CellToGenes", "ClassHead", "GradientReversal", "ValueNetwork",
+    "attend", "mlp",
+]  # fmt: skip
+
+CellDecoder = Literal["inner product", "inner product, detach", "concat query", "sum query"]
+
+_HIGHEST_VALUE = 512  # scGPT clamps its continuous input there
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, batch: Batch, *, first_only: bool = False) -> Tensor:
+    """Attention inside each cell of a packed batch.
+
+    Parameters
+    ----------
+    query
+        ``(t, h, d / h)``, or with ``first_only`` the first token's of each cell, ``(b, h, d / h)``.
+    key, value
+        ``(t, h, d / h)``.
+    batch
+        Where the cells begin and end.
+    first_only
+        Whether only the first token of each cell asks.
+    """
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and varlen_attn is not None:
+        longest = max(batch.lengths)
+        if not first_only:
+            return varlen_attn(query, key, value, batch.cu_seqlens, batch.cu_seqlens, longest, longest)
+        ones = torch.arange(batch.n_cells + 1, device=query.device, dtype=torch.int32)
+        return varlen_attn(query, key, value, ones, batch.cu_seqlens, 1, longest)
+    lengths = list(batch.lengths)
+    queries = query.split([1] * batch.n_cells if first_only else lengths)
+    cells = [_attend_cell(*cell) for cell in zip(queries, key.split(lengths), value.split(lengths), strict=True)]
+    return torch.cat(cells) if cells else query
+
+
+def _attend_cell(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """One cell, ``(l, h, d / h)``."""
+    q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # (h, l, d / h)
+    if q.dtype == torch.bfloat16 and not q.is_cuda:
+        # bf16 matrix products beat the fused CPU kernel, which computes in fp32
+        scores = torch.bmm(q, k.transpose(1, 2)) * q.shape[-1] ** -0.5
+        return torch.bmm(scores.softmax(-1), v).transpose(0, 1)
+    return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one ``qkv`` and one ``out`` projection.
+
+    Attention weights are not dropped out: the fused kernels have no dropout, and cells are short.
+    """
+
+    def __init__(self, d_model: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """``(t, d)`` to ``(t, d)``."""
+        query, key, value = self.qkv(x).view(len(x), 3, self.n_heads, -1).unbind(1)
+        return self.out(attend(query, key, value, batch).reshape(x.shape))
+
+    def first(self, x: Tensor, batch: Batch) -> Tensor:
+        """What the first token of each cell gathers, ``(t, d)`` to ``(b, d)``."""
+        d = x.shape[1]
+        query = F.linear(x[batch.first], self.qkv.weight[:d], self.qkv.bias[:d]).view(batch.n_cells, self.n_heads, -1)
+        key, value = F.linear(x, self.qkv.weight[d:], self.qkv.bias[d:]).view(len(x), 2, self.n_heads, -1).unbind(1)
+        return self.out(attend(query, key, value, batch, first_only=True).reshape(batch.n_cells, d))
+
+    def weights(self, x: Tensor, batch: Batch) -> list[Tensor]:
+        """Attention weights of each cell, ``(h, l, l)``."""
+        query, key, _ = self.qkv(x).view(len(x), 3, self.n_heads, -1).unbind(1)
+        lengths = list(batch.lengths)
+        pairs = zip(query.split(lengths), key.split(lengths), strict=True)
+        return [(torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5).softmax(-1) for q, k in pairs]
+
+
+class Block(nn.Module):
+    """Post-norm transformer block (Vaswani et al. 2017) with ReLU."""
+
+    def __init__(self, d_model: int, n_heads: int, d_hidden: int, dropout: float, norm_eps: float = 1e-5) -> None:
+        super().__init__()
+        self.attention = Attention(d_model, n_heads)
+        self.norm1 = nn.LayerNorm(d_model, norm_eps)
+        self.up = nn.Linear(d_model, d_hidden)
+        self.down = nn.Linear(d_hidden, d_model)
+        self.norm2 = nn.LayerNorm(d_model, norm_eps)
+        self.dropout = nn.Dropout(dropout)
+        self.checkpointing = False
+        self._rest = self._feed_forward
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """``(t, d)`` to ``(t, d)``."""
+        if self.checkpointing and self.training:
+            return checkpoint(self._all, x, batch, use_reentrant=False)
+        return self._all(x, batch)
+
+    def compile_feed_forward(self) -> None:
+        """Fuse what follows the attention; the attention itself has a shape of its own in every batch."""
+        self._rest = torch.compile(self._feed_forward, dynamic=True)
+
+    def _all(self, x: Tensor, batch: Batch) -> Tensor:
+        return self._rest(x, self.attention(x, batch))
+
+    def first(self, x: Tensor, batch: Batch) -> Tensor:
+        """The block's output at the first token of each cell only, ``(t, d)`` to ``(b, d)``."""
+        return self._rest(x[batch.first], self.attention.first(x, batch))
+
+    def _feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = self.norm1(x + self.dropout(attended))
+        return self.norm2(x + self.dropout(self.down(self.dropout(F.relu(self.up(x))))))
+
+
+class ValueNetwork(nn.Module):
+    """Embedding of a continuous value."""
+
+    def __init__(self, d_model: int, dropout: float) -> None:
+        super().__init__()
+        self.up = nn.Linear(1, d_model)
+        self.out = nn.Linear(d_model, d_model)
+        self.norm = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """``(t,)`` to ``(t, d)``."""
+        x = values.clamp(max=_HIGHEST_VALUE)[:, None].to(self.up.weight.dtype)
+        return self.dropout(self.norm(self.out(F.relu(self.up(x)))))
+
+
+class BinTable(nn.Module):
+    """Embedding of a bin."""
+
+    def __init__(self, n_bins: int, d_model: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(n_bins, d_model)
+        self.norm = nn.LayerNorm(d_model)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """``(t,)`` to ``(t, d)``."""
+        return self.norm(self.table(values.long()))
+
+
+class CellToGenes(nn.Module):
+    """Expression of genes predicted from the cell embedding alone (MVC or GEPC in the original)."""
+
+    def __init__(self, style: CellDecoder, d_model: int, d_cell: int, explicit_zero_prob: bool) -> None:
+        super().__init__()
+        self.style = style
+        if style in ("inner product", "inner product, detach"):
+            self.query = nn.Linear(d_model, d_model)
+            self.weight = nn.Linear(d_model, d_cell, bias=False)
+            self.zero_weight = nn.Linear(d_model, d_cell) if explicit_zero_prob else None
+        else:
+            if explicit_zero_prob:
+                raise ValueError(
+                    f"explicit_zero_prob goes with the 'inner product' cell decoders only, cell_decoder is {style!r}."
+                )
+            d_query = 64 if style == "concat query" else d_model
+            self.query = nn.Linear(d_model, d_query)
+            self.up = nn.Linear(d_cell + d_query if style == "concat query" else d_model, 64)
+            self.activation = nn.PReLU()
+            self.out = nn.Linear(64, 1)
+
+    def forward(self, cell: Tensor, genes: Tensor, cell_of: Tensor) -> dict[str, Tensor]:
+        """``(b, d_cell)`` cells and ``(n, d)`` genes to ``(n,)`` values: ``cell_value``, and ``cell_zero`` logits."""
+        if self.style == "inner product, detach":
+            genes = genes.detach()
+        query = torch.sigmoid(self.query(genes))
+        of_gene = cell[cell_of]
+        if self.style == "concat query":
+            h = self.activation(self.up(torch.cat([of_gene, query], dim=1)))
+            return {"cell_value": self.out(h).squeeze(1)}
+        if self.style == "sum query":
+            return {"cell_value": self.out(self.activation(self.up(of_gene + query))).squeeze(1)}
+        predicted = {"cell_value": (self.weight(query) * of_gene).sum(1)}
+        if self.zero_weight is not None:
+            predicted["cell_zero"] = (self.zero_weight(query) * of_gene).sum(1)
+        return predicted
+
+
+class ClassHead(nn.Module):
+    """Layers of linear, activation and norm, then one linear: scGPT's classifier and its batch discriminator."""
+
+    def __init__(self, d_model: int, n_outputs: int, n_layers: int, activation: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(n_layers - 1):
+            layers += [nn.Linear(d_model, d_model), activation(), nn.LayerNorm(d_model)]
+        self.layers = nn.Sequential(*layers)
+        self.out = nn.Linear(d_model, n_outputs)
+
+    def forward(self, cell: Tensor) -> Tensor:
+        """``(b, d)`` to ``(b, k)``."""
+        return self.out(self.layers(cell))
+
+
+def mlp(d_in: int, d_model: int) -> nn.Sequential:
+    """Three linear layers down to one number, with leaky ReLUs between."""
+    return nn.Sequential(
+        nn.Linear(d_in, d_model), nn.LeakyReLU(), nn.Linear(d_model, d_model), nn.LeakyReLU(), nn.Linear(d_model, 1)
+    )
+
+
+class GradientReversal(torch.autograd.Function):
+    """Identity forward, minus the gradient backward (Ganin & Lempitsky 2015)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Pass ``x`` on."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Turn the gradient round."""
+        return -gradients[0]

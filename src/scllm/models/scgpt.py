@@ -1,0 +1,388 @@
+"""scGPT: a transformer over binned expression (Cui et al., Nature Methods 2024, doi:10.1038/s41592-024-02201-0)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from scllm.data.encode import BinEncoder, Encoder, ValueEncoder
+from scllm.data.vocab import Vocab, read_tokens
+from scllm.models.base import Batch, CellModel, Checkpoint, HeadSpec, ModelConfig, Outputs
+from scllm.models.layers import (
+    BinTable,
+    Block,
+    CellDecoder,
+    CellToGenes,
+    ClassHead,
+    GradientReversal,
+    ValueNetwork,
+    mlp,
+)  # fmt: skip
+from scllm.models.storage import read_torch
+
+__all__ = ["SIZES", "Config", "Model", "read"]
+
+SIZES = {
+    "tiny": {"n_layers": 2, "n_heads": 4, "d_model": 64, "d_hidden": 64},
+    "small": {"n_layers": 4, "n_heads": 4, "d_model": 128, "d_hidden": 256},
+    "base": {},
+}
+
+ValueStyle = Literal["continuous", "category", "scaling"]
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
+    """The architecture; defaults are those of the published whole-human model.
+
+    Parameters
+    ----------
+    d_hidden
+        Width of the feed-forward layers.
+    value_style
+        How the value beside a gene is read: by a small network (``"continuous"``), by a table of bins (``"category"``),
+        or as a factor of the gene's embedding (``"scaling"``).
+    n_value_bins
+        Rows of the table of bins, the one for hidden values included (``"category"`` only).
+    mask_value
+        What stands in the place of a hidden value.
+    cell_decoder
+        How expression is predicted from the cell embedding (MVC in the original); ``None`` for not at all.
+    explicit_zero_prob
+        Whether a second head says how likely a gene is zero.
+    n_batches
+        Number of experimental batches that the model knows; 0 for none.
+    batch_labels
+        Whether the decoders see the batch.
+    domain_norm
+        Whether features are normalised by batch first (DSBN in the original).
+    adversarial
+        Whether a head tries to tell the batch from the cell embedding, against the model (DAB in the original).
+    class_layers
+        Layers of a classification head.
+    """
+
+    dropout: float = 0.2
+    d_hidden: int = 512
+    value_style: ValueStyle = "continuous"
+    n_value_bins: int = 52
+    mask_value: int = -1
+    cell_decoder: CellDecoder | None = "inner product"
+    explicit_zero_prob: bool = False
+    n_batches: int = 0
+    batch_labels: bool = False
+    domain_norm: bool = False
+    adversarial: bool = False
+    class_layers: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.batch_labels or self.domain_norm or self.adversarial) and self.n_batches < 1:
+            raise ValueError(
+                f"n_batches is {self.n_batches}, at least 1 expected with batch_labels, domain_norm or adversarial. "
+                "Pass the number of batches."
+            )
+        if self.value_style == "category" and not 0 <= self.mask_value < self.n_value_bins:
+            # the table has no row -1: the row after the bins stands for hidden values
+            object.__setattr__(self, "mask_value", self.n_value_bins - 1)
+
+    def encoder(self) -> Encoder:
+        """Counts to sentences, as the family does it by default."""
+        if self.value_style == "scaling":
+            return ValueEncoder(max_len=1201, include_zeros=False)
+        return BinEncoder()
+
+
+class Model(CellModel):
+    """The scGPT transformer: gene embedding + value embedding, post-norm blocks without positions, ``<cls>`` first."""
+
+    family = "scgpt"
+    unit_length = True
+
+    def __init__(self, config: Config, vocab: Vocab, encoder: Encoder) -> None:
+        super().__init__(config, vocab, encoder)
+        self.config: Config = config
+        d = config.d_model
+        self.gene_embedding = nn.Embedding(len(vocab), d)
+        self.gene_norm = nn.LayerNorm(d)
+        if config.value_style == "continuous":
+            self.value_embedding: nn.Module = ValueNetwork(d, config.dropout)
+        elif config.value_style == "category":
+            self.value_embedding = BinTable(config.n_value_bins, d)
+        if config.batch_labels:
+            self.batch_embedding = nn.Sequential(nn.Embedding(config.n_batches, d), nn.LayerNorm(d))
+        if config.domain_norm:
+            # the original's batch norms have no weights of their own
+            self.domain_norms = nn.ModuleList(
+                nn.BatchNorm1d(d, eps=6.1e-5, affine=False) for _ in range(config.n_batches)
+            )
+        self.layers = nn.ModuleList(
+            Block(d, config.n_heads, config.d_hidden, config.dropout) for _ in range(config.n_layers)
+        )
+        d_seen = 2 * d if config.batch_labels else d
+        self.decoder = mlp(d_seen, d)
+        self.zero_decoder = mlp(d_seen, d) if config.explicit_zero_prob else None
+        self.cell_decoder = None
+        if config.cell_decoder is not None:
+            self.cell_decoder = CellToGenes(config.cell_decoder, d, d_seen, config.explicit_zero_prob)
+        self.batch_head = ClassHead(d, config.n_batches, 3, nn.LeakyReLU) if config.adversarial else None
+        self._initialise()
+
+    def _initialise(self) -> None:
+        # the original's: a narrow uniform table, PyTorch's own defaults elsewhere
+        nn.init.uniform_(self.gene_embedding.weight, -0.1, 0.1)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks, first to last."""
+        return list(self.layers)
+
+    def gene_table(self) -> Tensor:
+        """The embedding of each token before the norm, ``(n_tokens, d)``."""
+        return self.gene_embedding.weight
+
+    def new_head(self, n_outputs: int) -> nn.Module:
+        """The original's classifier."""
+        return ClassHead(self.config.d_model, n_outputs, self.config.class_layers, nn.ReLU)
+
+    def embed_genes(self, genes: Tensor) -> Tensor:
+        """Gene embeddings as the blocks see them, any shape to ``(..., d)``."""
+        return self.gene_norm(self.gene_embedding(genes))
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """What the first block reads, ``(t, d)``."""
+        genes = self.embed_genes(batch.genes)
+        if batch.values is None:
+            raise ValueError("scgpt reads a value beside each gene, this batch has none. Encode with a BinEncoder.")
+        if self.config.value_style == "scaling":
+            x = genes * batch.values[:, None].to(genes.dtype)
+        else:
+            x = genes + self.value_embedding(batch.values)
+        return self._normalise_domains(x, batch) if self.config.domain_norm else x
+
+    def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
+        """States of all tokens after a block, ``(t, d)``; with ``first_only`` of each cell's first token, ``(b, d)``."""
+        x = self.inputs(batch)
+        blocks = list(self.layers)[: len(self.layers) + 1 + layer]
+        if not blocks:
+            return x[batch.first] if first_only else x
+        for block in blocks[:-1]:
+            x = block(x, batch)
+        return blocks[-1].first(x, batch) if first_only else blocks[-1](x, batch)
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Predictions for every token and every cell."""
+        hidden = self.hidden(batch)
+        cell = hidden[batch.first]
+        heads = self.decode(hidden, batch.cell, batch) | self.decode_cell(cell, batch.genes, batch.cell, batch)
+        if self.batch_head is not None:
+            heads["batch"] = self.batch_head(GradientReversal.apply(cell))
+        return Outputs(hidden, cell, heads | self.head_outputs(cell))
+
+    def decode(self, hidden: Tensor, cell_of: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Values predicted from token states ``(n, d)`` of the cells ``cell_of``: ``value``, and ``zero`` logits."""
+        if self.config.batch_labels:
+            hidden = torch.cat([hidden, self.batch_embedding(batch.obs["batch"])[cell_of]], dim=1)
+        predicted = {"value": self.decoder(hidden).squeeze(1)}
+        if self.zero_decoder is not None:
+            predicted["zero"] = self.zero_decoder(hidden).squeeze(1)
+        return predicted
+
+    def decode_cell(self, cell: Tensor, genes: Tensor, cell_of: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Values of ``genes`` ``(n,)`` predicted from the embeddings of the cells ``cell_of``."""
+        if self.cell_decoder is None:
+            return {}
+        if self.config.batch_labels:
+            cell = torch.cat([cell, self.batch_embedding(batch.obs["batch"])], dim=1)
+        return self.cell_decoder(cell, self.embed_genes(genes), cell_of)
+
+    def value_losses(self, from_cell: bool) -> tuple[str, ...]:
+        """Names of the error terms that :class:`scllm.engine.objectives.MaskedValue` finds."""
+        names = ["mse"] + ["zero"] * self.config.explicit_zero_prob
+        if from_cell and self.cell_decoder is not None:
+            names += ["mse_cell"] + ["zero_cell"] * self.config.explicit_zero_prob
+        return tuple(names)
+
+    def _normalise_domains(self, x: Tensor, batch: Batch) -> Tensor:
+        """Each experimental batch by its own statistics; cells of several may share a mini-batch."""
+        domain = batch.obs["batch"][batch.cell]
+        normalised = torch.empty_like(x)
+        for label in domain.unique().tolist():
+            of_label = domain == label
+            normalised[of_label] = self.domain_norms[label](x[of_label])
+        return normalised
+
+    def write_original(self, path: Path) -> None:
+        """Write ``args.json``, ``vocab.json`` and ``best_model.pt`` as the scGPT package reads them."""
+        write(self, path)
+
+
+# --- the original's checkpoint folders ---
+
+# names in scGPT's state dict and ours; the first that fits is used, both ways
+_NAMES: tuple[tuple[str, str], ...] = (
+    ("encoder.embedding.", "gene_embedding."),
+    ("encoder.enc_norm.", "gene_norm."),
+    ("value_encoder.linear1.", "value_embedding.up."),
+    ("value_encoder.linear2.", "value_embedding.out."),
+    ("value_encoder.norm.", "value_embedding.norm."),
+    ("value_encoder.embedding.", "value_embedding.table."),
+    ("value_encoder.enc_norm.", "value_embedding.norm."),
+    ("batch_encoder.embedding.", "batch_embedding.0."),
+    ("batch_encoder.enc_norm.", "batch_embedding.1."),
+    ("dsbn.bns.", "domain_norms."),
+    ("transformer_encoder.layers.#.self_attn.Wqkv.", "layers.#.attention.qkv."),
+    ("transformer_encoder.layers.#.self_attn.in_proj_", "layers.#.attention.qkv."),
+    ("transformer_encoder.layers.#.self_attn._impl.Wqkv.", "layers.#.attention.qkv."),
+    ("transformer_encoder.layers.#.self_attn.out_proj.", "layers.#.attention.out."),
+    ("transformer_encoder.layers.#.linear1.", "layers.#.up."),
+    ("transformer_encoder.layers.#.linear2.", "layers.#.down."),
+    ("transformer_encoder.layers.#.norm", "layers.#.norm"),
+    ("decoder.fc.", "decoder."),
+    ("decoder.zero_logit.", "zero_decoder."),
+    ("cls_decoder._decoder.", "heads.0.layers."),
+    ("cls_decoder.out_layer.", "heads.0.out."),
+    ("mvc_decoder.gene2query.", "cell_decoder.query."),
+    ("mvc_decoder.W.", "cell_decoder.weight."),
+    ("mvc_decoder.W_zero_logit.", "cell_decoder.zero_weight."),
+    ("mvc_decoder.fc1.", "cell_decoder.up."),
+    ("mvc_decoder.hidden_activation.", "cell_decoder.activation."),
+    ("mvc_decoder.fc2.", "cell_decoder.out."),
+    ("grad_reverse_discriminator._decoder.", "batch_head.layers."),
+    ("grad_reverse_discriminator.out_layer.", "batch_head.out."),
+)
+# left over from generative pretraining, used by no public model class
+_UNUSED = ("flag_encoder.",)
+_SPECIALS = ("<pad>", "<cls>", "<eoc>")
+
+
+def read(path: str | Path) -> Checkpoint:
+    """Read a folder of the scGPT package: ``args.json``, ``vocab.json`` and ``best_model.pt``."""
+    path = Path(path)
+    for name in ("args.json", "vocab.json", "best_model.pt"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(
+                f"{path / name} is not there; an scGPT folder holds args.json, vocab.json and best_model.pt. "
+                "Pass the folder that holds all three."
+            )
+    args = json.loads((path / "args.json").read_text())
+    vocab = read_vocab(path / "vocab.json")
+    original = {name.removeprefix("module."): tensor for name, tensor in read_torch(path / "best_model.pt").items()}
+    weights = {_ours(name): tensor for name, tensor in original.items() if not name.startswith(_UNUSED)}
+    config = _config(args, weights)
+    encoder = _encoder(args, config)
+    if "heads.0.out.weight" not in weights:
+        return Checkpoint(config, vocab, encoder, weights)
+    classes = tuple(map(str, range(len(weights["heads.0.out.weight"]))))
+    return Checkpoint(config, vocab, encoder, weights, (HeadSpec("cls", classes),))
+
+
+def write(model: Model, path: Path) -> None:
+    """Write a folder that the scGPT package (and :func:`read`) reads."""
+    config, encoder = model.config, model.encoder
+    if len(model.heads) > 1:
+        raise ValueError(
+            f"scGPT has room for one classification head, the model has {len(model.heads)}. Save it native."
+        )
+    args: dict[str, Any] = {
+        "embsize": config.d_model, "nheads": config.n_heads, "d_hid": config.d_hidden, "nlayers": config.n_layers,
+        "n_layers_cls": config.class_layers, "dropout": config.dropout, "pad_token": "<pad>",
+        "pad_value": getattr(encoder, "cls_value", -2), "mask_value": config.mask_value,
+        "n_bins": getattr(encoder, "n_bins", 51), "max_seq_len": encoder.max_len - 1,
+        "input_style": "binned" if isinstance(encoder, BinEncoder) else "log1p", "input_emb_style": config.value_style,
+        "include_zero_gene": getattr(encoder, "include_zeros", False), "ties": getattr(encoder, "ties", "middle"),
+        "MVC": config.cell_decoder is not None, "mvc_decoder_style": config.cell_decoder, "training_tasks": "both",
+        "explicit_zero_prob": config.explicit_zero_prob, "mask_ratio": [0.25, 0.5, 0.75],
+    }  # fmt: skip
+    weights = {_theirs(name): tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "args.json").write_text(json.dumps(args, indent=1))
+    (path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(model.vocab.tokens)}))
+    torch.save(weights, path / "best_model.pt")
+
+
+def read_vocab(path: Path) -> Vocab:
+    """scGPT's ``{symbol: id}`` file; specials that are missing are appended as its package does."""
+    tokens = read_tokens(path)
+    if isinstance(tokens, dict):
+        raise ValueError(
+            f"{path} is a native scllm vocabulary, scGPT's symbol -> id dictionary expected. Drop family=."
+        )
+    tokens = [*tokens, *(token for token in _SPECIALS if token not in tokens)]
+    return Vocab(tuple(tokens), mask=None)
+
+
+def _ours(name: str) -> str:
+    return _rename(name, [(theirs, ours) for theirs, ours in _NAMES])
+
+
+def _theirs(name: str) -> str:
+    # several of their names may stand for one of ours: the first is the released one
+    return _rename(name, [(ours, theirs) for theirs, ours in _NAMES])
+
+
+def _rename(name: str, table: Sequence[tuple[str, str]]) -> str:
+    for old, new in table:
+        found = re.match(re.escape(old).replace(r"\#", r"(\d+)"), name)
+        if found:
+            layer = found.group(1) if found.groups() else ""
+            return new.replace("#", layer) + name[found.end() :]
+    return name
+
+
+def _config(args: dict[str, Any], weights: dict[str, Tensor]) -> Config:
+    """The architecture: sizes from the settings, optional parts from the weights that are there."""
+    if "cell_decoder.weight.weight" in weights:
+        style = args.get("mvc_decoder_style") or "inner product"
+    elif "cell_decoder.up.weight" in weights:
+        style = "concat query" if len(weights["cell_decoder.query.weight"]) == 64 else "sum query"
+        style = args.get("mvc_decoder_style") or style
+    else:
+        style = None
+    config = Config(
+        n_layers=args["nlayers"],
+        n_heads=args["nheads"],
+        d_model=args["embsize"],
+        dropout=args.get("dropout", 0.2),
+        d_hidden=args["d_hid"],
+        value_style=args.get("input_emb_style", "continuous"),
+        mask_value=args.get("mask_value", -1),
+        cell_decoder=style,
+        explicit_zero_prob="zero_decoder.0.weight" in weights,
+        class_layers=args.get("n_layers_cls", 3),
+    )
+    if config.value_style == "category":
+        config = replace(config, n_value_bins=len(weights["value_embedding.table.weight"]))
+    domains = {name.split(".")[1] for name in weights if name.startswith("domain_norms.")}
+    known = [
+        len(domains),
+        len(weights.get("batch_embedding.0.weight", ())),
+        len(weights.get("batch_head.out.bias", ())),
+    ]
+    return replace(
+        config,
+        n_batches=max(known),
+        batch_labels="batch_embedding.0.weight" in weights,
+        domain_norm=bool(domains),
+        adversarial="batch_head.out.bias" in weights,
+    )
+
+
+def _encoder(args: dict[str, Any], config: Config) -> Encoder:
+    """The original's embedding path: ties drawn, ``<cls>`` beside the padding value, 1,200 genes and ``<cls>``."""
+    max_len = args.get("max_seq_len", 1200) + 1
+    cls_value = args.get("pad_value", -2)
+    zeros = bool(args.get("include_zero_gene", False))
+    if config.value_style == "scaling":
+        return ValueEncoder(max_len=max_len, cls_value=cls_value, include_zeros=zeros)
+    ties = args.get("ties", "random")
+    if config.value_style == "category":
+        cls_value = 0  # the table of bins has no row for a negative value
+    return BinEncoder(args.get("n_bins", 51), max_len, ties, cls_value, zeros)

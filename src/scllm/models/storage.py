@@ -1,0 +1,138 @@
+"""A model in a folder: ``config.json``, ``vocab.json``, ``weights.safetensors``; atomically written, strictly read."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from scllm.data.encode import encoder_to_dict
+
+if TYPE_CHECKING:
+    from scllm.models.base import CellModel
+
+__all__ = ["is_native", "load_weights", "read_native", "read_torch", "write_native"]
+
+_FORMAT = 1
+
+
+def write_native(model: CellModel, path: Path) -> None:
+    """Write beside the target, then rename: the folder is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        config = {
+            "format": _FORMAT,
+            "family": model.family,
+            "config": asdict(model.config),
+            "encoder": encoder_to_dict(model.encoder),
+            "heads": [asdict(spec) for spec in model.head_specs],
+        }
+        (fresh / "config.json").write_text(json.dumps(config, indent=1))
+        (fresh / "vocab.json").write_text(json.dumps(model.vocab.to_dict()))
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, fresh / "weights.safetensors")
+        if model.history is not None:
+            model.history.to_json(fresh / "history.jsonl", orient="records", lines=True)
+        for file in fresh.iterdir():
+            _flush(file)
+        fresh.chmod(0o755)
+        _swap(fresh, path)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def is_native(path: Path) -> bool:
+    """Whether a folder holds a model that scllm wrote."""
+    config = path / "config.json"
+    return config.is_file() and (path / "weights.safetensors").is_file() and '"family"' in config.read_text()[:4096]
+
+
+def read_native(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """Contents of ``config.json``, ``vocab.json`` and the weights."""
+    config = json.loads((path / "config.json").read_text())
+    if config.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} has format {config.get('format')!r}, this version of scllm reads {_FORMAT}. Update scllm."
+        )
+    try:
+        weights = load_file(path / "weights.safetensors")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path / 'weights.safetensors'} cannot be read ({error}); a whole safetensors file expected. The file is "
+            "truncated or damaged: copy it again, or take an earlier checkpoint."
+        ) from error
+    return config, json.loads((path / "vocab.json").read_text()), weights
+
+
+def read_torch(path: Path) -> dict[str, Any]:
+    """A file of ``torch.save``, plain tensors and containers only: nothing in it is executed."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there, a checkpoint file expected. Check the path.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read ({reason}); a whole file of plain tensors expected. It is truncated, damaged or holds "
+            "code, which is never executed: copy it again, or take another checkpoint."
+        ) from error
+
+
+def load_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], *, source: object, ignore: Iterable[str] = ()
+) -> None:
+    """Every weight must find its place; what is missing, left over or of another shape is an error that lists names."""
+    expected = model.state_dict()
+    ignore = tuple(ignore)
+    given = (
+        {name: tensor for name, tensor in weights.items() if not name.startswith(ignore)} if ignore else dict(weights)
+    )
+    missing = sorted(name for name in set(expected) - set(given) if not (ignore and name.startswith(ignore)))
+    surplus = sorted(set(given) - set(expected))
+    shapes = [
+        f"{name} {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in sorted(set(given) & set(expected))
+        if given[name].shape != expected[name].shape
+    ]
+    problems = [("missing", missing), ("left over", surplus), ("of another shape", shapes)]
+    seen = "; ".join(f"{what}: {_cut(names)}" for what, names in problems if names)
+    if seen:
+        raise ValueError(
+            f"the weights in {source} do not fit the model ({seen}). Every weight must find its place: check that the "
+            "architecture is the one that was trained, or name parts to leave out with `ignore=`."
+        )
+    model.load_state_dict(given, strict=not ignore)
+
+
+def _cut(names: list[str], most: int = 8) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _swap(fresh: Path, path: Path) -> None:
+    """Put a finished folder in the place of another."""
+    if not path.exists():
+        fresh.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
+    path.rename(old)
+    fresh.rename(path)
+    shutil.rmtree(old.parent, ignore_errors=True)

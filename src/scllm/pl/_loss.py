@@ -1,0 +1,223 @@
+"""How training went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from scllm import _keys
+from scllm._checks import missing_key
+from scllm.data.run_files import read_history
+from scllm.pl._axes import GREY, AxesArray, axis_grid, colors, show_or_return, tidy
+
+__all__ = ["loss_curves"]
+
+
+class HasHistory(Protocol):
+    """A trained model."""
+
+    history: pd.DataFrame | None
+
+
+Source: TypeAlias = str | PathLike[str] | AnnData | pd.DataFrame | HasHistory
+
+_NOT_A_LOSS = frozenset({"step", "epoch", "split", "lr", "mask_ratio", "cells_per_s"})
+_TRAINED_BY = ("pretrain", "finetune")
+_MAX_EPOCH_MARKS = 12
+_POINTS_PER_WINDOW = 25
+_VALIDATION_DASHES = (0, (4, 1.5))
+
+
+def loss_curves(
+    source: Source | Sequence[Source],
+    *,
+    metrics: Sequence[str] | None = None,
+    perplexity: bool = False,
+    smooth: int | None = None,
+    labels: Sequence[str] | None = None,
+    ax: Axes | Sequence[Axes] | AxesArray | None = None,
+    show: bool | None = None,
+) -> Axes | AxesArray | None:
+    """Draw training and validation loss over the steps, one panel a loss term.
+
+    Thin lines are what was logged, thick ones their running mean, points the validation; vertical lines mark epochs,
+    and the ring marks the step with the lowest validation loss, whose weights are kept. A validation curve that rises
+    while training falls means that the model learns its cells by heart.
+
+    Parameters
+    ----------
+    source
+        A run directory, a trained model, an ``AnnData`` that ``scllm.tl.pretrain`` or ``scllm.tl.finetune`` has
+        recorded its training in (the former, if both), a history as a ``DataFrame``, or a list of those, drawn
+        together.
+    metrics
+        Columns of the history to draw. ``None`` = the loss and, where there are several, its terms.
+    perplexity
+        Draw ``exp(loss)``: of how many equally likely genes the model's guess is worth. Only for cross-entropies.
+    smooth
+        Logged points in the running mean; 1 = none. ``None`` = a 25th of the curve.
+    labels
+        Names of the sources in the legend. ``None`` = the directories' names, or numbers.
+    ax
+        Axes to draw on, as many as panels. ``None`` = a new figure.
+    show
+        Whether to show the figure. ``None`` = if there is a screen.
+
+    Returns
+    -------
+    The axes (an array of several panels) with ``show=False`` or without a screen, else nothing.
+
+    Examples
+    --------
+    >>> import pandas as pd, scllm
+    >>> history = pd.DataFrame({"step": [1, 2, 3], "epoch": 0, "split": "train", "loss": [3.0, 2.0, 1.5]})
+    >>> scllm.pl.loss_curves(history, show=False).get_ylabel()
+    'loss'
+    """
+    curves = _read_all(source, labels)
+    terms = list(metrics) if metrics is not None else _loss_terms(curves)
+    n_columns = min(3, len(terms))
+    figsize = (0.8 + 4.4 * n_columns, 3.4 * -(-len(terms) // n_columns))
+    axes = axis_grid(ax, len(terms), figsize, n_columns=n_columns)
+    hues = colors(max(2, len(curves)))
+    for panel, term in zip(axes, terms, strict=True):
+        for curve, hue in zip(curves, hues):
+            _draw(panel, curve, term, (hue, hues[1] if len(curves) == 1 else hue), smooth, perplexity)
+        _mark_epochs(panel, curves[0].history)
+        panel.set(xlabel="step", ylabel=f"perplexity ({term})" if perplexity else term)
+        panel.margins(x=0.02)
+        tidy(panel, grid="y")
+    if len(curves) > 1:
+        axes[0].plot([], [], color=GREY, linestyle=_VALIDATION_DASHES, marker="o", markersize=3.5, label="validation")
+    axes[0].legend(frameon=False, fontsize="small")
+    return show_or_return(axes[0] if len(axes) == 1 else axes, show)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    label: str
+    history: pd.DataFrame
+
+    def points(self, term: str, split: str) -> tuple[NDArray, NDArray]:
+        """Steps and values that were logged for a term, in order."""
+        if term not in self.history:
+            raise missing_key(term, self.history.columns, "a column of the history")
+        rows = self.history[self.history["split"] == split].dropna(subset=[term]).sort_values("step")
+        return rows["step"].to_numpy(), rows[term].to_numpy(float)
+
+
+def _read_all(source: Source | Sequence[Source], labels: Sequence[str] | None) -> list[_Curve]:
+    sources = list(source) if isinstance(source, (list, tuple)) else [source]
+    if labels is not None and len(labels) != len(sources):
+        raise ValueError(f"{len(labels)} labels for {len(sources)} sources, as many expected. Name each source once.")
+    if labels is None:
+        labels = [_name(one, at) for at, one in enumerate(sources)]
+    return [_Curve(label, _history(one)) for one, label in zip(sources, labels, strict=True)]
+
+
+def _name(source: Source, at: int) -> str:
+    return Path(source).name if isinstance(source, (str, PathLike)) else f"run {at + 1}"
+
+
+def _history(source: Source) -> pd.DataFrame:
+    """The history of one source."""
+    if isinstance(source, pd.DataFrame):
+        history = source
+    elif isinstance(source, AnnData):
+        history = _recorded_history(source)
+    elif isinstance(source, (str, PathLike)):
+        history = _read_run(Path(source))
+    else:
+        history = getattr(source, "history", None)
+    if history is None or not len(history):
+        raise ValueError(
+            f"{type(source).__name__} has no training history, at least one logged step expected. Pass a trained "
+            "model or its run directory."
+        )
+    for column in ("step", "split", "loss"):
+        if column not in history:
+            raise missing_key(column, history.columns, "a column of the history")
+    return history
+
+
+def _recorded_history(adata: AnnData) -> pd.DataFrame:
+    written: Mapping = adata.uns.get(_keys.UNS, {})
+    for verb in _TRAINED_BY:
+        if "table" in written.get(verb, {}):
+            return written[verb]["table"]
+    advice = "Call scllm.tl.pretrain(adata) first, or pass the run directory."
+    raise missing_key(_TRAINED_BY[0], written, "in adata.uns['scllm']", advice)
+
+
+def _read_run(path: Path) -> pd.DataFrame | None:
+    file = path / "history.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{str(file)!r} does not exist, a run directory with a history.jsonl expected. Check the path."
+        )
+    return read_history(file)
+
+
+def _loss_terms(curves: Sequence[_Curve]) -> list[str]:
+    """The loss and its terms; a single term that is the loss is not drawn twice."""
+    columns = dict.fromkeys(name for curve in curves for name in curve.history.columns if name not in _NOT_A_LOSS)
+    terms = [name for name in columns if all(name in curve.history for curve in curves) and name != "loss"]
+    told = [name for name in terms if not all(_same(curve.history, name) for curve in curves)]
+    return ["loss", *told]
+
+
+def _same(history: pd.DataFrame, term: str) -> bool:
+    return np.allclose(history[term].to_numpy(float), history["loss"].to_numpy(float), equal_nan=True)
+
+
+def _draw(ax: Axes, curve: _Curve, term: str, hues: tuple[str, str], smooth: int | None, perplexity: bool) -> None:
+    """Both splits of one source in one panel; several sources have one colour each, a single one has two."""
+    scale = np.exp if perplexity else np.asarray
+    alone = hues[0] != hues[1]
+    steps, values = curve.points(term, "train")
+    window = max(1, len(steps) // _POINTS_PER_WINDOW) if smooth is None else max(1, smooth)
+    # averaged before exp: the perplexity of several batches is that of their mean loss
+    mean = pd.Series(values).rolling(window, center=True, min_periods=1).mean().to_numpy()
+    if window > 1:
+        ax.plot(steps, scale(values), color=hues[0], linewidth=0.7, alpha=0.25 if alone else 0.12, label="_logged")
+    ax.plot(steps, scale(mean), color=hues[0], linewidth=1.8, label="train" if alone else curve.label)
+    steps, values = curve.points(term, "validation")
+    if not len(steps):
+        return
+    dashes = "-" if alone else _VALIDATION_DASHES
+    line = {"color": hues[1], "marker": "o", "markersize": 3.5, "linewidth": 1.3, "zorder": 3}
+    ax.plot(steps, scale(values), linestyle=dashes, label="validation" if alone else "_validation", **line)
+    best_step = _best_step(curve)
+    for value in scale(values[steps == best_step][:1]):
+        label = f"best: {value:.3g} at step {best_step:,}" if alone else "_best"
+        ring = {"markersize": 10, "markerfacecolor": "none", "markeredgecolor": hues[1], "markeredgewidth": 1.6}
+        ax.plot([best_step], [value], marker="o", linestyle="none", zorder=4, label=label, **ring)
+
+
+def _best_step(curve: _Curve) -> int:
+    """Step with the lowest validation loss."""
+    steps, losses = curve.points("loss", "validation")
+    return int(steps[np.argmin(losses)]) if len(steps) else -1
+
+
+def _mark_epochs(ax: Axes, history: pd.DataFrame) -> None:
+    """A faint line where each epoch begins; every second, third ... of many."""
+    if "epoch" not in history:
+        return
+    starts = history[history["split"] == "train"].groupby("epoch")["step"].min().sort_values()
+    for epoch, step in starts.iloc[1 :: -(-len(starts) // _MAX_EPOCH_MARKS)].items():
+        ax.axvline(step, color="#C8C8C8", linewidth=0.8, linestyle=":", zorder=0)
+        ax.annotate(
+            f"epoch {epoch:g}" if step == starts.iloc[1] else f"{epoch:g}",
+            (step, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
+            ha="center", va="bottom", fontsize="x-small", color=GREY,
+        )  # fmt: skip

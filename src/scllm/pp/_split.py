@@ -1,0 +1,73 @@
+"""Dividing cells into training, validation and test."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from scllm import _keys
+from scllm._checks import obs_column
+from scllm._results import record
+from scllm.data.split import PARTS, split_cells
+
+__all__ = ["split"]
+
+
+def split(
+    adata: AnnData,
+    *,
+    fractions: tuple[float, ...] = (0.97, 0.03),
+    group_key: str | None = None,
+    stratify: str | None = None,
+    key_added: str = _keys.SPLIT,
+    random_state: int = 0,
+    copy: bool = False,
+) -> AnnData | None:
+    """Divide cells into ``train`` and ``validation``, and with three fractions ``test``.
+
+    Verbs that train take the column with ``validation="split"`` and never touch ``test``.
+
+    Parameters
+    ----------
+    adata
+        Cells by genes; only ``obs`` is read.
+    fractions
+        Share of each part, adding up to one.
+    group_key
+        Column of groups (donors, samples) that stay whole: validation then means "on new donors".
+    stratify
+        Column whose labels are divided by the same shares.
+    key_added
+        Column to write.
+    random_state
+        Seed.
+    copy
+        Return a changed copy in place of changing ``adata``.
+
+    Writes
+    ------
+    ``adata.obs[key_added]``
+        Categorical of ``train``, ``validation`` and ``test``.
+
+    Examples
+    --------
+    >>> adata = scllm.datasets.toy()
+    >>> scllm.pp.split(adata, fractions=(0.8, 0.2))
+    >>> round(float((adata.obs["split"] == "train").mean()), 2)
+    0.8
+    """
+    if group_key is not None and stratify is not None:
+        raise ValueError(
+            f"group_key={group_key!r} and stratify={stratify!r} are both given, one of them expected: whole groups cannot be "
+            "divided by label too. Leave one out."
+        )
+    groups = None if group_key is None else obs_column(adata.obs, group_key)
+    labels = None if stratify is None else obs_column(adata.obs, stratify)
+    parts = split_cells(adata.n_obs, fractions, groups=groups, stratify=labels, random_state=random_state)
+    adata = adata.copy() if copy else adata
+    names = list(PARTS[: len(fractions)])
+    adata.obs[key_added] = pd.Categorical.from_codes(np.asarray(parts), categories=names)
+    params = {"fractions": fractions, "group_key": group_key, "stratify": stratify, "random_state": random_state}
+    record(adata, "split", params)
+    return adata if copy else None

@@ -1,0 +1,129 @@
+"""The sentences a model would read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, Protocol
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from scllm import _keys
+from scllm._results import record
+from scllm.data import genes
+from scllm.data.checks import check_source
+from scllm.data.encode import BinEncoder, Encoder, ValueEncoder
+from scllm.data.source import open_source
+from scllm.data.tokens import Tokens
+from scllm.data.vocab import Vocab
+
+__all__ = ["tokenize"]
+
+
+class _Model(Protocol):
+    vocab: Vocab
+    encoder: Encoder
+
+
+def tokenize(
+    adata: AnnData,
+    *,
+    encoder: Literal["bins", "values"] | Encoder = "bins",
+    model: _Model | None = None,
+    vocab: Vocab | None = None,
+    max_len: int | None = None,
+    layer: str | None = None,
+    key_added: str = _keys.TOKENS,
+    random_state: int = 0,
+    copy: bool = False,
+) -> AnnData | None:
+    """Write down what a model would read, for looking at; models encode by themselves.
+
+    Parameters
+    ----------
+    adata
+        Cells by genes.
+    encoder
+        ``"bins"`` (scGPT), ``"values"`` (log-normalised), or an encoder object.
+    model
+        Brings its own encoder and vocabulary, in place of ``encoder`` and ``vocab``.
+    vocab
+        Token ids; ``None`` makes a vocabulary of all genes.
+    max_len
+        Longest sentence, specials included; ``None`` is the encoder's own. Longer cells keep their highest values.
+    layer
+        Layer to read; ``None`` is ``X``.
+    key_added
+        Key in ``obsm``.
+    random_state
+        Seed of random ties.
+    copy
+        Return a changed copy in place of changing ``adata``.
+
+    Writes
+    ------
+    ``adata.obsm[key_added]``, ``adata.obsm[key_added + "_values"]``
+        Token ids and the values beside them (CSR, column = position in the sentence).
+    ``adata.uns["scllm"]["tokenize"]``
+        Vocabulary, special tokens and settings.
+
+    Examples
+    --------
+    >>> adata = scllm.datasets.toy()
+    >>> scllm.pp.tokenize(adata)
+    >>> adata.obsm["tokens"].shape[0] == adata.n_obs
+    True
+    """
+    if model is not None:
+        encoder, vocab = model.encoder, model.vocab
+    vocab = Vocab.from_genes(adata.var_names) if vocab is None else vocab
+    encode = _encoder(encoder)
+    if max_len is not None:
+        encode = replace(encode, max_len=max_len)  # type: ignore[type-var]
+    source = open_source(adata, layer=layer)
+    check_source(source, needs_counts=encode.needs_counts, layer=layer)
+    match = genes.match(adata.var_names, vocab, var=adata.var)
+    blocks = []
+    for start in range(0, adata.n_obs, 4096):
+        counts = match.tokens(source.read(np.arange(start, min(start + 4096, adata.n_obs))))
+        blocks.append(encode(counts, vocab, measured=match.measured, random_state=random_state))
+    adata = adata.copy() if copy else adata
+    tokens = _concatenated(blocks)
+    adata.obsm[key_added] = _by_position(tokens, tokens.genes)
+    if tokens.values is not None:
+        adata.obsm[key_added + _keys.TOKEN_VALUES] = _by_position(tokens, tokens.values)
+    params = {
+        "encoder": encode, "kind": type(encode).__name__, "layer": layer, "key_added": key_added,
+        "specials": vocab.specials, "pad": vocab.pad, "pad_id": vocab.pad_id, "cls": vocab.cls,
+    }  # fmt: skip
+    record(adata, "tokenize", params, pd.DataFrame({"token": list(vocab.tokens)}))
+    return adata if copy else None
+
+
+def _encoder(named: str | Encoder) -> Encoder:
+    match named:
+        case "bins":
+            return BinEncoder()
+        case "values":
+            return ValueEncoder()
+        case str():
+            raise ValueError(
+                f"encoder is {named!r}, 'bins', 'values' or an encoder object expected. Pass one of those."
+            )
+    return named
+
+
+def _concatenated(blocks: list[Tokens]) -> Tokens:
+    lengths = np.concatenate([block.lengths for block in blocks])
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    token_ids = np.concatenate([block.genes for block in blocks])
+    values = [block.values for block in blocks if block.values is not None]
+    return Tokens(indptr, token_ids, np.concatenate(values) if values else None)
+
+
+def _by_position(tokens: Tokens, content: np.ndarray) -> sparse.csr_matrix:
+    positions = np.arange(len(content)) - np.repeat(tokens.indptr[:-1], tokens.lengths)
+    shape = (len(tokens), int(tokens.lengths.max(initial=0)))
+    return sparse.csr_matrix((content, positions, tokens.indptr), shape=shape)

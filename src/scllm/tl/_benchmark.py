@@ -1,0 +1,197 @@
+"""Cell embeddings held against labels and batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+from scipy import sparse
+
+from scllm import _keys, metrics
+from scllm._checks import embedding, groups, labels
+from scllm._log import log
+from scllm._results import record
+from scllm._typing import CSR, FloatArray
+
+__all__ = ["benchmark"]
+
+_RESOLUTIONS = np.arange(0.2, 2.01, 0.2)
+_N_FOLDS = 5
+_N_NEIGHBORS = 15
+_N_COMPONENTS = 50
+_LOGGED_MAXIMUM = 50
+
+
+def benchmark(
+    adata: AnnData,
+    *,
+    use_rep: str | Sequence[str] = (_keys.EMBEDDING, _keys.PCA),
+    key: str,
+    batch_key: str | None = None,
+) -> pd.DataFrame:
+    """Score cell embeddings by how well they keep cell types apart and batches together, beside PCA as the yardstick.
+
+    An embedding is worth its cost where it beats 50 principal components of the same genes. The scores are those of
+    scIB (Luecken et al. 2022, doi:10.1038/s41592-021-01336-8) and two probes; each is explained in ``scllm.metrics``.
+    Means are taken over the scores as they are, without rescaling between embeddings: with few embeddings, rescaling
+    would blow small differences up.
+
+    Parameters
+    ----------
+    adata
+        Cells with embeddings in ``obsm`` and labels in ``obs``.
+    use_rep
+        Keys of the embeddings in ``obsm``, one row of the result each. ``"X_pca"`` is computed where it is absent
+        (log-normalised counts of all genes, 50 components) and not written.
+    key
+        Column of ``obs`` with cell types. Cells without a label, and of classes with fewer than 5 cells, are left out.
+    batch_key
+        Column of ``obs`` with batches; adds the batch scores, and 0.4 of the overall score come from them.
+
+    Returns
+    -------
+    A table with one row an embedding (the index): ``nmi`` and ``ari`` of Leiden clusters at the best resolution,
+    ``silhouette_label``, ``knn_accuracy``, ``logreg_accuracy`` and ``logreg_macro_f1`` (5-fold) and their mean
+    ``bio``; with ``batch_key`` also ``silhouette_batch``, ``graph_connectivity``, ``batch_mixing`` and their mean
+    ``batch``; ``overall``, which is ``0.6 bio + 0.4 batch``, or ``bio`` without batches.
+
+    Writes
+    ------
+    ``adata.uns["scllm"]["benchmark"]``
+        ``params`` and the same ``table``.
+
+    Examples
+    --------
+    >>> import scllm
+    >>> adata = scllm.datasets.toy(n_cells=200)
+    >>> table = scllm.tl.benchmark(adata, use_rep="X_pca", key="cell_type")
+    >>> bool(table.loc["X_pca", "logreg_accuracy"] > 0.9)
+    True
+    """
+    names = [use_rep] if isinstance(use_rep, str) else list(use_rep)
+    classes = labels(adata.obs, key)
+    batches = None if batch_key is None else groups(adata.obs, batch_key)
+    cells = _scored_cells(classes, batches, key)
+    truth = classes.to_numpy(dtype=object)[cells]
+    origin = None if batches is None else batches.to_numpy(dtype=object)[cells]
+    _check_classes(truth, origin, key, batch_key)
+    embeddings = {name: _embedding(adata, name)[cells] for name in dict.fromkeys(names)}
+    rows = {}
+    for name, values in embeddings.items():
+        log.info("scoring %s: %d cells, %d dimensions", name, *values.shape)
+        rows[name] = _scores(values, truth, origin)
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("embedding")
+    params = {"use_rep": names, "key": key, "batch_key": batch_key, "n_cells": int(cells.sum())}
+    record(adata, "benchmark", params, table)
+    return table
+
+
+def _scored_cells(classes: pd.Series, batches: pd.Series | None, key: str) -> NDArray[np.bool_]:
+    """Cells with a label, a batch and enough of their class; what is left out is said."""
+    known = classes.notna().to_numpy()
+    if batches is not None:
+        known &= batches.notna().to_numpy()
+    sizes = classes[known].value_counts()
+    small = sizes.index[(sizes > 0) & (sizes < _N_FOLDS)]
+    cells = known & ~classes.isin(small).to_numpy()
+    if not known.all():
+        warnings.warn(
+            f"{(~known).sum()} of {len(known)} cells have no label in obs[{key!r}], or no batch, and are left out. "
+            "Subset adata to the labelled cells to silence this.",
+            UserWarning,
+            stacklevel=3,
+        )
+    if len(small):
+        warnings.warn(
+            f"{len(small)} classes of obs[{key!r}] have fewer than {_N_FOLDS} cells (as {small[0]!r}) and are left "
+            "out: they cannot be in every fold. Subset adata, or merge small classes, to silence this.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return cells
+
+
+def _check_classes(truth: NDArray, origin: NDArray | None, key: str, batch_key: str | None) -> None:
+    if len(np.unique(truth)) < 2:
+        raise ValueError(
+            f"{len(np.unique(truth))} classes of obs[{key!r}] have {_N_FOLDS} cells or more, at least 2 expected. "
+            "Pass a column with coarser labels with `key=`."
+        )
+    if origin is not None and len(np.unique(origin)) < 2:
+        raise ValueError(
+            f"obs[{batch_key!r}] holds one batch ({origin[0]!r}) among the labelled cells, at least 2 expected. "
+            "Leave `batch_key` out to score the labels alone."
+        )
+
+
+def _embedding(adata: AnnData, name: str) -> FloatArray:
+    if name == _keys.PCA and name not in adata.obsm:
+        return _pca(adata)
+    return embedding(adata, name, advice="scllm.tl.embed(adata, model) writes 'X_scllm'.")
+
+
+def _pca(adata: AnnData) -> FloatArray:
+    """Principal components of log-normalised expression, ``(n_cells, 50)``."""
+    import scanpy as sc
+
+    expression = AnnData(adata.layers[_keys.COUNTS].copy() if _keys.COUNTS in adata.layers else adata.X.copy())
+    if not _is_log_like(expression.X):
+        sc.pp.normalize_total(expression, target_sum=1e4)
+        sc.pp.log1p(expression)
+    n_comps = min(_N_COMPONENTS, min(expression.shape) - 1)
+    sc.pp.pca(expression, n_comps=n_comps, random_state=0)
+    return expression.obsm[_keys.PCA]
+
+
+def _is_log_like(matrix: CSR | NDArray) -> bool:
+    """Whether values were logged or scaled already: negative, or fractions under a maximum that counts exceed."""
+    values = matrix.data if sparse.issparse(matrix) else np.asarray(matrix).ravel()
+    has_fractions = bool(np.any(values != np.rint(values)))
+    return has_fractions and (values.min() < 0 or values.max() < _LOGGED_MAXIMUM)
+
+
+def _scores(values: FloatArray, truth: NDArray, origin: NDArray | None) -> dict[str, float]:
+    """One row of the table."""
+    neighbors = _neighbors(values)
+    nmi, ari = metrics.clustering_agreement(_leiden(neighbors), truth)
+    probe = metrics.logistic_regression_scores(values, truth, n_folds=_N_FOLDS)
+    row = {
+        "nmi": nmi,
+        "ari": ari,
+        "silhouette_label": metrics.silhouette_label(values, truth),
+        "knn_accuracy": metrics.knn_accuracy(values, truth, k=_N_NEIGHBORS, n_folds=_N_FOLDS),
+        "logreg_accuracy": probe["accuracy"],
+        "logreg_macro_f1": probe["macro_f1"],
+    }
+    row["bio"] = float(np.mean([row[name] for name in metrics.BIO_METRICS]))
+    if origin is None:
+        return {**row, "overall": row["bio"]}
+    row["silhouette_batch"] = metrics.silhouette_batch(values, truth, origin)
+    row["graph_connectivity"] = metrics.graph_connectivity(neighbors.obsp["connectivities"], truth)
+    row["batch_mixing"] = metrics.batch_mixing(neighbors.obsp["distances"], origin)
+    # NaN: no class comes from several batches
+    row["batch"] = float(np.nanmean([row[name] for name in metrics.BATCH_METRICS]))
+    row["overall"] = metrics.BIO_WEIGHT * row["bio"] + (1 - metrics.BIO_WEIGHT) * row["batch"]
+    return row
+
+
+def _neighbors(values: FloatArray) -> AnnData:
+    """An AnnData that holds nothing but the neighbour graph of an embedding."""
+    import scanpy as sc
+
+    cells = AnnData(obsm={"values": values})
+    sc.pp.neighbors(cells, n_neighbors=min(_N_NEIGHBORS, len(values) - 1), use_rep="values", random_state=0)
+    return cells
+
+
+def _leiden(neighbors: AnnData) -> Iterator[NDArray]:
+    """Leiden clusters at each resolution."""
+    import scanpy as sc
+
+    for resolution in _RESOLUTIONS:
+        sc.tl.leiden(neighbors, resolution=resolution, flavor="igraph", n_iterations=2, directed=False, random_state=0)
+        yield neighbors.obs["leiden"].to_numpy()

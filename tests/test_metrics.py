@@ -1,0 +1,151 @@
+"""Scores against worked examples and slower ways."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import log
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from scllm import metrics
+
+
+@pytest.fixture
+def cells() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embedding, labels and batches of 90 cells; batch shifts the second dimension a little."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(["A", "B", "C"], 30)
+    batches = np.tile(["x", "y", "y"], 30)
+    embedding = rng.normal(size=(90, 3))
+    embedding[:, 0] += 4 * np.unique(labels, return_inverse=True)[1]
+    embedding[:, 1] += batches == "y"
+    return embedding, labels, batches
+
+
+def silhouette_slowly(embedding: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    distance = np.linalg.norm(embedding[:, None] - embedding[None], axis=2)
+    widths = []
+    for i, own in enumerate(labels):
+        mean = {k: distance[i, labels == k].sum() / ((labels == k).sum() - (k == own)) for k in set(labels)}
+        a, b = mean[own], min(mean[k] for k in mean if k != own)
+        widths.append((b - a) / max(a, b))
+    return np.array(widths)
+
+
+def knn_graph(embedding: np.ndarray, k: int) -> sparse.csr_matrix:
+    distance = np.linalg.norm(embedding[:, None] - embedding[None], axis=2)
+    nearest = np.argsort(distance, axis=1)[:, 1 : k + 1]
+    rows = np.repeat(np.arange(len(embedding)), k)
+    return sparse.csr_matrix((distance[rows, nearest.ravel()], (rows, nearest.ravel())), shape=distance.shape)
+
+
+def test_classification_scores_are_those_computed_by_hand() -> None:
+    truth = ["B", "B", "B", "T", "T", "NK"]
+    predicted = ["B", "B", "T", "T", "T", "T"]
+    found = metrics.classification_scores(truth, predicted)
+    f1_b, f1_t, f1_nk = 2 * 1 * (2 / 3) / (1 + 2 / 3), 2 * 0.5 * 1 / 1.5, 0
+    assert found["accuracy"] == pytest.approx(4 / 6)
+    assert found["balanced_accuracy"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert found["macro_f1"] == pytest.approx((f1_b + f1_t + f1_nk) / 3)
+
+
+def test_unknown_is_a_miss_and_no_class() -> None:
+    found = metrics.classification_scores(["B", "B", "T", "T"], ["B", "unknown", "T", "T"])
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_auroc_is_the_share_of_pairs_in_the_right_order() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.choice(["a", "b", "c"], 40)
+    probabilities = rng.dirichlet(np.ones(3), 40)
+    areas = []
+    for k, name in enumerate("abc"):
+        inside, outside = probabilities[truth == name, k], probabilities[truth != name, k]
+        areas.append(np.mean(inside[:, None] > outside))
+    found = metrics.classification_scores(truth, truth, probabilities)
+    assert found["auroc"] == pytest.approx(np.mean(areas))
+
+
+def test_auroc_leaves_out_classes_without_cells() -> None:
+    probabilities = np.array([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.1, 0.9, 0.0]])
+    found = metrics.classification_scores(["a", "a", "b"], ["a", "a", "b"], probabilities, classes=["a", "b", "c"])
+    assert found["auroc"] == 1.0
+
+
+def test_confusion_counts_pairs() -> None:
+    rng = np.random.default_rng(0)
+    truth, predicted = rng.choice(["a", "b"], 50), rng.choice(["a", "b", "z"], 50)
+    pairs = Counter(zip(truth, predicted))
+    found = metrics.confusion(truth, predicted, rows=["b", "a"], columns=["z", "a", "b"])
+    assert found.tolist() == [[pairs[row, column] for column in "zab"] for row in "ba"]
+
+
+def test_best_clustering_is_the_one_with_the_highest_nmi() -> None:
+    labels = ["a", "a", "a", "b", "b", "b"]
+    coarse, right, fine = [0] * 6, [1, 1, 1, 0, 0, 0], [0, 1, 2, 3, 4, 5]
+    assert metrics.clustering_agreement([coarse, right, fine], labels) == (pytest.approx(1), pytest.approx(1))
+    nmi, ari = metrics.clustering_agreement([coarse, fine], labels)
+    # every cell a cluster: I = H(labels) = log 2, H(clusters) = log 6; the Rand index is what chance gives
+    assert nmi == pytest.approx(2 * log(2) / (log(2) + log(6)))
+    assert ari == pytest.approx(0)
+
+
+def test_silhouette_label_agrees_with_its_definition(cells) -> None:
+    embedding, labels, _ = cells
+    expected = (silhouette_slowly(embedding, labels).mean() + 1) / 2
+    assert metrics.silhouette_label(embedding, labels) == pytest.approx(expected, abs=1e-9)
+
+
+def test_silhouette_batch_agrees_with_its_definition(cells) -> None:
+    embedding, labels, batches = cells
+    inside = [silhouette_slowly(embedding[labels == k], batches[labels == k]) for k in "ABC"]
+    expected = np.mean([np.mean(1 - np.abs(s)) for s in inside])
+    assert metrics.silhouette_batch(embedding, labels, batches) == pytest.approx(expected, abs=1e-9)
+
+
+def test_classes_of_one_batch_say_nothing_about_mixing(cells) -> None:
+    embedding, labels, batches = cells
+    confounded = np.where(labels == "C", "x", batches)
+    both = labels != "C"
+    expected = metrics.silhouette_batch(embedding[both], labels[both], batches[both])
+    assert metrics.silhouette_batch(embedding, labels, confounded) == pytest.approx(expected)
+    assert np.isnan(metrics.silhouette_batch(embedding, labels, labels))
+
+
+def test_graph_connectivity_is_the_share_of_the_largest_component() -> None:
+    # A: 0-1-2 joined and 3 apart; B: 4-5 joined only through A
+    graph = sparse.csr_matrix((np.ones(4), ([0, 1, 4, 5], [1, 2, 0, 0])), shape=(6, 6))
+    assert metrics.graph_connectivity(graph, list("AAAABB")) == pytest.approx((3 / 4 + 1 / 2) / 2)
+
+
+def test_batch_mixing_agrees_with_its_definition(cells) -> None:
+    embedding, _, batches = cells
+    graph = knn_graph(embedding, 7)
+
+    def entropy(names) -> float:
+        return -sum(n / len(names) * log(n / len(names)) for n in Counter(names).values())
+
+    around = np.mean([entropy(batches[graph[cell].indices]) for cell in range(90)])
+    assert metrics.batch_mixing(graph, batches) == pytest.approx(around / entropy(batches))
+
+
+def test_batches_apart_are_not_mixed() -> None:
+    embedding = np.r_[np.random.default_rng(0).normal(size=(20, 2)), np.random.default_rng(1).normal(size=(20, 2)) + 50]
+    assert metrics.batch_mixing(knn_graph(embedding, 5), np.repeat(["x", "y"], 20)) == 0
+
+
+def test_knn_and_logistic_regression_tell_labels_from_noise(cells) -> None:
+    embedding, labels, _ = cells
+    shuffled = np.random.default_rng(0).permutation(labels)
+    assert metrics.knn_accuracy(embedding, labels) > 0.9
+    assert metrics.knn_accuracy(embedding, shuffled) < 0.55
+    assert metrics.logistic_regression_scores(embedding, labels)["accuracy"] > 0.9
+    assert metrics.logistic_regression_scores(embedding, shuffled)["accuracy"] < 0.55
+
+
+def test_knn_accuracy_leaves_the_cell_itself_out() -> None:
+    # each cell lies on one of the other class: its nearest other cell is always wrong
+    at = np.repeat(np.arange(40.0) * 10, 2)[:, None]
+    assert metrics.knn_accuracy(at, np.tile(["a", "b"], 40), k=1) < 0.3

@@ -1,0 +1,136 @@
+"""Embeddings are ranked as they should be, against scib-metrics and by hand."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+
+from scllm import metrics
+from scllm.tl._benchmark import benchmark
+
+BIO = list(metrics.BIO_METRICS)
+BATCH = list(metrics.BATCH_METRICS)
+
+
+@pytest.fixture
+def embedded(adata) -> ad.AnnData:
+    """A good embedding (type apart, batches mixed) and noise."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(60, 8))
+    adata.obsm["X_good"] = noise + 6 * (adata.obs["cell_type"] == "A").to_numpy()[:, None] * (np.arange(8) == 0)
+    adata.obsm["X_noise"] = rng.normal(size=(60, 8))
+    return adata
+
+
+def test_good_embedding_beats_noise(embedded) -> None:
+    table = benchmark(embedded, use_rep=["X_good", "X_noise"], key="cell_type", batch_key="batch")
+    assert table.index.tolist() == ["X_good", "X_noise"]
+    assert (table.loc["X_good", BIO] > table.loc["X_noise", BIO]).all()
+    assert table.loc["X_good", BIO].min() > 0.6
+    assert table.loc["X_noise", "ari"] < 0.1
+    assert table[BATCH].min(axis=None) > 0.5
+
+
+def test_means_are_those_of_scib(embedded) -> None:
+    table = benchmark(embedded, use_rep="X_good", key="cell_type", batch_key="batch")
+    row = table.loc["X_good"]
+    assert row["bio"] == pytest.approx(row[BIO].mean())
+    assert row["batch"] == pytest.approx(row[BATCH].mean())
+    assert row["overall"] == pytest.approx(0.6 * row["bio"] + 0.4 * row["batch"])
+    without = benchmark(embedded, use_rep="X_good", key="cell_type")
+    assert without.columns.tolist() == [*BIO, "bio", "overall"]
+    assert without.loc["X_good", "overall"] == pytest.approx(row["bio"])
+
+
+def test_scores_agree_with_scib_metrics(embedded) -> None:
+    scib = pytest.importorskip("scib_metrics")
+    labels, batches = embedded.obs["cell_type"].to_numpy(str), embedded.obs["batch"].to_numpy(str)
+    row = benchmark(embedded, use_rep="X_good", key="cell_type", batch_key="batch").loc["X_good"]
+    values = embedded.obsm["X_good"]
+    assert row["silhouette_label"] == pytest.approx(float(scib.silhouette_label(values, labels)), abs=1e-4)
+    assert row["silhouette_batch"] == pytest.approx(float(scib.silhouette_batch(values, labels, batches)), abs=1e-4)
+
+
+def test_pca_is_the_yardstick_and_not_written(embedded) -> None:
+    table = benchmark(embedded, use_rep=["X_good", "X_pca"], key="cell_type")
+    assert "X_pca" not in embedded.obsm
+    assert embedded.X.max() > 5  # still counts
+    sc.pp.normalize_total(embedded, target_sum=1e4)
+    sc.pp.log1p(embedded)
+    sc.pp.pca(embedded, n_comps=39)
+    own = benchmark(embedded, use_rep="X_pca", key="cell_type")
+    pd.testing.assert_series_equal(table.loc["X_pca"], own.loc["X_pca"])
+
+
+def test_pca_takes_counts_from_the_layer_and_logged_values_as_they_are(embedded) -> None:
+    expected = benchmark(embedded, use_rep="X_pca", key="cell_type")
+    layered = embedded.copy()
+    layered.layers["counts"] = layered.X.copy()
+    layered.X = layered.X * 0
+    pd.testing.assert_frame_equal(benchmark(layered, use_rep="X_pca", key="cell_type"), expected)
+    logged = embedded.copy()
+    sc.pp.normalize_total(logged, target_sum=1e4)
+    sc.pp.log1p(logged)
+    pd.testing.assert_frame_equal(benchmark(logged, use_rep="X_pca", key="cell_type"), expected)
+
+
+def test_table_is_recorded_and_can_be_written(embedded, tmp_path) -> None:
+    table = benchmark(embedded, use_rep=["X_good", "X_noise"], key="cell_type", batch_key="batch")
+    embedded.write_h5ad(tmp_path / "a.h5ad")
+    embedded.write_zarr(tmp_path / "a.zarr")
+    for back in (ad.read_h5ad(tmp_path / "a.h5ad"), ad.read_zarr(tmp_path / "a.zarr")):
+        entry = back.uns["scllm"]["benchmark"]
+        pd.testing.assert_frame_equal(entry["table"], table)
+        assert list(entry["params"]["use_rep"]) == ["X_good", "X_noise"]
+        assert entry["params"]["key"] == "cell_type"
+    alone = embedded.copy()
+    benchmark(alone, use_rep="X_good", key="cell_type")
+    assert "batch_key" not in alone.uns["scllm"]["benchmark"]["params"]
+
+
+def test_same_call_gives_the_same_and_leaves_global_randomness(embedded) -> None:
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    first = benchmark(embedded, use_rep=["X_noise", "X_pca"], key="cell_type", batch_key="batch")
+    again = benchmark(embedded, use_rep=["X_noise", "X_pca"], key="cell_type", batch_key="batch")
+    pd.testing.assert_frame_equal(first, again, check_exact=True)
+    assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_unlabelled_cells_are_left_out_with_a_warning(embedded) -> None:
+    kept = embedded[4:].copy()
+    embedded.obs.loc[embedded.obs_names[:4], "cell_type"] = np.nan
+    with pytest.warns(UserWarning, match="4 of 60 cells have no label"):
+        table = benchmark(embedded, use_rep="X_good", key="cell_type")
+    pd.testing.assert_frame_equal(table, benchmark(kept, use_rep="X_good", key="cell_type"))
+    assert embedded.uns["scllm"]["benchmark"]["params"]["n_cells"] == 56
+
+
+def test_classes_too_small_for_the_folds_are_left_out_with_a_warning(embedded) -> None:
+    embedded.obs["cell_type"] = embedded.obs["cell_type"].cat.add_categories("rare")
+    embedded.obs.loc[embedded.obs_names[:4], "cell_type"] = "rare"
+    with pytest.warns(UserWarning, match="1 classes .* fewer than 5 cells .*'rare'"):
+        benchmark(embedded, use_rep="X_good", key="cell_type")
+
+
+def test_bad_input_is_named(embedded) -> None:
+    embedded.obs["one"] = pd.Categorical(["A"] * 60)
+    with pytest.raises(KeyError, match="Did you mean 'cell_type'"):
+        benchmark(embedded, use_rep="X_good", key="celltype")
+    with pytest.raises(KeyError, match=r"'X_god' is not in adata\.obsm\. Did you mean 'X_good'\?.*scllm\.tl\.embed"):
+        benchmark(embedded, use_rep="X_god", key="cell_type")
+    with pytest.raises(KeyError, match="Did you mean 'batch'"):
+        benchmark(embedded, use_rep="X_good", key="cell_type", batch_key="batsch")
+    with pytest.raises(ValueError, match="1 classes"):
+        benchmark(embedded, use_rep="X_good", key="one")
+    with pytest.raises(ValueError, match=r"one batch \('A'\)"):
+        benchmark(embedded, use_rep="X_good", key="cell_type", batch_key="one")
+    assert "scllm" not in embedded.uns
+
+
+def test_batches_confounded_with_types_are_scored_without_the_silhouette(embedded) -> None:
+    row = benchmark(embedded.copy(), use_rep="X_good", key="cell_type", batch_key="cell_type").loc["X_good"]
+    assert np.isnan(row["silhouette_batch"])
+    assert row["batch"] == pytest.approx(row[["graph_connectivity", "batch_mixing"]].mean())
