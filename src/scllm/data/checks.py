@@ -10,7 +10,7 @@ import pandas as pd
 from scllm._typing import CSR
 from scllm.data.source import CellSource
 
-__all__ = ["check_source", "check_values"]
+__all__ = ["check_source", "check_values", "warn_of_empty_cells"]
 
 _LOGGED_MAXIMUM = 50  # log1p of any real count is far below; a count matrix of a whole cell is not
 _SAMPLED_ROWS = 2_048
@@ -75,6 +75,17 @@ def check_values(counts: CSR, *, cells: pd.Index, genes: pd.Index, layer: str | 
         f"{_name(layer)} holds {what} values (first: {data[at]:g}, gene {gene!r} in cell {cell!r}), non-negative finite "
         "expression expected. Scaled or regressed data cannot be used: pass a layer with counts with `layer=`."
     )
+
+
+def warn_of_empty_cells(n_empty: int, n_cells: int) -> None:
+    """Count the cells that express no gene of the vocabulary: they get ``<cls>`` alone."""
+    if n_empty:
+        warnings.warn(
+            f"{n_empty} of {n_cells} cells express no gene of the model's vocabulary, at least one expected. They are "
+            "kept and read as `<cls>` alone; leave them out if that is not meant.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _name(layer: str | None) -> str:

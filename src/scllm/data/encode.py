@@ -33,6 +33,11 @@ class Encoder(Protocol):
         ...
 
     @property
+    def n_specials(self) -> int:
+        """Special tokens that every sentence has."""
+        ...
+
+    @property
     def needs_counts(self) -> bool:
         """Whether the encoder reads raw counts only."""
         ...
@@ -77,6 +82,11 @@ class BinEncoder:
         _check_max_len(self.max_len)
 
     @property
+    def n_specials(self) -> int:
+        """``<cls>``."""
+        return 1
+
+    @property
     def needs_counts(self) -> bool:
         """Bins of counts, normalised and logged values are the same."""
         return False
@@ -117,6 +127,11 @@ class ValueEncoder:
 
     def __post_init__(self) -> None:
         _check_max_len(self.max_len)
+
+    @property
+    def n_specials(self) -> int:
+        """``<cls>``, where there is one."""
+        return int(self.cls_value is not None)
 
     @property
     def needs_counts(self) -> bool:

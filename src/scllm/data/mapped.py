@@ -101,7 +101,7 @@ class TransposedRows:
         # mapped files are sparse: a full disk would kill the process instead of raising
         if (free := shutil.disk_usage(tempfile.gettempdir()).free) < n_values * size:
             raise OSError(
-                f"'{self.file.path}' is stored by columns and has to be rewritten by rows: {n_values * size / 1e9:.1f} GB "
+                f"'{self.file.path}' is stored by columns, must be rewritten by rows: {n_values * size / 1e9:.1f} GB "
                 f"are needed in '{tempfile.gettempdir()}', {free / 1e9:.1f} GB are free. "
                 "Set TMPDIR to a larger disk, or store the matrix as CSR."
             )

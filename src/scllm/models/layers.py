@@ -83,6 +83,10 @@ class Attention(nn.Module):
     def first(self, x: Tensor, batch: Batch) -> Tensor:
         """What the first token of each cell gathers, ``(t, d)`` to ``(b, d)``."""
         d = x.shape[1]
+        if type(self.qkv) is not nn.Linear:  # an adapter or int8 weights stand in its place
+            query, key, value = self.qkv(x).view(len(x), 3, self.n_heads, -1).unbind(1)
+            attended = attend(query[batch.first], key, value, batch, first_only=True)
+            return self.out(attended.reshape(batch.n_cells, d))
         query = F.linear(x[batch.first], self.qkv.weight[:d], self.qkv.bias[:d]).view(batch.n_cells, self.n_heads, -1)
         key, value = F.linear(x, self.qkv.weight[d:], self.qkv.bias[d:]).view(len(x), 2, self.n_heads, -1).unbind(1)
         return self.out(attend(query, key, value, batch, first_only=True).reshape(batch.n_cells, d))

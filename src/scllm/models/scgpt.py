@@ -27,13 +27,17 @@ from scllm.models.layers import (
 )  # fmt: skip
 from scllm.models.storage import read_torch
 
-__all__ = ["SIZES", "Config", "Model", "read"]
+__all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "read"]
 
 SIZES = {
     "tiny": {"n_layers": 2, "n_heads": 4, "d_model": 64, "d_hidden": 64},
     "small": {"n_layers": 4, "n_heads": 4, "d_model": 128, "d_hidden": 256},
     "base": {},
 }
+
+# scGPT-style pretraining on 300,000 blood cells; the annotation recipe of the scGPT package
+PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 1e-4}
+FINETUNE = {"epochs": 10, "batch_size": 32, "lr": 1e-4}
 
 ValueStyle = Literal["continuous", "category", "scaling"]
 
@@ -92,6 +96,10 @@ class Config(ModelConfig):
         if self.value_style == "category" and not 0 <= self.mask_value < self.n_value_bins:
             # the table has no row -1: the row after the bins stands for hidden values
             object.__setattr__(self, "mask_value", self.n_value_bins - 1)
+
+    def objective(self) -> dict[str, Any]:
+        """What the family is pretrained for by default."""
+        return {"kind": "MaskedValue", "mask_ratio": (0.25, 0.5, 0.75), "from_cell": 1.0}
 
     def encoder(self) -> Encoder:
         """Counts to sentences, as the family does it by default."""

@@ -1,1 +1,22 @@
-"""."""
+"""Tools: train and use models."""
+
+from __future__ import annotations
+
+from scllm.engine.config import TrainConfig
+from scllm.tl._benchmark import benchmark
+from scllm.tl._classify import classify
+from scllm.tl._embed import embed, embed_genes
+from scllm.tl._finetune import finetune
+from scllm.tl._pretrain import pretrain
+from scllm.tl._reconstruct import reconstruct
+
+__all__ = [
+    "TrainConfig",
+    "benchmark",
+    "classify",
+    "embed",
+    "embed_genes",
+    "finetune",
+    "pretrain",
+    "reconstruct",
+]

@@ -1,0 +1,51 @@
+"""What a run costs, said before it starts."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from scllm.engine.device import autocast
+from scllm.models.base import ModelConfig
+
+__all__ = ["flops_per_cell", "matrix_rate", "say_cost"]
+
+
+def flops_per_cell(config: ModelConfig, n_tokens: float, *, training: bool = True) -> float:
+    """Floating-point operations of the blocks for a cell of ``n_tokens``.
+
+    A token costs ``6 L (4 d^2 + 2 d f) + 12 L S d`` in training and a third of it forward; the embedding table is looked
+    up, not multiplied.
+    """
+    d, f, layers = config.d_model, getattr(config, "d_hidden", 4 * config.d_model), config.n_layers
+    per_token = 6 * layers * (4 * d * d + 2 * d * f) + 12 * layers * n_tokens * d
+    return n_tokens * per_token * (1 if training else 1 / 3)
+
+
+def matrix_rate(device: torch.device, precision: str, seconds: float = 0.2) -> float:
+    """Floating-point operations a second that matrix products reach here."""
+    n = 4096 if device.type == "cuda" else 512
+    a = torch.rand(n, n, device=device)
+    done, began = 0, time.perf_counter()
+    with torch.no_grad(), autocast(precision, device):
+        while time.perf_counter() - began < seconds:
+            a @ a
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            done += 1
+    return done * 2 * n**3 / (time.perf_counter() - began)
+
+
+def say_cost(config: ModelConfig, n_tokens: float, n_cells: int, device: torch.device, precision: str, n: int) -> str:
+    """One line: operations a cell, and the time to expect at half the rate of plain matrix products."""
+    each = flops_per_cell(config, n_tokens)
+    seconds = 2 * each * n_cells / (matrix_rate(device, precision) * n)
+    span = (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+    return f"{each / 1e9:.3g} GFLOP a cell of {n_tokens:.0f} tokens; {n_cells:,} cells take about {span}"

@@ -1,0 +1,88 @@
+"""Starting the gene table from the data: right singular vectors of the log-normalised matrix.
+
+The idea is that of scBERT's gene2vec (Yang et al. 2022): genes that go together start close together. It takes seconds
+and streams over the cells, so nothing cells-by-genes is held in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from scllm._log import progress
+from scllm._typing import CSR, FloatArray, IntArray
+from scllm.data.genes import GeneMatch
+from scllm.data.source import CellSource
+from scllm.models.base import CellModel
+
+__all__ = ["gene_vectors", "start_from_data"]
+
+_ROWS = 8_192
+_MAX_CELLS = 200_000  # singular vectors of more cells are the same to any digit that matters
+_TARGET_SUM = 1e4
+
+
+def start_from_data(
+    model: CellModel, source: CellSource, match: GeneMatch, rows: IntArray, *, random_state: int = 0
+) -> None:
+    """Put gene vectors of the data into the model's gene table, in place; genes that are not measured stay as they are."""
+    table = model.gene_table()
+    vectors = gene_vectors(source, match, rows, table.shape[1], len(model.vocab), random_state=random_state)
+    with torch.no_grad():
+        spread = table.std()
+        there = torch.from_numpy(np.flatnonzero(np.abs(vectors).sum(1) > 0))
+        # unit variance in the space that the model normalises to anyway, at the scale the family starts with
+        table[there] = torch.from_numpy(vectors)[there].to(table) * spread
+
+
+def gene_vectors(
+    source: CellSource, match: GeneMatch, rows: IntArray, n_vectors: int, n_tokens: int, *, random_state: int = 0
+) -> FloatArray:
+    """Right singular vectors of the log-normalised cells, centred and of unit variance, ``(n_tokens, n_vectors)``.
+
+    Randomised subspace iteration (Halko, Martinsson & Tropp 2011): a few passes over the cells in row chunks.
+    """
+    rng = np.random.default_rng(random_state)
+    if len(rows) > _MAX_CELLS:
+        rows = np.sort(rng.choice(rows, _MAX_CELLS, replace=False))
+    measured = match.measured
+    k = min(n_vectors, len(measured), len(rows))
+    basis = rng.standard_normal((len(measured), min(k + 10, len(measured))))
+    for step in range(4):
+        gathered = np.zeros_like(basis)
+        for block in _log_normalised(source, match, rows, n_tokens, f"gene vectors, pass {step + 1} of 4"):
+            gathered += block.T @ (block @ basis)
+        basis, _ = np.linalg.qr(gathered)
+    # the small matrix B^T A^T A B holds the singular values in the subspace
+    small = np.zeros((basis.shape[1],) * 2)
+    for block in _log_normalised(source, match, rows, n_tokens, "gene vectors"):
+        projected = block @ basis
+        small += projected.T @ projected
+    _, order = np.linalg.eigh(small)
+    vectors = (basis @ order)[:, ::-1][:, :k]
+    # the sign of a singular vector is free: the largest entry is made positive
+    vectors *= np.sign(vectors[np.abs(vectors).argmax(0), np.arange(k)])
+    vectors = (vectors - vectors.mean(0)) / np.maximum(vectors.std(0), 1e-12)
+    full = np.zeros((n_tokens, n_vectors), np.float32)
+    full[measured, :k] = vectors
+    if k < n_vectors:  # fewer cells or genes than the table is wide: the rest starts at random
+        full[measured, k:] = rng.standard_normal((len(measured), n_vectors - k))
+    return full
+
+
+def _log_normalised(source: CellSource, match: GeneMatch, rows: IntArray, n_tokens: int, desc: str) -> Iterator[CSR]:
+    """Blocks of cells, columns in the order of ``match.measured``."""
+    column = np.zeros(n_tokens, np.int64)
+    column[match.measured] = np.arange(len(match.measured))
+    starts = range(0, len(rows), _ROWS)
+    for start in progress(starts, desc=desc, total=len(starts), unit="block"):
+        tokens = match.tokens(source.read(rows[start : start + _ROWS]))
+        values = np.asarray(tokens.values, np.float64)
+        cell = np.repeat(np.arange(len(tokens)), tokens.lengths)
+        totals = np.bincount(cell, weights=values, minlength=len(tokens))
+        logged = np.log1p(values * (_TARGET_SUM / totals[cell]))
+        shape = (len(tokens), len(match.measured))
+        yield sparse.csr_matrix((logged, column[tokens.genes], tokens.indptr), shape=shape)

@@ -1,0 +1,100 @@
+"""A forward pass over all cells, without gradients, in their order."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scllm._log import log, progress
+from scllm.data.checks import warn_of_empty_cells
+from scllm.data.genes import GeneMatch
+from scllm.data.source import CellSource
+from scllm.engine.config import Precision
+from scllm.engine.device import autocast, check_gpus, resolve_device, resolve_precision
+from scllm.engine.loader import Loader
+from scllm.models.base import Batch, CellModel
+
+__all__ = ["Forward", "predict"]
+
+Forward = Callable[[CellModel, Batch], Tensor]
+
+# cells of one forward pass where the caller leaves it open: enough to fill the device, little enough to fit
+_CELLS = {"cpu": 64, "cuda": 512}
+
+
+def predict(
+    model: CellModel,
+    source: CellSource,
+    match: GeneMatch,
+    forward: Forward,
+    *,
+    batch_size: int | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    n_gpus: int = 1,
+    desc: str = "embedding",
+) -> Iterator[tuple[slice, Tensor]]:
+    """Results of ``forward`` for consecutive cells, on the CPU and in float32.
+
+    Parameters
+    ----------
+    model
+        Left as it is: other devices and precisions work on a copy.
+    source, match
+        The cells, and the token of each of their genes.
+    forward
+        What to compute of each batch; its rows are cells or tokens.
+    batch_size
+        Cells of one forward pass; does not change the result.
+    device, precision
+        Where and how to compute.
+    n_gpus
+        GPUs that share the batches.
+    desc
+        Said beside the progress bar.
+
+    Yields
+    ------
+    The rows and what ``forward`` gave for them.
+    """
+    if n_gpus > 1:
+        check_gpus(n_gpus)
+    first = resolve_device(device)
+    devices = [torch.device(first.type, i) for i in range(n_gpus)] if n_gpus > 1 else [first]
+    size = batch_size or _CELLS[first.type]
+    if size < 1:
+        raise ValueError(f"batch_size is {size}, at least 1 expected. Leave it out to have it chosen.")
+    chosen = resolve_precision(precision, first)
+    log.info("%s %d cells on %s in %s, %d at a time", desc, source.n_obs, first, chosen, size)
+    replicas = [_ready(model, where, chosen) for where in devices]
+    cells = Loader(
+        source, np.arange(source.n_obs), match, model.encoder, model.vocab, size * len(devices), training=False
+    )
+
+    def run(part: int, batch: Batch) -> Tensor:
+        with torch.inference_mode(), autocast("fp32" if chosen == "bf16" else chosen, devices[part]):
+            return forward(replicas[part], batch.to(devices[part])).float().cpu()
+
+    steps = progress(cells.epoch(0, parts=len(devices)), desc=desc, total=cells.n_batches(), unit="batch")
+    row = n_empty = 0
+    with ThreadPoolExecutor(len(devices)) as threads:
+        for parts in steps:
+            done = [run(0, parts[0])] if len(parts) == 1 else list(threads.map(run, range(len(parts)), parts))
+            n_cells = sum(batch.n_cells for batch in parts)
+            n_empty += sum(length <= model.encoder.n_specials for batch in parts for length in batch.lengths)
+            yield slice(row, row + n_cells), torch.cat(done)
+            row += n_cells
+    warn_of_empty_cells(n_empty, source.n_obs)
+
+
+def _ready(model: CellModel, device: torch.device, precision: str) -> CellModel:
+    """The model in evaluation mode where it is needed; whole in bf16, which is faster than casting on the way."""
+    if model.device == device and precision != "bf16" and not model.training:
+        return model
+    replica = copy.deepcopy(model).to(device).eval()
+    return replica.to(torch.bfloat16) if precision == "bf16" else replica

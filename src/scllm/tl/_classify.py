@@ -1,0 +1,123 @@
+"""Labels and values from a fine-tuned model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scllm import _keys
+from scllm._results import record
+from scllm._typing import FloatArray
+from scllm.data.source import open_source
+from scllm.engine.config import Precision
+from scllm.engine.predict import predict
+from scllm.models.base import Batch, CellModel, HeadSpec
+from scllm.tl._inputs import check_layer
+from scllm.tl._model import ModelLike, gene_match, remember, resolve
+
+__all__ = ["classify"]
+
+_UNKNOWN = "unknown"
+
+
+def classify(
+    adata: AnnData,
+    model: ModelLike | None = None,
+    *,
+    key_added: str = _keys.LABEL,
+    threshold: float | None = None,
+    layer: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    copy: bool = False,
+) -> AnnData | None:
+    """Label cells with a fine-tuned model.
+
+    Parameters
+    ----------
+    adata
+        Cells by genes.
+    model
+        A model from :func:`finetune`, or its path; ``None`` is the one recorded on ``adata`` last.
+    key_added
+        Column to write; a model with several heads appends ``_<key>``.
+    threshold
+        Cells whose best label is less probable are ``"unknown"``.
+    layer
+        Layer to read; ``None`` is ``X``.
+    batch_size
+        Cells of one forward pass; changes speed and memory only.
+    device
+        ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    precision
+        ``"auto"``: fp32 on a CPU, bf16 on a GPU that has it.
+    copy
+        Return a changed copy in place of changing ``adata``.
+
+    Writes
+    ------
+    ``adata.obs[key_added]``, ``adata.obs[key_added + "_prob"]``
+        Label (categorical) and its probability; a head that predicts values writes float32 and no probability.
+    ``adata.obsm[key_added + "_probabilities"]``
+        float32 ``(n_cells, n_classes)``.
+    ``adata.uns["scllm"]["classify"]``
+        Settings, and the names of the classes.
+
+    Examples
+    --------
+    >>> scllm.tl.classify(adata, tuned)  # doctest: +SKIP
+    """
+    chosen = resolve(model, adata)
+    if not chosen.head_specs:
+        path = f" in {chosen.path}" if chosen.path is not None else ""
+        raise ValueError(
+            f"the {chosen.family} model{path} has no head, a fine-tuned one expected. Call tl.finetune first."
+        )
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}, a probability from 0 to 1 expected.")
+    source = open_source(adata, layer=layer)
+    check_layer(source, chosen, layer, adata)
+    match = gene_match(adata, source, chosen)
+
+    def forward(replica: CellModel, batch: Batch) -> Tensor:
+        outputs = replica.head_outputs(replica.embed(batch, pooling=replica.pooling))
+        return torch.cat([outputs[spec.key].float() for spec in replica.head_specs], dim=1)
+
+    results = predict(
+        chosen, source, match, forward, batch_size=batch_size, device=device, precision=precision, desc="classifying"
+    )
+    outputs = torch.cat([values for _, values in results]).numpy()
+    adata = adata.copy() if copy else adata
+    edges = np.cumsum([spec.n_outputs for spec in chosen.head_specs])[:-1]
+    classes: dict[str, NDArray[np.object_]] = {}
+    for spec, output in zip(chosen.head_specs, np.split(outputs, edges, axis=1), strict=True):
+        suffix = f"_{spec.key}" if len(chosen.head_specs) > 1 else ""
+        _write(adata, spec, output, key_added + suffix, threshold)
+        if spec.classes is not None:
+            classes[f"classes{suffix}"] = np.array(spec.classes, dtype=object)
+    record(adata, "classify", {"key_added": key_added, "threshold": threshold, "layer": layer})
+    adata.uns[_keys.UNS]["classify"] |= classes
+    remember(adata, chosen)
+    return adata if copy else None
+
+
+def _write(adata: AnnData, spec: HeadSpec, output: FloatArray, key: str, threshold: float | None) -> None:
+    if spec.classes is None:
+        adata.obs[key] = (output[:, 0] * spec.std + spec.mean).astype(np.float32)
+        return
+    probabilities = torch.from_numpy(output).softmax(1).numpy()
+    best = probabilities.argmax(1)
+    highest = probabilities[np.arange(len(best)), best]
+    names = np.array(spec.classes, dtype=object)[best]
+    categories = list(spec.classes)
+    if threshold is not None:
+        names[highest < threshold] = _UNKNOWN
+        categories += [_UNKNOWN] * (_UNKNOWN not in categories)
+    adata.obs[key] = pd.Categorical(names, categories=categories)
+    adata.obs[key + _keys.PROBABILITY] = highest
+    adata.obsm[key + _keys.PROBABILITIES] = probabilities

@@ -1,0 +1,244 @@
+"""Embeddings of cells and of genes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from os import PathLike, fspath
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import zarr
+from anndata import AnnData
+from torch import Tensor
+
+from scllm import _keys
+from scllm._checks import groups
+from scllm._results import record
+from scllm._typing import FloatArray
+from scllm.data.source import CellSource, open_source
+from scllm.engine.config import Precision
+from scllm.engine.predict import predict
+from scllm.models.base import Batch, CellModel, Pooling
+from scllm.tl._inputs import check_layer
+from scllm.tl._model import ModelLike, gene_match, remember, resolve
+
+__all__ = ["embed", "embed_genes"]
+
+
+def embed(
+    data: AnnData | str | PathLike[str] | CellSource,
+    model: ModelLike | None = None,
+    *,
+    pooling: Pooling | None = None,
+    hidden_layer: int = -1,
+    layer: str | None = None,
+    key_added: str = _keys.EMBEDDING,
+    out: str | PathLike[str] | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    n_gpus: int = 1,
+    precision: Precision = "auto",
+    copy: bool = False,
+) -> AnnData | FloatArray | None:
+    """Embed cells.
+
+    An embedding depends on the cell and the model alone: not on the other cells, their order, the batch size or the
+    number of processes (fp32: to 1e-5).
+
+    Parameters
+    ----------
+    data
+        An AnnData, a path to ``.h5ad`` or ``.zarr``, a list of those, or a source.
+    model
+        A model, or the path of a model or run directory; ``None`` is the one recorded on ``data`` last.
+    pooling
+        ``"cls"``, ``"mean"`` or ``"max"`` over gene tokens; ``None`` is the family's own (scgpt: ``<cls>`` scaled to
+        unit length).
+    hidden_layer
+        -1 is the output of the last block, -2 of the one before.
+    layer
+        Layer to read; ``None`` is ``X``.
+    key_added
+        Key in ``obsm``.
+    out
+        A ``.zarr`` or ``.npy`` to stream into, for data given as a path.
+    batch_size
+        Cells of one forward pass; changes speed and memory only.
+    device
+        ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    n_gpus
+        GPUs that share the cells.
+    precision
+        ``"auto"``: fp32 on a CPU, bf16 on a GPU that has it.
+    copy
+        Return a changed copy in place of changing ``data``.
+
+    Returns
+    -------
+    ``None`` or the changed copy for an AnnData; for a path the array, or ``None`` where it went to ``out``.
+
+    Writes
+    ------
+    ``adata.obsm[key_added]``
+        float32 ``(n_cells, d)``.
+
+    Examples
+    --------
+    >>> adata = scllm.datasets.toy()
+    >>> model = scllm.models.build("scgpt", vocab=adata.var_names, size="tiny")
+    >>> scllm.tl.embed(adata, model)
+    >>> adata.obsm["X_scllm"].shape[1]
+    64
+    """
+    adata = data if isinstance(data, AnnData) else None
+    if adata is None and copy:
+        raise TypeError("copy=True goes with an AnnData, a path was given: the embedding is returned, or goes to out=.")
+    if adata is not None and out is not None:
+        raise TypeError("out= goes with data given as a path; for an AnnData the embedding goes to obsm. Leave it out.")
+    chosen = resolve(model, adata)
+    if not -chosen.config.n_layers - 1 <= hidden_layer <= -1:
+        raise ValueError(
+            f"hidden_layer is {hidden_layer}, -1 (last block) to {-chosen.config.n_layers - 1} (before the first) expected."
+        )
+    if pooling not in (None, "cls", "mean", "max"):
+        raise ValueError(f"pooling is {pooling!r}, 'cls', 'mean', 'max' or None expected. None is the family's own.")
+    source = open_source(data, layer=layer)
+    check_layer(source, chosen, layer, adata)
+    match = gene_match(data, source, chosen)
+
+    def forward(replica: CellModel, batch: Batch) -> Tensor:
+        return replica.embed(batch, pooling=pooling, layer=hidden_layer)
+
+    results = predict(
+        chosen, source, match, forward, batch_size=batch_size, device=device, precision=precision, n_gpus=n_gpus
+    )
+    embedding = _collected(results, source.n_obs, out)
+    if adata is None:
+        return None if out is not None else embedding
+    adata = adata.copy() if copy else adata
+    adata.obsm[key_added] = embedding
+    params = {
+        "pooling": pooling or chosen.pooling,
+        "hidden_layer": hidden_layer,
+        "layer": layer,
+        "key_added": key_added,
+    }
+    record(adata, "embed", params)
+    remember(adata, chosen)
+    return adata if copy else None
+
+
+def embed_genes(
+    adata: AnnData,
+    model: ModelLike | None = None,
+    *,
+    contextual: bool = False,
+    groupby: str | None = None,
+    key_added: str = _keys.GENES,
+    copy: bool = False,
+) -> AnnData | None:
+    """Embed genes: the model's table, or each gene's state averaged over the cells that express it.
+
+    Parameters
+    ----------
+    adata
+        Cells by genes.
+    model
+        A model or its path; ``None`` is the one recorded on ``adata`` last.
+    contextual
+        Whether states of the last block are averaged over cells; otherwise the table is taken.
+    groupby
+        Column of groups of cells: one contextual mean a group.
+    key_added
+        Key in ``varm``.
+    copy
+        Return a changed copy in place of changing ``adata``.
+
+    Writes
+    ------
+    ``adata.varm[key_added]``
+        float32 ``(n_genes, d)``, with ``groupby`` ``(n_genes, n_groups, d)``; NaN where the vocabulary does not have the
+        gene or no cell expresses it.
+    ``adata.uns["scllm"]["embed_genes"]``
+        Settings and, with ``groupby``, the names of the groups.
+
+    Examples
+    --------
+    >>> adata = scllm.datasets.toy()
+    >>> model = scllm.models.build("scgpt", vocab=adata.var_names, size="tiny")
+    >>> scllm.tl.embed_genes(adata, model)
+    >>> adata.varm["scllm_genes"].shape == (adata.n_vars, 64)
+    True
+    """
+    chosen = resolve(model, adata)
+    source = open_source(adata)
+    match = gene_match(adata, source, chosen)
+    known = match.token_ids >= 0
+    names: list[str] | None = None
+    if groupby is None and not contextual:
+        table = chosen.gene_table().detach().float().cpu().numpy()
+        vectors = np.full((adata.n_vars, table.shape[1]), np.nan, np.float32)
+        vectors[known] = table[match.token_ids[known]]
+    else:
+        check_layer(source, chosen, None, adata)
+        codes = np.zeros(adata.n_obs, np.int64)
+        if groupby is not None:
+            column = groups(adata.obs, groupby)
+            names, codes = list(column.cat.categories), column.cat.codes.to_numpy().astype(np.int64)
+        means = _contextual_means(chosen, source, match, codes, 1 if names is None else len(names))
+        vectors = np.full((adata.n_vars, *means.shape[1:]), np.nan, np.float32)
+        vectors[known] = means[match.token_ids[known]]
+        vectors = vectors[:, 0] if names is None else vectors
+    adata = adata.copy() if copy else adata
+    adata.varm[key_added] = vectors
+    params = {"contextual": contextual or groupby is not None, "groupby": groupby, "key_added": key_added}
+    record(adata, "embed_genes", params, None if names is None else pd.DataFrame({"group": names}))
+    remember(adata, chosen)
+    return adata if copy else None
+
+
+def _contextual_means(model, source, match, codes, n_groups) -> FloatArray:
+    """Mean state of each token over the cells of each group that hold it, ``(n_tokens, n_groups, d)``."""
+    d = model.config.d_model
+    total = torch.zeros(len(model.vocab) * n_groups, d, dtype=torch.float64)
+    count = torch.zeros(len(model.vocab) * n_groups)
+
+    def forward(replica: CellModel, batch: Batch) -> Tensor:
+        # token and cell travel beside the state, so that one array comes back
+        ids = torch.stack([batch.genes, batch.cell], dim=1).float()
+        return torch.cat([ids, replica.hidden(batch).float()], dim=1)
+
+    for rows, found in predict(model, source, match, forward, desc="embedding genes of"):
+        group = torch.from_numpy(codes[rows])[found[:, 1].long()]
+        place = found[:, 0].long() * n_groups + group
+        there = group >= 0
+        total.index_add_(0, place[there], found[there, 2:].double())
+        count.index_add_(0, place[there], torch.ones(int(there.sum())))
+    means = (total / count[:, None]).float()  # NaN where a gene was not seen
+    return means.view(len(model.vocab), n_groups, d).numpy()
+
+
+def _collected(
+    results: Iterator[tuple[slice, Tensor]], n_cells: int, out: str | PathLike[str] | None
+) -> FloatArray | None:
+    """All rows in one array, in memory or streamed to a file."""
+    target = None
+    path = None if out is None else Path(fspath(out))
+    if path is not None and path.suffix not in (".zarr", ".npy"):
+        raise ValueError(f"out is {str(path)!r}, a path ending in .zarr or .npy expected.")
+    for rows, values in results:
+        if target is None:
+            shape = (n_cells, values.shape[1])
+            if path is None:
+                target = np.empty(shape, np.float32)
+            elif path.suffix == ".npy":
+                target = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+            else:
+                chunks = (min(n_cells, 16_384), shape[1])
+                target = zarr.create_array(path, shape=shape, dtype="float32", chunks=chunks, overwrite=True)
+        target[rows] = values.numpy()
+    if isinstance(target, np.memmap):
+        target.flush()
+    return target

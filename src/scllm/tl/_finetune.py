@@ -1,0 +1,248 @@
+"""Training a model's heads, and as much of the rest as wanted, on labels."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from scllm import models
+from scllm._checks import labels, obs_column
+from scllm.data.source import CellSource, open_source
+from scllm.engine.config import Precision, TrainConfig
+from scllm.engine.objectives import Label, LossName
+from scllm.engine.optim import Freeze
+from scllm.engine.optim import freeze as check_freeze
+from scllm.models.base import CellModel, HeadSpec
+from scllm.tl._inputs import check_layer
+from scllm.tl._model import ModelLike, resolve
+from scllm.tl._train import Data, divide, merged_config, processes, train
+
+__all__ = ["finetune"]
+
+
+def finetune(
+    data: Data,
+    model: ModelLike | None = None,
+    *,
+    key: str | Sequence[str],
+    freeze: Freeze = 0,
+    loss: LossName | Mapping[LossName, float] = "ce",
+    upsample: bool = False,
+    class_weight: Literal["balanced"] | Mapping[str, float] | None = None,
+    validation: float | str = 0.1,
+    group_key: str | None = None,
+    layer: str | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    n_gpus: int | None = None,
+    n_procs: int | None = None,
+    device: str = "auto",
+    run_dir: str | PathLike[str] | None = None,
+    precision: Precision = "auto",
+    resume: Literal["auto"] | bool = "auto",
+    config: TrainConfig | None = None,
+    random_state: int = 0,
+) -> CellModel:
+    """Train a head that predicts ``obs[key]``, together with the model below it.
+
+    Parameters
+    ----------
+    data
+        An AnnData, also backed; a path to ``.h5ad`` or ``.zarr``; a list or a folder of such.
+    model
+        The model to start from, or its path; it is left unchanged. ``None`` is the one recorded on ``data`` last.
+    key
+        Column of ``obs``, or several for several heads. Categories, strings and booleans are labels, floats are values.
+        Rows whose label is missing are left out.
+    freeze
+        What stays as it is: the first n blocks, ``"encoder"`` (all but the heads), or patterns of weight names.
+    loss
+        ``"ce"`` (cross-entropy), ``"bce"``, ``"dice"``, ``"focal"``, or weights of several.
+    upsample
+        Whether cells of rare labels are drawn more often, so that every label is seen alike.
+    class_weight
+        ``"balanced"``, or a weight for each label; ``None`` weighs cells alike.
+    validation
+        Share of cells held out (of every label alike), or a column as :func:`scllm.pp.split` writes it.
+    group_key
+        Column of groups (donors) that are held out whole.
+    layer
+        Layer to read; ``None`` is ``X``.
+    epochs
+        Passes over the cells; ``None`` is the family's own (scgpt: 10).
+    batch_size
+        Cells of one optimiser step, over all processes (scgpt: 32).
+    lr
+        Highest learning rate (scgpt: 1e-4).
+    n_gpus
+        GPUs, one process each; ``None``: all there are, else one CPU process.
+    n_procs
+        Processes on the CPU, with ``device="cpu"``.
+    device
+        ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    run_dir
+        Where the run is written and continued; ``None``: a new directory under ``scllm.settings.run_dir``.
+    precision
+        ``"auto"``: fp32 on a CPU, bf16 on a GPU that has it.
+    resume
+        ``"auto"`` continues a ``run_dir`` of the same settings; ``True`` insists that there is one, ``False`` that there
+        is none.
+    config
+        The rest, see :class:`scllm.tl.TrainConfig`. A value given both ways is a ``TypeError``.
+    random_state
+        What the head, order, crops and dropout are a function of.
+
+    Returns
+    -------
+    The fine-tuned model with the best validation weights, and its ``history``.
+
+    Writes
+    ------
+    ``adata.uns["scllm"]["finetune"]``
+        Settings, and the history as ``table``.
+    ``adata.uns["scllm"]["model"]``
+        Path, family and hash of the model.
+
+    Examples
+    --------
+    >>> adata = scllm.datasets.toy()
+    >>> model = scllm.models.build("scgpt", vocab=adata.var_names, size="tiny")
+    >>> tuned = scllm.tl.finetune(adata, model, key="cell_type", epochs=1)  # doctest: +SKIP
+    """
+    adata = data if isinstance(data, AnnData) else None
+    keys = [key] if isinstance(key, str) else list(key)
+    source = open_source(data, layer=layer)
+    specs, columns = zip(*(_target(source, name) for name in keys), strict=True)
+    where = processes(n_gpus, n_procs, device)
+    begun = copy.deepcopy(resolve(model, adata)).cpu()
+    begun.history, begun.report, begun.path = None, None, None
+    check_layer(source, begun, layer, adata)
+    module = models.family_module(begun.family)
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
+    defaults = {**module.FINETUNE, "gene_init": "random"}
+    settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
+    seed = settings.random_state or 0
+
+    there = np.any([_is_there(column) for column in columns], axis=0)
+    stratify = pd.Series(columns[0][there]) if specs[0].classes is not None else None
+    training, held_out = divide(
+        source, validation, group_key=group_key, stratify=stratify, rows=np.flatnonzero(there), random_state=seed
+    )
+    for spec, column in zip(specs, columns, strict=True):
+        _check_training_labels(spec, column[training])
+    cells: dict[str, NDArray[Any]] = {"train": training, "validation": held_out}
+    cells |= {f"obs:label:{spec.key}": column for spec, column in zip(specs, columns, strict=True)}
+    if upsample:
+        cells["weights"] = _balancing(specs[0], columns[0][training])
+    objective = Label(
+        loss={loss: 1.0} if isinstance(loss, str) else dict(loss),
+        class_weight=_class_weights(class_weight, specs, columns, training),
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        begun.set_heads(specs)
+    check_freeze(copy.deepcopy(begun), freeze)
+    return train(
+        "finetune", data, source, begun, objective, settings,
+        layer=layer, cells=cells, where=where, run_dir=run_dir, resume=resume, freeze=freeze,
+        params={
+            "key": keys, "upsample": upsample, "class_weight": class_weight, "validation": validation,
+            "group_key": group_key, "layer": layer,
+        },
+    )  # fmt: skip
+
+
+def _target(source: CellSource, key: str) -> tuple[HeadSpec, NDArray[Any]]:
+    """The head for a column, and its codes (-1: missing) or values (NaN: missing)."""
+    obs = source.obs([key] if key in source.obs_columns else list(source.obs_columns))
+    column = obs_column(obs, key)
+    if pd.api.types.is_float_dtype(column):
+        values = column.to_numpy(np.float32)
+        seen = values[np.isfinite(values)]
+        if len(seen) < 2 or seen.std() == 0:
+            raise ValueError(
+                f"obs[{key!r}] holds {len(np.unique(seen))} distinct values, at least 2 expected. Pass another column."
+            )
+        return HeadSpec(key, None, float(seen.mean()), float(seen.std())), values
+    if pd.api.types.is_integer_dtype(column):
+        raise ValueError(
+            f"obs[{key!r}] holds integers (first: {column.iloc[0]}), labels or float values expected. If they are labels: "
+            f"adata.obs[{key!r}] = adata.obs[{key!r}].astype('category'); if they are values: .astype(float)."
+        )
+    classes = labels(obs, key)
+    codes = classes.cat.codes.to_numpy().astype(np.int64)
+    n_missing = int((codes < 0).sum())
+    if n_missing:
+        warnings.warn(
+            f"{n_missing} of {len(codes)} cells have no label in obs[{key!r}] and are left out. Drop them to silence this.",
+            UserWarning,
+            stacklevel=3,
+        )
+    single = [name for name, n in zip(classes.cat.categories, np.bincount(codes[codes >= 0])) if n == 1]
+    if single:
+        warnings.warn(
+            f"{len(single)} labels of obs[{key!r}] have one cell only (first: {single[0]!r}), at least 2 expected: they cannot "
+            "be validated. Merge or drop them.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return HeadSpec(key, tuple(classes.cat.categories)), codes
+
+
+def _is_there(column: NDArray[Any]) -> NDArray[np.bool_]:
+    return column >= 0 if np.issubdtype(column.dtype, np.integer) else np.isfinite(column)
+
+
+def _check_training_labels(spec: HeadSpec, codes: NDArray[Any]) -> None:
+    if spec.classes is not None and len(np.unique(codes[codes >= 0])) < 2:
+        raise ValueError(
+            f"the training cells hold one label of obs[{spec.key!r}] only, at least 2 expected. Hold out other groups, or a "
+            "smaller share."
+        )
+
+
+def _balancing(spec: HeadSpec, codes: NDArray[Any]) -> NDArray[np.float64]:
+    """Probability of drawing each cell, so that labels come equally often."""
+    if spec.classes is None:
+        raise TypeError(f"upsample=True needs labels, obs[{spec.key!r}] holds values. Leave it out.")
+    counts = np.bincount(codes[codes >= 0], minlength=len(spec.classes))
+    weights = np.where(codes >= 0, 1 / np.maximum(counts[codes], 1), 0)
+    return weights / weights.sum()
+
+
+def _class_weights(
+    given: Literal["balanced"] | Mapping[str, float] | None,
+    specs: Sequence[HeadSpec],
+    columns: Sequence[NDArray[Any]],
+    training: NDArray[Any],
+) -> dict[str, tuple[float, ...]]:
+    if given is None:
+        return {}
+    found = {}
+    for spec, column in zip(specs, columns, strict=True):
+        if spec.classes is None:
+            continue
+        if given == "balanced":
+            codes = column[training]
+            counts = np.bincount(codes[codes >= 0], minlength=len(spec.classes))
+            found[spec.key] = tuple((counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist())
+        elif isinstance(given, Mapping):
+            unknown = set(given) - set(spec.classes)
+            if unknown:
+                raise KeyError(
+                    f"class_weight: {sorted(unknown)[0]!r} is no label of obs[{spec.key!r}]: {spec.classes}."
+                )
+            found[spec.key] = tuple(float(given.get(name, 1.0)) for name in spec.classes)
+        else:
+            raise ValueError(f"class_weight is {given!r}, 'balanced' or a weight for each label expected.")
+    return found

@@ -1,0 +1,87 @@
+"""Which model a verb uses: the one given, or the one recorded last on this AnnData."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from anndata import AnnData
+
+from scllm import _keys, models
+from scllm.data import genes
+from scllm.data.source import CellSource
+from scllm.models.base import CellModel
+
+__all__ = ["ModelLike", "gene_match", "match_settings", "recorded_model", "remember", "resolve"]
+
+ModelLike = CellModel | str | PathLike[str]
+
+# models that were never saved, by hash: remembered for this process only
+_unsaved: dict[str, CellModel] = {}
+_HUB = "hf://"
+
+
+def resolve(model: ModelLike | None, adata: AnnData | None) -> CellModel:
+    """The model itself: given, read from a path, fetched from the Hub, or recorded on ``adata``."""
+    if isinstance(model, CellModel):
+        return model
+    if model is None:
+        return recorded_model(adata)
+    if str(model).startswith(_HUB):
+        return models.load(_from_hub(str(model)))
+    return models.load(model)
+
+
+def recorded_model(adata: AnnData | None) -> CellModel:
+    """The model that ``adata`` was used with last."""
+    entry = {} if adata is None else adata.uns.get(_keys.UNS, {}).get("model", {})
+    if not entry:
+        raise ValueError(
+            "no model is given and none is recorded in adata.uns['scllm']['model']. Pass a model or its path."
+        )
+    if entry.get("hash") in _unsaved:
+        return _unsaved[entry["hash"]]
+    path = str(entry.get("path", ""))
+    if not path:
+        raise ValueError(
+            "the model recorded in adata.uns['scllm']['model'] was never saved, and belongs to another Python process. Pass a "
+            "model, and save models with model.save(path)."
+        )
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"the model recorded in adata.uns['scllm']['model'] is gone: {path} is not there. Pass a model or its new path."
+        )
+    family = str(entry["family"])
+    return models.load(path, family=None if models.storage.is_native(Path(path)) else family)
+
+
+def remember(adata: AnnData | CellSource, model: CellModel) -> None:
+    """Record the model on ``adata``, so that later verbs find it."""
+    if not isinstance(adata, AnnData):
+        return
+    entry = {"family": model.family, "hash": model.hash()}
+    if model.path is None:
+        _unsaved[entry["hash"]] = model
+    else:
+        entry["path"] = str(model.path)
+    adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), "model": entry}
+
+
+def match_settings(data: object) -> dict[str, object]:
+    """``gene_key`` and ``min_coverage`` of an earlier ``pp.match_genes`` on this AnnData."""
+    found = data.uns.get(_keys.UNS, {}).get("match_genes", {}) if isinstance(data, AnnData) else {}
+    params = found.get("params", {})
+    key = params.get("gene_key")
+    return {"gene_key": None if key is None else str(key), "min_coverage": float(params.get("min_coverage", 0.3))}
+
+
+def gene_match(data: object, source: CellSource, model: CellModel) -> genes.GeneMatch:
+    """The token of each gene of the data."""
+    return genes.match(source.genes, model.vocab, var=source.var, **match_settings(data))  # type: ignore[arg-type]
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download  # only when the user names the Hub
+
+    patterns = ["*.json", "*.safetensors", "*.pt", "*.txt"]
+    return Path(snapshot_download(name.removeprefix(_HUB), allow_patterns=patterns))

@@ -1,0 +1,155 @@
+"""Self-supervised training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from anndata import AnnData
+from torch import nn
+
+from scllm import models
+from scllm.data import genes
+from scllm.data.source import open_source
+from scllm.data.vocab import Vocab
+from scllm.engine.config import Precision, TrainConfig
+from scllm.engine.objectives import objective_from_dict
+from scllm.models.base import CellModel
+from scllm.tl._inputs import check_layer
+from scllm.tl._model import ModelLike, resolve
+from scllm.tl._train import Data, divide, merged_config, processes, train
+
+__all__ = ["pretrain"]
+
+
+def pretrain(
+    data: Data,
+    model: ModelLike = "scgpt",
+    *,
+    size: str = "base",
+    n_gpus: int | None = None,
+    n_procs: int | None = None,
+    device: str = "auto",
+    run_dir: str | PathLike[str] | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    mask_ratio: float | Sequence[float] | None = None,
+    dropout: float | None = None,
+    validation: float | str = 0.03,
+    group_key: str | None = None,
+    layer: str | None = None,
+    precision: Precision = "auto",
+    resume: Literal["auto"] | bool = "auto",
+    config: TrainConfig | None = None,
+    random_state: int = 0,
+) -> CellModel:
+    """Train a model on cells without labels, from scratch or onwards from another model.
+
+    scgpt hides the expression of a part of each cell's genes and predicts it, from the genes around and from the cell
+    embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). Everything is written to a run directory: the same
+    call continues after a crash, to the same loss curve.
+
+    Parameters
+    ----------
+    data
+        An AnnData, also backed; a path to ``.h5ad`` or ``.zarr``; a list or a folder of such.
+    model
+        Name of a family for fresh weights, or a model (or its path) to go on from, which is left unchanged.
+    size
+        Named architecture of a fresh model: ``"tiny"``, ``"small"``, ``"base"``.
+    n_gpus
+        GPUs, one process each; ``None``: all there are, else one CPU process.
+    n_procs
+        Processes on the CPU, with ``device="cpu"``.
+    device
+        ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    run_dir
+        Where the run is written and continued; ``None``: a new directory under ``scllm.settings.run_dir``.
+    epochs
+        Passes over the cells; ``None`` is the family's own (scgpt: 6).
+    batch_size
+        Cells of one optimiser step, over all processes (scgpt: 32).
+    lr
+        Highest learning rate (scgpt: 1e-4).
+    mask_ratio
+        Share of a cell's genes to hide, or several to draw from each step (scgpt: 0.25, 0.5, 0.75).
+    dropout
+        Dropout of the blocks (scgpt: 0.2). With 0 any number of processes gives the same loss curve.
+    validation
+        Share of cells held out, or a column of ``train`` and ``validation`` as :func:`scllm.pp.split` writes it.
+    group_key
+        Column of groups (donors) that are held out whole.
+    layer
+        Layer to read; ``None`` is ``X``. Bins of counts, normalised and logged values are the same.
+    precision
+        ``"auto"``: fp32 on a CPU, bf16 on a GPU that has it.
+    resume
+        ``"auto"`` continues a ``run_dir`` of the same settings, and returns its model at once if it is done; ``True``
+        insists that there is one, ``False`` that there is none.
+    config
+        The rest, see :class:`scllm.tl.TrainConfig`. A value given both ways is a ``TypeError``.
+    random_state
+        What weights, order, masks and dropout are a function of.
+
+    Returns
+    -------
+    The trained model with the best validation weights, and its ``history``.
+
+    Writes
+    ------
+    ``adata.uns["scllm"]["pretrain"]``
+        Settings, and the history as ``table``.
+    ``adata.uns["scllm"]["model"]``
+        Path, family and hash of the model.
+
+    Examples
+    --------
+    >>> adata = scllm.datasets.toy()
+    >>> model = scllm.tl.pretrain(adata, size="tiny", epochs=1)  # doctest: +SKIP
+    """
+    source = open_source(data, layer=layer)
+    where = processes(n_gpus, n_procs, device)
+    begun = _starting_model(data, source.genes, model, size, dropout, random_state)
+    adata = data if isinstance(data, AnnData) else None
+    check_layer(source, begun, layer, adata)
+    module = models.family_module(begun.family)
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
+    settings = merged_config(
+        config, given, {**module.PRETRAIN, "gene_init": "svd"}, precision=precision, random_state=random_state
+    )
+    objective: dict[str, Any] = {**begun.config.objective(), "seed": settings.random_state}
+    if mask_ratio is not None:
+        objective["mask_ratio"] = (mask_ratio,) if isinstance(mask_ratio, (int, float)) else tuple(mask_ratio)
+    seed = settings.random_state or 0
+    training, held_out = divide(source, validation, group_key=group_key, random_state=seed)
+    if not isinstance(model, str) or model not in models.families():
+        settings = replace(settings, gene_init="random")  # a trained table is not started again
+    return train(
+        "pretrain", data, source, begun, objective_from_dict(objective), settings,
+        layer=layer, cells={"train": training, "validation": held_out}, where=where, run_dir=run_dir, resume=resume,
+        params={"validation": validation, "group_key": group_key, "layer": layer},
+    )  # fmt: skip
+
+
+def _starting_model(
+    data: Data, names: Any, model: ModelLike, size: str, dropout: float | None, random_state: int
+) -> CellModel:
+    """Fresh weights for a family's name; a copy of the model otherwise."""
+    if isinstance(model, str) and (model in models.families() or ("." in model and "/" not in model)):
+        config = {} if dropout is None else {"dropout": dropout}
+        with torch.random.fork_rng([]):
+            torch.manual_seed(random_state)
+            return models.build(model, vocab=Vocab.from_genes(genes.strip_version(names)), size=size, **config)
+    begun = copy.deepcopy(resolve(model, data if isinstance(data, AnnData) else None)).cpu()
+    begun.history, begun.report, begun.path = None, None, None
+    if dropout is not None:
+        begun.config = replace(begun.config, dropout=dropout)
+        for module in begun.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+    return begun

@@ -1,0 +1,145 @@
+"""Expression as the model sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scipy import sparse
+from torch import Tensor
+
+from scllm import _keys
+from scllm._results import record
+from scllm._typing import IntArray
+from scllm.data.genes import GeneMatch
+from scllm.data.source import CellSource, open_source
+from scllm.engine.objectives import MaskedValue
+from scllm.engine.predict import predict
+from scllm.models.base import Batch, CellModel
+from scllm.tl._inputs import check_layer
+from scllm.tl._model import ModelLike, gene_match, remember, resolve
+
+__all__ = ["reconstruct"]
+
+
+def reconstruct(
+    adata: AnnData,
+    model: ModelLike | None = None,
+    *,
+    mask_ratio: float | None = None,
+    genes: Sequence[str] | None = None,
+    target_depth: float | None = None,
+    key_added: str = _keys.RECONSTRUCTED,
+    copy: bool = False,
+) -> AnnData | pd.DataFrame | None:
+    """Predict expression, in the units the model reads (scgpt: bins).
+
+    Parameters
+    ----------
+    adata
+        Cells by genes.
+    model
+        A model or its path; ``None`` is the one recorded on ``adata`` last.
+    mask_ratio
+        Share of each cell's genes to hide; only hidden ones are predicted, so the result can be scored. ``None`` shows
+        the model everything.
+    genes
+        Predict these genes in every cell, expressed or not, from the cell embedding; returned as a table.
+    target_depth
+        Sequencing depth to predict, for families that read the depth (scfoundation).
+    key_added
+        Layer to write.
+    copy
+        Return a changed copy in place of changing ``adata``.
+
+    Returns
+    -------
+    With ``genes`` a DataFrame, cells by genes; else ``None`` or the changed copy.
+
+    Writes
+    ------
+    ``adata.layers[key_added]``
+        Predictions (CSR, float32), stored where the model saw (or was to guess) an expressed gene.
+
+    Examples
+    --------
+    >>> adata = scllm.datasets.toy()
+    >>> model = scllm.models.build("scgpt", vocab=adata.var_names, size="tiny")
+    >>> scllm.tl.reconstruct(adata, model, mask_ratio=0.5)
+    >>> adata.layers["reconstructed"].shape == adata.shape
+    True
+    """
+    chosen = resolve(model, adata)
+    if target_depth is not None:
+        raise ValueError(
+            f"target_depth={target_depth} goes with models that read the sequencing depth, {chosen.family} does not. Leave it out."
+        )
+    if mask_ratio is not None and not 0 < mask_ratio < 1:
+        raise ValueError(f"mask_ratio is {mask_ratio}, a share between 0 and 1 expected. None hides nothing.")
+    source = open_source(adata)
+    check_layer(source, chosen, None, adata)
+    match = gene_match(adata, source, chosen)
+    if genes is not None:
+        return _of_genes(adata, chosen, source, match, list(genes))
+    layer = _of_sentence(chosen, source, match, mask_ratio)
+    adata = adata.copy() if copy else adata
+    adata.layers[key_added] = layer
+    record(adata, "reconstruct", {"mask_ratio": mask_ratio, "key_added": key_added})
+    remember(adata, chosen)
+    return adata if copy else None
+
+
+def _of_sentence(model: CellModel, source: CellSource, match: GeneMatch, mask_ratio: float | None) -> sparse.csr_matrix:
+    """Predictions at the genes of each cell's sentence."""
+    column = _first_columns(match, len(model.vocab))
+    masking = None if mask_ratio is None else MaskedValue(mask_ratio=(mask_ratio,))
+
+    def forward(replica: CellModel, batch: Batch) -> Tensor:
+        at = torch.nonzero(~replica.is_special[batch.genes]).squeeze(1)
+        if masking is not None:
+            at = masking.hide(batch, replica.is_special, masking.ratio(0))
+            batch = batch.with_values(batch.values.index_fill(0, at, replica.config.mask_value))
+        cell = batch.cell[at]
+        value = replica.decode(replica.hidden(batch)[at], cell, batch)["value"]
+        return torch.stack([cell.double(), batch.genes[at].double(), value.double()], dim=1)
+
+    rows, columns, values = [], [], []
+    for cells, found in predict(model, source, match, forward, desc="reconstructing"):
+        rows.append(found[:, 0].long().numpy() + cells.start)
+        columns.append(column[found[:, 1].long().numpy()])
+        values.append(found[:, 2].float().numpy())
+    triplets = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
+    return sparse.csr_matrix(triplets, shape=(source.n_obs, len(source.genes)), dtype=np.float32)
+
+
+def _of_genes(adata: AnnData, model: CellModel, source: CellSource, match: GeneMatch, names: list[str]) -> pd.DataFrame:
+    """Predictions of chosen genes from the cell embedding, dense over those genes."""
+    place = adata.var_names.get_indexer(names)
+    ids = match.token_ids[place]
+    lost = [name for name, i, token in zip(names, place, ids, strict=True) if i < 0 or token < 0]
+    if lost:
+        raise KeyError(f"{lost[0]!r} is not a gene of both the data and the model ({len(lost)} such). Leave those out.")
+    wanted = torch.from_numpy(ids.astype(np.int64))
+
+    def forward(replica: CellModel, batch: Batch) -> Tensor:
+        cell = replica.embed(batch, pooling=replica.pooling)
+        cell_of = torch.arange(batch.n_cells, device=cell.device).repeat_interleave(len(wanted))
+        genes = wanted.to(cell.device).repeat(batch.n_cells)
+        predicted = replica.decode_cell(cell, genes, cell_of, batch)
+        if "cell_value" not in predicted:
+            raise ValueError(f"this {replica.family} model does not predict from the cell embedding. Leave genes= out.")
+        return predicted["cell_value"].view(batch.n_cells, -1)
+
+    found = [values for _, values in predict(model, source, match, forward, desc="reconstructing")]
+    return pd.DataFrame(torch.cat(found).numpy(), index=adata.obs_names, columns=names)
+
+
+def _first_columns(match: GeneMatch, n_tokens: int) -> IntArray:
+    """The column of each token; where several genes share one, the first."""
+    column = np.zeros(n_tokens, np.int64)
+    known = np.flatnonzero(match.token_ids >= 0)[::-1]
+    column[match.token_ids[known]] = known
+    return column

@@ -1,0 +1,268 @@
+"""What verbs that train share: cells, run directory, start, and what is left on the AnnData."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from scllm import settings
+from scllm._checks import obs_column
+from scllm._log import log
+from scllm._results import record
+from scllm._typing import IntArray
+from scllm.data.checks import warn_of_empty_cells
+from scllm.data.encode import encoder_to_dict
+from scllm.data.genes import GeneMatch
+from scllm.data.source import CellSource, fingerprint, write_arrays
+from scllm.data.split import split_cells
+from scllm.engine.config import TrainConfig
+from scllm.engine.device import check_gpus, resolve_device, resolve_precision
+from scllm.engine.estimate import say_cost
+from scllm.engine.gene_init import start_from_data
+from scllm.engine.launch import command, launch
+from scllm.engine.objectives import Objective, objective_to_dict
+from scllm.engine.optim import Freeze
+from scllm.engine.run import Run
+from scllm.models.base import CellModel
+from scllm.tl._model import gene_match, match_settings, remember
+
+__all__ = ["Data", "Processes", "divide", "merged_config", "processes", "train"]
+
+Data = AnnData | str | PathLike[str] | CellSource | Sequence[str | PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many processes train, and on which device."""
+
+    n: int
+    device: str
+
+
+def processes(n_gpus: int | None, n_procs: int | None, device: str) -> Processes:
+    """All GPUs there are, else one CPU process; an error where fewer GPUs are there than asked for."""
+    if n_gpus is not None and n_procs is not None:
+        raise TypeError(f"n_gpus={n_gpus} and n_procs={n_procs} are both given, one of them expected. Leave one out.")
+    for name, n in (("n_gpus", n_gpus), ("n_procs", n_procs)):
+        if n is not None and n < 1:
+            raise ValueError(f"{name} is {n}, at least 1 expected. Leave it out to have it chosen.")
+    if n_gpus is not None:
+        if device == "cpu":
+            raise TypeError(f"n_gpus={n_gpus} does not go with device='cpu'. Use n_procs= for several CPU processes.")
+        check_gpus(n_gpus)
+        return Processes(n_gpus, "cuda")
+    kind = resolve_device(device).type
+    if kind == "cuda" and device in ("auto", "cuda"):
+        n = torch.cuda.device_count() if n_procs is None else n_procs
+        check_gpus(n)
+        return Processes(n, "cuda")
+    return Processes(n_procs or 1, device if kind == "cuda" else "cpu")
+
+
+def merged_config(
+    config: TrainConfig | None,
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    *,
+    precision: str,
+    random_state: int,
+) -> TrainConfig:
+    """Settings with nothing left open: what was given, then ``config``, then the family's own."""
+    config = config or TrainConfig()
+    # a default cannot be told from the same value given: only others count as given
+    given = {**given, "precision": None if precision == "auto" else precision, "random_state": random_state or None}
+    config = config.merged(given)
+    if config.steps is not None and config.epochs is not None:
+        raise TypeError(f"steps={config.steps} and epochs={config.epochs} are both given, one of them expected.")
+    if config.steps is not None:
+        defaults = {name: value for name, value in defaults.items() if name != "epochs"}
+    return config.resolved({**defaults, "precision": "auto", "random_state": 0})
+
+
+def divide(
+    source: CellSource,
+    validation: float | str | None,
+    *,
+    group_key: str | None,
+    stratify: pd.Series | None = None,
+    rows: IntArray | None = None,
+    random_state: int = 0,
+) -> tuple[IntArray, IntArray]:
+    """Rows of the training and of the validation cells."""
+    rows = np.arange(source.n_obs) if rows is None else rows
+    if isinstance(validation, str):
+        column = obs_column(source.obs(_present(source, validation)), validation).astype(str).to_numpy()[rows]
+        if not (column == "train").any():
+            found = sorted(set(column))[:5]
+            raise ValueError(
+                f"obs[{validation!r}] holds {found}, 'train' and 'validation' expected. Make it with pp.split(adata)."
+            )
+        return rows[column == "train"], rows[column == "validation"]
+    if not validation:
+        return rows, rows[:0]
+    if not 0 < validation < 1:
+        raise ValueError(f"validation is {validation}, a share between 0 and 1 or a column of obs expected.")
+    if len(rows) < 2:
+        raise ValueError(f"{len(rows)} cell can be trained on, at least 2 expected to hold one out. Pass validation=0.")
+    groups = None
+    if group_key is not None:
+        groups = obs_column(source.obs(_present(source, group_key)), group_key).iloc[rows]
+    share = max(validation, 1 / len(rows))  # at least one cell
+    part = split_cells(
+        len(rows), (1 - share, share), groups=groups, stratify=None if groups is not None else stratify,
+        random_state=random_state,
+    )  # fmt: skip
+    return rows[part == 0], rows[part == 1]
+
+
+def _present(source: CellSource, key: str) -> list[str]:
+    """The column if it is there; else all of them, so that the error can offer close names."""
+    return [key] if key in source.obs_columns else list(source.obs_columns)
+
+
+def train(
+    verb: str,
+    data: Data,
+    source: CellSource,
+    model: CellModel,
+    objective: Objective,
+    config: TrainConfig,
+    *,
+    layer: str | None,
+    cells: Mapping[str, NDArray[Any]],
+    where: Processes,
+    run_dir: str | PathLike[str] | None,
+    resume: bool | str,
+    freeze: Freeze = 0,
+    params: Mapping[str, Any],
+) -> CellModel:
+    """Write the run directory (or continue the one there), train, and record the result on the AnnData."""
+    if resume not in ("auto", True, False):
+        raise ValueError(
+            f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues a run of the same spec."
+        )
+    match = gene_match(data, source, model)
+    spec = {
+        "verb": verb,
+        "family": model.family,
+        "model": asdict(model.config),
+        "weights": model.hash(),
+        "encoder": encoder_to_dict(model.encoder),
+        "heads": [asdict(head) for head in model.head_specs],
+        "objective": objective_to_dict(objective),
+        "train": config.to_dict(),
+        "freeze": freeze,
+        "params": {name: str(value) for name, value in params.items()},
+        "data": {"fingerprint": fingerprint(source), "layer": layer, **match_settings(data)},
+        "data_reference": _reference(data),
+        "processes": asdict(where),
+        "versions": {"scllm": version("scllm-tools"), "torch": torch.__version__},
+    }
+    run = Run(Path(run_dir) if run_dir is not None else _fresh_directory(verb))
+    family = model.family if "." in model.family else None
+    if run.is_new():
+        if resume is True:
+            raise ValueError(f"{run.path} holds no run to continue, one expected with resume=True. Pass resume='auto'.")
+        _check_free(run.path)
+        n_tokens = _mean_length(source, match, model, cells["train"])
+        if config.gene_init == "svd":
+            start_from_data(model, source, match, cells["train"], random_state=config.random_state or 0)
+        device = resolve_device(where.device)
+        precision = resolve_precision(config.precision or "auto", device)
+        n_cells = (
+            len(cells["train"]) * (config.epochs or 1)
+            if config.steps is None
+            else config.steps * (config.batch_size or 1)
+        )
+        log.info("%s", say_cost(model.config, n_tokens, n_cells, device, precision, where.n))
+        if where.n > 1 and where.device == "cuda" and (config.batch_size or 0) < 64 * where.n:
+            log.info(
+                "%d cells a step are few for %d GPUs: batch_size=%d keeps them busy",
+                config.batch_size,
+                where.n,
+                64 * where.n,
+            )
+        model.save(run.path / "model")
+        if spec["data_reference"] is None:
+            write_arrays(source, run.data)
+        run.create(spec, cells)
+        log.info("run directory %s", run.path)
+        if where.n > 1:
+            log.info("on a cluster: %s", " ".join(command(run, where.n, where.device, family)))
+    else:
+        if resume is False:
+            raise ValueError(
+                f"{run.path} holds a run already, an empty directory expected with resume=False. Pass another one."
+            )
+        run.check(spec)
+    trained = launch(run, n_procs=where.n, device=where.device, source=source, family=family)
+    shutil.rmtree(run.data, ignore_errors=True)  # the run is done: nothing reads the copy again
+    if isinstance(data, AnnData):
+        record(data, verb, {**params, **config.to_dict(), "run_dir": run.path}, trained.history)
+        remember(data, trained)
+    return trained
+
+
+def _reference(data: Data) -> str | list[str] | None:
+    """Where another process finds the data; ``None`` for data in memory."""
+    if isinstance(data, AnnData):
+        return str(Path(data.filename).absolute()) if data.isbacked and not data.is_view else None
+    if isinstance(data, (str, PathLike)):
+        return data if "://" in str(data) else str(Path(data).absolute())
+    if isinstance(data, (list, tuple)) and all(isinstance(part, (str, PathLike)) for part in data):
+        return [str(Path(fspath(part)).absolute()) for part in data]
+    return None
+
+
+def _fresh_directory(verb: str) -> Path:
+    """A directory of its own for every call."""
+    stem = f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 0
+    while True:
+        path = Path(settings.run_dir) / (f"{stem}-{number}" if number else stem)
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def _check_free(path: Path) -> None:
+    # a run that was stopped while it was being set up left parts of one
+    ours = {"model", "data", "cells.npz", ".lock"}
+    others = (
+        [entry.name for entry in path.iterdir() if entry.name not in ours and not entry.name.startswith(".")]
+        if path.exists()
+        else []
+    )
+    if others:
+        raise ValueError(
+            f"{path} holds other files (first: {others[0]!r}), an empty directory or a run expected. Pass another run_dir."
+        )
+    shutil.rmtree(path / "data", ignore_errors=True)
+
+
+def _mean_length(source: CellSource, match: GeneMatch, model: CellModel, rows: IntArray) -> float:
+    """Mean tokens a cell, from cells spread over the data; in memory all are looked at for empty ones too."""
+    step = 1 if not source.chunked else max(1, len(rows) // 2048)
+    lengths = []
+    for start in range(0, len(rows), 8192 * step):
+        chosen = np.sort(rows)[start : start + 8192 * step : step]
+        lengths.append(match.tokens(source.read(chosen)).lengths)
+    found = np.concatenate(lengths)
+    if step == 1:
+        warn_of_empty_cells(int((found == 0).sum()), len(rows))
+    n_specials, max_len = model.encoder.n_specials, model.encoder.max_len
+    return float(np.minimum(found + n_specials, max_len).mean())
