@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 
-__all__ = ["Ratio", "Row", "copy_rate", "cpu_seconds", "gemm_rate", "paired"]
+__all__ = ["Ratio", "Row", "copy_rate", "cpu_seconds", "gemm_rate", "one_torch_thread", "paired"]
 
 ROUNDS = 7
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,23 @@ def paired(
     """
     seconds = [(cpu_seconds(ours, clock) / n_ours, cpu_seconds(theirs, clock) / n_theirs) for _ in range(rounds)]
     return Ratio(*zip(*seconds, strict=True))
+
+
+def one_torch_thread(function: Callable[P, T]) -> Callable[P, T]:
+    """Let torch compute on one thread meanwhile: threads that wait for each other use CPU-seconds up."""
+
+    @wraps(function)
+    def on_one(*args: P.args, **kwargs: P.kwargs) -> T:
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(before)
+
+    return on_one
 
 
 @cache

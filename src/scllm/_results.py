@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scllm import _keys
 from scllm._checks import missing_key
 
-__all__ = ["record", "recorded"]
+__all__ = ["match_settings", "record", "recorded", "storable_table"]
 
 
 def record(adata: AnnData, verb: str, params: Mapping[str, Any], table: pd.DataFrame | None = None) -> None:
@@ -42,7 +42,7 @@ def record(adata: AnnData, verb: str, params: Mapping[str, Any], table: pd.DataF
     """
     entry: dict[str, Any] = {"params": _storable_items(params)}
     if table is not None:
-        entry["table"] = _storable_table(table)
+        entry["table"] = storable_table(table)
     # a new outer dict: the uns of a view shares its inner dicts with the AnnData it looks at
     adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), verb: entry}
 
@@ -55,6 +55,30 @@ def recorded(adata: AnnData, verb: str, *, made_by: str) -> dict[str, Any]:
     return written[verb]
 
 
+def match_settings(data: object) -> dict[str, Any]:
+    """``gene_key`` and ``min_coverage`` of an earlier ``pp.match_genes`` on this AnnData."""
+    found = data.uns.get(_keys.UNS, {}).get("match_genes", {}) if isinstance(data, AnnData) else {}
+    params = found.get("params", {})
+    key = params.get("gene_key")
+    return {"gene_key": None if key is None else str(key), "min_coverage": float(params.get("min_coverage", 0.3))}
+
+
+def storable_table(table: pd.DataFrame) -> pd.DataFrame:
+    """A copy that every AnnData file format takes: text with gaps is categorical, ``Float64`` is float64."""
+    table = table.copy()
+    table.columns = table.columns.map(str)
+    if not isinstance(table.index, pd.RangeIndex):
+        table.index = table.index.map(str)
+    for name, column in table.items():
+        if isinstance(column.dtype, np.dtype) and column.dtype == object:
+            known = column.dropna()
+            text = column.where(column.isna(), column.map(str)) if len(known) else column.astype(float)
+            table[name] = text.astype("category") if column.isna().any() and len(known) else text
+        elif isinstance(column.dtype, (pd.Float32Dtype, pd.Float64Dtype)):
+            table[name] = column.to_numpy(np.float64, na_value=np.nan)
+    return table
+
+
 def _storable_items(items: Mapping[str, Any]) -> dict[str, Any]:
     return {str(name): _storable(value) for name, value in items.items() if value is not None}
 
@@ -64,7 +88,7 @@ def _storable(value: Any) -> Any:
         case str() | bool() | int() | float() | np.generic() | np.ndarray():
             return value
         case pd.DataFrame():
-            return _storable_table(value)
+            return storable_table(value)
         case Path():
             return str(value)
         case Mapping():
@@ -88,16 +112,3 @@ def _array(values: Any) -> NDArray[Any]:
 
 def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple, set, frozenset)) else str(value)
-
-
-def _storable_table(table: pd.DataFrame) -> pd.DataFrame:
-    table = table.copy()
-    table.columns = table.columns.map(str)
-    if not isinstance(table.index, pd.RangeIndex):
-        table.index = table.index.map(str)
-    for name, column in table.items():
-        if isinstance(column.dtype, np.dtype) and column.dtype == object:
-            known = column.dropna()
-            text = column.where(column.isna(), column.map(str)) if len(known) else column.astype(float)
-            table[name] = text.astype("category") if column.isna().any() and len(known) else text
-    return table

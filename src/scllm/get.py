@@ -7,9 +7,9 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from scllm import _keys
+from scllm._checks import missing_key
 from scllm._results import recorded
-from scllm._typing import IntArray
-from scllm.data.tokens import Tokens
+from scllm._typing import CSR, IntArray
 
 __all__ = ["tokens"]
 
@@ -45,9 +45,17 @@ def tokens(
     """
     settings = recorded(adata, "tokenize", made_by="pp.tokenize")["params"]
     if key not in adata.obsm:
-        raise KeyError(f"{key!r} is not in adata.obsm. Call pp.tokenize(adata, key_added={key!r}) first.")
-    genes = adata.obsm[key]
+        raise missing_key(key, adata.obsm, "in adata.obsm", f"Call pp.tokenize(adata, key_added={key!r}) first.")
+    genes = _padded(adata.obsm[key], length, int(settings["pad_id"]))
     values = adata.obsm.get(key + _keys.TOKEN_VALUES)
-    ragged = Tokens(genes.indptr, genes.data, None if values is None else values.data)
-    padded, beside = ragged.padded(pad_id=int(settings["pad_id"]), pad_value=pad_value, length=length)
-    return padded, beside
+    return genes, None if values is None else _padded(values, length, pad_value)
+
+
+def _padded(rows: CSR, length: int | None, fill: float) -> NDArray[np.generic]:
+    """Sentences whose column is the position, filled up or cut at the end."""
+    lengths = np.diff(rows.indptr)
+    out = np.full((len(lengths), lengths.max(initial=0) if length is None else length), fill, rows.dtype)
+    cell = np.repeat(np.arange(len(lengths)), lengths)
+    there = rows.indices < out.shape[1]
+    out[cell[there], rows.indices[there]] = rows.data[there]
+    return out

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
-from scllm._typing import CSR
+from scllm._typing import CSR, IntArray
 from scllm.data.source import CellSource
 
 __all__ = ["check_source", "check_values", "warn_of_empty_cells"]
@@ -16,10 +17,13 @@ _LOGGED_MAXIMUM = 50  # log1p of any real count is far below; a count matrix of 
 _SAMPLED_ROWS = 2_048
 
 
-def check_source(source: CellSource, *, needs_counts: bool, layer: str | None, hint: str = "") -> None:
+def check_source(
+    source: CellSource, *, needs_counts: bool, layer: str | None, hint: Callable[[], str] | None = None
+) -> None:
     """Raise ``ValueError`` on negative, non-finite, all-zero or (where counts are needed) non-integer values.
 
-    In memory every value is looked at; on disk rows spread over the file are, and the rest when it is read.
+    In memory every value is looked at; on disk rows spread over the file are, and the rest when it is read. ``hint``
+    is asked for advice only where values look logged.
     """
     if source.n_obs == 0 or len(source.genes) == 0:
         raise ValueError(
@@ -32,7 +36,7 @@ def check_source(source: CellSource, *, needs_counts: bool, layer: str | None, h
     for start in range(0, len(rows), _SAMPLED_ROWS):
         block = rows[start : start + _SAMPLED_ROWS]
         counts = source.read(block)
-        check_values(counts, cells=source.obs_names[block], genes=source.genes, layer=layer)
+        check_values(counts, source, block, layer=layer)
         maximum = max(maximum, float(counts.data.max(initial=0)))
         if needs_counts and not np.issubdtype(counts.dtype, np.integer):
             odd = np.flatnonzero(counts.data != np.rint(counts.data))
@@ -45,7 +49,7 @@ def check_source(source: CellSource, *, needs_counts: bool, layer: str | None, h
             f"{_name(layer)} holds nothing but zeros, counts expected. Pass the layer that holds counts with `layer=`."
         )
     if n_odd and maximum < _LOGGED_MAXIMUM:
-        advice = hint or "Pass the raw layer with `layer=`, or undo the normalisation."
+        advice = (hint and hint()) or "Pass the raw layer with `layer=`, or undo the normalisation."
         raise ValueError(
             f"{_name(layer)} holds non-integers (first: {first_odd}) and looks log-normalised (maximum {maximum:.3g}), "
             f"raw counts expected. {advice}"
@@ -59,8 +63,8 @@ def check_source(source: CellSource, *, needs_counts: bool, layer: str | None, h
         )
 
 
-def check_values(counts: CSR, *, cells: pd.Index, genes: pd.Index, layer: str | None) -> None:
-    """Raise ``ValueError`` at the first negative or non-finite value."""
+def check_values(counts: CSR, source: CellSource, rows: IntArray, *, layer: str | None) -> None:
+    """Raise ``ValueError`` at the first negative or non-finite value of what was read from ``rows`` of a source."""
     data = counts.data
     if not len(data):
         return
@@ -68,8 +72,9 @@ def check_values(counts: CSR, *, cells: pd.Index, genes: pd.Index, layer: str | 
     if lowest >= 0 and np.isfinite(data.max()):
         return
     at = int(np.flatnonzero(~((data >= 0) & np.isfinite(data)))[0])
-    cell = cells[int(np.searchsorted(counts.indptr, at, side="right")) - 1]
-    gene = genes[counts.indices[at]]
+    # names of cells are read from the file each time: only where one is needed
+    cell = source.obs_names[rows[int(np.searchsorted(counts.indptr, at, side="right")) - 1]]
+    gene = source.genes[counts.indices[at]]
     what = "negative" if data[at] < 0 else "non-finite"
     raise ValueError(
         f"{_name(layer)} holds {what} values (first: {data[at]:g}, gene {gene!r} in cell {cell!r}), non-negative finite "

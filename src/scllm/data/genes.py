@@ -12,13 +12,14 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from scllm._checks import missing_key
 from scllm._log import log
 from scllm._typing import CSR, IntArray
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
 from scllm.kernels.ragged import restrict
 
-__all__ = ["GeneMatch", "id_type", "match", "strip_version"]
+__all__ = ["GeneMatch", "check_unique", "id_type", "match", "strip_version"]
 
 _ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{11}(\.\d+)?$")
 
@@ -101,18 +102,18 @@ def match(
 ) -> GeneMatch:
     """Find the column of gene names that fits a vocabulary best, and the token of each gene.
 
-    Ensembl version suffixes are stripped. Without ``gene_key``, ``names`` and the usual columns of ``var`` are tried
+    Ensembl version suffixes are stripped, on both sides. Without ``gene_key``, ``names`` and the usual columns of ``var`` are tried
     and the one with most matches is taken. Raises ``ValueError`` where names are duplicated or coverage is too low.
     """
     names = pd.Index(names)
-    if not names.is_unique:
-        repeated = names[names.duplicated()].unique()
-        raise ValueError(
-            f"{len(repeated)} gene names are duplicated (first: {repeated[0]!r}), every gene must be there once. "
-            "Call adata.var_names_make_unique(), or sum the rows that share a name."
-        )
+    check_unique(names)
     candidates = _candidates(names, var, gene_key)
-    known = {column: vocab.ids(strip_version(values)) for column, values in candidates.items()}
+    # a vocabulary may hold versions too; of several of one gene the first is taken
+    id_of = {token: i for i, token in reversed(list(enumerate(strip_version(vocab.tokens))))}
+    known = {
+        column: np.fromiter((id_of.get(name, -1) for name in strip_version(values)), np.int32)
+        for column, values in candidates.items()
+    }
     column = max(known, key=lambda name: len(np.unique(known[name][known[name] >= 0])))
     found = GeneMatch(known[column], column, id_type(candidates[column]), len(vocab.genes))
     if found.n_matched == 0 or found.coverage < min_coverage:
@@ -122,6 +123,16 @@ def match(
         log.info("%d genes share a token with another gene and are summed with it", n_summed)
     log.info("%d of %d genes matched by %s (%.0f %%)", found.n_matched, len(names), column, 100 * found.coverage)
     return found
+
+
+def check_unique(names: pd.Index) -> None:
+    """Raise ``ValueError`` where a gene name is there more than once."""
+    if not names.is_unique:
+        repeated = names[names.duplicated()].unique()
+        raise ValueError(
+            f"{len(repeated)} gene names are duplicated (first: {repeated[0]!r}), every gene must be there once. "
+            "Call adata.var_names_make_unique(), or sum the rows that share a name."
+        )
 
 
 def strip_version(names: Iterable[str]) -> list[str]:
@@ -140,8 +151,7 @@ def id_type(names: Iterable[str]) -> Literal["symbol", "ensembl"]:
 def _candidates(names: pd.Index, var: pd.DataFrame | None, gene_key: str | None) -> dict[str, list[str]]:
     if gene_key is not None and gene_key != "var_names":
         if var is None or gene_key not in var:
-            there = [] if var is None else list(var.columns)
-            raise KeyError(f"gene_key {gene_key!r} is not a column of adata.var. The columns are {there}.")
+            raise missing_key(gene_key, [] if var is None else var.columns, "a column of adata.var")
         return {gene_key: var[gene_key].astype(str).tolist()}
     candidates = {"var_names": names.astype(str).tolist()}
     if gene_key is None and var is not None:

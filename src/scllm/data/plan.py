@@ -11,7 +11,7 @@ from scllm._typing import FloatArray, IntArray
 
 __all__ = ["Read", "n_batches", "plan"]
 
-# rows that are mixed with each other out of core: enough chunks for a batch to see the whole file
+# chunks whose rows are mixed with each other: enough for a batch to see cells from all over the file
 _CHUNKS_A_BLOCK = 64
 
 
@@ -23,14 +23,9 @@ class Read:
     sizes: tuple[int, ...]
 
 
-def n_batches(n_obs: int, batch_size: int, *, world: int = 1, chunk: int = 1) -> int:
-    """Batches of one epoch, the same on every rank."""
-    if chunk == 1:
-        return -(-n_obs // batch_size)
-    # the rank with most rows sets the number; others end with empty batches
-    n_chunks = -(-n_obs // chunk)
-    most = min(n_obs, -(-n_chunks // world) * chunk)
-    return -(-most // max(1, batch_size // world))
+def n_batches(n_obs: int, batch_size: int) -> int:
+    """Batches of one epoch, the same on every rank and wherever the cells are stored."""
+    return -(-n_obs // batch_size)
 
 
 def plan(
@@ -63,7 +58,7 @@ def plan(
 
     Yields
     ------
-    One :class:`Read` a batch in memory, one a block of chunks out of core.
+    One :class:`Read` a batch in memory, one a block of at least 64 chunks out of core.
     """
     rng = np.random.default_rng((seed, epoch))
     if weights is not None:
@@ -85,25 +80,35 @@ def _deal(order: IntArray, batch_size: int, rank: int, world: int) -> Iterator[R
 def _deal_chunks(
     n_obs: int, batch_size: int, rng: np.random.Generator, rank: int, world: int, chunk: int
 ) -> Iterator[Read]:
-    n_chunks = -(-n_obs // chunk)
-    mine = rng.permutation(n_chunks)[rank::world]
+    chunks = rng.permutation(-(-n_obs // chunk))
+    ends = np.cumsum(np.minimum(chunk, n_obs - chunks * chunk))
     # every rank mixes with its own numbers, drawn after the permutation that all share
     mixing = np.random.default_rng((int(rng.integers(2**63)), rank))
-    size = max(1, batch_size // world)
-    left = np.empty(0, np.int64)
-    done, total = 0, n_batches(n_obs, batch_size, world=world, chunk=chunk)
-    # a block holds whole batches: enough chunks to mix well, at least one batch
-    step = max(_CHUNKS_A_BLOCK, -(-size // chunk))
-    for start in range(0, len(mine), step):
-        chunks = mine[start : start + step]
-        rows = np.concatenate([np.arange(c * chunk, min((c + 1) * chunk, n_obs)) for c in chunks])
-        rows = np.concatenate([left, mixing.permutation(rows)])
-        last = start + step >= len(mine)
-        whole = len(rows) if last else len(rows) // size * size
-        rows, left = rows[:whole], rows[whole:]
-        if whole:
-            sizes = tuple(min(size, whole - at) for at in range(0, whole, size))
-            done += len(sizes)
-            yield Read(rows, sizes)
-    for _ in range(total - done):
-        yield Read(np.empty(0, np.int64), (0,))
+    # the shuffled chunks, one after the other, are cut into one part a rank, as long as its shares of all batches
+    start = sum(sum(_shares(n_obs, batch_size, before, world)) for before in range(rank))
+    sizes = _shares(n_obs, batch_size, rank, world)
+    n_blocks = max(1, sum(sizes) // (_CHUNKS_A_BLOCK * chunk))
+    edges = np.linspace(0, len(sizes), n_blocks + 1).astype(int)
+    for first, last in zip(edges[:-1], edges[1:], strict=True):
+        stop = start + sum(sizes[first:last])
+        rows = _rows_between(start, stop, chunks, ends, chunk)
+        yield Read(mixing.permutation(rows), tuple(sizes[first:last]))
+        start = stop
+
+
+def _shares(n_obs: int, batch_size: int, rank: int, world: int) -> list[int]:
+    """Cells of each batch that fall on a rank, as when a batch in memory is dealt out."""
+    n_whole, rest = divmod(n_obs, batch_size)
+    shares = [len(range(rank, n_cells, world)) for n_cells in (batch_size, rest)]
+    return [shares[0]] * n_whole + [shares[1]] * (rest > 0)
+
+
+def _rows_between(start: int, stop: int, chunks: IntArray, ends: IntArray, chunk: int) -> IntArray:
+    """Rows ``start`` to ``stop`` of the chunks laid one after the other; ``ends`` says where each of them ends."""
+    if start == stop:
+        return np.empty(0, np.int64)
+    first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left")
+    lengths = np.diff(ends[first : last + 1], prepend=ends[first - 1] if first else 0)
+    rows = [np.arange(c * chunk, c * chunk + length) for c, length in zip(chunks[first : last + 1], lengths)]
+    skip = start - (ends[first] - lengths[0])
+    return np.concatenate(rows)[skip : skip + stop - start]

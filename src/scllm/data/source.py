@@ -17,6 +17,7 @@ from anndata.io import write_elem
 from scipy import sparse
 
 from scllm._log import log
+from scllm._results import storable_table
 from scllm._typing import CSR, IntArray, Rows
 from scllm.data.anndata_file import AnnDataFile, FileTables, MemoryTables, Tables, is_array
 from scllm.data.mapped import MappedRows, TransposedRows, write_rows
@@ -132,12 +133,10 @@ def write_arrays(source: CellSource, path: str | os.PathLike, *, rows: Rows | No
     folder.mkdir(parents=True, exist_ok=True)
     cells = positions(slice(None) if rows is None else rows, source.n_obs)
     write_rows((source.read(cells[start : start + chunk]) for start in range(0, max(1, len(cells)), chunk)), folder)
-    obs = source.obs(source.obs_columns).iloc[cells]
-    # a missing string cannot be stored among strings, but as a missing category
-    obs = obs.astype({c: "category" for c in obs if obs[c].dtype == object and obs[c].hasnans})
+    obs = storable_table(source.obs(source.obs_columns).iloc[cells])
     with h5py.File(folder / "cells.partial", "w") as file:
         write_elem(file, "obs", obs)
-        write_elem(file, "var", source.var)
+        write_elem(file, "var", storable_table(source.var))
         if source.layer is not None:
             file.attrs["layer"] = source.layer
     os.replace(folder / "cells.partial", folder / _TABLES)
@@ -270,7 +269,9 @@ def _open_adata(adata: AnnData, layer: str | None) -> StoredCells:
     """An AnnData; of a view the parent's matrix is read, not a copy."""
     parent = adata._adata_ref if adata.is_view else adata
     rows = np.arange(parent.n_obs)[adata._oidx] if adata.is_view else None
-    columns = np.arange(parent.n_vars)[adata._vidx] if adata.is_view and adata.n_vars != parent.n_vars else None
+    columns = np.arange(parent.n_vars)[adata._vidx] if adata.is_view else None
+    if columns is not None and np.array_equal(columns, np.arange(parent.n_vars)):
+        columns = None  # all genes in their order
     if layer is not None and layer not in parent.layers:
         raise KeyError(_no_layer(layer, list(parent.layers), "adata"))
     store: RowStore

@@ -87,8 +87,8 @@ class SparseRows:
         self.dtype = stored_dtype(group["data"].dtype)
         chunk = _chunk_length(group["data"])
         per_row = max(1, self.indptr[-1] // max(1, self.shape[0]))
-        # two storage chunks a read: at most half as much again is decompressed at the ends
-        self.chunk_rows = int(np.clip(2 * chunk // per_row, 64, 256))
+        # six storage chunks a read: at the ends a sixth as much again is decompressed
+        self.chunk_rows = int(np.clip(6 * chunk // per_row, 64, 256))
         # zarr keeps no decompressed chunks, so two slices of one chunk would decompress it twice
         self._bridge = _BRIDGE if isinstance(group["data"], h5py.Dataset) else max(chunk, _BRIDGE)
 

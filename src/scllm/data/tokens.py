@@ -74,5 +74,6 @@ class Tokens:
     ) -> tuple[IntArray, NDArray[np.generic] | None]:
         """Rectangular arrays ``(n_cells, length)``, cells cut or filled up at the end."""
         width = int(length if length is not None else self.lengths.max(initial=0))
-        genes = pad_rows(self.indptr, self.genes, width, pad_id)
-        return genes, None if self.values is None else pad_rows(self.indptr, self.values, width, pad_value)
+        indptr, kept = crop_top(self.indptr, np.zeros(len(self.genes), np.float32), width)  # all alike: the first stay
+        genes = pad_rows(indptr, self.genes[kept], width, pad_id)
+        return genes, None if self.values is None else pad_rows(indptr, self.values[kept], width, pad_value)

@@ -23,6 +23,7 @@ __all__ = ["gene_vectors", "start_from_data"]
 _ROWS = 8_192
 _MAX_CELLS = 200_000  # singular vectors of more cells are the same to any digit that matters
 _TARGET_SUM = 1e4
+_STANDS_OUT = 1.05
 
 
 def start_from_data(
@@ -43,6 +44,7 @@ def gene_vectors(
 ) -> FloatArray:
     """Right singular vectors of the log-normalised cells, centred and of unit variance, ``(n_tokens, n_vectors)``.
 
+    Vectors whose singular value does not stand out from the bulk are zero, as are genes that are not measured.
     Randomised subspace iteration (Halko, Martinsson & Tropp 2011): a few passes over the cells in row chunks.
     """
     rng = np.random.default_rng(random_state)
@@ -61,15 +63,16 @@ def gene_vectors(
     for block in _log_normalised(source, match, rows, n_tokens, "gene vectors"):
         projected = block @ basis
         small += projected.T @ projected
-    _, order = np.linalg.eigh(small)
+    squared, order = np.linalg.eigh(small)
     vectors = (basis @ order)[:, ::-1][:, :k]
+    strength = np.sqrt(np.maximum(squared[::-1][:k], 0))
     # the sign of a singular vector is free: the largest entry is made positive
     vectors *= np.sign(vectors[np.abs(vectors).argmax(0), np.arange(k)])
     vectors = (vectors - vectors.mean(0)) / np.maximum(vectors.std(0), 1e-12)
+    # most singular values are those of noise and nearly equal: vectors that do not stand out are left out
+    vectors[:, strength < _STANDS_OUT * np.median(strength)] = 0
     full = np.zeros((n_tokens, n_vectors), np.float32)
     full[measured, :k] = vectors
-    if k < n_vectors:  # fewer cells or genes than the table is wide: the rest starts at random
-        full[measured, k:] = rng.standard_normal((len(measured), n_vectors - k))
     return full
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from scllm import models
@@ -19,7 +22,7 @@ from scllm._log import log, show_progress
 from scllm.data import genes
 from scllm.data.source import CellSource, open_source
 from scllm.engine import ranks
-from scllm.engine.checkpoint import restore
+from scllm.engine.checkpoint import restore, writing
 from scllm.engine.config import TrainConfig
 from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.loader import Loader
@@ -30,6 +33,11 @@ from scllm.engine.run import Run
 from scllm.models.base import CellModel
 
 __all__ = ["command", "launch", "train"]
+
+# set for processes whose parent holds the lock of the run directory
+_LOCKED = "SCLLM_RUN_LOCKED"
+# what torchrun says when a process has failed, before its own traceback
+_FAILED = "] failed (exitcode"
 
 
 def launch(
@@ -50,18 +58,45 @@ def launch(
     family
         Module of a family from another package.
     """
-    if n_procs == 1:
-        with run.locked():
-            train(run, device=device, source=source, family=family)
-    else:
-        _train_in_processes(run, n_procs, device, family)
-    return models.load(run.path, family=family)
+    # a model draws fresh weights before it reads its own
+    with torch.random.fork_rng([]):
+        if not run.is_done:
+            with run.locked() as lock:
+                if n_procs == 1:
+                    _train(run, device, source, family)
+                else:
+                    _train_in_processes(run, n_procs, device, family, lock)
+        return models.load(run.path, family=family)
 
 
-def train(run: Run, *, device: str = "auto", source: CellSource | None = None, family: str | None = None) -> None:
+def train(run: Run, *, device: str = "auto", family: str | None = None) -> None:
     """Continue whatever the run directory holds, to the end. This is ``python -m scllm run``."""
-    if run.is_done:
-        return
+    if not run.is_done:
+        with _locked_by_first_rank(run):
+            _train(run, device, None, family)
+
+
+def command(run: Run, n_procs: int, device: str, family: str | None = None) -> list[str]:
+    """What starts a run in several processes, here or on a cluster."""
+    config = TrainConfig.from_dict(run.spec["train"])
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_procs}",
+        f"--max-restarts={config.max_restarts}", "-m", "scllm", "run", str(run.path), "--device", device, "--debug",
+        *(["--family", family] if family else []),
+    ]  # fmt: skip
+
+
+@contextmanager
+def _locked_by_first_rank(run: Run) -> Iterator[None]:
+    """Of processes that torchrun started by hand, the first locks the directory; where a verb did, it has."""
+    if os.environ.get("RANK") == "0" and _LOCKED not in os.environ:
+        with run.locked():
+            yield
+    else:
+        yield
+
+
+def _train(run: Run, device: str, source: CellSource | None, family: str | None) -> None:
     chosen = resolve_device(device)
     with ranks.joined(chosen):
         spec = run.spec
@@ -82,16 +117,6 @@ def train(run: Run, *, device: str = "auto", source: CellSource | None = None, f
         if ranks.rank() == 0:
             _finish(run, family)
         ranks.wait_for_all()
-
-
-def command(run: Run, n_procs: int, device: str, family: str | None = None) -> list[str]:
-    """What starts a run in several processes, here or on a cluster."""
-    config = TrainConfig.from_dict(run.spec["train"])
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_procs}",
-        f"--max-restarts={config.max_restarts}", "-m", "scllm", "run", str(run.path), "--device", device,
-        *(["--family", family] if family else []),
-    ]  # fmt: skip
 
 
 def _open(run: Run, spec: dict[str, Any]) -> CellSource:
@@ -133,19 +158,27 @@ def _finish(run: Run, family: str | None) -> None:
     model = models.load(run.model, family=family)
     model.load_state_dict(best)
     model.history = run.table()
-    model.save(run.model)
-    run.finish()
+    fresh = run.path / ".model"
+    with writing(run.model):
+        model.save(fresh)
+        # file by file: whenever this process is killed, there is a whole model folder to continue from
+        for file in fresh.iterdir():
+            file.replace(run.model / file.name)
+        fresh.rmdir()
+        run.finish()
 
 
-def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None) -> None:
-    environment = os.environ.copy()
-    # each process its share of the cores, unless the caller decided
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_procs)))
-    with run.locked(), run.log.open("w") as output:
-        # a session of its own, so that an interrupt in the terminal reaches it once, from here
+def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None, lock: int) -> None:
+    environment = os.environ | {_LOCKED: "1"}
+    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        # each process its share of the cores, unless the caller decided
+        environment.setdefault(name, str(max(1, (os.cpu_count() or 1) // n_procs)))
+    with run.log.open("w") as output:
+        # a session of its own, so that an interrupt in the terminal reaches it once, from here; processes must not
+        # train on when the notebook that started them is gone, nor the lock be free before they are
         process = subprocess.Popen(
             command(run, n_procs, device, family), stdout=output, stderr=subprocess.STDOUT, env=environment,
-            start_new_session=True, preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            start_new_session=True, preexec_fn=ranks.tie_to_parent(), pass_fds=[lock],
         )  # fmt: skip
         try:
             _follow(run, process)
@@ -162,11 +195,9 @@ def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None)
                 stacklevel=2,
             )
         return
-    with run.log.open(errors="replace") as output:
-        last = "".join(deque(output, maxlen=40))
     raise RuntimeError(
         f"the run in {run.path} ended with exit status {process.returncode} before it was done. Call again with the same "
-        f"run_dir to continue from the last checkpoint. The last lines of {run.log}:\n{last}"
+        f"run_dir to continue from the last checkpoint. From {run.log}:\n{_last_words(run.log)}"
     )
 
 
@@ -175,10 +206,28 @@ def _follow(run: Run, process: subprocess.Popen[bytes]) -> None:
     bar = tqdm(desc=f"training in {run.path.name}", unit="step", disable=not show_progress())
     while process.poll() is None:
         time.sleep(0.2)
-        if not bar.disable and (table := run.table()) is not None:
-            bar.n = int(table["step"].max())
-            bar.set_postfix(loss=f"{table['loss'].iloc[-1]:.4g}")
+        if not bar.disable and (line := _last_line(run.history)) is not None:
+            bar.n = line["step"]
+            bar.set_postfix(loss=f"{line['loss']:.4g}")
     bar.close()
+
+
+def _last_words(log: Path) -> str:
+    """What the processes printed last, and torchrun's account of which failed first, without its own traceback."""
+    lines = log.read_text(errors="replace").splitlines()
+    stopped = max((i for i, line in enumerate(lines) if _FAILED in line), default=len(lines))
+    cause = max((i for i, line in enumerate(lines) if line.startswith("Root Cause")), default=len(lines))
+    return "\n".join(lines[max(0, stopped - 40) : stopped] + lines[cause:])
+
+
+def _last_line(history: Path) -> dict[str, Any] | None:
+    """The last whole line of a history, without reading all of it."""
+    if not history.exists():
+        return None
+    with history.open("rb") as handle:
+        handle.seek(max(0, history.stat().st_size - 8192))
+        lines = handle.read().split(b"\n")
+    return json.loads(lines[-2]) if len(lines) > 1 else None
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -188,8 +237,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _end_with_parent() -> None:
-    # PR_SET_PDEATHSIG: processes must not train on when the notebook that started them is gone
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
-from scllm._typing import FloatArray, IntArray
+from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.checks import check_values
 from scllm.data.encode import Encoder
 from scllm.data.genes import GeneMatch
@@ -20,6 +21,7 @@ from scllm.data.source import CellSource
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
 from scllm.kernels.draws import mix
+from scllm.kernels.ragged import take_rows
 from scllm.kernels.thinning import thin
 from scllm.models.base import Batch
 
@@ -74,9 +76,9 @@ class Loader:
         chunks = self.source.chunked and self.training and self.weights is None
         return self.source.chunk_rows if chunks else 1
 
-    def n_batches(self, world: int = 1) -> int:
+    def n_batches(self) -> int:
         """Batches of one epoch, the same on every rank."""
-        return n_batches(len(self.rows), self.batch_size, world=world, chunk=self.chunk)
+        return n_batches(len(self.rows), self.batch_size)
 
     def epoch(
         self, epoch: int, *, start: int = 0, rank: int = 0, world: int = 1, parts: int = 1
@@ -114,28 +116,39 @@ class Loader:
     def _encode(self, read: Read, epoch: int, skip: int, parts: int) -> Iterator[list[Batch]]:
         rows = self.rows[read.rows]
         keys = mix(self.seed, epoch, rows)
-        tokens = self.encode(rows, keys if self.training else None, keys)
+        # in the order of the file, dealt out batch by batch: the arrays of a whole read would leave the caches
+        ascending, place = np.unique(rows, return_inverse=True)
+        counts = self.source.read(ascending)
+        if self.source.chunked:
+            # in memory this was asked once; on disk only a sample was
+            check_values(counts, self.source, ascending, layer=None)
         edges = np.concatenate([[0], np.cumsum(read.sizes)])
         for first, last in zip(edges[skip:-1], edges[skip + 1 :], strict=True):
+            tokens = self._tokens(_taken(counts, place[first:last]), keys[first:last])
             cuts = np.linspace(first, last, parts + 1).astype(int)
             yield [
                 Batch.from_tokens(
-                    tokens.slice(a, b), keys[a:b], {name: column[rows[a:b]] for name, column in self.obs.items()}
+                    tokens.slice(a - first, b - first),
+                    keys[a:b],
+                    {name: column[rows[a:b]] for name, column in self.obs.items()},
+                    self.match.measured,
                 )
                 for a, b in zip(cuts[:-1], cuts[1:], strict=True)
                 if b > a
             ]
 
-    def encode(self, rows: IntArray, keys: IntArray | None, draws: IntArray | None = None) -> Tokens:
-        """Sentences of some rows; with ``keys`` as in training."""
-        counts = self.source.read(rows)
-        if self.source.chunked:
-            # in memory this was asked once; on disk only a sample was
-            check_values(counts, cells=self.source.obs_names[rows], genes=self.source.genes, layer=None)
+    def _tokens(self, counts: CSR, keys: IntArray) -> Tokens:
+        """Sentences of the cells of one batch."""
         tokens = self.match.tokens(counts)
-        if self.downsample and keys is not None:
-            tokens = Tokens(*thin(tokens.indptr, tokens.genes, tokens.values, draws, self.downsample))
-        return self.encoder(tokens, self.vocab, keys, measured=self.match.measured)
+        if self.downsample and self.training:
+            tokens = Tokens(*thin(tokens.indptr, tokens.genes, tokens.values, keys, self.downsample))
+        return self.encoder(tokens, self.vocab, keys if self.training else None, measured=self.match.measured)
+
+
+def _taken(counts: CSR, rows: IntArray) -> CSR:
+    """Rows in the order asked for."""
+    indptr, indices, data = take_rows(counts.indptr, rows, counts.indices, counts.data)
+    return sparse.csr_matrix((data, indices, indptr), shape=(len(rows), counts.shape[1]))
 
 
 def prefetched(make: Callable[[], Iterator[T]], ahead: int = 4) -> Iterator[T]:

@@ -56,12 +56,13 @@ def fit(
         ``"fp32"``, ``"bf16"`` or ``"fp16"``.
     """
     rank, world, device = ranks.rank(), ranks.world(), model.device
-    per_epoch = batches.n_batches(world)
+    per_epoch = batches.n_batches()
     n_steps = config.steps or per_epoch * (config.epochs or 1)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimise = optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     step, best, since_best = _resume(run, model, optimise, scaler)
+    saved = step
     bar = tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=not show_progress())
 
     while step < n_steps and (config.patience is None or since_best < config.patience):
@@ -90,8 +91,9 @@ def fit(
             norm = torch.nn.utils.clip_grad_norm_(trained, config.clip or math.inf)
             if not math.isfinite(means["loss"]) or not (norm.isfinite() or scaler.is_enabled()):
                 raise RuntimeError(
-                    f"the loss or its gradient is not finite at step {step + 1} (loss {means['loss']}, norm {norm:.3g}). "
-                    f"Nothing was updated; the last checkpoint is in {run.last}. Lower lr, or use precision='fp32'."
+                    f"the loss or its gradient is not finite at step {step + 1} (loss {means['loss']}, norm {norm:.3g}), "
+                    f"finite numbers expected. Nothing was updated; the last checkpoint is step {saved}. Lower lr, or use "
+                    "precision='fp32'."
                 )
             scaler.step(optimise)
             scaler.update()
@@ -107,6 +109,11 @@ def fit(
                 found = line if validation is None else evaluate(model, validation, objective, precision)
                 if validation is not None:
                     lines.append({"step": step, "epoch": epoch, "split": "validation", **found, "lr": lr})
+                if not math.isfinite(found["loss"]):
+                    raise RuntimeError(
+                        f"the validation loss is {found['loss']} at step {step}, a finite number expected. The last "
+                        f"checkpoint is step {saved}. Lower lr, or use precision='fp32'."
+                    )
                 # without validation cells the last weights are the best
                 score = -step if validation is None else found["loss"]
                 since_best = 0 if score < best else since_best + 1
@@ -119,13 +126,16 @@ def fit(
                     found["loss"],
                 )
             if rank == 0:
-                append_history(run.history, lines)
+                with checkpoint.writing(run.history):
+                    append_history(run.history, lines)
                 if ends and since_best == 0:
                     checkpoint.save(run.best, _weights(model))
             best = min(best, score) if ends else best
-            if rank == 0 and (ends or (config.save_every and step % config.save_every == 0)):
-                state = {"model": _weights(model), "optimizer": optimise.state_dict(), "scaler": scaler.state_dict()}
-                checkpoint.save(run.last, state | {"step": step, "best": best, "since_best": since_best})
+            if ends or (config.save_every and step % config.save_every == 0):
+                saved = step
+                if rank == 0:
+                    state = {"model": _weights(model), "optimizer": optimise.state_dict(), "scaler": scaler.state_dict()}
+                    checkpoint.save(run.last, state | {"step": step, "best": best, "since_best": since_best})
             bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
             bar.update()
             began = time.perf_counter() if ends else began
@@ -158,8 +168,13 @@ def _weights(model: CellModel) -> dict[str, Tensor]:
 @contextmanager
 def _seeded(device: torch.device, random_state: int, step: int, rank: int) -> Iterator[None]:
     """Dropout is a function of the step too: seeded anew, and the caller's generators left as they were."""
+    seed = int(mix(random_state, step, rank)) & (1 << 63) - 1
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int(mix(random_state, step, rank)) & (1 << 63) - 1)
+        # torch.manual_seed would seed every GPU there is, also those whose state is not put back
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

@@ -66,15 +66,13 @@ def optimizer(model: CellModel, config: TrainConfig) -> torch.optim.Optimizer:
     n_blocks = len(list(model.blocks))
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
+    above = -1
     for name, weight in model.named_parameters():
+        # what a model defines before its blocks stands below the first, what it defines after them above the last
+        above = n_blocks if id(weight) in block_of else above
+        depth = n_blocks if name.startswith("heads.") else block_of.get(id(weight), above)
         if not weight.requires_grad:
             continue
-        # heads and decoders stand above the last block, the embeddings below the first
-        depth = (
-            n_blocks
-            if name.startswith("heads.")
-            else block_of.get(id(weight), -1 if id(weight) in tables else n_blocks)
-        )
         scale = config.layer_decay ** (n_blocks - depth)
         decay = config.weight_decay if weight.ndim > 1 and id(weight) not in tables else 0.0
         group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["joined", "rank", "sum_over_ranks", "wait_for_all", "world"]
+__all__ = ["joined", "rank", "sum_over_ranks", "tie_to_parent", "wait_for_all", "world"]
 
+_PDEATHSIG = 1
 _BUCKET = 32 * 2**20  # elements sent at once: large enough to fill the link, small enough to need little memory
 
 
@@ -58,6 +63,8 @@ def joined(device: torch.device) -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
+    # torchrun stops its workers when it is asked to end, but not when it is killed
+    tie_to_parent()()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # a rank that is lost must end the others within minutes, not the default half hour
@@ -67,3 +74,13 @@ def joined(device: torch.device) -> Iterator[None]:
         distributed.barrier()
     finally:
         distributed.destroy_process_group()
+
+
+def tie_to_parent() -> Callable[[], object]:
+    """What ends the process that calls it as soon as its parent is gone, however that ended (on Linux).
+
+    The C function is looked up here, so that the call is safe between fork and exec.
+    """
+    if sys.platform != "linux":
+        return lambda: None
+    return partial(ctypes.CDLL(None).prctl, _PDEATHSIG, signal.SIGTERM)

@@ -92,6 +92,10 @@ class Run:
             np.savez(handle, **cells)  # type: ignore[arg-type]
         write_json(self.path / "spec.json", spec)
 
+    def refer_to(self, reference: Any) -> None:
+        """Say where other processes find the data now."""
+        write_json(self.path / "spec.json", self.spec | {"data_reference": reference})
+
     def is_new(self) -> bool:
         """Whether nothing was written here yet."""
         return not (self.path / "spec.json").is_file()
@@ -118,8 +122,12 @@ class Run:
         (self.path / "done").write_text("")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Let one process train here at a time; the lock goes with the process, however it ends."""
+    def locked(self) -> Iterator[int]:
+        """Let one process train here at a time; the lock goes with the process, however it ends.
+
+        Yields the file that is locked: a child that inherits it holds the lock on when this process is killed.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,7 +135,7 @@ class Run:
                 raise RuntimeError(
                     f"another process trains in {self.path}, one at a time expected. Wait for it, or stop it."
                 ) from error
-            yield
+            yield handle.fileno()
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from scllm.data.encode import BinEncoder, Encoder, ValueEncoder, encoder_from_dict
 from scllm.data.run_files import read_history
 from scllm.data.vocab import Vocab
@@ -121,11 +123,9 @@ def load(
     if not hasattr(module, "read"):
         raise ValueError(f"{family} has no published format that scllm reads. Load a native folder without family=.")
     checkpoint: Checkpoint = module.read(folder)
-    model: CellModel = module.Model(checkpoint.config, vocab or checkpoint.vocab, checkpoint.encoder)
-    model.set_heads(checkpoint.heads)
-    load_weights(model, checkpoint.weights, source=folder, ignore=ignore)
+    model = _filled(module, checkpoint, vocab or checkpoint.vocab, folder, ignore)
     model.path = folder.absolute()
-    return model.eval()
+    return model
 
 
 def _folder(path: Path) -> Path:
@@ -158,14 +158,25 @@ def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> Cel
             f"{folder} holds a model of the family {saved!r} from another package. If you trust it, pass family={saved!r}."
         )
     module = family_module(saved)
-    model: CellModel = module.Model(
-        module.Config(**config["config"]), Vocab.from_dict(vocab), encoder_from_dict(config["encoder"])
-    )
-    model.set_heads(
+    heads = tuple(
         HeadSpec(**{**spec, "classes": None if spec["classes"] is None else tuple(spec["classes"])})
         for spec in config["heads"]
     )
-    load_weights(model, weights, source=folder, ignore=ignore)
+    checkpoint = Checkpoint(
+        module.Config(**config["config"]), Vocab.from_dict(vocab), encoder_from_dict(config["encoder"]), weights, heads
+    )
+    model = _filled(module, checkpoint, checkpoint.vocab, folder, ignore)
     model.history = read_history(folder / "history.jsonl")
     model.path = folder.absolute()
+    return model
+
+
+def _filled(
+    module: ModuleType, checkpoint: Checkpoint, vocab: Vocab, folder: Path, ignore: Iterable[str]
+) -> CellModel:
+    """A model with the weights of a checkpoint; the caller's random state stays as it was."""
+    with torch.random.fork_rng([]):
+        model: CellModel = module.Model(checkpoint.config, vocab, checkpoint.encoder)
+        model.set_heads(checkpoint.heads)
+    load_weights(model, checkpoint.weights, source=folder, ignore=ignore)
     return model.eval()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -85,6 +85,8 @@ class Batch:
         What each cell's random draws are keyed by, ``(b,)`` int64.
     obs
         Labels, batch and the like by name, ``(b,)`` each.
+    measured
+        Tokens of the genes that the data have, ``(g,)``: a gene that was not measured is not zero.
     """
 
     genes: Tensor
@@ -93,9 +95,16 @@ class Batch:
     lengths: tuple[int, ...]
     keys: Tensor
     obs: dict[str, Tensor] = field(default_factory=dict)
+    measured: Tensor | None = None
 
     @classmethod
-    def from_tokens(cls, tokens: Tokens, keys: IntArray | None = None, obs: Mapping[str, Any] | None = None) -> Batch:
+    def from_tokens(
+        cls,
+        tokens: Tokens,
+        keys: IntArray | None = None,
+        obs: Mapping[str, Any] | None = None,
+        measured: IntArray | None = None,
+    ) -> Batch:
         """Pack the sentences of cells."""
         keys = np.zeros(len(tokens), np.int64) if keys is None else keys
         return cls(
@@ -105,6 +114,7 @@ class Batch:
             tuple(tokens.lengths.tolist()),
             torch.from_numpy(np.ascontiguousarray(keys, np.int64)),
             {name: torch.as_tensor(column) for name, column in (obs or {}).items()},
+            None if measured is None else torch.from_numpy(measured.astype(np.int64)),
         )
 
     @property
@@ -125,7 +135,20 @@ class Batch:
 
     def with_values(self, values: Tensor) -> Batch:
         """The same cells with other values beside the genes."""
-        return Batch(self.genes, values, self.cu_seqlens, self.lengths, self.keys, self.obs)
+        return replace(self, values=values)
+
+    def without(self, positions: Tensor, n_left_out: Sequence[int]) -> Batch:
+        """The same cells without some tokens, ``n_left_out`` of each cell."""
+        kept = torch.ones_like(self.genes, dtype=torch.bool).index_fill(0, positions, False)
+        lengths = tuple(n - out for n, out in zip(self.lengths, n_left_out, strict=True))
+        ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        return replace(
+            self,
+            genes=self.genes[kept],
+            values=None if self.values is None else self.values[kept],
+            cu_seqlens=ends.to(self.genes.device, non_blocking=True),
+            lengths=lengths,
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """Move to a device, without waiting for it."""
@@ -133,21 +156,22 @@ class Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
-        return Batch(
-            move(self.genes),
-            None if self.values is None else move(self.values),
-            move(self.cu_seqlens),
-            self.lengths,
-            move(self.keys),
-            {name: move(column) for name, column in self.obs.items()},
-        )
+        return self._mapped(move)
 
     def pin(self) -> Batch:
         """Pinned copies, so that moving to a GPU overlaps with computing."""
-        pinned = self.values.pin_memory() if self.values is not None else None
-        obs = {name: column.pin_memory() for name, column in self.obs.items()}
-        cu_seqlens, keys = self.cu_seqlens.pin_memory(), self.keys.pin_memory()
-        return Batch(self.genes.pin_memory(), pinned, cu_seqlens, self.lengths, keys, obs)
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(
+            change(self.genes),
+            None if self.values is None else change(self.values),
+            change(self.cu_seqlens),
+            self.lengths,
+            change(self.keys),
+            {name: change(column) for name, column in self.obs.items()},
+            None if self.measured is None else change(self.measured),
+        )
 
     def padded(self, *, pad_id: int, pad_value: float = 0) -> tuple[Tensor, Tensor | None, Tensor]:
         """Genes, values and padding (``True`` where there is no token), each ``(b, l)``."""
@@ -220,6 +244,9 @@ class CellModel(nn.Module):
     pooling: ClassVar[Pooling] = "cls"
     unit_length: ClassVar[bool] = False
     """Whether the family's own cell embedding is scaled to length one."""
+
+    is_special: Tensor
+    heads: nn.ModuleList
 
     def __init__(self, config: ModelConfig, vocab: Vocab, encoder: Encoder) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scllm.data.encode import encoder_to_dict
+from scllm.data.run_files import append_history
 
 if TYPE_CHECKING:
     from scllm.models.base import CellModel
@@ -44,7 +45,9 @@ def write_native(model: CellModel, path: Path) -> None:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, fresh / "weights.safetensors")
         if model.history is not None:
-            model.history.to_json(fresh / "history.jsonl", orient="records", lines=True)
+            # what a line does not have is NaN in the table
+            lines = [{k: v for k, v in line.items() if v == v} for line in model.history.to_dict("records")]
+            append_history(fresh / "history.jsonl", lines)
         for file in fresh.iterdir():
             _flush(file)
         fresh.chmod(0o755)
@@ -82,13 +85,18 @@ def read_torch(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there, a checkpoint file expected. Check the path.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} cannot be read ({reason}); a whole file of plain tensors expected. It is truncated, damaged or holds "
             "code, which is never executed: copy it again, or take another checkpoint."
         ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, a dictionary of weights expected. Take another checkpoint."
+        )
+    return content
 
 
 def load_weights(

@@ -89,4 +89,6 @@ def _matrix(adata: AnnData, source: CellSource, layer: str | None) -> CSR:
         return stored
     step = 4096
     rows = (np.arange(start, min(start + step, source.n_obs)) for start in range(0, source.n_obs, step))
-    return sparse.csr_matrix(sparse.vstack([source.read(chunk) for chunk in rows], format="csr"))
+    matrix = sparse.csr_matrix(sparse.vstack([source.read(chunk) for chunk in rows], format="csr"))
+    matrix.eliminate_zeros()
+    return matrix

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from anndata import AnnData
+from numpy.typing import NDArray
 
 from scllm import _keys
-from scllm._checks import obs_column
+from scllm._checks import groups, obs_column
 from scllm._log import log
 from scllm._results import record
 from scllm.data.checks import check_source
@@ -18,13 +19,15 @@ from scllm.pp._bin import bin_expression
 
 __all__ = ["recipe_scgpt"]
 
+Flavor = Literal["seurat_v3", "seurat_v3_paper", "seurat", "cell_ranger"]
+
 
 def recipe_scgpt(
     adata: AnnData,
     *,
     n_top_genes: int = 1200,
     batch_key: str | None = None,
-    flavor: Literal["seurat_v3", "seurat_v3_paper", "seurat", "cell_ranger"] = "seurat_v3",
+    flavor: Flavor = "seurat_v3",
     min_gene_counts: int = 3,
     min_genes: int | None = None,
     target_sum: float = 1e4,
@@ -49,7 +52,7 @@ def recipe_scgpt(
     min_gene_counts
         Genes with fewer counts over all cells are dropped.
     min_genes
-        Cells with fewer expressed genes are dropped; ``None`` keeps all.
+        Cells with fewer expressed genes, of those that pass, are dropped; ``None`` keeps all.
     target_sum
         Counts that each cell is normalised to, over the genes kept.
     n_bins
@@ -76,35 +79,19 @@ def recipe_scgpt(
     import scanpy as sc
 
     check_n_bins(n_bins)
+    _check_settings(n_top_genes, flavor, target_sum)
     if adata.isbacked:
         raise ValueError(
             "adata is backed by a file, data in memory expected: the recipe changes X. Call adata.to_memory() first."
         )
     if batch_key is not None:
         obs_column(adata.obs, batch_key)
-    check_source(open_source(adata), needs_counts=True, layer=None, hint=_hint(adata))
+    check_source(open_source(adata), needs_counts=True, layer=None, hint=lambda: _hint(adata))
+    cells, genes = _kept(adata, n_top_genes, batch_key, flavor, min_gene_counts, min_genes, target_sum)
     adata = adata.copy() if copy else adata
-    if min_genes is not None:
-        sc.pp.filter_cells(adata, min_genes=min_genes)
-    sc.pp.filter_genes(adata, min_counts=min_gene_counts)
+    adata._inplace_subset_obs(cells)
+    adata._inplace_subset_var(genes)
     adata.layers[_keys.COUNTS] = adata.X.copy()
-    if n_top_genes < adata.n_vars:
-        if flavor in ("seurat", "cell_ranger"):  # these rank logged values
-            logged = AnnData(
-                sc.pp.log1p(sc.pp.normalize_total(adata, target_sum=target_sum, inplace=False)["X"]), adata.obs
-            )
-            genes = sc.pp.highly_variable_genes(
-                logged, n_top_genes=n_top_genes, flavor=flavor, batch_key=batch_key, inplace=False
-            )
-            chosen = genes["highly_variable"].to_numpy()
-        else:
-            sc.pp.highly_variable_genes(adata, n_top_genes=n_top_genes, flavor=flavor, batch_key=batch_key)
-            chosen = adata.var["highly_variable"].to_numpy()
-        adata._inplace_subset_var(np.flatnonzero(chosen))
-    else:
-        log.info(
-            "%d genes are left after filtering, no more than n_top_genes=%d: all are kept", adata.n_vars, n_top_genes
-        )
     sc.pp.normalize_total(adata, target_sum=target_sum)
     sc.pp.log1p(adata)
     bin_expression(adata, n_bins=n_bins, layer=_keys.COUNTS)
@@ -114,6 +101,74 @@ def recipe_scgpt(
     }  # fmt: skip
     record(adata, "recipe_scgpt", params)
     return adata if copy else None
+
+
+def _check_settings(n_top_genes: int, flavor: str, target_sum: float) -> None:
+    if n_top_genes < 1 or not target_sum > 0:
+        raise ValueError(
+            f"n_top_genes is {n_top_genes} and target_sum {target_sum}, positive numbers expected. scGPT uses 1200 and 1e4."
+        )
+    if flavor not in get_args(Flavor):
+        raise ValueError(f"flavor is {flavor!r}, one of {get_args(Flavor)} expected. scGPT uses 'seurat_v3'.")
+
+
+def _kept(
+    adata: AnnData,
+    n_top_genes: int,
+    batch_key: str | None,
+    flavor: Flavor,
+    min_gene_counts: int,
+    min_genes: int | None,
+    target_sum: float,
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which cells and genes stay, ``(n_cells,)`` and ``(n_genes,)``; chosen on a copy, so that a failure changes nothing."""
+    import scanpy as sc
+
+    part = AnnData(adata.X, adata.obs[[] if batch_key is None else [batch_key]])
+    genes, _ = sc.pp.filter_genes(part, min_counts=min_gene_counts, inplace=False)
+    cells = np.ones(adata.n_obs, bool)
+    if min_genes is not None:
+        cells, _ = sc.pp.filter_cells(part[:, genes], min_genes=min_genes, inplace=False)
+    if not cells.any() or not genes.any():
+        raise ValueError(
+            f"{genes.sum()} genes and {cells.sum()} cells pass min_gene_counts={min_gene_counts} and min_genes={min_genes}, "
+            "at least one of each expected. Lower them."
+        )
+    if n_top_genes >= genes.sum():
+        log.info(
+            "%d genes are left after filtering, no more than n_top_genes=%d: all are kept", genes.sum(), n_top_genes
+        )
+        return cells, genes
+    part = part[cells][:, genes].copy()
+    if flavor in ("seurat", "cell_ranger"):  # these rank logged values
+        sc.pp.normalize_total(part, target_sum=target_sum)
+        sc.pp.log1p(part)
+    smallest = _check_samples(part, batch_key)
+    try:
+        ranked = sc.pp.highly_variable_genes(
+            part, n_top_genes=n_top_genes, flavor=flavor, batch_key=batch_key, inplace=False
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"genes could not be ranked with flavor={flavor!r} ({error}), more cells expected: there are {smallest}. "
+            "Merge or drop small samples, or use flavor='seurat'."
+        ) from error
+    genes[genes] = ranked["highly_variable"].to_numpy()
+    return cells, genes
+
+
+def _check_samples(part: AnnData, batch_key: str | None) -> str:
+    """The smallest sample, in words; an error where genes cannot vary in it (scanpy's fit then ends the process)."""
+    if batch_key is None:
+        return f"{part.n_obs} cells"
+    samples = groups(part.obs, batch_key)
+    sizes = samples.value_counts()
+    if samples.isna().any() or sizes.min() < 2:
+        raise ValueError(
+            f"obs[{batch_key!r}] is missing in {samples.isna().sum()} cells, and its smallest sample {sizes.idxmin()!r} has "
+            f"{sizes.min()}; a sample of at least 2 cells expected for each. Merge or drop small samples."
+        )
+    return f"{sizes.min()} cells in {sizes.idxmin()!r}"
 
 
 def _hint(adata: AnnData) -> str:

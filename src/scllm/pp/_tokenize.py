@@ -11,7 +11,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scllm import _keys
-from scllm._results import record
+from scllm._results import match_settings, record
 from scllm.data import genes
 from scllm.data.checks import check_source
 from scllm.data.encode import BinEncoder, Encoder, ValueEncoder
@@ -84,7 +84,7 @@ def tokenize(
         encode = replace(encode, max_len=max_len)  # type: ignore[type-var]
     source = open_source(adata, layer=layer)
     check_source(source, needs_counts=encode.needs_counts, layer=layer)
-    match = genes.match(adata.var_names, vocab, var=adata.var)
+    match = genes.match(adata.var_names, vocab, var=adata.var, **match_settings(adata))
     blocks = []
     for start in range(0, adata.n_obs, 4096):
         counts = match.tokens(source.read(np.arange(start, min(start + 4096, adata.n_obs))))

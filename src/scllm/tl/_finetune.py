@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any, Literal
 
@@ -121,12 +122,14 @@ def finetune(
     """
     adata = data if isinstance(data, AnnData) else None
     keys = [key] if isinstance(key, str) else list(key)
+    if not keys or len(set(keys)) < len(keys):
+        raise ValueError(f"key is {keys}, one column of obs or several different ones expected. Name each once.")
     source = open_source(data, layer=layer)
-    specs, columns = zip(*(_target(source, name) for name in keys), strict=True)
+    heads, columns = zip(*(_target(source, name) for name in keys), strict=True)
     where = processes(n_gpus, n_procs, device)
     begun = copy.deepcopy(resolve(model, adata)).cpu()
     begun.history, begun.report, begun.path = None, None, None
-    check_layer(source, begun, layer, adata)
+    check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample)
     module = models.family_module(begun.family)
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     defaults = {**module.FINETUNE, "gene_init": "random"}
@@ -134,12 +137,11 @@ def finetune(
     seed = settings.random_state or 0
 
     there = np.any([_is_there(column) for column in columns], axis=0)
-    stratify = pd.Series(columns[0][there]) if specs[0].classes is not None else None
+    stratify = pd.Series(columns[0][there]) if heads[0].classes is not None else None
     training, held_out = divide(
         source, validation, group_key=group_key, stratify=stratify, rows=np.flatnonzero(there), random_state=seed
     )
-    for spec, column in zip(specs, columns, strict=True):
-        _check_training_labels(spec, column[training])
+    specs = [_scaled(head, column[training]) for head, column in zip(heads, columns, strict=True)]
     cells: dict[str, NDArray[Any]] = {"train": training, "validation": held_out}
     cells |= {f"obs:label:{spec.key}": column for spec, column in zip(specs, columns, strict=True)}
     if upsample:
@@ -163,17 +165,13 @@ def finetune(
 
 
 def _target(source: CellSource, key: str) -> tuple[HeadSpec, NDArray[Any]]:
-    """The head for a column, and its codes (-1: missing) or values (NaN: missing)."""
+    """The head for a column, not scaled yet, and its codes (-1: missing) or values (NaN: missing)."""
     obs = source.obs([key] if key in source.obs_columns else list(source.obs_columns))
     column = obs_column(obs, key)
     if pd.api.types.is_float_dtype(column):
-        values = column.to_numpy(np.float32)
-        seen = values[np.isfinite(values)]
-        if len(seen) < 2 or seen.std() == 0:
-            raise ValueError(
-                f"obs[{key!r}] holds {len(np.unique(seen))} distinct values, at least 2 expected. Pass another column."
-            )
-        return HeadSpec(key, None, float(seen.mean()), float(seen.std())), values
+        values = column.to_numpy(np.float32, na_value=np.nan)
+        _warn_of_missing(key, ~np.isfinite(values), "value")
+        return HeadSpec(key, None), values
     if pd.api.types.is_integer_dtype(column):
         raise ValueError(
             f"obs[{key!r}] holds integers (first: {column.iloc[0]}), labels or float values expected. If they are labels: "
@@ -181,13 +179,7 @@ def _target(source: CellSource, key: str) -> tuple[HeadSpec, NDArray[Any]]:
         )
     classes = labels(obs, key)
     codes = classes.cat.codes.to_numpy().astype(np.int64)
-    n_missing = int((codes < 0).sum())
-    if n_missing:
-        warnings.warn(
-            f"{n_missing} of {len(codes)} cells have no label in obs[{key!r}] and are left out. Drop them to silence this.",
-            UserWarning,
-            stacklevel=3,
-        )
+    _warn_of_missing(key, codes < 0, "label")
     single = [name for name, n in zip(classes.cat.categories, np.bincount(codes[codes >= 0])) if n == 1]
     if single:
         warnings.warn(
@@ -199,16 +191,32 @@ def _target(source: CellSource, key: str) -> tuple[HeadSpec, NDArray[Any]]:
     return HeadSpec(key, tuple(classes.cat.categories)), codes
 
 
+def _warn_of_missing(key: str, missing: NDArray[np.bool_], what: str) -> None:
+    if missing.any():
+        warnings.warn(
+            f"{missing.sum()} of {len(missing)} cells have no {what} in obs[{key!r}] and are left out. Drop them to "
+            "silence this.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 def _is_there(column: NDArray[Any]) -> NDArray[np.bool_]:
     return column >= 0 if np.issubdtype(column.dtype, np.integer) else np.isfinite(column)
 
 
-def _check_training_labels(spec: HeadSpec, codes: NDArray[Any]) -> None:
-    if spec.classes is not None and len(np.unique(codes[codes >= 0])) < 2:
+def _scaled(head: HeadSpec, training: NDArray[Any]) -> HeadSpec:
+    """The head with mean and spread of the training values alone; an error where they, or the labels, are all alike."""
+    seen = training[_is_there(training)]
+    if len(np.unique(seen)) < 2:
+        what = "values" if head.classes is None else "labels"
         raise ValueError(
-            f"the training cells hold one label of obs[{spec.key!r}] only, at least 2 expected. Hold out other groups, or a "
-            "smaller share."
+            f"the training cells hold {len(np.unique(seen))} distinct {what} of obs[{head.key!r}], at least 2 expected. "
+            "Pass another column, hold out other groups, or a smaller share."
         )
+    if head.classes is not None:
+        return head
+    return replace(head, mean=float(seen.mean(dtype=np.float64)), std=float(seen.std(dtype=np.float64)))
 
 
 def _balancing(spec: HeadSpec, codes: NDArray[Any]) -> NDArray[np.float64]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from anndata import AnnData
 
 from scllm.data.checks import check_source
@@ -11,9 +13,12 @@ from scllm.models.base import CellModel
 __all__ = ["check_layer"]
 
 
-def check_layer(source: CellSource, model: CellModel, layer: str | None, adata: AnnData | None) -> None:
-    """Raise on values that the model's encoder cannot read; name the layer that holds counts, if one does."""
-    check_source(source, needs_counts=model.encoder.needs_counts, layer=layer, hint=_layer_with_counts(adata))
+def check_layer(
+    source: CellSource, model: CellModel, layer: str | None, adata: AnnData | None, *, downsample: float = 0.0
+) -> None:
+    """Raise on values that the model's encoder (or down-sampling) cannot read; name the layer that holds counts, if one does."""
+    needs_counts = model.encoder.needs_counts or downsample > 0
+    check_source(source, needs_counts=needs_counts, layer=layer, hint=lambda: _layer_with_counts(adata))
 
 
 def _layer_with_counts(adata: AnnData | None) -> str:
@@ -21,8 +26,10 @@ def _layer_with_counts(adata: AnnData | None) -> str:
         return ""
     for name in adata.layers:
         try:
-            check_source(open_source(adata, layer=name), needs_counts=True, layer=name)
-        except ValueError:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # of non-integers: they are no counts
+                check_source(open_source(adata, layer=name), needs_counts=True, layer=name)
+        except (ValueError, UserWarning):
             continue
         return f"Layer {name!r} holds counts: pass layer={name!r}."
     return ""

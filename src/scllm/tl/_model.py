@@ -8,11 +8,12 @@ from pathlib import Path
 from anndata import AnnData
 
 from scllm import _keys, models
+from scllm._results import match_settings
 from scllm.data import genes
 from scllm.data.source import CellSource
 from scllm.models.base import CellModel
 
-__all__ = ["ModelLike", "gene_match", "match_settings", "recorded_model", "remember", "resolve"]
+__all__ = ["ModelLike", "gene_match", "recorded_model", "remember", "resolve"]
 
 ModelLike = CellModel | str | PathLike[str]
 
@@ -39,9 +40,9 @@ def recorded_model(adata: AnnData | None) -> CellModel:
         raise ValueError(
             "no model is given and none is recorded in adata.uns['scllm']['model']. Pass a model or its path."
         )
-    if entry.get("hash") in _unsaved:
-        return _unsaved[entry["hash"]]
     path = str(entry.get("path", ""))
+    if not path and entry["hash"] in _unsaved:
+        return _unsaved[entry["hash"]]
     if not path:
         raise ValueError(
             "the model recorded in adata.uns['scllm']['model'] was never saved, and belongs to another Python process. Pass a "
@@ -65,14 +66,6 @@ def remember(adata: AnnData | CellSource, model: CellModel) -> None:
     else:
         entry["path"] = str(model.path)
     adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), "model": entry}
-
-
-def match_settings(data: object) -> dict[str, object]:
-    """``gene_key`` and ``min_coverage`` of an earlier ``pp.match_genes`` on this AnnData."""
-    found = data.uns.get(_keys.UNS, {}).get("match_genes", {}) if isinstance(data, AnnData) else {}
-    params = found.get("params", {})
-    key = params.get("gene_key")
-    return {"gene_key": None if key is None else str(key), "min_coverage": float(params.get("min_coverage", 0.3))}
 
 
 def gene_match(data: object, source: CellSource, model: CellModel) -> genes.GeneMatch:

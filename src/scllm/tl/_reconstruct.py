@@ -79,11 +79,16 @@ def reconstruct(
         )
     if mask_ratio is not None and not 0 < mask_ratio < 1:
         raise ValueError(f"mask_ratio is {mask_ratio}, a share between 0 and 1 expected. None hides nothing.")
+    if genes is not None and mask_ratio is not None:
+        raise TypeError(
+            f"genes= and mask_ratio={mask_ratio} are both given, one of them expected: chosen genes are predicted from the "
+            "cell embedding. Leave one out."
+        )
     source = open_source(adata)
     check_layer(source, chosen, None, adata)
     match = gene_match(adata, source, chosen)
     if genes is not None:
-        return _of_genes(adata, chosen, source, match, list(genes))
+        return _of_genes(adata, chosen, source, match, [genes] if isinstance(genes, str) else list(genes))
     layer = _of_sentence(chosen, source, match, mask_ratio)
     adata = adata.copy() if copy else adata
     adata.layers[key_added] = layer

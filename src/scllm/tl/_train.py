@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scllm import settings
 from scllm._checks import obs_column
 from scllm._log import log
-from scllm._results import record
+from scllm._results import match_settings, record
 from scllm._typing import IntArray
 from scllm.data.checks import warn_of_empty_cells
 from scllm.data.encode import encoder_to_dict
@@ -36,7 +36,8 @@ from scllm.engine.objectives import Objective, objective_to_dict
 from scllm.engine.optim import Freeze
 from scllm.engine.run import Run
 from scllm.models.base import CellModel
-from scllm.tl._model import gene_match, match_settings, remember
+from scllm.models.storage import is_native
+from scllm.tl._model import gene_match, remember
 
 __all__ = ["Data", "Processes", "divide", "merged_config", "processes", "train"]
 
@@ -119,7 +120,7 @@ def divide(
     groups = None
     if group_key is not None:
         groups = obs_column(source.obs(_present(source, group_key)), group_key).iloc[rows]
-    share = max(validation, 1 / len(rows))  # at least one cell
+    share = min(max(validation, 1 / len(rows)), 1 - 1 / len(rows))  # at least one cell on either side
     part = split_cells(
         len(rows), (1 - share, share), groups=groups, stratify=None if groups is not None else stratify,
         random_state=random_state,
@@ -176,43 +177,75 @@ def train(
         if resume is True:
             raise ValueError(f"{run.path} holds no run to continue, one expected with resume=True. Pass resume='auto'.")
         _check_free(run.path)
-        n_tokens = _mean_length(source, match, model, cells["train"])
-        if config.gene_init == "svd":
-            start_from_data(model, source, match, cells["train"], random_state=config.random_state or 0)
-        device = resolve_device(where.device)
-        precision = resolve_precision(config.precision or "auto", device)
-        n_cells = (
-            len(cells["train"]) * (config.epochs or 1)
-            if config.steps is None
-            else config.steps * (config.batch_size or 1)
-        )
-        log.info("%s", say_cost(model.config, n_tokens, n_cells, device, precision, where.n))
-        if where.n > 1 and where.device == "cuda" and (config.batch_size or 0) < 64 * where.n:
-            log.info(
-                "%d cells a step are few for %d GPUs: batch_size=%d keeps them busy",
-                config.batch_size,
-                where.n,
-                64 * where.n,
-            )
-        model.save(run.path / "model")
-        if spec["data_reference"] is None:
-            write_arrays(source, run.data)
-        run.create(spec, cells)
-        log.info("run directory %s", run.path)
-        if where.n > 1:
-            log.info("on a cluster: %s", " ".join(command(run, where.n, where.device, family)))
     else:
         if resume is False:
             raise ValueError(
                 f"{run.path} holds a run already, an empty directory expected with resume=False. Pass another one."
             )
         run.check(spec)
+    if not run.is_done:
+        with run.locked():
+            if run.is_new():
+                _set_up(run, spec, source, model, match, config, cells, where)
+            else:
+                _set_up_again(run, spec, source)
     trained = launch(run, n_procs=where.n, device=where.device, source=source, family=family)
     shutil.rmtree(run.data, ignore_errors=True)  # the run is done: nothing reads the copy again
     if isinstance(data, AnnData):
         record(data, verb, {**params, **config.to_dict(), "run_dir": run.path}, trained.history)
         remember(data, trained)
     return trained
+
+
+def _set_up(
+    run: Run,
+    spec: Mapping[str, Any],
+    source: CellSource,
+    model: CellModel,
+    match: GeneMatch,
+    config: TrainConfig,
+    cells: Mapping[str, NDArray[Any]],
+    where: Processes,
+) -> None:
+    """Say what the run costs, and write down all that another process needs to train it."""
+    n_tokens = _mean_length(source, match, model, cells["train"])
+    if config.gene_init == "svd":
+        start_from_data(model, source, match, cells["train"], random_state=config.random_state or 0)
+    device = resolve_device(where.device)
+    precision = resolve_precision(config.precision or "auto", device)
+    n_cells = (
+        len(cells["train"]) * (config.epochs or 1) if config.steps is None else config.steps * (config.batch_size or 1)
+    )
+    log.info("%s", say_cost(model.config, n_tokens, n_cells, device, precision, where.n))
+    if where.n > 1 and where.device == "cuda" and (config.batch_size or 0) < 64 * where.n:
+        log.info(
+            "%d cells a step are few for %d GPUs: batch_size=%d keeps them busy",
+            config.batch_size,
+            where.n,
+            64 * where.n,
+        )
+    model.save(run.model)
+    _store(run, spec, source)
+    run.create(spec, cells)
+    log.info("run directory %s", run.path)
+    if where.n > 1:
+        family = model.family if "." in model.family else None
+        log.info("on a cluster: %s", " ".join(command(run, where.n, where.device, family)))
+
+
+def _set_up_again(run: Run, spec: Mapping[str, Any], source: CellSource) -> None:
+    """The same data may lie elsewhere by now, and other processes train on them."""
+    run.check(spec)
+    if spec["data_reference"] != run.spec["data_reference"]:
+        _store(run, spec, source)
+        run.refer_to(spec["data_reference"])
+
+
+def _store(run: Run, spec: Mapping[str, Any], source: CellSource) -> None:
+    """Data that no other process finds are kept in the run directory while it is trained."""
+    if spec["data_reference"] is None:
+        shutil.rmtree(run.data, ignore_errors=True)
+        write_arrays(source, run.data)
 
 
 def _reference(data: Data) -> str | list[str] | None:
@@ -240,18 +273,21 @@ def _fresh_directory(verb: str) -> Path:
 
 
 def _check_free(path: Path) -> None:
-    # a run that was stopped while it was being set up left parts of one
-    ours = {"model", "data", "cells.npz", ".lock"}
-    others = (
-        [entry.name for entry in path.iterdir() if entry.name not in ours and not entry.name.startswith(".")]
-        if path.exists()
-        else []
-    )
+    others = [entry.name for entry in path.iterdir() if not _is_left_over(entry)] if path.exists() else []
     if others:
         raise ValueError(
             f"{path} holds other files (first: {others[0]!r}), an empty directory or a run expected. Pass another run_dir."
         )
-    shutil.rmtree(path / "data", ignore_errors=True)
+
+
+def _is_left_over(entry: Path) -> bool:
+    """Whether a run that was stopped while it was set up left this; it is written anew, so nothing else may pass."""
+    match entry.name:
+        case "model":
+            return is_native(entry)
+        case "data":
+            return entry.is_dir() and all(file.suffix == ".npy" or file.stem == "cells" for file in entry.iterdir())
+    return entry.name == "cells.npz" or entry.name.startswith(".")
 
 
 def _mean_length(source: CellSource, match: GeneMatch, model: CellModel, rows: IntArray) -> float:

@@ -1,0 +1,71 @@
+"""Cells for the benchmarks: real blood cells where the shared data are there, made ones otherwise."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData, read_h5ad
+from scipy import sparse
+
+from scllm.data.encode import BinEncoder
+from scllm.data.genes import match
+from scllm.data.source import open_source
+from scllm.data.vocab import Vocab
+from scllm.engine.loader import Loader
+
+__all__ = ["blood", "blood_1200", "loader", "made_cells", "serial_epoch", "table"]
+
+_SHARED = Path(os.environ.get("SCLLM_SHARED", "../shared")) / "data"
+
+
+def table(counts: sparse.csr_matrix, genes: pd.Index | None = None) -> AnnData:
+    """AnnData of a count matrix, cells and genes named by their number."""
+    names = pd.Index([f"G{i}" for i in range(counts.shape[1])]) if genes is None else genes
+    return AnnData(counts, pd.DataFrame(index=np.arange(counts.shape[0]).astype(str)), pd.DataFrame(index=names))
+
+
+def made_cells(n_cells: int, n_genes: int, n_stored: int, seed: int = 0) -> sparse.csr_matrix:
+    """Counts with a long tail, three quarters of them 1; ``n_stored`` of them a cell on average, log-normally spread."""
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(rng.lognormal(np.log(n_stored), 0.5, n_cells), 1, n_genes).astype(int)
+    indices = np.concatenate([np.sort(rng.choice(n_genes, n, replace=False, shuffle=False)) for n in lengths])
+    data = 1 + np.floor(rng.pareto(1.5, len(indices))).clip(max=900)
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    return sparse.csr_matrix((data.astype(np.float32), indices.astype(np.int32), indptr), shape=(n_cells, n_genes))
+
+
+@cache
+def blood(name: str = "pbmc_zheng2017_facs") -> AnnData:
+    """Counts of blood cells: 3,874 sorted cells by 16,791 genes, 714 of them expressed in a cell."""
+    path = _SHARED / f"{name}.h5ad"
+    return read_h5ad(path) if path.exists() else table(made_cells(3_874, 16_791, 714))
+
+
+@cache
+def blood_1200() -> AnnData:
+    """Three 10x chemistries of blood cells, restricted to the 1,200 most variable genes: 154 expressed in a cell."""
+    if not (_SHARED / "pbmc_10x_3batches.h5ad").exists():
+        return table(made_cells(2_000, 1_200, 130))
+    import scanpy as sc
+
+    adata = blood("pbmc_10x_3batches")
+    chosen = sc.pp.highly_variable_genes(adata, n_top_genes=1_200, flavor="seurat_v3", inplace=False)
+    return table(sparse.csr_matrix(adata.X)[:, chosen["highly_variable"].to_numpy()])
+
+
+def loader(data: AnnData | str, *, batch_size: int = 64, training: bool = True) -> Loader:
+    """Cells binned and cropped as scGPT is trained on them."""
+    source = open_source(data)
+    vocab = Vocab.from_genes(source.genes)
+    rows = np.arange(source.n_obs)
+    return Loader(source, rows, match(source.genes, vocab), BinEncoder(), vocab, batch_size, training=training)
+
+
+def serial_epoch(cells: Loader, epoch: int = 0) -> list[int]:
+    """One epoch without the prefetch thread, which is hard to attribute CPU-seconds to; returns the batches' sizes."""
+    batches = cells._batches(cells._training_plan(epoch, 0, 1), epoch, 0, 1)
+    return [batch.n_cells for parts in batches for batch in parts]

@@ -1,0 +1,19 @@
+"""The command line: the verbs and run directories of the library, for shells and clusters."""
+
+from __future__ import annotations
+
+from scllm.cli._app import app
+from scllm.cli._demo import demo
+from scllm.cli._info import info
+from scllm.cli._train import finetune, pretrain, run
+from scllm.cli._use import classify, embed
+
+__all__ = ["app", "main"]
+
+for command in (demo, pretrain, run, info, embed, finetune, classify):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command that the shell asked for."""
+    app()

@@ -1,0 +1,147 @@
+"""``scllm pretrain``, ``scllm finetune`` and ``scllm run``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scllm._log import is_first_rank
+from scllm.cli._app import Debug, Verbose
+from scllm.cli._options import (
+    BatchSize, Config, DataPaths, Device, Epochs, Family, GroupKey, Layer, LearningRate, ModelPath, NGpus, NProcs,
+    Precision, RandomState, Resume, RunDir, one_or_all, read_config, read_resume, read_validation, read_weights,
+)  # fmt: skip
+
+__all__ = ["finetune", "pretrain", "run"]
+
+
+def pretrain(
+    data: DataPaths,
+    model: Annotated[
+        str, typer.Option(help="Name of a family for fresh weights, or a model or run directory to go on from.")
+    ] = "scgpt",
+    size: Annotated[str, typer.Option(help="Architecture of a fresh model: tiny, small or base.")] = "base",
+    n_gpus: NGpus = None,
+    n_procs: NProcs = None,
+    device: Device = "auto",
+    run_dir: RunDir = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    mask_ratio: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of a cell's genes to hide; repeat it to draw one each step. [default: the family's own]"),
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout of the blocks. [default: the family's own]")] = None,
+    validation: Annotated[
+        str, typer.Option(help="Share of cells held out, or a column of obs that says train and validation.")
+    ] = "0.03",
+    group_key: GroupKey = None,
+    layer: Layer = None,
+    precision: Precision = "auto",
+    resume: Resume = None,
+    config: Config = None,
+    random_state: RandomState = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained, what it costs and how to start it; write nothing.")
+    ] = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model on cells without labels. The same command continues after a crash."""
+    from scllm import tl
+    from scllm.cli._estimate import what_would_run
+
+    options = {
+        "size": size, "n_gpus": n_gpus, "n_procs": n_procs, "device": device, "run_dir": run_dir, "epochs": epochs,
+        "batch_size": batch_size, "lr": lr, "mask_ratio": mask_ratio or None, "dropout": dropout,
+        "validation": read_validation(validation), "group_key": group_key, "layer": layer, "precision": precision,
+        "config": read_config(config), "random_state": random_state,
+    }  # fmt: skip
+    if dry_run:
+        typer.echo(what_would_run(one_or_all(data), model, **options))
+        return
+    typer.echo(tl.pretrain(one_or_all(data), model, resume=read_resume(resume), **options))
+
+
+def finetune(
+    data: DataPaths,
+    model: ModelPath,
+    key: Annotated[list[str], typer.Option(help="Column of obs to predict; repeat it for several heads.")],
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(help="What stays as it is: the first n blocks, encoder, or patterns of weight names (repeat it)."),
+    ] = None,
+    loss: Annotated[
+        list[str] | None, typer.Option(help="ce, bce, dice or focal; weigh several by repeating --loss name=weight.")
+    ] = None,
+    upsample: Annotated[bool, typer.Option("--upsample", help="Draw cells of rare labels more often.")] = False,
+    class_weight: Annotated[
+        list[str] | None, typer.Option(help="balanced, or repeat --class-weight label=weight. [default: cells alike]")
+    ] = None,
+    validation: Annotated[
+        str, typer.Option(help="Share of cells held out, or a column of obs that says train and validation.")
+    ] = "0.1",
+    group_key: GroupKey = None,
+    layer: Layer = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    n_gpus: NGpus = None,
+    n_procs: NProcs = None,
+    device: Device = "auto",
+    run_dir: RunDir = None,
+    precision: Precision = "auto",
+    resume: Resume = None,
+    config: Config = None,
+    random_state: RandomState = 0,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Train a head that predicts a column of obs, together with the model below it."""
+    from scllm import tl
+
+    trained = tl.finetune(
+        one_or_all(data), model, key=one_or_all(key), freeze=_freeze(freeze or ["0"]),
+        loss=read_weights("--loss", loss or ["ce"]), upsample=upsample,  # type: ignore[arg-type]
+        class_weight=read_weights("--class-weight", class_weight) if class_weight else None,  # type: ignore[arg-type]
+        validation=read_validation(validation), group_key=group_key, layer=layer, epochs=epochs, batch_size=batch_size,
+        lr=lr, n_gpus=n_gpus, n_procs=n_procs, device=device, run_dir=run_dir,
+        precision=precision, resume=read_resume(resume),  # type: ignore[arg-type]
+        config=read_config(config), random_state=random_state,
+    )  # fmt: skip
+    typer.echo(trained)
+
+
+def run(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What pretrain or finetune wrote.")],
+    device: Device = "auto",
+    family: Family = None,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a run directory to its end, alone or as one of the processes that torchrun starts."""
+    from scllm.engine.launch import train
+    from scllm.engine.run import Run
+
+    chosen = Run(run_dir.absolute())
+    _ = chosen.spec  # says so where this is no run directory, before anything is written
+    if "RANK" in os.environ:
+        train(chosen, device=device, family=family)
+    else:
+        with chosen.locked():
+            train(chosen, device=device, family=family)
+    if is_first_rank():
+        shutil.rmtree(chosen.data, ignore_errors=True)  # the run is done: nothing reads the copy again
+        typer.echo(f"{run_dir} is done. Its model is in {chosen.model}.")
+
+
+def _freeze(texts: list[str]) -> int | str | tuple[str, ...]:
+    """A number of blocks, ``encoder``, or patterns."""
+    if len(texts) > 1:
+        return tuple(texts)
+    return int(texts[0]) if texts[0].lstrip("-").isdigit() else texts[0]

@@ -1,0 +1,110 @@
+"""``scllm embed`` and ``scllm classify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from scllm.cli._app import Debug, Verbose
+from scllm.cli._options import BatchSize, DataPaths, Device, Layer, ModelPath, Precision, one_or_all
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["classify", "embed"]
+
+
+def embed(
+    data: DataPaths,
+    model: ModelPath,
+    out: Annotated[
+        Path,
+        typer.Option(help="Where the embedding goes: .npy or .zarr (streamed), or .h5ad (the data with it in obsm)."),
+    ],
+    pooling: Annotated[
+        str | None, typer.Option(help="cls, mean or max over gene tokens. [default: the family's own]")
+    ] = None,
+    hidden_layer: Annotated[int, typer.Option(help="-1 is the output of the last block, -2 of the one before.")] = -1,
+    layer: Layer = None,
+    key_added: Annotated[str, typer.Option(help="Key in obsm, with --out x.h5ad.")] = "X_scllm",
+    batch_size: BatchSize = None,
+    device: Device = "auto",
+    n_gpus: Annotated[int, typer.Option(help="GPUs that share the cells.")] = 1,
+    precision: Precision = "auto",
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Embed cells."""
+    from scllm import tl
+
+    _check_ending(out, (".npy", ".zarr", ".h5ad"))
+    options = {
+        "pooling": pooling, "hidden_layer": hidden_layer, "layer": layer, "key_added": key_added,
+        "batch_size": batch_size, "device": device, "n_gpus": n_gpus, "precision": precision,
+    }  # fmt: skip
+    if out.suffix == ".h5ad":
+        adata = _read(data)
+        tl.embed(adata, model, **options)
+        adata.write_h5ad(out)
+    else:
+        tl.embed(one_or_all(data), model, out=out, **options)
+    typer.echo(f"embedding written to {out}")
+
+
+def classify(
+    data: DataPaths,
+    model: ModelPath,
+    out: Annotated[Path, typer.Option(help="Where labels go: .csv (one row a cell), or .h5ad (the data with them).")],
+    key_added: Annotated[str, typer.Option(help="Column to write; several heads append _<key>.")] = "scllm_label",
+    threshold: Annotated[
+        float | None, typer.Option(help="Cells whose best label is less probable are called unknown.")
+    ] = None,
+    layer: Layer = None,
+    batch_size: BatchSize = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Label cells with a fine-tuned model."""
+    from scllm import tl
+
+    _check_ending(out, (".csv", ".h5ad"))
+    adata = _read(data, backed=out.suffix == ".csv")
+    tl.classify(
+        adata, model, key_added=key_added, threshold=threshold, layer=layer, batch_size=batch_size, device=device,
+        precision=precision,  # type: ignore[arg-type]
+    )  # fmt: skip
+    if out.suffix == ".h5ad":
+        adata.write_h5ad(out)
+    else:
+        written = [name for name in adata.obs if name == key_added or name.startswith(f"{key_added}_")]
+        adata.obs[written].to_csv(out, index_label="cell")
+    typer.echo(f"labels of {adata.n_obs:,} cells written to {out}")
+
+
+def _check_ending(out: Path, endings: tuple[str, ...]) -> None:
+    """Before the slow part: what it ends in, and whether there is a place for it."""
+    if out.suffix not in endings:
+        raise ValueError(f"--out is '{out}', a path ending in {' or '.join(endings)} expected. Change its ending.")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out is '{out}', and its folder is not there. Make it, or choose another place.")
+
+
+def _read(paths: list[str], *, backed: bool = False) -> AnnData:
+    """The data as an AnnData; with ``backed`` the matrix of a single .h5ad stays in its file."""
+    import anndata as ad
+
+    from scllm.data.source import open_source
+
+    files = []
+    for path in map(Path, paths):
+        open_source(path)  # says what is wrong with a path that is none of ours
+        inside = sorted(file for file in path.iterdir() if file.suffix in (".h5ad", ".zarr")) if path.is_dir() else []
+        files += inside if inside and path.suffix != ".zarr" else [path]
+    if backed and len(files) == 1 and files[0].suffix == ".h5ad":
+        return ad.read_h5ad(files[0], backed="r")
+    read = [ad.read_zarr(file) if file.suffix == ".zarr" else ad.read_h5ad(file) for file in files]
+    return read[0] if len(read) == 1 else ad.concat(read, join="outer", merge="first")

@@ -1,0 +1,68 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021) through peft: train few weights, then merge them into the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from torch import nn
+
+from scllm.models.base import CellModel
+
+__all__ = ["LoraSettings", "add_adapters", "check_peft", "merge_adapters"]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Adapters beside every linear layer of the blocks.
+
+    Parameters
+    ----------
+    r
+        Rank: an adapter of a layer ``(d, f)`` has ``r (d + f)`` weights.
+    alpha
+        Scale of what adapters add, over ``r``.
+    dropout
+        Dropout of what goes into the adapters.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora is {self.r}, a rank of at least 1 expected. 8 is usual; None trains all weights.")
+
+
+def check_peft() -> None:
+    """Raise where peft is not installed."""
+    if find_spec("peft") is None:
+        raise ImportError('lora= needs the package peft, which is not installed. Run: pip install "scllm-tools[peft]"')
+
+
+def add_adapters(model: CellModel, settings: LoraSettings) -> None:
+    """Put adapters beside the blocks' linear layers, in place; only they and the heads are trained."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    within = {id(module) for block in model.blocks for module in block.modules()}
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in within]
+    config = LoraConfig(
+        r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=names, bias="none"
+    )
+    inject_adapter_in_model(config, model)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(".lora_" in name or name.startswith("heads."))
+
+
+def merge_adapters(model: CellModel) -> None:
+    """Add what adapters learnt to the weights beside them, and take the adapters out, in place."""
+    from peft.tuners.lora import LoraLayer
+
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for name, module in adapted:
+        module.merge()
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, module.get_base_layer())
+    for weight in model.parameters():
+        weight.requires_grad_(True)

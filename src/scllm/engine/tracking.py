@@ -1,0 +1,46 @@
+"""Sending losses to TensorBoard or Weights & Biases, besides the history file; nothing is sent unless asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+from scllm.engine.config import Logger
+from scllm.engine.run import Run
+
+__all__ = ["check_tracker", "tracker"]
+
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def check_tracker(name: Logger | None) -> None:
+    """Raise where the package of a logger is not installed."""
+    if name is not None and find_spec(_PACKAGES[name]) is None:
+        raise ImportError(f'logger={name!r} needs a package that is not installed. Run: pip install "scllm-tools[log]"')
+
+
+def tracker(name: Logger | None, run: Run) -> Callable[[dict[str, Any]], None]:
+    """What takes each line of the history; does nothing where no logger is asked for."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run.path / "tensorboard")
+
+        def to_tensorboard(line: dict[str, Any]) -> None:
+            for key, value in line.items():
+                if isinstance(value, float):
+                    writer.add_scalar(f"{line['split']}/{key}", value, line["step"])
+            writer.flush()
+
+        return to_tensorboard
+    if name == "wandb":
+        import wandb
+
+        session = wandb.init(project="scllm", name=run.path.name, dir=run.path, config=run.spec["train"], resume="allow")
+
+        def to_wandb(line: dict[str, Any]) -> None:
+            session.log({f"{line['split']}/{k}": v for k, v in line.items() if isinstance(v, float)}, step=line["step"])
+
+        return to_wandb
+    return lambda line: None

@@ -1,0 +1,76 @@
+"""What the documentation shows: doctests, and the README's lines."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import scllm
+
+ROOT = Path(__file__).parents[2]
+
+
+def modules() -> list[str]:
+    found = pkgutil.walk_packages(scllm.__path__, "scllm.")
+    return sorted(module.name for module in found if module.name != "scllm.__main__")
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, extraglobs={"scllm": scllm}, verbose=False)
+    assert result.failed == 0
+
+
+def test_public_functions_have_examples() -> None:
+    names = [f"{space}.{name}" for space in ("pp", "tl", "datasets") for name in getattr(scllm, space).__all__]
+    objects = {name: getattr(getattr(scllm, name.split(".")[0]), name.split(".")[1]) for name in names}
+    without = [name for name, thing in objects.items() if callable(thing) and ">>>" not in (thing.__doc__ or "")]
+    assert set(without) <= {"tl.TrainConfig"}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_six_lines_run(page: str, tmp_path: Path) -> None:
+    (code,) = blocks(page, "python")
+    code += "\nassert adata.obsm['X_umap'].shape == (700, 2)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_commands_in_the_pages_exist() -> None:
+    from scllm.cli import app
+
+    known = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {
+        name
+        for page in pages
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        for name in re.findall(r"^scllm ([a-z]+)", block, re.MULTILINE)
+    }
+    assert named
+    assert named <= known
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    spaces = ("pp", "tl", "pl", "get", "datasets", "models")
+    missing = [
+        f"{space}.{name}" for space in spaces for name in getattr(scllm, space).__all__ if f"{space}.{name}\n" not in page
+    ]
+    assert not missing

@@ -1,0 +1,96 @@
+"""Runs to look at, and runs in processes of their own, to be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+
+import scllm
+from scllm.data.run_files import read_history
+from scllm.tl import TrainConfig
+
+# what a user's script does, on the data and with the settings that it is given
+SCRIPT = """
+import json, sys
+import scllm
+data, settings = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+config = scllm.tl.TrainConfig(**settings.pop("config"))
+data = scllm.datasets.toy(**data) if isinstance(data, dict) else data
+print("start", flush=True)
+scllm.tl.pretrain(data, config=config, **settings)
+"""
+TOY = {"n_cells": 120, "n_genes": 40}
+SETTINGS = {"size": "tiny", "device": "cpu", "epochs": 3, "batch_size": 16, "validation": 0.1}
+
+
+def pretrain(data, run_dir: Path, *, config: dict | None = None, **settings) -> scllm.models.CellModel:
+    """Pretrain a tiny model on a CPU."""
+    return scllm.tl.pretrain(data, run_dir=run_dir, config=TrainConfig(**config or {}), **SETTINGS | settings)
+
+
+def start(run_dir: Path, *, data=TOY, config: dict | None = None, before: str = "", **settings) -> subprocess.Popen:
+    """The same in another process; ``before`` is run first."""
+    settings = SETTINGS | settings | {"run_dir": str(run_dir), "config": config or {}}
+    data = str(data) if isinstance(data, Path) else data
+    return subprocess.Popen(
+        [sys.executable, "-c", before + SCRIPT, json.dumps(data), json.dumps(settings)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def curve(run_dir: Path) -> pd.DataFrame:
+    """The history without what the clock says."""
+    return read_history(run_dir / "history.jsonl").drop(columns="cells_per_s")
+
+
+def same_curve(found: pd.DataFrame, expected: pd.DataFrame) -> None:
+    """Equal to 1e-5, line by line."""
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-5, atol=0)
+
+
+def wait_for_step(run_dir: Path, step: int, *, seconds: float = 120) -> None:
+    """Return as soon as the history holds a step."""
+    wait_until(lambda: _last_step(run_dir / "history.jsonl") >= step, seconds)
+
+
+def wait_until(is_so, seconds: float) -> None:
+    """Return as soon as something is so."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, f"not so within {seconds} s"
+        time.sleep(0.002)
+
+
+def workers(run_dir: Path) -> list[int]:
+    """Processes that train in a run directory."""
+    return [pid for pid, line in _command_lines(run_dir) if "torch.distributed.run" not in line]
+
+
+def agents(run_dir: Path) -> list[int]:
+    """The torchrun that looks after them."""
+    return [pid for pid, line in _command_lines(run_dir) if "torch.distributed.run" in line]
+
+
+def _command_lines(run_dir: Path) -> list[tuple[int, str]]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            words = (folder / "cmdline").read_text().split("\0")
+        except (OSError, UnicodeDecodeError):
+            continue
+        # a zombie has no command line
+        if folder.name.isdigit() and "scllm" in words and str(run_dir) in words:
+            found.append((int(folder.name), " ".join(words)))
+    return found
+
+
+def _last_step(history: Path) -> int:
+    lines = history.read_text().splitlines() if history.exists() else []
+    whole = [line for line in lines[-2:] if line.endswith("}")]
+    return json.loads(whole[-1])["step"] if whole else 0

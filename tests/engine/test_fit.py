@@ -1,0 +1,172 @@
+"""What a run leaves behind, and that it does not depend on how many processes train."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from engine.runs import curve, pretrain, same_curve, workers
+
+import scllm
+from scllm.models.storage import read_torch
+
+
+@pytest.fixture(scope="module")
+def alone(_toy, tmp_path_factory):
+    """A run of one process without dropout."""
+    run_dir = tmp_path_factory.mktemp("runs") / "alone"
+    adata = _toy.copy()
+    return run_dir, pretrain(adata, run_dir, dropout=0.0), adata
+
+
+def test_two_processes_give_the_same_losses(alone, toy, tmp_path):
+    pretrain(toy, tmp_path / "run", dropout=0.0, n_procs=2)
+    same_curve(curve(tmp_path / "run"), curve(alone[0]))
+
+
+@pytest.mark.parametrize("accumulate", [4, 16])
+def test_micro_batches_give_the_same_losses(alone, toy, tmp_path, accumulate):
+    pretrain(toy, tmp_path / "run", dropout=0.0, config={"accumulate": accumulate})
+    same_curve(curve(tmp_path / "run"), curve(alone[0]))
+
+
+def test_a_file_gives_the_same_losses_for_micro_batches_and_the_same_steps_as_memory(alone, toy, tmp_path):
+    toy.write_h5ad(tmp_path / "toy.h5ad")
+    for name, accumulate in (("whole", 1), ("parts", 4)):
+        pretrain(tmp_path / "toy.h5ad", tmp_path / name, dropout=0.0, config={"accumulate": accumulate})
+    whole = curve(tmp_path / "whole")
+    same_curve(curve(tmp_path / "parts"), whole)
+    # out of core the order of the cells is another one
+    same = ["step", "epoch", "split", "lr", "mask_ratio"]
+    pd.testing.assert_frame_equal(whole[same], curve(alone[0])[same])
+
+
+def test_two_processes_share_a_file_and_batches_smaller_than_they_are_many(toy, tmp_path):
+    toy.write_h5ad(tmp_path / "toy.h5ad")
+    model = pretrain(
+        tmp_path / "toy.h5ad", tmp_path / "run", n_procs=2, batch_size=1, epochs=None, config={"steps": 4}
+    )
+    losses = model.history.loc[model.history["split"] == "train", "loss"]
+    assert len(losses) == 4
+    assert (losses > 0).all()
+
+
+def test_history_has_every_term_of_every_step_and_epoch(alone):
+    history = alone[1].history
+    training, validation = (history[history["split"] == split] for split in ("train", "validation"))
+    per_epoch = math.ceil(108 / 16)
+    assert training["step"].tolist() == list(range(1, 3 * per_epoch + 1))
+    assert training["epoch"].tolist() == np.repeat([0, 1, 2], per_epoch).tolist()
+    assert validation["step"].tolist() == [per_epoch, 2 * per_epoch, 3 * per_epoch]
+    terms = ["loss", "mse", "mse_cell", "mse_share", "lr"]
+    assert np.isfinite(training[[*terms, "mask_ratio", "cells_per_s"]].to_numpy(float)).all()
+    assert np.isfinite(validation[terms].to_numpy(float)).all()
+    assert set(training["mask_ratio"]) == {0.25, 0.5, 0.75}
+    np.testing.assert_allclose(history["loss"], history["mse"] + history["mse_cell"])
+
+
+def test_history_is_one_json_object_a_line_and_goes_with_the_model(alone):
+    run_dir, model, adata = alone
+    lines = [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
+    pd.testing.assert_frame_equal(pd.DataFrame(lines), model.history)
+    pd.testing.assert_frame_equal(scllm.models.load(run_dir).history, model.history)
+    assert len(adata.uns["scllm"]["pretrain"]["table"]) == len(lines)
+
+
+def test_the_learning_rate_falls_by_gamma_an_epoch(alone):
+    by_epoch = alone[1].history.groupby("epoch")["lr"].agg(["min", "max"])
+    expected = 1e-4 * 0.9 ** np.arange(3)
+    np.testing.assert_allclose(by_epoch["min"], expected)
+    np.testing.assert_allclose(by_epoch["max"], expected)
+
+
+def test_the_model_is_that_of_the_best_validation_epoch(toy, tmp_path):
+    # so high a rate that the loss rises again
+    model = pretrain(toy, tmp_path / "run", lr=3e-2, epochs=8, config={"gamma": 1.5})
+    validation = model.history[model.history["split"] == "validation"]
+    best = validation.loc[validation["loss"].idxmin()]
+    assert best["epoch"] < 7
+    shorter = pretrain(toy, tmp_path / "shorter", lr=3e-2, epochs=int(best["epoch"]) + 1, config={"gamma": 1.5})
+    for name, weight in read_torch(tmp_path / "run" / "best_model.pt").items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+        torch.testing.assert_close(weight, shorter.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_without_validation_cells_the_last_weights_are_kept(toy, tmp_path):
+    model = pretrain(toy, tmp_path / "run", validation=0)
+    assert set(model.history["split"]) == {"train"}
+    last = read_torch(tmp_path / "run" / "last.pt")["model"]
+    assert all(torch.equal(weight, last[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_finished_run_holds_what_the_design_says(alone):
+    names = {path.name for path in alone[0].iterdir() if not path.name.startswith(".")}
+    assert names == {
+        "spec.json", "model", "cells.npz", "best_model.pt", "last.pt", "history.jsonl", "done",
+    }  # fmt: skip
+
+
+def test_random_states_and_the_model_given_are_left_as_they_were(toy, model, tmp_path):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    trained = scllm.tl.pretrain(
+        toy, model, device="cpu", run_dir=tmp_path / "run", epochs=1, batch_size=32, lr=1e-2
+    )
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.history is None
+    assert trained.hash() != model.hash()
+
+
+def test_dropout_is_a_function_of_random_state(toy, tmp_path):
+    runs = {name: seed for name, seed in (("a", 1), ("b", 1), ("c", 2))}
+    found = {
+        name: pretrain(toy, tmp_path / name, epochs=1, dropout=0.5, random_state=seed).hash()
+        for name, seed in runs.items()
+    }
+    assert found["a"] == found["b"] != found["c"]
+
+
+def test_patience_stops_after_as_many_epochs_without_a_better_loss(toy, tmp_path):
+    model = pretrain(toy, tmp_path / "run", lr=3e-2, epochs=20, config={"gamma": 1.5, "patience": 2})
+    losses = model.history.loc[model.history["split"] == "validation", "loss"].tolist()
+    assert len(losses) < 20
+    assert len(losses) - 1 - int(np.argmin(losses)) == 2
+
+
+def test_steps_end_a_run_within_an_epoch(toy, tmp_path):
+    model = pretrain(toy, tmp_path / "run", epochs=None, config={"steps": 9, "log_every": 4})
+    training = model.history[model.history["split"] == "train"]
+    assert training["step"].tolist() == [4, 8]
+    assert model.history[model.history["split"] == "validation"]["step"].tolist() == [7, 9]
+
+
+@pytest.mark.parametrize("n_procs", [1, 2])
+def test_a_loss_that_is_not_finite_ends_all_processes_before_the_update(toy, tmp_path, n_procs):
+    run_dir = tmp_path / "run"
+    with pytest.raises(RuntimeError, match=r"not finite at step 2 .* last checkpoint is step 1"):
+        pretrain(toy, run_dir, lr=1e30, n_procs=n_procs, config={"save_every": 1})
+    assert read_torch(run_dir / "last.pt")["step"] == 1
+    assert curve(run_dir)["step"].tolist() == [1]
+    assert not (run_dir / "done").exists()
+    assert not workers(run_dir)
+
+
+def test_a_validation_loss_that_is_not_finite_is_an_error(toy, tmp_path):
+    with pytest.raises(RuntimeError, match="validation loss is nan at step 1, a finite number expected"):
+        pretrain(toy, tmp_path / "run", lr=1e30, batch_size=108)
+    assert not (tmp_path / "run" / "best_model.pt").exists()
+
+
+def test_a_value_that_training_comes_upon_in_a_file_names_the_cell(toy, tmp_path):
+    toy.X[57, toy.X[57].indices[0]] = -1
+    toy.write_h5ad(tmp_path / "toy.h5ad")
+    # raised on the thread that reads ahead
+    with pytest.raises(ValueError, match=re.escape("cell57")):
+        pretrain(tmp_path / "toy.h5ad", tmp_path / "run")

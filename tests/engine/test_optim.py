@@ -1,0 +1,152 @@
+"""Freezing, parameter groups and the learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import scllm
+from scllm.engine.config import TrainConfig
+from scllm.engine.optim import freeze, learning_rate, optimizer, train_mode
+from scllm.models.base import Batch, HeadSpec
+
+SETTINGS = TrainConfig(lr=1e-2, epochs=2, batch_size=40)
+
+
+@pytest.fixture
+def batch(model):
+    n = 20
+    genes, keys = torch.arange(n), torch.tensor([1, 2])
+    return Batch(genes, torch.ones(n), torch.tensor([0, 10, n], dtype=torch.int32), (10, 10), keys)
+
+
+@pytest.mark.parametrize(
+    ("what", "is_kept"),
+    [
+        (0, lambda name: False),
+        (1, lambda name: name.startswith("layers.0.")),
+        ("encoder", lambda name: not name.startswith("heads.")),
+        (
+            ("gene_embedding.*", "layers.?.attention.*"),
+            lambda name: name.startswith("gene_embedding.") or ".attention." in name,
+        ),
+    ],
+    ids=["nothing", "one block", "encoder", "patterns"],
+)
+def test_frozen_weights_stay_as_they_are_to_the_bit_and_others_do_not(toy, model, tmp_path, what, is_kept):
+    tuned = scllm.tl.finetune(
+        toy, model, key="cell_type", freeze=what, run_dir=tmp_path / "run", device="cpu", config=SETTINGS
+    )
+    before, after = model.state_dict(), tuned.state_dict()
+    # the decoders of values take no part in telling labels
+    used = [name for name in before if not name.startswith(("decoder.", "cell_decoder."))]
+    assert {name for name in used if torch.equal(before[name], after[name])} == set(filter(is_kept, used))
+
+
+def test_frozen_blocks_leave_dropout_off(model, batch):
+    freeze(model, ("gene_*", "value_embedding.*", "layers.*"))
+    train_mode(model)
+    assert torch.equal(model.hidden(batch), model.hidden(batch))
+
+
+def test_blocks_that_train_keep_dropout_on(model, batch):
+    freeze(model, 1)
+    train_mode(model)
+    assert not model.layers[0].training
+    assert model.layers[1].training
+    assert not torch.equal(model.hidden(batch), model.hidden(batch))
+
+
+def test_a_block_is_frozen_in_part(model):
+    freeze(model, "layers.0.attention.*")
+    train_mode(model)
+    assert not model.layers[0].attention.training
+    assert model.layers[0].training
+
+
+def test_heads_train_above_a_frozen_encoder(model):
+    model.set_heads([HeadSpec("cell_type", ("a", "b"))])
+    freeze(model, "encoder")
+    train_mode(model)
+    assert not any(layer.training for layer in model.layers)
+    assert model.heads[0].training
+
+
+@pytest.mark.parametrize("what", [-1, 3])
+def test_as_many_blocks_as_there_are_can_be_frozen(model, what):
+    with pytest.raises(ValueError, match="0 to 2 blocks expected"):
+        freeze(model, what)
+
+
+def test_a_pattern_that_fits_no_weight_is_an_error(model):
+    with pytest.raises(ValueError, match=r"no weight is called 'layer\.0\.\*'"):
+        freeze(model, "layer.0.*")
+
+
+def test_freezing_everything_is_an_error(model):
+    freeze(model, "*")
+    with pytest.raises(ValueError, match="every weight is frozen"):
+        optimizer(model, SETTINGS)
+
+
+def scales(model, config):
+    """Factor of the learning rate and decay of each weight that is trained."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    groups = optimizer(model, config).param_groups
+    return {names[id(w)]: (group["scale"], group["weight_decay"]) for group in groups for w in group["params"]}
+
+
+def test_earlier_blocks_learn_more_slowly(model):
+    model.set_heads([HeadSpec("cell_type", ("a", "b"))])
+    found = {name: scale for name, (scale, _) in scales(model, TrainConfig(lr=1.0, layer_decay=0.5)).items()}
+    depths = {"heads.": 1, "decoder.": 1, "layers.1.": 0.5, "layers.0.": 0.25, "gene_": 0.125, "value_embedding.": 0.125}
+    for start, scale in depths.items():
+        assert {found[name] for name in found if name.startswith(start)} == {scale}, start
+
+
+def test_frozen_weights_are_in_no_group(model):
+    freeze(model, 1)
+    assert set(scales(model, SETTINGS)) == {n for n, _ in model.named_parameters() if not n.startswith("layers.0.")}
+
+
+def test_only_matrices_decay(model):
+    found = scales(model, TrainConfig(lr=1.0, weight_decay=0.1))
+    for name, weight in model.named_parameters():
+        assert found[name][1] == (0.1 if weight.ndim == 2 and name != "gene_embedding.weight" else 0), name
+
+
+def curve(n_steps, per_epoch, **settings):
+    config = TrainConfig(lr=2.0, **settings)
+    return np.array([learning_rate(step, step // per_epoch, n_steps, config) for step in range(n_steps)])
+
+
+def test_the_step_schedule_falls_by_gamma_an_epoch():
+    np.testing.assert_allclose(curve(12, 4, gamma=0.5), np.repeat([2, 1, 0.5], 4))
+
+
+def test_cosine_falls_along_a_half_wave():
+    expected = [1 + math.cos(math.pi * step / 10) for step in range(10)]
+    np.testing.assert_allclose(curve(10, 5, schedule="cosine"), expected)
+
+
+def test_linear_falls_in_equal_steps():
+    np.testing.assert_allclose(curve(10, 5, schedule="linear"), 2 * (1 - np.arange(10) / 10))
+
+
+def test_constant_stays():
+    assert set(curve(10, 5, schedule="constant")) == {2}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_warm_up_rises_from_zero_and_the_schedule_takes_over(schedule):
+    rates = curve(20, 5, schedule=schedule, warmup=4)
+    np.testing.assert_allclose(rates[:4], [0.5, 1, 1.5, 2])
+    np.testing.assert_allclose(rates[4:], curve(16, 5, schedule=schedule))
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine", "linear", "constant"])
+def test_the_learning_rate_is_positive_at_every_step(schedule):
+    assert (curve(50, 10, schedule=schedule, warmup=10) > 0).all()

@@ -1,0 +1,237 @@
+"""Runs that are killed, at any step and in any process, and continued by the same call."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+
+import numpy as np
+import pytest
+from engine.runs import (
+    SETTINGS, TOY, agents, curve, pretrain, same_curve, start, wait_for_step, wait_until, workers,
+)  # fmt: skip
+
+import scllm
+from scllm.engine.run import Run
+
+LONG = {"epochs": 4, "dropout": 0.2, "config": {"save_every": 3}}
+N_STEPS = 28
+
+
+@pytest.fixture(scope="module")
+def expected(_toy, tmp_path_factory):
+    """The history of a run with dropout that nothing interrupts, by number of processes."""
+
+    def run(n_procs):
+        if n_procs not in found:
+            run_dir = tmp_path_factory.mktemp("runs") / "whole"
+            pretrain(_toy.copy(), run_dir, n_procs=n_procs, **LONG)
+            found[n_procs] = curve(run_dir)
+        return found[n_procs]
+
+    found = {}
+    return run
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+
+
+class KillerAt(threading.Thread):
+    """Kills one of the processes of a run as soon as it has come to a step."""
+
+    def __init__(self, run_dir, step, choose):
+        super().__init__()
+        self.run_dir, self.step, self.choose = run_dir, step, choose
+        self.start()
+
+    def run(self):
+        wait_for_step(self.run_dir, self.step)
+        kill(self.choose(self.run_dir)[-1])
+
+
+def test_a_run_killed_five_times_has_the_history_of_one_that_was_not(expected, tmp_path):
+    run_dir = tmp_path / "run"
+    steps = np.sort(np.random.default_rng(0).choice(np.arange(1, N_STEPS - 2), 5, replace=False))
+    for step in steps:
+        process = start(run_dir, **LONG)
+        wait_for_step(run_dir, step)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not Run(run_dir).is_done
+    process = start(run_dir, **LONG)
+    assert process.wait() == 0, process.stdout.read()
+    process.communicate()
+    assert Run(run_dir).is_done
+    found = curve(run_dir)
+    assert not found.duplicated(["step", "split"]).any()
+    same_curve(found, expected(1))
+
+
+def test_two_processes_killed_in_every_way_go_on_to_the_same_history(expected, toy, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, n_procs=2, **LONG)
+    wait_for_step(run_dir, 4)
+    assert len(workers(run_dir)) == 2
+    process.kill()
+    process.communicate()
+    # whoever started them is gone: nobody trains on, and the lock is free when they have ended
+    wait_until(lambda: not workers(run_dir) + agents(run_dir), seconds=10)
+
+    for step, choose in ((11, workers), (18, agents)):
+        killer = KillerAt(run_dir, step, choose)
+        with pytest.raises(RuntimeError, match=r"ended with exit status -?\d+ before it was done.*\n*.*log\.txt"):
+            pretrain(toy, run_dir, n_procs=2, **LONG)
+        killer.join()
+        wait_until(lambda: not workers(run_dir) + agents(run_dir), seconds=10)
+        assert not Run(run_dir).is_done
+
+    pretrain(toy, run_dir, n_procs=2, **LONG)
+    assert Run(run_dir).is_done
+    same_curve(curve(run_dir), expected(2))
+
+
+def test_an_interrupt_ends_all_processes_and_comes_through(tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, n_procs=2, **LONG | {"epochs": 500})
+    wait_for_step(run_dir, 2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert output.rstrip().endswith("KeyboardInterrupt")
+    assert not workers(run_dir) + agents(run_dir)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(expected, toy, tmp_path):
+    plain = LONG | {"dropout": 0.0}
+    pretrain(toy, tmp_path / "whole", **plain)
+    run_dir = tmp_path / "run"
+    process = start(run_dir, **plain)
+    wait_for_step(run_dir, 9)
+    process.kill()
+    process.communicate()
+    pretrain(toy, run_dir, n_procs=2, **plain)
+    same_curve(curve(run_dir), curve(tmp_path / "whole"))
+
+
+def test_the_command_line_continues_a_run(expected, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, **LONG)
+    wait_for_step(run_dir, 5)
+    process.kill()
+    process.communicate()
+    subprocess.run([sys.executable, "-m", "scllm", "run", run_dir], check=True, capture_output=True)
+    same_curve(curve(run_dir), expected(1))
+
+
+def contents(folder):
+    return {path.relative_to(folder): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def test_a_run_of_other_settings_is_an_error_that_names_them_and_touches_nothing(toy, tmp_path):
+    run_dir = tmp_path / "run"
+    pretrain(toy, run_dir, epochs=1)
+    before = contents(run_dir)
+    with pytest.raises(ValueError, match=r"train\.epochs: 1 there, 2 here; train\.lr: 0\.0001 there, 0\.1 here"):
+        pretrain(toy, run_dir, epochs=2, lr=0.1)
+    with pytest.raises(ValueError, match=r"data\.fingerprint"):
+        pretrain(toy[:100].copy(), run_dir, epochs=1)
+    with pytest.raises(ValueError, match="weights"):
+        pretrain(toy, run_dir, epochs=1, random_state=1)
+    assert contents(run_dir) == before
+
+
+def test_a_run_that_is_done_is_returned_at_once(toy, tmp_path):
+    run_dir = tmp_path / "run"
+    first = pretrain(toy, run_dir, epochs=1)
+    before = contents(run_dir)
+    again = pretrain(toy, run_dir, epochs=1, n_procs=2)  # which would take seconds to start
+    assert again.hash() == first.hash()
+    assert contents(run_dir) == before
+
+
+def test_resume_insists_or_forbids(toy, tmp_path):
+    with pytest.raises(ValueError, match="holds no run to continue"):
+        pretrain(toy, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
+    pretrain(toy, tmp_path / "run", epochs=1, resume=False)
+    with pytest.raises(ValueError, match="holds a run already"):
+        pretrain(toy, tmp_path / "run", epochs=1, resume=False)
+
+
+def test_a_second_call_while_the_first_trains_is_an_error(toy, tmp_path):
+    run_dir = tmp_path / "run"
+    endless = LONG | {"epochs": 1000}
+    process = start(run_dir, **endless)
+    wait_for_step(run_dir, 1)
+    with pytest.raises(RuntimeError, match="another process trains in"):
+        pretrain(toy, run_dir, **endless)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+def test_processes_that_torchrun_started_by_hand_lock_the_run(toy, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, **LONG | {"epochs": 1000})
+    wait_for_step(run_dir, 1)
+    process.kill()
+    process.communicate()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "scllm"]
+    with Run(run_dir).locked():
+        second = subprocess.run([*torchrun, "run", run_dir], capture_output=True, text=True)
+    assert second.returncode != 0
+    assert "another process trains in" in second.stderr
+
+
+def test_a_run_that_was_killed_while_it_was_set_up_starts_anew(toy, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, data=TOY | {"n_cells": 4000}, **LONG)
+    wait_until((run_dir / "data").exists, seconds=60)
+    process.kill()
+    process.communicate()
+    assert not (run_dir / "spec.json").exists()
+    assert len(pretrain(toy, run_dir, epochs=1).history)
+
+
+def test_a_run_goes_on_when_its_data_were_moved(toy, tmp_path):
+    run_dir, plain = tmp_path / "run", LONG | {"dropout": 0.0}
+    toy.write_h5ad(tmp_path / "toy.h5ad")
+    process = start(run_dir, data=tmp_path / "toy.h5ad", **plain)
+    wait_for_step(run_dir, 5)
+    process.kill()
+    process.communicate()
+    (tmp_path / "toy.h5ad").rename(tmp_path / "moved.h5ad")
+    pretrain(tmp_path / "moved.h5ad", run_dir, n_procs=2, **plain)
+    assert Run(run_dir).is_done
+
+
+def test_a_process_that_fails_after_the_run_is_done_is_a_warning(toy, tmp_path, monkeypatch):
+    # every worker exits with status 3 after all its work, as some have been seen to abort while exiting
+    exiting = "import atexit, os\nif 'LOCAL_RANK' in os.environ: atexit.register(os._exit, 3)\n"
+    (tmp_path / "sitecustomize.py").write_text(exiting)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.warns(UserWarning, match="exit status 1 after the run was done and saved; the result is whole"):
+        model = pretrain(toy, tmp_path / "run", epochs=1, n_procs=2)
+    assert scllm.models.load(tmp_path / "run").hash() == model.hash()
+
+
+def test_a_run_that_many_processes_made_leaves_no_data_and_no_warning(toy, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pretrain(toy, tmp_path / "run", epochs=1, n_procs=3)
+    assert not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.slow
+def test_soak_two_processes_start_and_finish_time_after_time(toy, tmp_path):
+    for i in range(int(os.environ.get("SCLLM_SOAK", "3"))):
+        run_dir = tmp_path / f"run{i}"
+        model = pretrain(toy, run_dir, n_procs=2, **SETTINGS | {"epochs": 1})
+        assert Run(run_dir).is_done
+        assert len(model.history) == 8
+        assert not workers(run_dir) + agents(run_dir)

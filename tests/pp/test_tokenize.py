@@ -1,0 +1,101 @@
+"""The sentences that are written down for looking at."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from scllm import get
+from scllm.data.encode import BinEncoder, ValueEncoder
+from scllm.data.vocab import Vocab
+from scllm.pp import bin_expression, tokenize
+
+
+def test_tokens_are_cls_and_the_expressed_genes_with_their_bins(adata):
+    bin_expression(adata)
+    tokenize(adata)
+    genes, values = get.tokens(adata, length=41)
+    for cell, bins in enumerate(adata.layers["binned"].toarray()):
+        expressed = np.flatnonzero(bins)
+        n = len(expressed) + 1
+        assert genes[cell].tolist() == [40, *expressed, *[41] * (41 - n)]
+        assert values[cell].tolist() == [0, *bins[expressed], *[-2] * (41 - n)]
+
+
+def test_layout_is_that_of_the_seed(adata):
+    tokenize(adata, encoder=BinEncoder(include_zeros=True))
+    genes, values = get.tokens(adata)
+    assert genes.shape == values.shape == (60, 41)
+    assert (genes == [40, *range(40)]).all()
+    np.testing.assert_array_equal(values[:, 1:] > 0, adata.X.toarray() > 0)
+
+
+@pytest.mark.parametrize("encoder", ["bins", "values", ValueEncoder(include_zeros=False)])
+def test_longer_cells_keep_their_highest_values(adata, encoder):
+    tokenize(adata, encoder=encoder, max_len=6)
+    genes, _ = get.tokens(adata)
+    assert genes.shape == (60, 6)
+    for row, counts in zip(genes, adata.X.toarray(), strict=True):
+        best = sorted(range(40), key=lambda gene: (-counts[gene], gene))[:5]
+        assert row[1:].tolist() == sorted(best)
+
+
+def test_get_fills_up_and_cuts_at_the_end(adata):
+    tokenize(adata)
+    whole, values = get.tokens(adata, pad_value=-9)
+    cut, _ = get.tokens(adata, length=7)
+    np.testing.assert_array_equal(cut, whole[:, :7])
+    wide, wide_values = get.tokens(adata, length=50, pad_value=-9)
+    np.testing.assert_array_equal(wide[:, : whole.shape[1]], whole)
+    assert (wide[:, whole.shape[1] :] == 41).all()
+    assert (values[whole == 41] == -9).all()
+    assert (wide_values[:, whole.shape[1] :] == -9).all()
+
+
+def test_a_model_brings_its_encoder_and_vocabulary(adata):
+    class Model:
+        vocab = Vocab.from_genes(adata.var_names[::-1])
+        encoder = BinEncoder(n_bins=5, cls_value=-2)
+
+    tokenize(adata, model=Model())
+    genes, values = get.tokens(adata)
+    assert (genes[:, 0] == 40).all()
+    assert (values[:, 0] == -2).all()
+    assert set(values[genes < 40]) == {1, 2, 3, 4}
+    first = np.flatnonzero(adata.X[0].toarray()[0])
+    assert genes[0, 1 : len(first) + 1].tolist() == (39 - first).tolist()
+
+
+def test_vocabulary_specials_and_settings_are_recorded(adata):
+    tokenize(adata, key_added="mine", max_len=9)
+    entry = adata.uns["scllm"]["tokenize"]
+    assert entry["table"]["token"].tolist() == [*adata.var_names, "<cls>", "<pad>", "<mask>"]
+    assert list(entry["params"]["specials"]) == ["<cls>", "<pad>", "<mask>"]
+    assert entry["params"]["pad_id"] == 41
+    assert entry["params"]["encoder"]["max_len"] == 9
+    assert get.tokens(adata, key="mine")[0].shape == (60, 9)
+
+
+def test_missing_tokens_say_what_to_call(adata):
+    with pytest.raises(KeyError, match=r"Call pp\.tokenize first"):
+        get.tokens(adata)
+    tokenize(adata)
+    with pytest.raises(KeyError, match=r"'token' is not in adata\.obsm\. Did you mean 'tokens'"):
+        get.tokens(adata, key="token")
+    with pytest.raises(ValueError, match="encoder is 'ranked'"):
+        tokenize(adata, encoder="ranked")
+
+
+def test_a_cell_without_genes_is_cls_alone(adata):
+    adata.X = sparse.csr_matrix(adata.X.multiply((np.arange(60) != 7)[:, None]))
+    tokenize(adata)
+    genes, _ = get.tokens(adata)
+    assert genes[7].tolist() == [40] + [41] * (genes.shape[1] - 1)
+
+
+def test_a_copy_leaves_the_original_alone(adata):
+    changed = tokenize(adata, copy=True)
+    assert set(changed.obsm) == {"tokens", "tokens_values"}
+    assert not len(adata.obsm)
+    assert "scllm" not in adata.uns

@@ -1,0 +1,247 @@
+"""The command line: what is printed, what is written, and how errors leave."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import zarr
+from anndata import AnnData
+from typer.testing import CliRunner
+
+from scllm import tl
+from scllm.cli import _train, _use, app
+from scllm.cli._app import Debug, Verbose
+
+# what the command line has beside the verb, and what only an AnnData in memory has
+ONLY_COMMAND = {"out", "dry_run", "verbose", "debug"}
+ONLY_VERB = {"copy"}
+
+
+def call(*arguments: object):
+    """Run a command in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def shell(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a shell does."""
+    return subprocess.run(
+        [sys.executable, "-m", "scllm", *map(str, arguments)], capture_output=True, text=True, check=False,
+        env=os.environ | environment,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(_planted: AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "cells.h5ad"
+    _planted.write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "pretrained"
+    done = call("pretrain", data, "--size", "tiny", "--epochs", 1, "--run-dir", run)
+    assert done.exit_code == 0, done.output
+    return run
+
+
+@pytest.fixture(scope="module")
+def tuned(data: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "tuned"
+    done = call("finetune", data, pretrained, "--key", "cell_type", "--epochs", 1, "--run-dir", run)
+    assert done.exit_code == 0, done.output
+    return run
+
+
+def test_help_names_each_command_and_loads_nothing_heavy() -> None:
+    code = "import sys\nfrom scllm.cli import main\nsys.argv = ['scllm', '--help']\ntry:\n    main()\nfinally:\n"
+    run = subprocess.run(
+        [sys.executable, "-c", code + "    print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    for name in ("demo", "pretrain", "run", "info", "embed", "finetune", "classify"):
+        assert f"\n  {name} " in run.stdout
+    assert not set(run.stdout.split()) & {"torch", "scanpy", "numba", "anndata", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    ("command", "verb"),
+    [(_train.pretrain, tl.pretrain), (_train.finetune, tl.finetune), (_use.embed, tl.embed), (_use.classify, tl.classify)],
+)
+def test_commands_have_the_options_of_their_verbs(command, verb) -> None:
+    ours, theirs = inspect.signature(command).parameters, inspect.signature(verb).parameters
+    names = {"adata": "data"}
+    assert [name for name in ours if name not in ONLY_COMMAND] == [
+        names.get(name, name) for name in theirs if name not in {*ONLY_VERB, *(ONLY_COMMAND & set(theirs))}
+    ]
+    same = {"size", "device", "precision", "random_state", "upsample", "hidden_layer", "key_added", "n_gpus", "threshold"}
+    assert all(ours[name].default == theirs[name].default for name in same & set(ours))
+
+
+def test_every_command_can_be_verbose_and_debugged() -> None:
+    for command in app.registered_commands:
+        assert command.callback is not None
+        hints = inspect.get_annotations(command.callback, eval_str=True)
+        assert hints["verbose"] == Verbose
+        assert hints["debug"] == Debug
+
+
+def test_model_goes_from_pretraining_to_labels(data: Path, tuned: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    assert call("classify", data, tuned, "--out", labels).exit_code == 0
+    table = pd.read_csv(labels, index_col="cell")
+    assert list(table) == ["scllm_label", "scllm_label_prob"]
+    assert set(table["scllm_label"]) <= {"A", "B"}
+    assert list(table.index) == list(ad.read_h5ad(data).obs_names)
+
+
+def test_classify_writes_the_data_with_labels(data: Path, tuned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "labelled.h5ad"
+    assert call("classify", data, tuned, "--out", out, "--threshold", 1, "--key-added", "label").exit_code == 0
+    assert set(ad.read_h5ad(out).obs["label"]) == {"unknown"}
+
+
+def test_embed_writes_each_format_alike(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    for name in ("e.npy", "e.zarr", "e.h5ad"):
+        done = call("embed", data, pretrained, "--out", tmp_path / name)
+        assert done.exit_code == 0, done.output
+    array = np.load(tmp_path / "e.npy")
+    assert array.shape == (60, 64)
+    assert np.array_equal(array, zarr.open_array(tmp_path / "e.zarr", mode="r")[:])
+    assert np.array_equal(array, ad.read_h5ad(tmp_path / "e.h5ad").obsm["X_scllm"])
+
+
+def test_several_paths_are_one_data_set(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    assert call("embed", data, data, pretrained, "--out", tmp_path / "two.npy").exit_code == 0
+    two = np.load(tmp_path / "two.npy")
+    assert np.array_equal(two[:60], two[60:])
+
+
+def test_info_tells_model_and_progress(tuned: Path) -> None:
+    text = call("info", tuned).stdout
+    for part in ("scgpt", "n_layers=2", "40 genes", "BinEncoder", "A, B", "finetune, done", "steps", "best validation"):
+        assert part in text
+    assert "steps" not in call("info", tuned / "model").stdout
+
+
+def test_run_continues_what_was_interrupted(pretrained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(pretrained, tmp_path / "run")
+    for name in ("done", "last.pt", "best_model.pt"):
+        (run / name).unlink()
+    assert "not done" in call("info", run).stdout
+    done = shell("run", run)
+    assert done.returncode == 0, done.stderr
+    assert (run / "done").exists()
+    n_lines = [len((path / "history.jsonl").read_text().splitlines()) for path in (pretrained, run)]
+    assert n_lines[0] == n_lines[1]
+
+
+def test_settings_come_from_toml(data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "train.toml"
+    config.write_text('schedule = "cosine"\nsteps = 3\nlr = 1e-3\n')
+    run = tmp_path / "run"
+    arguments = ("pretrain", data, "--size", "tiny", "--config", config, "--run-dir", run)
+    assert call(*arguments).exit_code == 0
+    assert '"schedule": "cosine"' in (run / "spec.json").read_text()
+    given_twice = call(*arguments, "--lr", 1e-4)
+    assert given_twice.exit_code == 2
+    assert "lr is given twice" in given_twice.stderr
+
+
+def test_dry_run_tells_the_cost_and_writes_nothing(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    before = sorted(tmp_path.iterdir())
+    text = call("pretrain", data, "--size", "tiny", "--epochs", 2, "--run-dir", run, "--dry-run").stdout
+    assert "GFLOP a cell" in text
+    assert "4 of 32 cells (2.0 epochs)" in text
+    assert f"-m scllm run {run}" in text
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("pretrain", "absent.h5ad"), "does not exist"),
+        (("pretrain", "DATA", "--size", "huge"), "has no size 'huge'"),
+        (("pretrain", "DATA", "--config", "absent.toml"), "is not there"),
+        (("pretrain", "DATA", "--mask-ratio", "2"), "mask_ratio"),
+        (("pretrain", "DATA", "--layer", "raw"), "layer 'raw' is not in"),
+        (("pretrain", "DATA", "--n-gpus", "99"), "n_gpus is 99"),
+        (("pretrain", "DATA", "--bogus"), "No such option: --bogus"),
+        (("finetune", "DATA", "MODEL"), "Missing option '--key'"),
+        (("finetune", "DATA", "MODEL", "--key", "celltype"), "Did you mean 'cell_type'?"),
+        (("finetune", "DATA", "MODEL", "--key", "cell_type", "--loss", "ce=x"), "name=weight expected"),
+        (("classify", "DATA", "MODEL", "--out", "labels.csv"), "has no head"),
+        (("embed", "DATA", "MODEL", "--out", "e.txt"), "ending in .npy or .zarr or .h5ad expected"),
+        (("embed", "DATA", "MODEL", "--out", "absent/e.npy"), "its folder is not there"),
+        (("embed", "DATA", "absent", "--out", "e.npy"), "absent is not there"),
+        (("info", "absent"), "absent is not there"),
+        (("run", "absent"), "is not a run directory"),
+        (("nonsense",), "No such command"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments, message, data: Path, tmp_path: Path, monkeypatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"DATA": data}
+    if "MODEL" in arguments:
+        places["MODEL"] = request.getfixturevalue("pretrained")
+    before = sorted(tmp_path.rglob("*"))
+    done = call(*(places.get(argument, argument) for argument in arguments))
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_other_failures_are_one_line_and_exit_code_1(monkeypatch) -> None:
+    def fail(*_, **__):
+        raise RuntimeError("the disk is full\nand so on")
+
+    monkeypatch.setattr(tl, "pretrain", fail)
+    done = call("pretrain", "cells.h5ad")
+    assert (done.exit_code, done.stderr) == (1, "error: the disk is full\n")
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = call("pretrain", "absent.h5ad", "--debug")
+    assert done.exit_code == 2
+    assert "Traceback" in done.stderr
+
+
+def test_shell_sees_errors_on_stderr_without_a_traceback(tmp_path: Path) -> None:
+    done = shell("pretrain", tmp_path / "absent.h5ad")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+
+
+def test_verbose_shows_what_was_chosen(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    quiet = shell("embed", data, pretrained, "--out", tmp_path / "e.npy")
+    told = shell("embed", data, pretrained, "--out", tmp_path / "e.npy", "--verbose")
+    assert quiet.stderr == ""
+    assert "embedding 60 cells on cpu" in told.stderr
+
+
+@pytest.mark.slow
+def test_demo_draws_scores_and_continues(tmp_path: Path, monkeypatch) -> None:
+    from scllm.cli._demonstration import demonstrate
+
+    monkeypatch.chdir(tmp_path)
+    tables = [demonstrate(tmp_path / "demo", pretrain_epochs=1, finetune_epochs=1) for _ in range(2)]
+    assert tables[0].splitlines()[:-1] == tables[1].splitlines()[:-1]
+    for line in ("NMI", "mean of the six", "held-out cells", "macro F1", "logistic regression"):
+        assert line in tables[0]
+    for name in ("loss_curves.png", "umap.png", "confusion_matrix.png", "embedding.h5ad", "pretrain/done", "finetune/done"):
+        assert (tmp_path / "demo" / name).exists()
+    assert {"X_scllm", "X_pca"} <= set(ad.read_h5ad(tmp_path / "demo" / "embedding.h5ad").obsm)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]

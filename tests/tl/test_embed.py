@@ -1,0 +1,295 @@
+"""Embeddings depend on the cell and the model alone."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+import zarr
+from scipy import sparse
+
+from scllm import models
+from scllm.data.encode import BinEncoder
+from scllm.data.genes import match
+from scllm.data.tokens import Tokens
+from scllm.kernels.binning import bin_rows
+from scllm.models.base import Batch
+from scllm.tl import embed, embed_genes
+
+CLOSE = {"atol": 1e-5, "rtol": 0}
+
+
+@pytest.fixture
+def embedded(adata, tiny) -> ad.AnnData:
+    embed(adata, tiny)
+    return adata
+
+
+def sentences(adata, model) -> list[Batch]:
+    """Each cell as a batch of its own."""
+    genes = match(adata.var_names, model.vocab)
+    tokens = model.encoder(genes.tokens(adata.X), model.vocab, measured=genes.measured)
+    return [Batch.from_tokens(tokens.take(np.array([cell]))) for cell in range(adata.n_obs)]
+
+
+def test_an_embedding_is_the_unit_cls_state(embedded, tiny):
+    assert embedded.obsm["X_scllm"].dtype == np.float32
+    for cell, batch in enumerate(sentences(embedded, tiny)[:20]):
+        with torch.no_grad():
+            state = tiny(batch).hidden[0]
+        np.testing.assert_allclose(embedded.obsm["X_scllm"][cell], state / state.norm(), **CLOSE)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+def test_the_batch_size_does_not_matter(embedded, tiny, batch_size):
+    embed(embedded, tiny, batch_size=batch_size, key_added="again")
+    np.testing.assert_allclose(embedded.obsm["again"], embedded.obsm["X_scllm"], **CLOSE)
+
+
+def test_order_and_company_do_not_matter(embedded, tiny):
+    order = np.random.default_rng(0).permutation(60)
+    shuffled = embedded[order].copy()
+    embed(shuffled, tiny)
+    np.testing.assert_allclose(shuffled.obsm["X_scllm"], embedded.obsm["X_scllm"][order], **CLOSE)
+    for cell in (0, 31):
+        alone = embedded[[cell]].copy()
+        embed(alone, tiny)
+        np.testing.assert_allclose(alone.obsm["X_scllm"][0], embedded.obsm["X_scllm"][cell], **CLOSE)
+
+
+def test_the_order_of_genes_does_not_matter(embedded, tiny):
+    turned = embedded[:, np.arange(40)[::-1]].copy()
+    view = embed(embedded[:, np.arange(40)[::-1]], tiny, copy=True)
+    embed(turned, tiny)
+    np.testing.assert_allclose(turned.obsm["X_scllm"], embedded.obsm["X_scllm"], **CLOSE)
+    np.testing.assert_allclose(view.obsm["X_scllm"], embedded.obsm["X_scllm"], **CLOSE)
+
+
+@pytest.mark.parametrize("ties", ["middle", "random"])
+def test_the_same_call_gives_the_same_bits_and_leaves_randomness_alone(adata, tiny, ties):
+    tiny.encoder = BinEncoder(ties=ties, max_len=9)
+    states = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    embed(adata, tiny)
+    embed(adata, tiny, key_added="again")
+    np.testing.assert_array_equal(adata.obsm["again"], adata.obsm["X_scllm"])
+    assert torch.equal(states[0], torch.random.get_rng_state())
+    np.testing.assert_array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_random_ties_go_with_the_cell(adata, tiny):
+    tiny.encoder = BinEncoder(ties="random")
+    embed(adata, tiny)
+    part = adata[[40, 3]].copy()
+    embed(part, tiny)
+    np.testing.assert_allclose(part.obsm["X_scllm"], adata.obsm["X_scllm"][[40, 3]], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "zarr", "backed", "list", "folder"])
+def test_stored_cells_give_the_same(embedded, tiny, tmp_path, kind):
+    expected = embedded.obsm["X_scllm"]
+    embedded.write_h5ad(tmp_path / "a.h5ad")
+    if kind in ("list", "folder"):
+        (tmp_path / "parts").mkdir()
+        embedded[:25].write_h5ad(tmp_path / "parts" / "a.h5ad")
+        embedded[25:].copy().write_zarr(tmp_path / "parts" / "b.zarr")
+    match kind:
+        case "h5ad":
+            data = tmp_path / "a.h5ad"
+        case "zarr":
+            embedded.write_zarr(tmp_path / "a.zarr")
+            data = str(tmp_path / "a.zarr")
+        case "backed":
+            data = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+            embed(data, tiny, key_added="again")
+            np.testing.assert_allclose(data.obsm["again"], expected, **CLOSE)
+            assert "again" not in ad.read_h5ad(tmp_path / "a.h5ad").obsm
+            return
+        case "list":
+            data = [tmp_path / "parts" / "a.h5ad", tmp_path / "parts" / "b.zarr"]
+        case "folder":
+            data = tmp_path / "parts"
+    np.testing.assert_allclose(embed(data, tiny), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".zarr"])
+def test_a_large_embedding_is_streamed_into_a_file(embedded, tiny, tmp_path, suffix):
+    embedded.write_h5ad(tmp_path / "a.h5ad")
+    out = tmp_path / f"embedding{suffix}"
+    assert embed(tmp_path / "a.h5ad", tiny, out=out, batch_size=7) is None
+    found = np.load(out) if suffix == ".npy" else zarr.open_array(out)[:]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, embedded.obsm["X_scllm"], **CLOSE)
+
+
+def test_bfloat16_points_the_same_way(embedded, tiny):
+    embed(embedded, tiny, precision="bf16", key_added="low")
+    cosine = (embedded.obsm["low"] * embedded.obsm["X_scllm"]).sum(1)
+    assert cosine.min() >= 0.999
+    assert (embedded.obsm["low"] != embedded.obsm["X_scllm"]).any()
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -3])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
+def test_pooling_and_layer_are_those_of_one_cell_at_a_time(adata, tiny, pooling, layer):
+    embed(adata, tiny, pooling=pooling, hidden_layer=layer)
+    for cell, batch in enumerate(sentences(adata, tiny)[:12]):
+        with torch.no_grad():
+            states = tiny.inputs(batch)
+            for block in list(tiny.layers)[: 3 + layer]:
+                states = block(states, batch)
+        genes = states[1:]  # <cls> is first, and no gene
+        expected = {"cls": states[0], "mean": genes.mean(0), "max": genes.amax(0)}[pooling]
+        np.testing.assert_allclose(adata.obsm["X_scllm"][cell], expected, **CLOSE)
+
+
+def test_genes_of_one_token_are_summed(adata, tiny):
+    expected = embed(adata, tiny, copy=True).obsm["X_scllm"]
+    halves = adata.X.toarray() // 2
+    twice = ad.AnnData(
+        sparse.csr_matrix(np.concatenate([halves, adata.X.toarray() - halves], 1)), var={"symbol": [*adata.var_names] * 2}
+    )
+    embed(twice, tiny)
+    np.testing.assert_allclose(twice.obsm["X_scllm"], expected, **CLOSE)
+
+
+def test_a_layer_is_read_in_place_of_x(embedded, tiny):
+    embedded.layers["counts"] = embedded.X
+    embedded.X = sparse.csr_matrix(embedded.X[:, ::-1])
+    embed(embedded, tiny, layer="counts", key_added="again")
+    embed(embedded, tiny, key_added="other")
+    np.testing.assert_array_equal(embedded.obsm["again"], embedded.obsm["X_scllm"])
+    assert np.abs(embedded.obsm["other"] - embedded.obsm["X_scllm"]).max() > 1e-3
+
+
+def test_a_copy_leaves_the_original_alone(adata, tiny):
+    changed = embed(adata, tiny, copy=True)
+    assert changed.obsm["X_scllm"].shape == (60, 16)
+    assert not len(adata.obsm)
+    assert not adata.uns
+
+
+def test_a_model_in_training_mode_is_left_in_it_and_drops_nothing(embedded, tiny):
+    tiny.train()
+    embed(embedded, tiny, key_added="again")
+    assert tiny.training
+    np.testing.assert_allclose(embedded.obsm["again"], embedded.obsm["X_scllm"], **CLOSE)
+
+
+def test_settings_are_recorded(adata, tiny):
+    embed(adata, tiny, hidden_layer=-2)
+    assert adata.uns["scllm"]["embed"]["params"] == {"pooling": "cls", "hidden_layer": -2, "key_added": "X_scllm"}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"hidden_layer": -4}, ValueError, "hidden_layer is -4, -1 .* to -3"),
+        ({"hidden_layer": 0}, ValueError, "hidden_layer is 0"),
+        ({"pooling": "all"}, ValueError, "pooling is 'all'"),
+        ({"batch_size": -1}, ValueError, "batch_size is -1"),
+        ({"layer": "counts"}, KeyError, "layer 'counts' is not in adata"),
+        ({"out": "a.npy"}, TypeError, "out= goes with data given as a path"),
+        ({"n_gpus": 8}, ValueError, "n_gpus is 8, this machine has"),
+        ({"device": "tpu3"}, ValueError, "device is 'tpu3'"),
+    ],
+)
+def test_requests_that_cannot_be_met_write_nothing(adata, tiny, options, error, message):
+    with pytest.raises(error, match=message):
+        embed(adata, tiny, **options)
+    assert not len(adata.obsm)
+    assert not adata.uns
+
+
+def test_requests_on_files_that_cannot_be_met(adata, tiny, tmp_path):
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(ValueError, match=r"out is .*a\.csv', a path ending in \.zarr or \.npy"):
+        embed(tmp_path / "a.h5ad", tiny, out=tmp_path / "a.csv")
+    with pytest.raises(TypeError, match="copy=True goes with an AnnData"):
+        embed(tmp_path / "a.h5ad", tiny, copy=True)
+    with pytest.raises(ValueError, match="no model is given"):
+        embed(tmp_path / "a.h5ad")
+
+
+# --- outputs of the original, see the README of the fixtures ---
+
+
+@pytest.fixture(scope="session")
+def parity(shared):
+    return shared / "parity" / "scgpt"
+
+
+@pytest.fixture(scope="session")
+def original(parity):
+    return dict(np.load(parity / "embed.npz"))
+
+
+@pytest.fixture
+def checkpoint(parity):
+    return models.load(parity / "checkpoint", family="scgpt")
+
+
+@pytest.fixture
+def cells(parity) -> ad.AnnData:
+    return ad.read_h5ad(parity / "adata.h5ad")
+
+
+@pytest.mark.parametrize("kind", ["full", "sampled"])
+def test_parity_scgpt_embedding_of_the_sentences_of_the_original(original, checkpoint, kind):
+    genes, values = original[f"genes_{kind}"], original[f"binned_values_{kind}"]
+    real = genes != checkpoint.vocab.pad_id
+    indptr = np.concatenate([[0], np.cumsum(real.sum(1))])
+    batch = Batch.from_tokens(Tokens(indptr, genes[real], values[real].astype(np.float32)))
+    with torch.no_grad():
+        np.testing.assert_allclose(checkpoint.embed(batch), original[f"X_scGPT_{kind}"], **CLOSE)
+
+
+def test_parity_scgpt_sentences_of_the_folder(original, checkpoint, cells):
+    """Genes, their order and <cls> are equal; bins are where nothing is drawn, and in bounds elsewhere."""
+    genes = match(cells.var_names, checkpoint.vocab, var=cells.var)
+    counts = genes.tokens(cells.X)
+    assert checkpoint.encoder == BinEncoder(51, 1201, "random", -2, False)
+    bounds = [
+        BinEncoder(51, 1201, ties, -2)(counts, checkpoint.vocab, measured=genes.measured).padded(
+            pad_id=checkpoint.vocab.pad_id
+        )
+        for ties in ("left", "right")
+    ]
+    np.testing.assert_array_equal(bounds[0][0], original["genes_full"])
+    lowest, highest, theirs = bounds[0][1], bounds[1][1], original["binned_values_full"]
+    assert (theirs[:, 0] == -2).all()
+    assert (lowest[:, 0] == -2).all()
+    assert ((lowest <= theirs) & (theirs <= highest)).all()
+    ours = checkpoint.encoder(counts, checkpoint.vocab, measured=genes.measured).padded(pad_id=checkpoint.vocab.pad_id)
+    np.testing.assert_array_equal(ours[0], original["genes_full"])
+    assert ((lowest <= ours[1]) & (ours[1] <= highest)).all()
+    # with the draws of the original, the bins are equal everywhere
+    generator = np.random.RandomState(int(original["numpy_seed"]))
+    draws = np.concatenate([generator.rand(n) for n in counts.lengths])
+    bins = bin_rows(counts.indptr, counts.values, n_bins=51, ties="random", draws=draws)
+    np.testing.assert_array_equal(bins, theirs[:, 1:][original["genes_full"][:, 1:] != checkpoint.vocab.pad_id])
+
+
+def test_parity_scgpt_a_folder_embeds_cells(original, checkpoint, cells, parity, tmp_path):
+    embed(cells, checkpoint)
+    np.testing.assert_allclose(np.linalg.norm(cells.obsm["X_scllm"], axis=1), 1, **CLOSE)
+    # ties are drawn otherwise than in the original: alike, and not equal
+    assert ((cells.obsm["X_scllm"] * original["X_scGPT_full"]).sum(1)).min() > 0.98
+    assert cells.uns["scllm"]["model"]["path"] == str(parity / "checkpoint")
+    embed(cells, key_added="again")  # found again without saying the family
+    np.testing.assert_array_equal(cells.obsm["again"], cells.obsm["X_scllm"])
+    with pytest.raises(ValueError, match="say which with family="):
+        embed(cells, parity / "checkpoint")
+
+
+def test_parity_scgpt_gene_embeddings(original, checkpoint, cells):
+    np.testing.assert_array_equal(checkpoint.gene_table().detach(), original["gene_embeddings_raw"])
+    with torch.no_grad():
+        normed = checkpoint.embed_genes(torch.arange(len(checkpoint.vocab)))
+    np.testing.assert_allclose(normed, original["gene_embeddings_encoder"], **CLOSE)
+    embed_genes(cells, checkpoint)
+    ids = checkpoint.vocab.ids(cells.var_names)
+    known = ids >= 0
+    np.testing.assert_array_equal(cells.varm["scllm_genes"][known], original["gene_embeddings_raw"][ids[known]])
+    assert np.isnan(cells.varm["scllm_genes"][~known]).all()
+    assert 0 < known.sum() < cells.n_vars

@@ -1,0 +1,225 @@
+"""Heads on obs columns: what is trained, on which cells, and what stays."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from scllm.data.plan import plan
+from scllm.pp import split
+from scllm.tl import TrainConfig, finetune
+
+
+@pytest.fixture
+def tune(adata, tiny, tmp_path):
+    """Fine-tune `tiny` on `adata` with little effort; every call in a new directory."""
+    runs = iter(range(100))
+
+    def call(key="cell_type", data=adata, model=tiny, **options):
+        options = {"epochs": 1, "batch_size": 16, "run_dir": tmp_path / f"run{next(runs)}"} | options
+        return finetune(data, model, key=key, **options)
+
+    return call
+
+
+def cells_of(model) -> dict[str, np.ndarray]:
+    return dict(np.load(model.path.parent / "cells.npz"))
+
+
+def spec_of(model) -> dict:
+    return json.loads((model.path.parent / "spec.json").read_text())
+
+
+def test_a_head_is_trained_and_the_model_given_stays_as_it_was(adata, tiny, tune):
+    before = tiny.hash()
+    tuned = tune()
+    assert tuned.head_specs[0].classes == ("A", "B")
+    assert (tiny.hash(), tiny.head_specs, tiny.history, tiny.path) == (before, (), None, None)
+    assert {"loss", "accuracy"} <= set(tuned.history)
+    assert adata.uns["scllm"]["model"]["hash"] == tuned.hash()
+    assert list(adata.uns["scllm"]["finetune"]["params"]["key"]) == ["cell_type"]
+    assert any((weight != tuned.state_dict()[name]).any() for name, weight in tiny.state_dict().items())
+
+
+def test_the_same_call_gives_the_same_weights(tune):
+    states = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    assert tune().hash() == tune().hash() != tune(random_state=1).hash()
+    assert torch.equal(states[0], torch.random.get_rng_state())
+    np.testing.assert_array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pd.Categorical(["B", "A"] * 30, categories=["unused", "B", "A"]), ["x", "y"] * 30, [True, False] * 30,
+        pd.array([True, False] * 30, dtype="boolean"), pd.Categorical([3, 1] * 30),
+    ],
+    ids=["categorical", "string", "boolean", "nullable boolean", "integer categories"],
+)  # fmt: skip
+def test_labels_are_the_classes_that_occur(adata, tune, column):
+    adata.obs["label"] = column
+    names = list(dict.fromkeys(map(str, column)))
+    tuned = tune("label")
+    assert set(tuned.head_specs[0].classes) == set(names)
+    codes = cells_of(tuned)["obs:label:label"]
+    assert [tuned.head_specs[0].classes[code] for code in codes] == list(map(str, column))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "Float64"])
+def test_values_are_scaled_by_the_training_cells_alone(adata, tune, dtype):
+    split(adata, fractions=(0.5, 0.2, 0.3))
+    values = np.random.default_rng(0).normal(5, 2, 60)
+    values[adata.obs["split"] != "train"] += 1000
+    adata.obs["value"] = pd.array(values, dtype=dtype)
+    head = tune("value", validation="split").head_specs[0]
+    training = values[adata.obs["split"] == "train"]
+    assert head.classes is None
+    assert (head.mean, head.std) == (pytest.approx(training.mean(), rel=1e-5), pytest.approx(training.std(), rel=1e-5))
+
+
+def test_several_columns_are_several_heads(adata, tune):
+    adata.obs["depth"] = np.asarray(adata.X.sum(1)).ravel()
+    tuned = tune(["cell_type", "depth", "batch"])
+    assert [(head.key, head.classes) for head in tuned.head_specs] == [
+        ("cell_type", ("A", "B")), ("depth", None), ("batch", ("first", "second")),
+    ]  # fmt: skip
+    assert {"accuracy_cell_type", "mse_depth", "accuracy_batch"} <= set(tuned.history)
+
+
+@pytest.mark.parametrize("what", ["label", "value"])
+def test_cells_without_a_label_are_left_out_with_a_warning(adata, tune, what):
+    column = adata.obs["cell_type"].astype(object) if what == "label" else pd.Series(np.arange(60.0), adata.obs_names)
+    column.iloc[:7] = np.nan
+    adata.obs["label"] = column
+    with pytest.warns(UserWarning, match=rf"7 of 60 cells have no {what} in obs\['label'\]"):
+        tuned = tune("label")
+    cells = cells_of(tuned)
+    assert sorted([*cells["train"], *cells["validation"]]) == list(range(7, 60))
+
+
+def test_with_several_heads_a_cell_with_one_label_takes_part(adata, tune):
+    adata.obs["a"], adata.obs["b"] = adata.obs["cell_type"].astype(object), adata.obs["batch"].astype(object)
+    adata.obs.loc[adata.obs_names[:10], "a"] = np.nan
+    adata.obs.loc[adata.obs_names[5:12], "b"] = np.nan
+    with pytest.warns(UserWarning, match="cells have no label"):
+        cells = cells_of(tune(["a", "b"]))
+    assert sorted([*cells["train"], *cells["validation"]]) == [*range(5), *range(10, 60)]
+
+
+def test_a_label_of_one_cell_is_warned_of(adata, tune):
+    adata.obs["label"] = ["rare", *["A", "B"] * 29, "A"]
+    with pytest.warns(UserWarning, match=r"1 labels of obs\['label'\] have one cell only \(first: 'rare'\)"):
+        tune("label")
+
+
+def test_rare_labels_are_drawn_as_often_as_common_ones(adata, tune):
+    adata.obs["label"] = ["rare"] * 6 + ["common"] * 54
+    cells = cells_of(tune("label", upsample=True, validation=0))
+    codes = cells["obs:label:label"][cells["train"]]
+    reads = [plan(60, 16, seed=0, epoch=epoch, weights=cells["weights"]) for epoch in range(40)]
+    drawn = np.concatenate([codes[read.rows] for epoch in reads for read in epoch])
+    assert len(drawn) == 40 * 60
+    # five standard errors of a fair coin
+    assert abs((drawn == 0).mean() - 0.5) < 5 * np.sqrt(0.25 / len(drawn))
+    assert "weights" not in cells_of(tune("label"))
+
+
+def test_rare_labels_weigh_more_where_asked(adata, tune):
+    adata.obs["label"] = ["rare"] * 10 + ["common"] * 50
+    balanced = spec_of(tune("label", class_weight="balanced", validation=0))["objective"]["class_weight"]
+    assert balanced == {"label": pytest.approx([60 / (2 * 50), 60 / (2 * 10)])}  # common, rare
+    given = spec_of(tune("label", class_weight={"rare": 3}))["objective"]["class_weight"]
+    assert given == {"label": [1.0, 3.0]}
+    with pytest.raises(KeyError, match="'rar' is no label"):
+        tune("label", class_weight={"rar": 3})
+    with pytest.raises(ValueError, match="class_weight is 'equal'"):
+        tune("label", class_weight="equal")
+
+
+@pytest.mark.parametrize(
+    ("freeze", "frozen"),
+    [
+        (0, ()), (1, ("layers.0.",)), (2, ("layers.0.", "layers.1.")), ("gene_embedding.*", ("gene_embedding.",)),
+        (("layers.1.*", "value_embedding.*"), ("layers.1.", "value_embedding.")),
+        ("encoder", ("gene_", "value_", "layers.", "decoder.", "cell_decoder.")),
+    ],
+)  # fmt: skip
+def test_what_is_frozen_stays_and_the_rest_learns(tiny, tune, freeze, frozen):
+    tuned = tune(freeze=freeze, lr=1e-3)
+    moved = {name for name, weight in tiny.state_dict().items() if (weight != tuned.state_dict()[name]).any()}
+    assert not [name for name in moved if frozen and name.startswith(frozen)]
+    # decoders take no part in labels
+    learning = [name for name in tiny.state_dict() if name.startswith(("layers.", "value_embedding.up"))]
+    assert set(learning) - moved == {name for name in learning if frozen and name.startswith(frozen)}
+
+
+def test_freezing_what_is_not_there_is_an_error(tune, tmp_path):
+    with pytest.raises(ValueError, match="freeze is 3, 0 to 2 blocks expected"):
+        tune(freeze=3)
+    with pytest.raises(ValueError, match=r"freeze: no weight is called 'blocks\.\*'; names such as"):
+        tune(freeze="blocks.*")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce", "dice", "focal", {"ce": 1.0, "dice": 0.5}])
+def test_every_loss_trains(tune, loss):
+    tuned = tune(loss=loss)
+    assert np.isfinite(tuned.history["loss"]).all()
+    assert spec_of(tuned)["objective"]["loss"] == (loss if isinstance(loss, dict) else {loss: 1.0})
+    with pytest.raises(ValueError, match=r"loss is \{'mse': 1.0\}"):
+        tune(loss="mse")
+
+
+def test_labels_are_held_out_alike_and_groups_whole(adata, tune):
+    adata.obs["label"] = ["A"] * 40 + ["B"] * 20
+    held = cells_of(tune("label", validation=0.2))["validation"]
+    assert adata.obs["label"].iloc[held].value_counts().to_dict() == {"A": 8, "B": 4}
+    cells = cells_of(tune(group_key="batch", validation=0.4))
+    batch = adata.obs["batch"].to_numpy()
+    assert not set(batch[cells["train"]]) & set(batch[cells["validation"]])
+
+
+def test_cells_for_testing_are_never_touched(adata, tune):
+    split(adata, fractions=(0.6, 0.2, 0.2), stratify="cell_type")
+    model = tune(validation="split", upsample=True, class_weight="balanced")
+    other = adata.copy()
+    tested = (other.obs["split"] == "test").to_numpy()
+    other.X = other.X.multiply(np.where(tested, 7, 1)[:, None]).tocsr()
+    other.obs.loc[tested, "cell_type"] = "A"
+    assert tune(data=other, validation="split", upsample=True, class_weight="balanced").hash() == model.hash()
+
+
+def test_down_sampling_needs_counts(adata, tune):
+    adata.X = adata.X.log1p()
+    with pytest.raises(ValueError, match="looks log-normalised"):
+        tune(config=TrainConfig(downsample=0.5))
+    tune()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"key": "celltype"}, KeyError, "'celltype' is not a column of adata.obs. Did you mean 'cell_type'"),
+        ({"key": "one"}, ValueError, r"obs\['one'\] holds 1 classes \('x'\), at least 2"),
+        ({"key": "n"}, ValueError, r"obs\['n'\] holds integers \(first: 4\), labels .*astype\('category'\)"),
+        ({"key": "flat"}, ValueError, r"1 distinct values of obs\['flat'\], at least 2"),
+        ({"key": []}, ValueError, r"key is \[\]"),
+        ({"key": ["batch", "batch"]}, ValueError, "Name each once"),
+        ({"key": "depth", "upsample": True}, TypeError, r"upsample=True needs labels, obs\['depth'\] holds values"),
+        ({"key": "batch", "group_key": "batch"}, ValueError, "training cells hold 1 distinct labels"),
+        ({"epochs": 1, "config": TrainConfig(epochs=2)}, TypeError, "epochs is given twice"),
+    ],
+)
+def test_requests_that_cannot_be_met_write_nothing(adata, tune, tmp_path, options, error, message):
+    adata.obs["one"], adata.obs["n"], adata.obs["flat"] = "x", 4, 1.5
+    adata.obs["depth"] = np.asarray(adata.X.sum(1)).ravel()
+    with pytest.raises(error, match=message), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tune(**options)
+    assert not list(tmp_path.iterdir())
+    assert not adata.uns

@@ -1,0 +1,101 @@
+"""Which model a verb uses: the one given, or the one recorded last."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from scllm import models
+from scllm.tl import classify, embed, embed_genes, finetune, pretrain
+
+ANOTHER_PROCESS = """
+import anndata as ad, numpy as np, scllm
+adata = ad.read_h5ad("../saved.h5ad")
+scllm.tl.embed(adata, key_added="again")
+print(np.abs(adata.obsm["again"] - adata.obsm["X_scllm"]).max() < 1e-5)
+scllm.tl.embed(ad.read_h5ad("../unsaved.h5ad"))
+"""
+
+
+def test_a_model_that_was_never_saved_is_remembered_in_this_process(adata, tiny, tmp_path):
+    embed(adata, tiny)
+    entry = adata.uns["scllm"]["model"]
+    assert entry == {"family": "scgpt", "hash": tiny.hash()}
+    for data in (adata, adata[:30].copy()):
+        embed(data, key_added="again")
+        np.testing.assert_allclose(data.obsm["again"], data.obsm["X_scllm"], atol=1e-5)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    back = ad.read_h5ad(tmp_path / "a.h5ad")
+    embed(back, key_added="again")
+    np.testing.assert_array_equal(back.obsm["again"], back.obsm["X_scllm"])
+
+
+def test_in_another_process_a_saved_model_is_found_and_an_unsaved_one_is_missed(adata, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    embed(adata, tiny)
+    adata.write_h5ad("unsaved.h5ad")
+    tiny.save("model")  # relative, recorded as an absolute path
+    embed(adata, tiny)
+    assert adata.uns["scllm"]["model"]["path"] == str(tmp_path / "model")
+    adata.write_h5ad("saved.h5ad")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    ended = subprocess.run([sys.executable, "-c", ANOTHER_PROCESS], capture_output=True, text=True, cwd=elsewhere)
+    assert ended.stdout.strip() == "True", ended.stderr
+    assert "was never saved, and belongs to another Python process" in ended.stderr
+
+
+def test_a_model_that_is_gone_is_named(adata, tiny, tmp_path):
+    tiny.save(tmp_path / "model")
+    loaded = models.load(tmp_path / "model")
+    loaded.gene_embedding.weight.data += 1  # another hash than that remembered for this process
+    loaded.save(tmp_path / "model")
+    embed(adata, loaded)
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match=f"is gone: {tmp_path / 'model'} is not there"):
+        embed(adata)
+
+
+def test_the_last_one_counts(adata, tiny):
+    embed(adata, tiny)
+    other = models.build("scgpt", vocab=adata.var_names, size="tiny")
+    embed_genes(adata, other)
+    embed(adata, key_added="again")
+    assert adata.obsm["again"].shape == (60, 64)
+
+
+def test_a_model_may_come_as_a_path_of_a_model_or_of_a_run(adata, tmp_path):
+    model = pretrain(adata, size="tiny", epochs=1, run_dir=tmp_path / "run")
+    assert adata.uns["scllm"]["model"] == {
+        "path": str(tmp_path / "run" / "model"), "family": "scgpt", "hash": model.hash(),
+    }  # fmt: skip
+    embed(adata, model)
+    for path in (tmp_path / "run", str(tmp_path / "run" / "model")):
+        embed(adata, path, key_added="again")
+        np.testing.assert_array_equal(adata.obsm["again"], adata.obsm["X_scllm"])
+    finetune(adata, key="cell_type", epochs=1, run_dir=tmp_path / "tuned")  # goes on from the one recorded
+    classify(adata, tmp_path / "tuned")
+    assert adata.uns["scllm"]["model"]["path"] == str(tmp_path / "tuned" / "model")
+
+
+def test_no_model_a_wrong_path_and_a_headless_one_are_named(adata, tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"no model is given and none is recorded in adata\.uns"):
+        embed(adata)
+    with pytest.raises(FileNotFoundError, match="missing is not there, a model folder or run directory expected"):
+        embed(adata, tmp_path / "missing")
+    tiny.save(tmp_path / "model")
+    embed(adata, tmp_path / "model")
+    with pytest.raises(ValueError, match=f"the scgpt model in {tmp_path / 'model'} has no head, a fine-tuned one"):
+        classify(adata)
+
+
+def test_a_run_that_is_not_done_is_no_model(adata, tmp_path):
+    pretrain(adata, size="tiny", epochs=1, run_dir=tmp_path / "run")
+    (tmp_path / "run" / "done").unlink()
+    with pytest.raises(ValueError, match="is a run that is not done, a finished run expected"):
+        embed(adata, tmp_path / "run")
