@@ -12,6 +12,8 @@ from anndata import AnnData
 from scipy import sparse
 
 os.environ.setdefault("MPLBACKEND", "agg")
+# before torch is imported; matrices are small here: more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

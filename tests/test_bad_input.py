@@ -103,7 +103,7 @@ class Malicious:
 
 def poison(adata: AnnData, folder: Path) -> None:
     save_folder(adata, folder)
-    (folder / "model" / "best_model.pt").write_bytes(pickle.dumps({"weight": Malicious()}))
+    (folder / "model" / "best_model.pt").write_bytes(pickle.dumps({"weight": Malicious()}, protocol=2))
 
 
 def poison_zip(adata: AnnData, folder: Path) -> None:
@@ -122,7 +122,10 @@ def load(adata: AnnData, folder: Path) -> object:
 
 
 NOT_FINITE = {"expected": "non-negative finite expression expected", "advice": "pass a layer with counts with `layer=`"}
-LOGGED = {"seen": r"X holds non-integers \(first: \S+ in cell 'cell_0'\) and looks log", "expected": "raw counts expected"}
+LOGGED = {
+    "seen": r"X holds non-integers \(first: \S+ in cell 'cell_0'\) and looks log",
+    "expected": "raw counts expected",
+}
 DAMAGED = {
     "seen": r"best_model\.pt cannot be read", "expected": "a whole file of plain tensors expected",
     "advice": "copy it again, or take another checkpoint",
@@ -132,7 +135,9 @@ CASES = {
     "negative": Case(
         set_value(-1), embed, r"X holds negative values \(first: -1, gene 'gene_7' in cell 'cell_3'\)", **NOT_FINITE
     ),
-    "NaN": Case(set_value(np.nan), embed, r"non-finite values \(first: nan, gene 'gene_7' in cell 'cell_3'\)", **NOT_FINITE),
+    "NaN": Case(
+        set_value(np.nan), embed, r"non-finite values \(first: nan, gene 'gene_7' in cell 'cell_3'\)", **NOT_FINITE
+    ),
     "infinite": Case(
         set_value(np.inf), lambda adata, folder: scllm.pp.bin_expression(adata),
         r"non-finite values \(first: inf, gene 'gene_7' in cell 'cell_3'\)", **NOT_FINITE,
@@ -189,7 +194,8 @@ CASES = {
         "labels or float values expected", r"\.astype\('category'\)",
     ),
     "too many GPUs": Case(
-        lambda adata, folder: None, pretrain(n_gpus=8), "n_gpus is 8", r"this machine has \d", "Use (device='cpu'|n_gpus=)"
+        lambda adata, folder: None, pretrain(n_gpus=8), "n_gpus is 8", r"this machine has \d",
+        "Use (device='cpu'|n_gpus=)",
     ),
     "other settings": Case(
         train_otherwise, pretrain(lr=1e-3), r"another|with other settings \(train\.lr: 0\.002 there, 0\.001 here\)",
@@ -210,6 +216,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
 @pytest.mark.parametrize("name", CASES)
 def test_a_message_says_what_was_seen_expected_and_to_do_and_nothing_is_written(adata, tmp_path, monkeypatch, name):
     if name == "too many GPUs" and torch.cuda.device_count() >= 8:
@@ -241,7 +248,9 @@ def test_a_cell_without_a_known_gene_is_kept_as_cls_alone(adata):
     unknown = np.arange(40) >= 20
     empty = np.isin(np.arange(60), [4, 9])
     adata.X = sparse.csr_matrix(adata.X.multiply(~empty[:, None] | unknown))
-    with pytest.warns(UserWarning, match="2 of 60 cells express no gene of the model's vocabulary, at least one expected"):
+    with pytest.warns(
+        UserWarning, match="2 of 60 cells express no gene of the model's vocabulary, at least one expected"
+    ):
         embed(adata, Path())
     embedding = adata.obsm["X_scllm"]
     assert np.isfinite(embedding).all()
@@ -274,7 +283,7 @@ FORMS = {
     "float64": lambda x: x.astype(np.float64),
     "int32": lambda x: x.astype(np.int32),
     "uint16": lambda x: x.astype(np.uint16),
-    "int64 indices": lambda x: sparse.csr_matrix((x.data, x.indices.astype(np.int64), x.indptr.astype(np.int64)), x.shape),
+    "int64 indices": lambda x: sparse.csr_matrix((x.data, x.indices.astype(np.int64), x.indptr.astype(np.int64))),
 }  # fmt: skip
 
 

@@ -74,7 +74,12 @@ def test_help_names_each_command_and_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     ("command", "verb"),
-    [(_train.pretrain, tl.pretrain), (_train.finetune, tl.finetune), (_use.embed, tl.embed), (_use.classify, tl.classify)],
+    [
+        (_train.pretrain, tl.pretrain),
+        (_train.finetune, tl.finetune),
+        (_use.embed, tl.embed),
+        (_use.classify, tl.classify),
+    ],
 )
 def test_commands_have_the_options_of_their_verbs(command, verb) -> None:
     ours, theirs = inspect.signature(command).parameters, inspect.signature(verb).parameters
@@ -82,7 +87,17 @@ def test_commands_have_the_options_of_their_verbs(command, verb) -> None:
     assert [name for name in ours if name not in ONLY_COMMAND] == [
         names.get(name, name) for name in theirs if name not in {*ONLY_VERB, *(ONLY_COMMAND & set(theirs))}
     ]
-    same = {"size", "device", "precision", "random_state", "upsample", "hidden_layer", "key_added", "n_gpus", "threshold"}
+    same = {
+        "size",
+        "device",
+        "precision",
+        "random_state",
+        "upsample",
+        "hidden_layer",
+        "key_added",
+        "n_gpus",
+        "threshold",
+    }
     assert all(ours[name].default == theirs[name].default for name in same & set(ours))
 
 
@@ -241,7 +256,14 @@ def test_demo_draws_scores_and_continues(tmp_path: Path, monkeypatch) -> None:
     assert tables[0].splitlines()[:-1] == tables[1].splitlines()[:-1]
     for line in ("NMI", "mean of the six", "held-out cells", "macro F1", "logistic regression"):
         assert line in tables[0]
-    for name in ("loss_curves.png", "umap.png", "confusion_matrix.png", "embedding.h5ad", "pretrain/done", "finetune/done"):
+    for name in (
+        "loss_curves.png",
+        "umap.png",
+        "confusion_matrix.png",
+        "embedding.h5ad",
+        "pretrain/done",
+        "finetune/done",
+    ):
         assert (tmp_path / "demo" / name).exists()
     assert {"X_scllm", "X_pca"} <= set(ad.read_h5ad(tmp_path / "demo" / "embedding.h5ad").obsm)
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]

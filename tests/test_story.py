@@ -14,10 +14,12 @@ def story(tmp_path_factory):
     folder = tmp_path_factory.mktemp("story")
     adata = scllm.datasets.toy(n_cells=400, n_genes=100)
     scllm.pp.split(adata, fractions=(0.6, 0.15, 0.25), stratify="cell_type")
-    model = scllm.tl.pretrain(adata, size="tiny", epochs=2, lr=1e-3, validation="split", run_dir=folder / "pretrained")
+    model = scllm.tl.pretrain(
+        adata, size="tiny", epochs=2, lr=3e-3, batch_size=8, validation="split", run_dir=folder / "pretrained"
+    )
     scllm.tl.embed(adata)
     tuned = scllm.tl.finetune(
-        adata, key="cell_type", epochs=6, lr=1e-3, validation="split", run_dir=folder / "tuned"
+        adata, key="cell_type", epochs=10, lr=2e-3, batch_size=16, validation="split", run_dir=folder / "tuned"
     )
     scllm.tl.classify(adata)
     return adata, model, tuned
@@ -49,14 +51,14 @@ def test_the_fine_tuned_embedding_is_scored_beside_principal_components(story):
     assert table.loc["X_tuned", "bio"] > table.loc["X_scllm", "bio"]
 
 
-def test_hidden_expression_is_predicted_better_than_by_its_mean(story):
+def test_hidden_expression_is_predicted_and_not_by_its_mean_alone(story):
     adata, model, _ = story
     scllm.pp.bin_expression(adata)
     scllm.tl.reconstruct(adata, model, mask_ratio=0.5)
     predicted = adata.layers["reconstructed"].tocoo()
     truth = np.asarray(adata.layers["binned"][predicted.row, predicted.col], float).ravel()
-    correlation = np.corrcoef(predicted.data, truth)[0, 1]
-    assert correlation > 0.2
+    assert np.corrcoef(predicted.data, truth)[0, 1] > 0.3
+    assert ((predicted.data - truth) ** 2).mean() < 0.95 * truth.var()
 
 
 def test_what_came_out_can_be_drawn_and_written(story, tmp_path):

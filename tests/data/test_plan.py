@@ -15,9 +15,7 @@ numbers = st.integers(0, 2**32)
 def batches(n_obs, batch_size, *, rank=0, world=1, seed=0, epoch=0, chunk=1, weights=None):
     """The rows of each batch on one rank."""
     found = []
-    for read in plan(
-        n_obs, batch_size, seed=seed, epoch=epoch, rank=rank, world=world, chunk=chunk, weights=weights
-    ):
+    for read in plan(n_obs, batch_size, seed=seed, epoch=epoch, rank=rank, world=world, chunk=chunk, weights=weights):
         assert len(read.rows) == sum(read.sizes)
         found += np.split(read.rows, np.cumsum(read.sizes)[:-1])
     return [rows.tolist() for rows in found]
@@ -100,7 +98,9 @@ def test_ranks_without_cells_get_empty_batches(n_obs, size, world, chunk):
 
 def test_weights_say_how_often_a_row_is_drawn():
     weights = np.array([0.0, 1.0, 3.0])
-    drawn = np.array([row for epoch in range(4000) for rows in batches(3, 2, epoch=epoch, weights=weights) for row in rows])
+    drawn = np.array(
+        [row for epoch in range(4000) for rows in batches(3, 2, epoch=epoch, weights=weights) for row in rows]
+    )
     share = np.bincount(drawn, minlength=3) / len(drawn)
     # five standard errors of 12,000 draws
     np.testing.assert_allclose(share, [0, 0.25, 0.75], atol=5 * np.sqrt(0.25 * 0.75 / 12_000))

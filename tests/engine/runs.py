@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 import scllm
 from scllm.data.run_files import read_history
+from scllm.data.source import open_source
 from scllm.tl import TrainConfig
 
 # what a user's script does, on the data and with the settings that it is given
@@ -42,6 +44,24 @@ def start(run_dir: Path, *, data=TOY, config: dict | None = None, before: str = 
         [sys.executable, "-c", before + SCRIPT, json.dumps(data), json.dumps(settings)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+def interrupted(data, run_dir: Path, when, **settings) -> None:
+    """Start a run here that ends with an interrupt while it reads, from a step on or as soon as something is so."""
+    is_so = when if callable(when) else lambda: _last_step(run_dir / "history.jsonl") >= when
+    source = open_source(data)
+    read = source.read
+
+    def read_or_stop(rows):
+        if is_so():
+            raise KeyboardInterrupt
+        return read(rows)
+
+    source.read = read_or_stop
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(source, run_dir, **settings)
+    source.close()
+    assert not (run_dir / "done").exists()
 
 
 def curve(run_dir: Path) -> pd.DataFrame:

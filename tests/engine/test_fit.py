@@ -48,9 +48,7 @@ def test_a_file_gives_the_same_losses_for_micro_batches_and_the_same_steps_as_me
 
 def test_two_processes_share_a_file_and_batches_smaller_than_they_are_many(toy, tmp_path):
     toy.write_h5ad(tmp_path / "toy.h5ad")
-    model = pretrain(
-        tmp_path / "toy.h5ad", tmp_path / "run", n_procs=2, batch_size=1, epochs=None, config={"steps": 4}
-    )
+    model = pretrain(tmp_path / "toy.h5ad", tmp_path / "run", n_procs=2, batch_size=1, epochs=None, config={"steps": 4})
     losses = model.history.loc[model.history["split"] == "train", "loss"]
     assert len(losses) == 4
     assert (losses > 0).all()
@@ -114,9 +112,7 @@ def test_a_finished_run_holds_what_the_design_says(alone):
 def test_random_states_and_the_model_given_are_left_as_they_were(toy, model, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    trained = scllm.tl.pretrain(
-        toy, model, device="cpu", run_dir=tmp_path / "run", epochs=1, batch_size=32, lr=1e-2
-    )
+    trained = scllm.tl.pretrain(toy, model, device="cpu", run_dir=tmp_path / "run", epochs=1, batch_size=32, lr=1e-2)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -125,12 +121,11 @@ def test_random_states_and_the_model_given_are_left_as_they_were(toy, model, tmp
 
 
 def test_dropout_is_a_function_of_random_state(toy, tmp_path):
-    runs = {name: seed for name, seed in (("a", 1), ("b", 1), ("c", 2))}
-    found = {
-        name: pretrain(toy, tmp_path / name, epochs=1, dropout=0.5, random_state=seed).hash()
-        for name, seed in runs.items()
-    }
-    assert found["a"] == found["b"] != found["c"]
+    def trained(name, random_state):
+        model = pretrain(toy, tmp_path / name, epochs=1, dropout=0.5, random_state=random_state)
+        return model.hash()
+
+    assert trained("a", 1) == trained("b", 1) != trained("c", 2)
 
 
 def test_patience_stops_after_as_many_epochs_without_a_better_loss(toy, tmp_path):

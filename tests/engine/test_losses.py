@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 import torch
@@ -116,7 +115,9 @@ def test_elastic_similarity_is_a_mean_over_all_pairs(logits):
 def test_contrastive_finds_each_cell_among_all(logits):
     other = logits.detach().flip(1)
     a, b = (x / x.norm(dim=1, keepdim=True) for x in (logits, other))
-    expected = sum(-(a[i] @ b[i] / 0.5) + sum((a[i] @ b[j] / 0.5).exp() for j in range(12)).log() for i in range(12)) / 12
+    expected = (
+        sum(-(a[i] @ b[i] / 0.5) + sum((a[i] @ b[j] / 0.5).exp() for j in range(12)).log() for i in range(12)) / 12
+    )
     same(losses.contrastive(logits, other), expected, logits)
     assert losses.contrastive(torch.eye(3) * 9, torch.eye(3), 0.01).item() == pytest.approx(0, abs=1e-6)
 

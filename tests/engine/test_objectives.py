@@ -170,7 +170,9 @@ def test_cells_without_genes_count_nothing(model):
     assert (loss.sum.item(), int(loss.count)) == (0, 0)
 
 
-@pytest.mark.parametrize("objective", [MaskedValue((0.1, 0.2), 0.5, 7), Label({"ce": 1.0, "dice": 0.5}, {"a": (1.0, 2.0)})])
+@pytest.mark.parametrize(
+    "objective", [MaskedValue((0.1, 0.2), from_cell=0.5, seed=7), Label({"ce": 1.0, "dice": 0.5}, {"a": (1.0, 2.0)})]
+)
 def test_objectives_are_read_back_as_they_were(objective):
     assert objective_from_dict(objective_to_dict(objective)) == objective
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -62,7 +64,7 @@ def test_a_cell_is_thinned_alike_wherever_it_stands():
     def thinned(cells):
         indptr = np.arange(len(cells) + 1) * 50
         indptr, ids, kept = thin(indptr, np.tile(np.arange(50), len(cells)), counts[cells].ravel(), keys[cells], 0.7)
-        return [list(zip(ids[a:b], kept[a:b])) for a, b in zip(indptr[:-1], indptr[1:])]
+        return [list(zip(ids[a:b], kept[a:b])) for a, b in pairwise(indptr)]
 
     together = thinned(np.arange(6))
     assert thinned(np.array([4, 1])) == [together[4], together[1]]

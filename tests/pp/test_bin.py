@@ -16,7 +16,7 @@ FORMS = {
     "dense": lambda x: x.toarray(),
     "float64": lambda x: x.astype(np.float64),
     "int32": lambda x: x.astype(np.int32),
-    "int64 indices": lambda x: sparse.csr_matrix((x.data, x.indices.astype(np.int64), x.indptr.astype(np.int64)), x.shape),
+    "int64 indices": lambda x: sparse.csr_matrix((x.data, x.indices.astype(np.int64), x.indptr.astype(np.int64))),
     "stored zeros": lambda x: with_stored_zeros(x),
     "unsorted": lambda x: sparse.csr_matrix(x[:, ::-1]),
 }  # fmt: skip

@@ -80,7 +80,7 @@ def test_coverage_below_the_least_one_is_an_error_and_writes_nothing(adata):
 
 
 def test_ids_of_another_kind_say_where_to_look(adata):
-    with pytest.raises(ValueError, match="vocabulary holds Ensembl ids .* look like symbols .* `gene_key=`"):
+    with pytest.raises(ValueError, match=r"vocabulary holds Ensembl ids .* look like symbols .* `gene_key=`"):
         match_genes(adata, [f"ENSG{i:011d}" for i in range(40)])
 
 

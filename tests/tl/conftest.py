@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,15 +23,6 @@ def _tiny() -> CellModel:
 def tiny(_tiny) -> CellModel:
     """A scGPT of two layers and width 16, untrained and never saved, over the genes of `adata`."""
     return copy.deepcopy(_tiny)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    # small matrices: more threads only wait for each other
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

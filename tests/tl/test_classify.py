@@ -64,7 +64,7 @@ def test_doubtful_cells_are_unknown(adata, labelled):
     assert adata.obs["scllm_label"][~doubtful].tolist() == adata.obs["sure"][~doubtful].tolist()
     assert adata.obsm["scllm_label_probabilities"].shape == (60, 3)
     assert list(adata.uns["scllm"]["classify"]["classes"]) == ["A", "B", "C"]
-    with pytest.raises(ValueError, match="threshold is 1.5, a probability"):
+    with pytest.raises(ValueError, match=r"threshold is 1\.5, a probability"):
         classify(adata, labelled, threshold=1.5)
 
 
@@ -84,9 +84,7 @@ def test_several_heads_append_their_key_and_values_have_no_probability(adata, se
 def test_the_batch_size_does_not_matter(adata, labelled, batch_size):
     classify(adata, labelled)
     classify(adata, labelled, batch_size=batch_size, key_added="again")
-    np.testing.assert_allclose(
-        adata.obsm["again_probabilities"], adata.obsm["scllm_label_probabilities"], atol=1e-5
-    )
+    np.testing.assert_allclose(adata.obsm["again_probabilities"], adata.obsm["scllm_label_probabilities"], atol=1e-5)
 
 
 def test_a_layer_is_read_and_a_copy_leaves_the_original_alone(adata, labelled):

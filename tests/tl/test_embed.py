@@ -147,7 +147,8 @@ def test_genes_of_one_token_are_summed(adata, tiny):
     expected = embed(adata, tiny, copy=True).obsm["X_scllm"]
     halves = adata.X.toarray() // 2
     twice = ad.AnnData(
-        sparse.csr_matrix(np.concatenate([halves, adata.X.toarray() - halves], 1)), var={"symbol": [*adata.var_names] * 2}
+        sparse.csr_matrix(np.concatenate([halves, adata.X.toarray() - halves], 1)),
+        var={"symbol": [*adata.var_names] * 2},
     )
     embed(twice, tiny)
     np.testing.assert_allclose(twice.obsm["X_scllm"], expected, **CLOSE)

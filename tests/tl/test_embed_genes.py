@@ -57,7 +57,7 @@ def test_groups_have_means_of_their_own_and_unlabelled_cells_none(adata, tiny):
 
 
 def test_a_missing_group_offers_close_names_and_writes_nothing(adata, tiny):
-    with pytest.raises(KeyError, match="'celltype' is not a column of adata.obs. Did you mean 'cell_type'"):
+    with pytest.raises(KeyError, match=r"'celltype' is not a column of adata\.obs\. Did you mean 'cell_type'"):
         embed_genes(adata, tiny, groupby="celltype")
     assert not len(adata.varm)
     assert not adata.uns

@@ -41,7 +41,9 @@ def test_what_a_verb_writes_survives_files_and_cuts(adata, tiny, tmp_path, verb)
         entry, expected = back.uns["scllm"][verb], adata.uns["scllm"][verb]
         assert set(entry["params"]) == set(expected["params"])
         if "table" in expected:
-            pd.testing.assert_frame_equal(entry["table"].reset_index(drop=True), expected["table"], check_index_type=False)
+            pd.testing.assert_frame_equal(
+                entry["table"].reset_index(drop=True), expected["table"], check_index_type=False
+            )
         embed(back, key_added="again")  # the model is found again
     part = adata[::2, 5:35].copy()
     part.write_h5ad(tmp_path / "part.h5ad")

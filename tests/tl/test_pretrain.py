@@ -37,7 +37,9 @@ def spec_of(model) -> dict:
 def test_the_run_directory_holds_what_is_promised(adata, train):
     model = train(validation=0.2)
     run = model.path.parent
-    assert {"spec.json", "model", "best_model.pt", "last.pt", "history.jsonl", "done"} <= {p.name for p in run.iterdir()}
+    assert {"spec.json", "model", "best_model.pt", "last.pt", "history.jsonl", "done"} <= {
+        p.name for p in run.iterdir()
+    }
     best = torch.load(run / "best_model.pt", weights_only=True)
     assert all(torch.equal(best[name], weight) for name, weight in model.state_dict().items())
     lines = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
@@ -101,11 +103,11 @@ def test_cells_for_testing_are_never_touched(adata, train):
 
 
 def test_validation_columns_that_are_none_are_an_error(adata, train, tmp_path):
-    with pytest.raises(KeyError, match="'cell_typ' is not a column of adata.obs. Did you mean 'cell_type'"):
+    with pytest.raises(KeyError, match=r"'cell_typ' is not a column of adata\.obs\. Did you mean 'cell_type'"):
         train(validation="cell_typ")
     with pytest.raises(ValueError, match=r"obs\['cell_type'\] holds \['A', 'B'\], 'train' and 'validation' expected"):
         train(validation="cell_type")
-    with pytest.raises(ValueError, match="validation is 1.5"):
+    with pytest.raises(ValueError, match=r"validation is 1\.5"):
         train(validation=1.5)
     assert not list(tmp_path.iterdir())
     assert not adata.uns
@@ -198,6 +200,8 @@ def test_files_of_others_in_the_run_directory_are_left_alone(train, tmp_path):
         run = tmp_path / f"with_{name}"
         (run / name).mkdir(parents=True)
         (run / name / "precious.csv").write_text("1")
-        with pytest.raises(ValueError, match=f"holds other files .first: '{name}'., an empty directory or a run expected"):
+        with pytest.raises(
+            ValueError, match=f"holds other files .first: '{name}'., an empty directory or a run expected"
+        ):
             train(run_dir=run)
         assert (run / name / "precious.csv").read_text() == "1"

@@ -34,9 +34,7 @@ def test_every_expressed_gene_is_predicted(adata, tiny):
     np.testing.assert_array_equal(layer.indptr, adata.X.indptr)
     np.testing.assert_array_equal(layer.indices, adata.X.indices)
     for cell in range(10):
-        np.testing.assert_allclose(
-            layer[cell].data, predicted_slowly(tiny, sentence(adata, tiny, cell))[1:], atol=1e-5
-        )
+        np.testing.assert_allclose(layer[cell].data, predicted_slowly(tiny, sentence(adata, tiny, cell))[1:], atol=1e-5)
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])

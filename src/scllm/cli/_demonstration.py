@@ -38,7 +38,7 @@ _MEASURES = {
 }
 
 
-def demonstrate(out: Path, *, device: str = "auto", pretrain_epochs: int = 12, finetune_epochs: int = 12) -> str:
+def demonstrate(out: Path, *, device: str = "auto", pretrain_epochs: int = 6, finetune_epochs: int = 10) -> str:
     """Pretrain, embed, fine-tune and classify; write pictures and data into ``out`` and return the table of scores.
 
     The same call continues what an earlier one left in ``out``.
@@ -90,16 +90,17 @@ def _say(step: str) -> None:
 
 def _pretrain(adata: AnnData, run_dir: Path, epochs: int, device: str) -> CellModel:
     return tl.pretrain(
-        adata, size="tiny", run_dir=run_dir, epochs=epochs, lr=2e-3, dropout=0.1, validation="split", device=device,
-        n_gpus=1 if _uses_gpu(device) else None, config=tl.TrainConfig(schedule="cosine", warmup=20),
+        adata, size="tiny", run_dir=run_dir, epochs=epochs, batch_size=8, lr=2e-3, mask_ratio=0.25, left_out=0.25,
+        dropout=0.0, validation="split", device=device, n_gpus=1 if _uses_gpu(device) else None,
+        config=tl.TrainConfig(schedule="cosine", warmup=30),
     )  # fmt: skip
 
 
 def _finetune(adata: AnnData, model: CellModel, run_dir: Path, epochs: int, device: str) -> CellModel:
     return tl.finetune(
-        adata, model, key=_KEY, run_dir=run_dir, epochs=epochs, lr=2e-3, validation="split", device=device,
-        n_gpus=1 if _uses_gpu(device) else None,
-        config=tl.TrainConfig(schedule="cosine", warmup=20, weight_decay=0.05),
+        adata, model, key=_KEY, run_dir=run_dir, epochs=epochs, batch_size=8, lr=1e-3, validation="split",
+        device=device, n_gpus=1 if _uses_gpu(device) else None,
+        config=tl.TrainConfig(schedule="cosine", warmup=30, weight_decay=0.05),
     )  # fmt: skip
 
 

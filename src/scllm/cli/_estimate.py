@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
 
 import numpy as np
 
@@ -40,6 +39,7 @@ def what_would_run(
     batch_size: int | None,
     lr: float | None,
     mask_ratio: Sequence[float] | None,
+    left_out: float | None,
     dropout: float | None,
     validation: float | str,
     group_key: str | None,

@@ -22,7 +22,9 @@ DataPaths = Annotated[
     list[str], typer.Argument(metavar="DATA...", help="An .h5ad or .zarr, several of them, or a folder of such.")
 ]
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A model or run directory.")]
-NGpus = Annotated[int | None, typer.Option(help="GPUs, one process each. [default: all there are, else one CPU process]")]
+NGpus = Annotated[
+    int | None, typer.Option(help="GPUs, one process each. [default: all there are, else one CPU process]")
+]
 NProcs = Annotated[int | None, typer.Option(help="Processes on the CPU, with --device cpu.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 RunDir = Annotated[
@@ -41,7 +43,7 @@ Resume = Annotated[
     bool | None,
     typer.Option(
         "--resume/--no-resume",
-        help="Insist that --run-dir holds a run to continue, or that it holds none. [default: continue if there is one]",
+        help="Insist that --run-dir holds a run to continue, or that it holds none. [default: continue one]",
     ),
 ]
 Config = Annotated[

@@ -12,8 +12,27 @@ import typer
 from scllm._log import is_first_rank
 from scllm.cli._app import Debug, Verbose
 from scllm.cli._options import (
-    BatchSize, Config, DataPaths, Device, Epochs, Family, GroupKey, Layer, LearningRate, ModelPath, NGpus, NProcs,
-    Precision, RandomState, Resume, RunDir, one_or_all, read_config, read_resume, read_validation, read_weights,
+    BatchSize,
+    Config,
+    DataPaths,
+    Device,
+    Epochs,
+    Family,
+    GroupKey,
+    Layer,
+    LearningRate,
+    ModelPath,
+    NGpus,
+    NProcs,
+    Precision,
+    RandomState,
+    Resume,
+    RunDir,
+    one_or_all,
+    read_config,
+    read_resume,
+    read_validation,
+    read_weights,
 )  # fmt: skip
 
 __all__ = ["finetune", "pretrain", "run"]
@@ -34,7 +53,15 @@ def pretrain(
     lr: LearningRate = None,
     mask_ratio: Annotated[
         list[float] | None,
-        typer.Option(help="Share of a cell's genes to hide; repeat it to draw one each step. [default: the family's own]"),
+        typer.Option(
+            help="Share of a cell's genes to hide; repeat it to draw one each step. [default: the family's own]"
+        ),
+    ] = None,
+    left_out: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of a cell's genes to leave out and tell from the embedding. [default: the family's own]"
+        ),
     ] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout of the blocks. [default: the family's own]")] = None,
     validation: Annotated[
@@ -47,7 +74,8 @@ def pretrain(
     config: Config = None,
     random_state: RandomState = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be trained, what it costs and how to start it; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Say what would be trained, what it costs and how to start it; write nothing."),
     ] = False,
     verbose: Verbose = False,
     debug: Debug = False,
@@ -58,7 +86,7 @@ def pretrain(
 
     options = {
         "size": size, "n_gpus": n_gpus, "n_procs": n_procs, "device": device, "run_dir": run_dir, "epochs": epochs,
-        "batch_size": batch_size, "lr": lr, "mask_ratio": mask_ratio or None, "dropout": dropout,
+        "batch_size": batch_size, "lr": lr, "mask_ratio": mask_ratio or None, "left_out": left_out, "dropout": dropout,
         "validation": read_validation(validation), "group_key": group_key, "layer": layer, "precision": precision,
         "config": read_config(config), "random_state": random_state,
     }  # fmt: skip
@@ -83,6 +111,7 @@ def finetune(
     class_weight: Annotated[
         list[str] | None, typer.Option(help="balanced, or repeat --class-weight label=weight. [default: cells alike]")
     ] = None,
+    lora: Annotated[int | None, typer.Option(help="Rank of adapters to train in place of the blocks' weights.")] = None,
     validation: Annotated[
         str, typer.Option(help="Share of cells held out, or a column of obs that says train and validation.")
     ] = "0.1",
@@ -109,6 +138,7 @@ def finetune(
         one_or_all(data), model, key=one_or_all(key), freeze=_freeze(freeze or ["0"]),
         loss=read_weights("--loss", loss or ["ce"]), upsample=upsample,  # type: ignore[arg-type]
         class_weight=read_weights("--class-weight", class_weight) if class_weight else None,  # type: ignore[arg-type]
+        lora=lora,
         validation=read_validation(validation), group_key=group_key, layer=layer, epochs=epochs, batch_size=batch_size,
         lr=lr, n_gpus=n_gpus, n_procs=n_procs, device=device, run_dir=run_dir,
         precision=precision, resume=read_resume(resume),  # type: ignore[arg-type]

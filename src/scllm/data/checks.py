@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
 
 from scllm._typing import CSR, IntArray
 from scllm.data.source import CellSource
@@ -56,8 +55,8 @@ def check_source(
         )
     if n_odd:
         warnings.warn(
-            f"{_name(layer)} holds {n_odd:,} values that are no integers (first: {first_odd}), raw counts are expected. "
-            "They are used as they are; pass the layer with raw counts with `layer=` if there is one.",
+            f"{_name(layer)} holds {n_odd:,} values that are no integers (first: {first_odd}), raw counts are "
+            "expected. They are used as they are; pass the layer with raw counts with `layer=` if there is one.",
             UserWarning,
             stacklevel=3,
         )
@@ -77,8 +76,8 @@ def check_values(counts: CSR, source: CellSource, rows: IntArray, *, layer: str 
     gene = source.genes[counts.indices[at]]
     what = "negative" if data[at] < 0 else "non-finite"
     raise ValueError(
-        f"{_name(layer)} holds {what} values (first: {data[at]:g}, gene {gene!r} in cell {cell!r}), non-negative finite "
-        "expression expected. Scaled or regressed data cannot be used: pass a layer with counts with `layer=`."
+        f"{_name(layer)} holds {what} values (first: {data[at]:g}, gene {gene!r} in cell {cell!r}), non-negative "
+        "finite expression expected. Scaled or regressed data cannot be used: pass a layer with counts with `layer=`."
     )
 
 

@@ -156,7 +156,8 @@ def check_n_bins(n_bins: int) -> None:
     """Raise unless there is room for the zero bin and at least one more."""
     if not 2 <= n_bins <= 65_536:
         raise ValueError(
-            f"n_bins is {n_bins}, at least 2 (the zero bin and one more) and at most 65536 expected. scGPT uses n_bins=51."
+            f"n_bins is {n_bins}, at least 2 (the zero bin and one more) and at most 65536 expected. scGPT uses "
+            "n_bins=51."
         )
 
 
@@ -224,7 +225,7 @@ def _sentence(
     if cls_value is None:
         return sentence
     indptr, genes = prepend(sentence.indptr, sentence.genes, vocab.cls_id)
-    _, with_cls = prepend(sentence.indptr, sentence.values, cls_value)
+    _, with_cls = prepend(sentence.indptr, np.asarray(sentence.values), cls_value)
     return Tokens(indptr, genes, with_cls)
 
 

@@ -82,7 +82,7 @@ class GeneMatch:
         return known[np.sort(first)]
 
     def tokens(self, counts: CSR) -> Tokens:
-        """Counts as ragged rows over the vocabulary; columns of one token are summed, zeros and other genes left out."""
+        """Counts as ragged rows over the vocabulary; columns of one token are summed, zeros and other genes dropped."""
         ids = self.token_ids
         if self._collapse is not None:
             summing, ids = self._collapse
@@ -102,8 +102,9 @@ def match(
 ) -> GeneMatch:
     """Find the column of gene names that fits a vocabulary best, and the token of each gene.
 
-    Ensembl version suffixes are stripped, on both sides. Without ``gene_key``, ``names`` and the usual columns of ``var`` are tried
-    and the one with most matches is taken. Raises ``ValueError`` where names are duplicated or coverage is too low.
+    Ensembl version suffixes are stripped, on both sides. Without ``gene_key``, ``names`` and the usual columns of
+    ``var`` are tried and the one with most matches is taken. Raises ``ValueError`` where names are duplicated or
+    coverage is too low.
     """
     names = pd.Index(names)
     check_unique(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def _deal_chunks(
     sizes = _shares(n_obs, batch_size, rank, world)
     n_blocks = max(1, sum(sizes) // (_CHUNKS_A_BLOCK * chunk))
     edges = np.linspace(0, len(sizes), n_blocks + 1).astype(int)
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in pairwise(edges):
         stop = start + sum(sizes[first:last])
         rows = _rows_between(start, stop, chunks, ends, chunk)
         yield Read(mixing.permutation(rows), tuple(sizes[first:last]))

@@ -57,8 +57,8 @@ def check_fractions(fractions: Sequence[float]) -> None:
     """Raise unless there are two or three positive shares that add up to one."""
     if len(fractions) not in (2, 3) or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(
-            f"fractions are {tuple(fractions)}, two or three positive shares that add up to 1 expected (train, validation "
-            "and test). Pass for example fractions=(0.8, 0.1, 0.1)."
+            f"fractions are {tuple(fractions)}, two or three positive shares that add up to 1 expected (train, "
+            "validation and test). Pass for example fractions=(0.8, 0.1, 0.1)."
         )
 
 

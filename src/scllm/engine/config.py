@@ -10,7 +10,7 @@ __all__ = ["Precision", "TrainConfig"]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["step", "cosine", "linear", "constant"]
-Strategy = Literal["ddp", "fsdp"]
+Strategy = Literal["ddp"]
 Logger = Literal["tensorboard", "wandb"]
 GeneInit = Literal["svd", "random"]
 
@@ -45,13 +45,16 @@ class TrainConfig:
         ``"fp32"``, ``"bf16"``, ``"fp16"`` (with loss scaling), or ``"auto"``.
     accumulate
         Parts in which a step's cells go through the model, one after the other, for less memory.
+    max_len
+        Longest sentence in training, ``<cls>`` included: a random part of longer cells is read, which saves time and
+        regularises. The model itself keeps the encoder's own. ``None``: no shorter than that.
     downsample
         Largest share of counts taken away at random from each cell of a training batch (augmentation).
     gene_init
         Where the gene table of a fresh model starts: ``"svd"`` (right singular vectors of the log-normalised
         training cells) or ``"random"``.
     strategy
-        ``"ddp"``: every process holds the whole model. ``"fsdp"``: processes share it.
+        ``"ddp"``: every process holds the whole model.
     max_restarts
         How often a failed group of processes is started again.
     logger
@@ -82,6 +85,7 @@ class TrainConfig:
     clip: float | None = 1.0
     precision: Precision | None = None
     accumulate: int = 1
+    max_len: int | None = None
     downsample: float = 0.0
     gene_init: GeneInit | None = None
     strategy: Strategy = "ddp"
@@ -95,7 +99,7 @@ class TrainConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "steps", "accumulate", "log_every", "save_every", "patience"):
+        for name in ("batch_size", "epochs", "steps", "accumulate", "log_every", "save_every", "patience", "max_len"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, at least 1 expected. Pass a positive number.")
@@ -122,7 +126,7 @@ class TrainConfig:
         for name, value in given.items():
             if getattr(self, name) is not None:
                 raise TypeError(
-                    f"{name} is given twice: {value!r} as an argument and {getattr(self, name)!r} in config. Give it once."
+                    f"{name} is given twice: {value!r} as an argument, {getattr(self, name)!r} in config. Give it once."
                 )
         return replace(self, **given)
 

@@ -15,8 +15,8 @@ __all__ = ["flops_per_cell", "matrix_rate", "say_cost"]
 def flops_per_cell(config: ModelConfig, n_tokens: float, *, training: bool = True) -> float:
     """Floating-point operations of the blocks for a cell of ``n_tokens``.
 
-    A token costs ``6 L (4 d^2 + 2 d f) + 12 L S d`` in training and a third of it forward; the embedding table is looked
-    up, not multiplied.
+    A token costs ``6 L (4 d^2 + 2 d f) + 12 L S d`` in training and a third of it forward; the embedding table is
+    looked up, not multiplied.
     """
     d, f, layers = config.d_model, getattr(config, "d_hidden", 4 * config.d_model), config.n_layers
     per_token = 6 * layers * (4 * d * d + 2 * d * f) + 12 * layers * n_tokens * d

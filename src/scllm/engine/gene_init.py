@@ -29,7 +29,7 @@ _STANDS_OUT = 1.05
 def start_from_data(
     model: CellModel, source: CellSource, match: GeneMatch, rows: IntArray, *, random_state: int = 0
 ) -> None:
-    """Put gene vectors of the data into the model's gene table, in place; genes that are not measured stay as they are."""
+    """Put gene vectors of the data into the model's gene table, in place; genes not measured stay as they are."""
     table = model.gene_table()
     vectors = gene_vectors(source, match, rows, table.shape[1], len(model.vocab), random_state=random_state)
     with torch.no_grad():

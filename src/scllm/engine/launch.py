@@ -11,22 +11,24 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from scllm import models
 from scllm._log import log, show_progress
 from scllm.data import genes
+from scllm.data.encode import Encoder
 from scllm.data.source import CellSource, open_source
 from scllm.engine import ranks
-from scllm.engine.checkpoint import restore, writing
+from scllm.engine.checkpoint import restore, save, writing
 from scllm.engine.config import TrainConfig
 from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.loader import Loader
 from scllm.engine.loop import fit
+from scllm.engine.lora import LoraSettings, add_adapters, merge_adapters
 from scllm.engine.objectives import objective_from_dict
 from scllm.engine.optim import freeze
 from scllm.engine.run import Run
@@ -58,15 +60,13 @@ def launch(
     family
         Module of a family from another package.
     """
-    # a model draws fresh weights before it reads its own
-    with torch.random.fork_rng([]):
-        if not run.is_done:
-            with run.locked() as lock:
-                if n_procs == 1:
-                    _train(run, device, source, family)
-                else:
-                    _train_in_processes(run, n_procs, device, family, lock)
-        return models.load(run.path, family=family)
+    if not run.is_done:
+        with run.locked() as lock:
+            if n_procs == 1:
+                _train(run, device, source, family)
+            else:
+                _train_in_processes(run, n_procs, device, family, lock)
+    return models.load(run.path, family=family)
 
 
 def train(run: Run, *, device: str = "auto", family: str | None = None) -> None:
@@ -106,6 +106,8 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
         model = models.load(run.model, family=family)
         if spec["freeze"]:
             freeze(model, tuple(spec["freeze"]) if isinstance(spec["freeze"], list) else spec["freeze"])
+        if spec["lora"]:
+            add_adapters(model, LoraSettings(**spec["lora"]))
         model.to(chosen)
         training, validation = _loaders(run, spec, config, source, model)
         precision = resolve_precision(config.precision or "auto", chosen)
@@ -124,8 +126,8 @@ def _open(run: Run, spec: dict[str, Any]) -> CellSource:
     if reference is None:
         if not run.data.exists():
             raise FileNotFoundError(
-                f"{run.path} was trained on data in memory, and they are not stored with it. Call the verb again with the "
-                "same data and the same run_dir."
+                f"{run.path} was trained on data in memory, and they are not stored with it. Call the verb again with "
+                "the same data and the same run_dir."
             )
         return open_source(run.data)
     return open_source(reference, layer=spec["data"]["layer"])
@@ -144,11 +146,19 @@ def _loaders(
     assert config.batch_size is not None
     training = Loader(
         rows=cells["train"], batch_size=config.batch_size, seed=seed, weights=cells.get("weights"),
-        downsample=config.downsample, **common,
+        downsample=config.downsample, **common | {"encoder": _cropping(model, config.max_len)},
     )  # fmt: skip
     if not len(cells["validation"]):
         return training, None
     return training, Loader(rows=cells["validation"], batch_size=config.batch_size, seed=seed, training=False, **common)
+
+
+def _cropping(model: CellModel, max_len: int | None) -> Encoder:
+    """The model's encoder, with shorter sentences where training asks for them."""
+    encoder = model.encoder
+    if max_len is None or max_len >= encoder.max_len:
+        return encoder
+    return replace(encoder, max_len=max_len)  # type: ignore[type-var]
 
 
 def _finish(run: Run, family: str | None) -> None:
@@ -156,7 +166,13 @@ def _finish(run: Run, family: str | None) -> None:
     best = restore(run.best)
     assert best is not None
     model = models.load(run.model, family=family)
-    model.load_state_dict(best)
+    if any(".lora_" in name for name in best):
+        add_adapters(model, LoraSettings(**run.spec["lora"]))
+        model.load_state_dict(best)
+        merge_adapters(model)
+        save(run.best, model.state_dict())
+    else:
+        model.load_state_dict(best)
     model.history = run.table()
     fresh = run.path / ".model"
     with writing(run.model):
@@ -189,15 +205,15 @@ def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None,
         if process.returncode:
             # workers have been seen to abort while exiting, after all work was saved
             warnings.warn(
-                f"the processes of {run.path} ended with exit status {process.returncode} after the run was done and saved; "
-                f"the result is whole. What they printed is in {run.log}.",
+                f"the processes of {run.path} ended with exit status {process.returncode} after the run was done and "
+                f"saved; the result is whole. What they printed is in {run.log}.",
                 UserWarning,
                 stacklevel=2,
             )
         return
     raise RuntimeError(
-        f"the run in {run.path} ended with exit status {process.returncode} before it was done. Call again with the same "
-        f"run_dir to continue from the last checkpoint. From {run.log}:\n{_last_words(run.log)}"
+        f"the run in {run.path} ended with exit status {process.returncode} before it was done. Call again with the "
+        f"same run_dir to continue from the last checkpoint. From {run.log}:\n{_last_words(run.log)}"
     )
 
 

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -133,7 +134,7 @@ class Loader:
                     {name: column[rows[a:b]] for name, column in self.obs.items()},
                     self.match.measured,
                 )
-                for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+                for a, b in pairwise(cuts)
                 if b > a
             ]
 

@@ -20,6 +20,7 @@ from scllm.engine.loader import Loader
 from scllm.engine.objectives import Loss, Objective
 from scllm.engine.optim import learning_rate, optimizer, train_mode
 from scllm.engine.run import Run
+from scllm.engine.tracking import tracker
 from scllm.kernels.draws import mix
 from scllm.models.base import Batch, CellModel
 
@@ -63,6 +64,7 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     step, best, since_best = _resume(run, model, optimise, scaler)
     saved = step
+    track = tracker(config.logger if rank == 0 else None, run)
     bar = tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=not show_progress())
 
     while step < n_steps and (config.patience is None or since_best < config.patience):
@@ -91,9 +93,9 @@ def fit(
             norm = torch.nn.utils.clip_grad_norm_(trained, config.clip or math.inf)
             if not math.isfinite(means["loss"]) or not (norm.isfinite() or scaler.is_enabled()):
                 raise RuntimeError(
-                    f"the loss or its gradient is not finite at step {step + 1} (loss {means['loss']}, norm {norm:.3g}), "
-                    f"finite numbers expected. Nothing was updated; the last checkpoint is step {saved}. Lower lr, or use "
-                    "precision='fp32'."
+                    f"the loss or its gradient is not finite at step {step + 1} (loss {means['loss']}, norm "
+                    f"{norm:.3g}), finite numbers expected. Nothing was updated; the last checkpoint is step {saved}. "
+                    "Lower lr, or use precision='fp32'."
                 )
             scaler.step(optimise)
             scaler.update()
@@ -128,13 +130,19 @@ def fit(
             if rank == 0:
                 with checkpoint.writing(run.history):
                     append_history(run.history, lines)
+                for logged in lines:
+                    track(logged)
                 if ends and since_best == 0:
                     checkpoint.save(run.best, _weights(model))
             best = min(best, score) if ends else best
             if ends or (config.save_every and step % config.save_every == 0):
                 saved = step
                 if rank == 0:
-                    state = {"model": _weights(model), "optimizer": optimise.state_dict(), "scaler": scaler.state_dict()}
+                    state = {
+                        "model": _weights(model),
+                        "optimizer": optimise.state_dict(),
+                        "scaler": scaler.state_dict(),
+                    }
                     checkpoint.save(run.last, state | {"step": step, "best": best, "since_best": since_best})
             bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
             bar.update()

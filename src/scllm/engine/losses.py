@@ -28,7 +28,7 @@ def zero_likelihood(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def elastic_similarity(cell: Tensor, threshold: float) -> Tensor:
-    """Elastic cell similarity of scGPT: mean of ``1 - (cos - threshold)^2`` over all pairs, negative cosines as zero."""
+    """Elastic cell similarity of scGPT: mean ``1 - (cos - threshold)^2`` over all pairs, negative cosines as zero."""
     unit = F.normalize(cell.float(), dim=1)
     cosine = (unit @ unit.T).fill_diagonal_(0).relu()
     return (1 - (cosine - threshold) ** 2).mean()
@@ -60,7 +60,7 @@ def focal(logits: Tensor, label: Tensor, weight: Tensor | None = None, gamma: fl
 
 
 def dice(logits: Tensor, label: Tensor, smooth: float = 1.0) -> Tensor:
-    """Soft Dice loss over the classes of a batch (Milletari et al. 2016): one minus the mean overlap of class and prediction."""
+    """Soft Dice loss of a batch (Milletari et al. 2016): one minus the mean overlap of class and prediction."""
     p = logits.float().softmax(1)
     target = F.one_hot(label, logits.shape[1]).float()
     overlap = (2 * (p * target).sum(0) + smooth) / (p.sum(0) + target.sum(0) + smooth)

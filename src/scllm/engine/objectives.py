@@ -68,9 +68,9 @@ class MaskedValue:
     from_cell
         Weight of the error of the values predicted from the cell embedding.
     left_out
-        Share of each cell's genes that are left out of the sentence altogether. From the cell embedding their values are
-        predicted too, and those of as many genes drawn at random, most of them zero: so the embedding has to say which
-        genes a cell expresses, not only how much. 0 is scGPT's own training.
+        Share of each cell's genes that are left out of the sentence altogether. From the cell embedding their values
+        are predicted too, and those of as many genes drawn at random, most of them zero: so the embedding has to say
+        which genes a cell expresses, not only how much. 0 is scGPT's own training.
     seed
         What the ratio is drawn by, together with the step.
     """
@@ -124,7 +124,9 @@ class MaskedValue:
         if self.from_cell:
             asked = batch.genes[hidden], cell_of, target
             if out is not None:
-                asked = tuple(map(torch.cat, zip(asked, self._left_out(everything, out, len(model.vocab)), strict=True)))
+                asked = tuple(
+                    map(torch.cat, zip(asked, self._left_out(everything, out, len(model.vocab)), strict=True))
+                )
             logged |= self._from_cell(model, batch, states[batch.first], *asked, len(hidden))
         terms = ((value, self.from_cell if name.endswith("_cell") else 1.0) for name, value in logged.items())
         total = torch.stack([weight * value for value, weight in terms]).sum()

@@ -37,7 +37,8 @@ def freeze(model: CellModel, what: Freeze) -> None:
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):
             raise ValueError(
-                f"freeze: no weight is called {pattern!r}; names such as {names[:3]} expected. Use patterns like 'layers.0.*'."
+                f"freeze: no weight is called {pattern!r}; names such as {names[:3]} expected. Use patterns like "
+                "'layers.0.*'."
             )
     for name, weight in model.named_parameters():
         if any(fnmatch(name, pattern) for pattern in patterns):

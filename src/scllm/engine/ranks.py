@@ -1,4 +1,4 @@
-"""This process among those that train together."""
+"""The processes that train together, and which of them this is."""
 
 from __future__ import annotations
 

@@ -109,8 +109,8 @@ class Run:
         if different:
             seen = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in different[:6])
             raise ValueError(
-                f"{self.path} holds a run with other settings ({seen}), the same settings expected. Pass another run_dir, "
-                "or the settings of the run to continue it."
+                f"{self.path} holds a run with other settings ({seen}), the same settings expected. Pass another "
+                "run_dir, or the settings of the run to continue it."
             )
 
     def table(self) -> pd.DataFrame | None:

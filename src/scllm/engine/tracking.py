@@ -37,7 +37,9 @@ def tracker(name: Logger | None, run: Run) -> Callable[[dict[str, Any]], None]:
     if name == "wandb":
         import wandb
 
-        session = wandb.init(project="scllm", name=run.path.name, dir=run.path, config=run.spec["train"], resume="allow")
+        session = wandb.init(
+            project="scllm", name=run.path.name, dir=run.path, config=run.spec["train"], resume="allow"
+        )
 
         def to_wandb(line: dict[str, Any]) -> None:
             session.log({f"{line['split']}/{k}": v for k, v in line.items() if isinstance(v, float)}, step=line["step"])

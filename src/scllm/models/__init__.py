@@ -40,8 +40,8 @@ def family_module(family: str) -> ModuleType:
         return import_module(family)
     if family not in families():
         raise ValueError(
-            f"there is no model family {family!r}, one of {families()} expected. A family of your own package is named with "
-            "its module, for example 'mylab.model'."
+            f"there is no model family {family!r}, one of {families()} expected. A family of your own package is named "
+            "with its module, for example 'mylab.model'."
         )
     return import_module(f"{__name__}.{family}")
 
@@ -98,7 +98,7 @@ def load(
     Parameters
     ----------
     path
-        A folder that scllm wrote (a model or a run directory), or a published checkpoint. A model is given back as it is.
+        A folder that scllm wrote (a model or a run directory), or a published checkpoint. A model is given back.
     family
         Which published format it is; native folders say so themselves.
     vocab
@@ -135,8 +135,8 @@ def _folder(path: Path) -> Path:
     if (path / "spec.json").is_file():
         if not (path / "done").exists():
             raise ValueError(
-                f"{path} is a run that is not done, a finished run expected. Continue it with the same call of the verb, "
-                f"or `scllm run {path}`."
+                f"{path} is a run that is not done, a finished run expected. Continue it with the same call of the "
+                f"verb, or `scllm run {path}`."
             )
         return path / "model"
     return path
@@ -155,7 +155,8 @@ def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> Cel
     if "." in saved and family is None:
         # a family outside this package is imported only when the caller passes it, never because a file says so
         raise ValueError(
-            f"{folder} holds a model of the family {saved!r} from another package. If you trust it, pass family={saved!r}."
+            f"{folder} holds a model of the family {saved!r} from another package. If you trust it, pass "
+            f"family={saved!r}."
         )
     module = family_module(saved)
     heads = tuple(
@@ -171,9 +172,7 @@ def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> Cel
     return model
 
 
-def _filled(
-    module: ModuleType, checkpoint: Checkpoint, vocab: Vocab, folder: Path, ignore: Iterable[str]
-) -> CellModel:
+def _filled(module: ModuleType, checkpoint: Checkpoint, vocab: Vocab, folder: Path, ignore: Iterable[str]) -> CellModel:
     """A model with the weights of a checkpoint; the caller's random state stays as it was."""
     with torch.random.fork_rng([]):
         model: CellModel = module.Model(checkpoint.config, vocab, checkpoint.encoder)

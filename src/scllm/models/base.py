@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from scllm._typing import IntArray
 from scllm.data.encode import Encoder
-from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
+from scllm.models.batch import Batch, Outputs
 from scllm.models.storage import write_native
 
 __all__ = ["Batch", "CellModel", "Checkpoint", "HeadSpec", "ModelConfig", "Outputs", "Pooling"]
@@ -65,145 +63,6 @@ class HeadSpec:
     def n_outputs(self) -> int:
         """Width of the head's output."""
         return 1 if self.classes is None else len(self.classes)
-
-
-@dataclass
-class Batch:
-    """Cells packed one after the other; nothing is padded.
-
-    Parameters
-    ----------
-    genes
-        Token ids, ``(t,)`` int64.
-    values
-        Values beside the tokens, ``(t,)`` float32, or nothing.
-    cu_seqlens
-        Where each cell begins and ends, ``(b + 1,)`` int32.
-    lengths
-        Tokens of each cell, on the host: grouping cells must not wait for the GPU.
-    keys
-        What each cell's random draws are keyed by, ``(b,)`` int64.
-    obs
-        Labels, batch and the like by name, ``(b,)`` each.
-    measured
-        Tokens of the genes that the data have, ``(g,)``: a gene that was not measured is not zero.
-    """
-
-    genes: Tensor
-    values: Tensor | None
-    cu_seqlens: Tensor
-    lengths: tuple[int, ...]
-    keys: Tensor
-    obs: dict[str, Tensor] = field(default_factory=dict)
-    measured: Tensor | None = None
-
-    @classmethod
-    def from_tokens(
-        cls,
-        tokens: Tokens,
-        keys: IntArray | None = None,
-        obs: Mapping[str, Any] | None = None,
-        measured: IntArray | None = None,
-    ) -> Batch:
-        """Pack the sentences of cells."""
-        keys = np.zeros(len(tokens), np.int64) if keys is None else keys
-        return cls(
-            torch.from_numpy(tokens.genes.astype(np.int64)),
-            None if tokens.values is None else torch.from_numpy(np.asarray(tokens.values, np.float32)),
-            torch.from_numpy(tokens.indptr.astype(np.int32)),
-            tuple(tokens.lengths.tolist()),
-            torch.from_numpy(np.ascontiguousarray(keys, np.int64)),
-            {name: torch.as_tensor(column) for name, column in (obs or {}).items()},
-            None if measured is None else torch.from_numpy(measured.astype(np.int64)),
-        )
-
-    @property
-    def n_cells(self) -> int:
-        """Cells in the batch."""
-        return len(self.lengths)
-
-    @property
-    def first(self) -> Tensor:
-        """Position of each cell's first token, ``(b,)``."""
-        return self.cu_seqlens[:-1].long()
-
-    @property
-    def cell(self) -> Tensor:
-        """Which cell each token belongs to, ``(t,)`` int64."""
-        cells = torch.arange(self.n_cells, device=self.genes.device)
-        return torch.repeat_interleave(cells, self.cu_seqlens.diff().long(), output_size=len(self.genes))
-
-    def with_values(self, values: Tensor) -> Batch:
-        """The same cells with other values beside the genes."""
-        return replace(self, values=values)
-
-    def without(self, positions: Tensor, n_left_out: Sequence[int]) -> Batch:
-        """The same cells without some tokens, ``n_left_out`` of each cell."""
-        kept = torch.ones_like(self.genes, dtype=torch.bool).index_fill(0, positions, False)
-        lengths = tuple(n - out for n, out in zip(self.lengths, n_left_out, strict=True))
-        ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-        return replace(
-            self,
-            genes=self.genes[kept],
-            values=None if self.values is None else self.values[kept],
-            cu_seqlens=ends.to(self.genes.device, non_blocking=True),
-            lengths=lengths,
-        )
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Move to a device, without waiting for it."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return self._mapped(move)
-
-    def pin(self) -> Batch:
-        """Pinned copies, so that moving to a GPU overlaps with computing."""
-        return self._mapped(Tensor.pin_memory)
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(
-            change(self.genes),
-            None if self.values is None else change(self.values),
-            change(self.cu_seqlens),
-            self.lengths,
-            change(self.keys),
-            {name: change(column) for name, column in self.obs.items()},
-            None if self.measured is None else change(self.measured),
-        )
-
-    def padded(self, *, pad_id: int, pad_value: float = 0) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Genes, values and padding (``True`` where there is no token), each ``(b, l)``."""
-        width = max(self.lengths, default=0)
-        lengths = self.cu_seqlens.diff().long()
-        padding = torch.arange(width, device=self.genes.device) >= lengths[:, None]
-        genes = self.genes.new_full(padding.shape, pad_id)
-        genes[~padding] = self.genes
-        if self.values is None:
-            return genes, None, padding
-        values = self.values.new_full(padding.shape, pad_value)
-        values[~padding] = self.values
-        return genes, values, padding
-
-
-@dataclass
-class Outputs:
-    """What a forward pass gives.
-
-    Parameters
-    ----------
-    hidden
-        State of each token after the last block, ``(t, d)``.
-    cell
-        Embedding of each cell, ``(b, d)``.
-    heads
-        Predictions by name: per token ``(t,)``, per cell ``(b, k)``.
-    """
-
-    hidden: Tensor
-    cell: Tensor
-    heads: dict[str, Tensor]
 
 
 @dataclass
@@ -265,12 +124,12 @@ class CellModel(nn.Module):
     # --- what a family fills in ---
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> Sequence[Any]:
         """The transformer blocks, first to last."""
         raise TypeError(f"{type(self).__name__} does not define its blocks")
 
     def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
-        """States of all tokens after a block, ``(t, d)``; with ``first_only`` of each cell's first token, ``(b, d)``."""
+        """States of all tokens after a block, ``(t, d)``; with ``first_only`` of each cell's first one, ``(b, d)``."""
         raise TypeError(f"{type(self).__name__} does not define hidden states")
 
     def forward(self, batch: Batch) -> Outputs:

@@ -148,7 +148,7 @@ class Model(CellModel):
         nn.init.uniform_(self.gene_embedding.weight, -0.1, 0.1)
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> Sequence[Any]:
         """The transformer blocks, first to last."""
         return list(self.layers)
 
@@ -176,9 +176,9 @@ class Model(CellModel):
         return self._normalise_domains(x, batch) if self.config.domain_norm else x
 
     def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
-        """States of all tokens after a block, ``(t, d)``; with ``first_only`` of each cell's first token, ``(b, d)``."""
+        """States of all tokens after a block, ``(t, d)``; with ``first_only`` of each cell's first one, ``(b, d)``."""
         x = self.inputs(batch)
-        blocks = list(self.layers)[: len(self.layers) + 1 + layer]
+        blocks = self.blocks[: self.config.n_layers + 1 + layer]
         if not blocks:
             return x[batch.first] if first_only else x
         for block in blocks[:-1]:
@@ -197,7 +197,7 @@ class Model(CellModel):
     def decode(self, hidden: Tensor, cell_of: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Values predicted from token states ``(n, d)`` of the cells ``cell_of``: ``value``, and ``zero`` logits."""
         if self.config.batch_labels:
-            hidden = torch.cat([hidden, self.batch_embedding(batch.obs["batch"])[cell_of]], dim=1)
+            hidden = torch.cat([hidden, self.batch_embedding(batch.experiment)[cell_of]], dim=1)
         predicted = {"value": self.decoder(hidden).squeeze(1)}
         if self.zero_decoder is not None:
             predicted["zero"] = self.zero_decoder(hidden).squeeze(1)
@@ -208,7 +208,7 @@ class Model(CellModel):
         if self.cell_decoder is None:
             return {}
         if self.config.batch_labels:
-            cell = torch.cat([cell, self.batch_embedding(batch.obs["batch"])], dim=1)
+            cell = torch.cat([cell, self.batch_embedding(batch.experiment)], dim=1)
         return self.cell_decoder(cell, self.embed_genes(genes), cell_of)
 
     def value_losses(self, from_cell: bool) -> tuple[str, ...]:
@@ -220,7 +220,7 @@ class Model(CellModel):
 
     def _normalise_domains(self, x: Tensor, batch: Batch) -> Tensor:
         """Each experimental batch by its own statistics; cells of several may share a mini-batch."""
-        domain = batch.obs["batch"][batch.cell]
+        domain = batch.experiment[batch.cell]
         normalised = torch.empty_like(x)
         for label in domain.unique().tolist():
             of_label = domain == label
@@ -310,21 +310,27 @@ def write(model: Model, path: Path) -> None:
         "explicit_zero_prob": config.explicit_zero_prob, "mask_ratio": [0.25, 0.5, 0.75],
     }  # fmt: skip
     weights = {_theirs(name): tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    tokens, table = _with_specials(model.vocab.tokens), weights["encoder.embedding.weight"]
+    weights["encoder.embedding.weight"] = nn.functional.pad(table, (0, 0, 0, len(tokens) - len(table)))
     path.mkdir(parents=True, exist_ok=True)
     (path / "args.json").write_text(json.dumps(args, indent=1))
-    (path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(model.vocab.tokens)}))
+    (path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     torch.save(weights, path / "best_model.pt")
 
 
 def read_vocab(path: Path) -> Vocab:
-    """scGPT's ``{symbol: id}`` file; specials that are missing are appended as its package does."""
+    """scGPT's ``{symbol: id}`` file."""
     tokens = read_tokens(path)
     if isinstance(tokens, dict):
         raise ValueError(
             f"{path} is a native scllm vocabulary, scGPT's symbol -> id dictionary expected. Drop family=."
         )
-    tokens = [*tokens, *(token for token in _SPECIALS if token not in tokens)]
-    return Vocab(tuple(tokens), mask=None)
+    return Vocab(_with_specials(tokens), mask=None)
+
+
+def _with_specials(tokens: Sequence[str]) -> tuple[str, ...]:
+    """Specials that are missing are appended, as scGPT's package does when it reads."""
+    return (*tokens, *(token for token in _SPECIALS if token not in tokens))
 
 
 def _ours(name: str) -> str:
@@ -347,13 +353,12 @@ def _rename(name: str, table: Sequence[tuple[str, str]]) -> str:
 
 def _config(args: dict[str, Any], weights: dict[str, Tensor]) -> Config:
     """The architecture: sizes from the settings, optional parts from the weights that are there."""
+    style: CellDecoder | None = None
     if "cell_decoder.weight.weight" in weights:
         style = args.get("mvc_decoder_style") or "inner product"
     elif "cell_decoder.up.weight" in weights:
         style = "concat query" if len(weights["cell_decoder.query.weight"]) == 64 else "sum query"
         style = args.get("mvc_decoder_style") or style
-    else:
-        style = None
     config = Config(
         n_layers=args["nlayers"],
         n_heads=args["nheads"],
@@ -369,14 +374,10 @@ def _config(args: dict[str, Any], weights: dict[str, Tensor]) -> Config:
     if config.value_style == "category":
         config = replace(config, n_value_bins=len(weights["value_embedding.table.weight"]))
     domains = {name.split(".")[1] for name in weights if name.startswith("domain_norms.")}
-    known = [
-        len(domains),
-        len(weights.get("batch_embedding.0.weight", ())),
-        len(weights.get("batch_head.out.bias", ())),
-    ]
+    known = [len(weights.get(name, ())) for name in ("batch_embedding.0.weight", "batch_head.out.bias")]
     return replace(
         config,
-        n_batches=max(known),
+        n_batches=max(len(domains), *known),
         batch_labels="batch_embedding.0.weight" in weights,
         domain_norm=bool(domains),
         adversarial="batch_head.out.bias" in weights,

@@ -89,8 +89,8 @@ def read_torch(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{path} cannot be read ({reason}); a whole file of plain tensors expected. It is truncated, damaged or holds "
-            "code, which is never executed: copy it again, or take another checkpoint."
+            f"{path} cannot be read ({reason}); a whole file of plain tensors expected. It is truncated, damaged or "
+            "holds code, which is never executed: copy it again, or take another checkpoint."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(

@@ -43,8 +43,8 @@ def bin_expression(
     layer
         Layer to bin; ``None`` is ``X``.
     ties
-        Bin of a value that spans several: their ``"middle"``, the lowest (``"left"``), the highest (``"right"``), or one
-        drawn at ``"random"`` as in scGPT. Random ties add noise that no model can predict.
+        Bin of a value that spans several: their ``"middle"``, the lowest (``"left"``), the highest (``"right"``), or
+        one drawn at ``"random"`` as in scGPT. Random ties add noise that no model can predict.
     key_added
         Layer to write.
     random_state

@@ -106,7 +106,8 @@ def recipe_scgpt(
 def _check_settings(n_top_genes: int, flavor: str, target_sum: float) -> None:
     if n_top_genes < 1 or not target_sum > 0:
         raise ValueError(
-            f"n_top_genes is {n_top_genes} and target_sum {target_sum}, positive numbers expected. scGPT uses 1200 and 1e4."
+            f"n_top_genes is {n_top_genes} and target_sum {target_sum}, positive numbers expected. "
+            "scGPT uses 1200 and 1e4."
         )
     if flavor not in get_args(Flavor):
         raise ValueError(f"flavor is {flavor!r}, one of {get_args(Flavor)} expected. scGPT uses 'seurat_v3'.")
@@ -121,7 +122,7 @@ def _kept(
     min_genes: int | None,
     target_sum: float,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which cells and genes stay, ``(n_cells,)`` and ``(n_genes,)``; chosen on a copy, so that a failure changes nothing."""
+    """Which cells and genes stay, as masks; chosen on a copy, so that a failure changes nothing."""
     import scanpy as sc
 
     part = AnnData(adata.X, adata.obs[[] if batch_key is None else [batch_key]])
@@ -131,8 +132,8 @@ def _kept(
         cells, _ = sc.pp.filter_cells(part[:, genes], min_genes=min_genes, inplace=False)
     if not cells.any() or not genes.any():
         raise ValueError(
-            f"{genes.sum()} genes and {cells.sum()} cells pass min_gene_counts={min_gene_counts} and min_genes={min_genes}, "
-            "at least one of each expected. Lower them."
+            f"{genes.sum()} genes and {cells.sum()} cells pass min_gene_counts={min_gene_counts} and "
+            f"min_genes={min_genes}, at least one of each expected. Lower them."
         )
     if n_top_genes >= genes.sum():
         log.info(
@@ -165,8 +166,9 @@ def _check_samples(part: AnnData, batch_key: str | None) -> str:
     sizes = samples.value_counts()
     if samples.isna().any() or sizes.min() < 2:
         raise ValueError(
-            f"obs[{batch_key!r}] is missing in {samples.isna().sum()} cells, and its smallest sample {sizes.idxmin()!r} has "
-            f"{sizes.min()}; a sample of at least 2 cells expected for each. Merge or drop small samples."
+            f"obs[{batch_key!r}] is missing in {samples.isna().sum()} cells, and its smallest sample "
+            f"{sizes.idxmin()!r} has {sizes.min()}; a sample of at least 2 cells expected for each. Merge or drop "
+            "small samples."
         )
     return f"{sizes.min()} cells in {sizes.idxmin()!r}"
 

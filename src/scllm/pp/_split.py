@@ -59,8 +59,8 @@ def split(
     """
     if group_key is not None and stratify is not None:
         raise ValueError(
-            f"group_key={group_key!r} and stratify={stratify!r} are both given, one of them expected: whole groups cannot be "
-            "divided by label too. Leave one out."
+            f"group_key={group_key!r} and stratify={stratify!r} are both given, one of them expected: whole groups "
+            "cannot be divided by label too. Leave one out."
         )
     groups = None if group_key is None else obs_column(adata.obs, group_key)
     labels = None if stratify is None else obs_column(adata.obs, stratify)

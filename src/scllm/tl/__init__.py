@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from scllm.engine.config import TrainConfig
+from scllm.engine.lora import LoraSettings
 from scllm.tl._benchmark import benchmark
 from scllm.tl._classify import classify
 from scllm.tl._embed import embed, embed_genes
@@ -11,6 +12,7 @@ from scllm.tl._pretrain import pretrain
 from scllm.tl._reconstruct import reconstruct
 
 __all__ = [
+    "LoraSettings",
     "TrainConfig",
     "benchmark",
     "classify",

@@ -100,7 +100,8 @@ def embed(
     chosen = resolve(model, adata)
     if not -chosen.config.n_layers - 1 <= hidden_layer <= -1:
         raise ValueError(
-            f"hidden_layer is {hidden_layer}, -1 (last block) to {-chosen.config.n_layers - 1} (before the first) expected."
+            f"hidden_layer is {hidden_layer}, -1 (last block) to {-chosen.config.n_layers - 1} (before the first) "
+            "expected."
         )
     if pooling not in (None, "cls", "mean", "max"):
         raise ValueError(f"pooling is {pooling!r}, 'cls', 'mean', 'max' or None expected. None is the family's own.")
@@ -159,8 +160,8 @@ def embed_genes(
     Writes
     ------
     ``adata.varm[key_added]``
-        float32 ``(n_genes, d)``, with ``groupby`` ``(n_genes, n_groups, d)``; NaN where the vocabulary does not have the
-        gene or no cell expresses it.
+        float32 ``(n_genes, d)``, with ``groupby`` ``(n_genes, n_groups, d)``; NaN where the vocabulary does not have
+        the gene or no cell expresses it.
     ``adata.uns["scllm"]["embed_genes"]``
         Settings and, with ``groupby``, the names of the groups.
 

@@ -19,6 +19,7 @@ from scllm import models
 from scllm._checks import labels, obs_column
 from scllm.data.source import CellSource, open_source
 from scllm.engine.config import Precision, TrainConfig
+from scllm.engine.lora import LoraSettings
 from scllm.engine.objectives import Label, LossName
 from scllm.engine.optim import Freeze
 from scllm.engine.optim import freeze as check_freeze
@@ -39,6 +40,7 @@ def finetune(
     loss: LossName | Mapping[LossName, float] = "ce",
     upsample: bool = False,
     class_weight: Literal["balanced"] | Mapping[str, float] | None = None,
+    lora: int | LoraSettings | None = None,
     validation: float | str = 0.1,
     group_key: str | None = None,
     layer: str | None = None,
@@ -73,6 +75,9 @@ def finetune(
         Whether cells of rare labels are drawn more often, so that every label is seen alike.
     class_weight
         ``"balanced"``, or a weight for each label; ``None`` weighs cells alike.
+    lora
+        Rank of low-rank adapters that are trained in place of the blocks' weights, and merged into them at the end; or
+        :class:`scllm.tl.LoraSettings`. Needs peft.
     validation
         Share of cells held out (of every label alike), or a column as :func:`scllm.pp.split` writes it.
     group_key
@@ -96,8 +101,8 @@ def finetune(
     precision
         ``"auto"``: fp32 on a CPU, bf16 on a GPU that has it.
     resume
-        ``"auto"`` continues a ``run_dir`` of the same settings; ``True`` insists that there is one, ``False`` that there
-        is none.
+        ``"auto"`` continues a ``run_dir`` of the same settings; ``True`` insists that there is one, ``False`` that
+        there is none.
     config
         The rest, see :class:`scllm.tl.TrainConfig`. A value given both ways is a ``TypeError``.
     random_state
@@ -157,6 +162,7 @@ def finetune(
     return train(
         "finetune", data, source, begun, objective, settings,
         layer=layer, cells=cells, where=where, run_dir=run_dir, resume=resume, freeze=freeze,
+        lora=LoraSettings(r=lora) if isinstance(lora, int) else lora,
         params={
             "key": keys, "upsample": upsample, "class_weight": class_weight, "validation": validation,
             "group_key": group_key, "layer": layer,
@@ -174,8 +180,8 @@ def _target(source: CellSource, key: str) -> tuple[HeadSpec, NDArray[Any]]:
         return HeadSpec(key, None), values
     if pd.api.types.is_integer_dtype(column):
         raise ValueError(
-            f"obs[{key!r}] holds integers (first: {column.iloc[0]}), labels or float values expected. If they are labels: "
-            f"adata.obs[{key!r}] = adata.obs[{key!r}].astype('category'); if they are values: .astype(float)."
+            f"obs[{key!r}] holds integers (first: {column.iloc[0]}), labels or float values expected. If they are "
+            f"labels: adata.obs[{key!r}] = adata.obs[{key!r}].astype('category'); if they are values: .astype(float)."
         )
     classes = labels(obs, key)
     codes = classes.cat.codes.to_numpy().astype(np.int64)
@@ -183,8 +189,8 @@ def _target(source: CellSource, key: str) -> tuple[HeadSpec, NDArray[Any]]:
     single = [name for name, n in zip(classes.cat.categories, np.bincount(codes[codes >= 0])) if n == 1]
     if single:
         warnings.warn(
-            f"{len(single)} labels of obs[{key!r}] have one cell only (first: {single[0]!r}), at least 2 expected: they cannot "
-            "be validated. Merge or drop them.",
+            f"{len(single)} labels of obs[{key!r}] have one cell only (first: {single[0]!r}), at least 2 expected: "
+            "they cannot be validated. Merge or drop them.",
             UserWarning,
             stacklevel=3,
         )
@@ -211,8 +217,8 @@ def _scaled(head: HeadSpec, training: NDArray[Any]) -> HeadSpec:
     if len(np.unique(seen)) < 2:
         what = "values" if head.classes is None else "labels"
         raise ValueError(
-            f"the training cells hold {len(np.unique(seen))} distinct {what} of obs[{head.key!r}], at least 2 expected. "
-            "Pass another column, hold out other groups, or a smaller share."
+            f"the training cells hold {len(np.unique(seen))} distinct {what} of obs[{head.key!r}], at least 2 "
+            "expected. Pass another column, hold out other groups, or a smaller share."
         )
     if head.classes is not None:
         return head

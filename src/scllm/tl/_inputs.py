@@ -16,7 +16,7 @@ __all__ = ["check_layer"]
 def check_layer(
     source: CellSource, model: CellModel, layer: str | None, adata: AnnData | None, *, downsample: float = 0.0
 ) -> None:
-    """Raise on values that the model's encoder (or down-sampling) cannot read; name the layer that holds counts, if one does."""
+    """Raise on values that encoder or down-sampling cannot read; name the layer that holds counts, if one does."""
     needs_counts = model.encoder.needs_counts or downsample > 0
     check_source(source, needs_counts=needs_counts, layer=layer, hint=lambda: _layer_with_counts(adata))
 

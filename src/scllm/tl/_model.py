@@ -45,12 +45,13 @@ def recorded_model(adata: AnnData | None) -> CellModel:
         return _unsaved[entry["hash"]]
     if not path:
         raise ValueError(
-            "the model recorded in adata.uns['scllm']['model'] was never saved, and belongs to another Python process. Pass a "
-            "model, and save models with model.save(path)."
+            "the model recorded in adata.uns['scllm']['model'] was never saved, and belongs to another Python process. "
+            "Pass a model, and save models with model.save(path)."
         )
     if not Path(path).exists():
         raise FileNotFoundError(
-            f"the model recorded in adata.uns['scllm']['model'] is gone: {path} is not there. Pass a model or its new path."
+            f"the model recorded in adata.uns['scllm']['model'] is gone: {path} is not there. Pass a model or its new "
+            "path."
         )
     family = str(entry["family"])
     return models.load(path, family=None if models.storage.is_native(Path(path)) else family)

@@ -53,8 +53,8 @@ def pretrain(
     """Train a model on cells without labels, from scratch or onwards from another model.
 
     scgpt hides the expression of a part of each cell's genes and predicts it, from the genes around and from the cell
-    embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). Everything is written to a run directory: the same
-    call continues after a crash, to the same loss curve.
+    embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). Everything is written to a run directory: the
+    same call continues after a crash, to the same loss curve.
 
     Parameters
     ----------
@@ -81,9 +81,9 @@ def pretrain(
     mask_ratio
         Share of a cell's genes to hide, or several to draw from each step (scgpt: 0.25, 0.5, 0.75).
     left_out
-        Share of a cell's genes that are left out of its sentence, to be told from the cell embedding among genes that the
-        cell does not express: the embedding then says which genes are expressed, and separates cell types better. ``None``
-        is the family's own (scgpt: 0).
+        Share of a cell's genes that are left out of its sentence, to be told from the cell embedding among genes that
+        the cell does not express: the embedding then says which genes are expressed, and separates cell types better.
+        ``None`` is the family's own (scgpt: 0).
     dropout
         Dropout of the blocks (scgpt: 0.2). With 0 any number of processes gives the same loss curve.
     validation
@@ -126,9 +126,11 @@ def pretrain(
     adata = data if isinstance(data, AnnData) else None
     check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample)
     module = models.family_module(begun.family)
+    # a trained table is not started again, unless config says so
+    gene_init = "svd" if isinstance(model, str) and _is_family(model) else "random"
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     settings = merged_config(
-        config, given, {**module.PRETRAIN, "gene_init": "svd"}, precision=precision, random_state=random_state
+        config, given, {**module.PRETRAIN, "gene_init": gene_init}, precision=precision, random_state=random_state
     )
     objective: dict[str, Any] = {**begun.config.objective(), "seed": settings.random_state}
     if mask_ratio is not None:
@@ -136,8 +138,6 @@ def pretrain(
     if left_out is not None:
         objective["left_out"] = left_out
     training, held_out = divide(source, validation, group_key=group_key, random_state=seed)
-    if not (isinstance(model, str) and _is_family(model)):
-        settings = replace(settings, gene_init="random")  # a trained table is not started again
     return train(
         "pretrain", data, source, begun, objective_from_dict(objective), settings,
         layer=layer, cells={"train": training, "validation": held_out}, where=where, run_dir=run_dir, resume=resume,

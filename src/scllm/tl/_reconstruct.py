@@ -75,14 +75,15 @@ def reconstruct(
     chosen = resolve(model, adata)
     if target_depth is not None:
         raise ValueError(
-            f"target_depth={target_depth} goes with models that read the sequencing depth, {chosen.family} does not. Leave it out."
+            f"target_depth={target_depth} goes with models that read the sequencing depth, {chosen.family} does not. "
+            "Leave it out."
         )
     if mask_ratio is not None and not 0 < mask_ratio < 1:
         raise ValueError(f"mask_ratio is {mask_ratio}, a share between 0 and 1 expected. None hides nothing.")
     if genes is not None and mask_ratio is not None:
         raise TypeError(
-            f"genes= and mask_ratio={mask_ratio} are both given, one of them expected: chosen genes are predicted from the "
-            "cell embedding. Leave one out."
+            f"genes= and mask_ratio={mask_ratio} are both given, one of them expected: chosen genes are predicted from "
+            "the cell embedding. Leave one out."
         )
     source = open_source(adata)
     check_layer(source, chosen, None, adata)

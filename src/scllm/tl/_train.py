@@ -32,9 +32,11 @@ from scllm.engine.device import check_gpus, resolve_device, resolve_precision
 from scllm.engine.estimate import say_cost
 from scllm.engine.gene_init import start_from_data
 from scllm.engine.launch import command, launch
+from scllm.engine.lora import LoraSettings, check_peft
 from scllm.engine.objectives import Objective, objective_to_dict
 from scllm.engine.optim import Freeze
 from scllm.engine.run import Run
+from scllm.engine.tracking import check_tracker
 from scllm.models.base import CellModel
 from scllm.models.storage import is_native
 from scllm.tl._model import gene_match, remember
@@ -147,6 +149,7 @@ def train(
     run_dir: str | PathLike[str] | None,
     resume: bool | str,
     freeze: Freeze = 0,
+    lora: LoraSettings | None = None,
     params: Mapping[str, Any],
 ) -> CellModel:
     """Write the run directory (or continue the one there), train, and record the result on the AnnData."""
@@ -154,6 +157,9 @@ def train(
         raise ValueError(
             f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues a run of the same spec."
         )
+    check_tracker(config.logger)
+    if lora is not None:
+        check_peft()
     match = gene_match(data, source, model)
     spec = {
         "verb": verb,
@@ -165,6 +171,7 @@ def train(
         "objective": objective_to_dict(objective),
         "train": config.to_dict(),
         "freeze": freeze,
+        "lora": None if lora is None else asdict(lora),
         "params": {name: str(value) for name, value in params.items()},
         "data": {"fingerprint": fingerprint(source), "layer": layer, **match_settings(data)},
         "data_reference": _reference(data),
@@ -276,7 +283,8 @@ def _check_free(path: Path) -> None:
     others = [entry.name for entry in path.iterdir() if not _is_left_over(entry)] if path.exists() else []
     if others:
         raise ValueError(
-            f"{path} holds other files (first: {others[0]!r}), an empty directory or a run expected. Pass another run_dir."
+            f"{path} holds other files (first: {others[0]!r}), an empty directory or a run expected. Pass another "
+            "run_dir."
         )
 
 

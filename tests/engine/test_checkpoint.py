@@ -1,0 +1,146 @@
+"""Full disks, damaged files and files that go away."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from engine.runs import curve, interrupted, pretrain, same_curve, start, wait_for_step
+
+import scllm
+from scllm.engine import checkpoint
+from scllm.models.storage import read_torch
+
+SETTINGS = {"epochs": 2, "config": {"save_every": 3}}
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"
+
+
+@pytest.fixture(scope="module")
+def finished(_toy, tmp_path_factory):
+    """A run that is done."""
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    pretrain(_toy.copy(), run_dir, **SETTINGS)
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    """A run that was killed after its last step, before it was done."""
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "done").unlink()
+    return tmp_path / "run"
+
+
+class TouchWhenLoaded:
+    """Code in a pickle: writes a file as soon as it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_is_read_back_as_it_was(tmp_path):
+    state = {"model": {"weight": torch.arange(3.0)}, "step": 7, "best": 0.5}
+    checkpoint.save(tmp_path / "last.pt", state)
+    found = checkpoint.restore(tmp_path / "last.pt")
+    assert torch.equal(found["model"].pop("weight"), state["model"].pop("weight"))
+    assert found == state
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_where_there_is_no_checkpoint_there_is_none(tmp_path):
+    assert checkpoint.restore(tmp_path / "last.pt") is None
+
+
+@pytest.mark.parametrize("full", ["last.pt", "history.jsonl"])
+def test_a_full_disk_is_an_error_that_keeps_the_last_good_checkpoint(finished, toy, tmp_path, full):
+    run_dir = tmp_path / "run"
+    interrupted(toy, run_dir, 5, **SETTINGS)
+    step, size = read_torch(run_dir / "last.pt")["step"], (run_dir / full).stat().st_size
+    # no file may become larger than this: the history cannot grow, the checkpoint is not written whole
+    process = start(run_dir, before=LIMIT.format(size // 2 if full == "last.pt" else size + 10), **SETTINGS)
+    output, _ = process.communicate()
+    assert process.returncode == 1, output
+    assert f"OSError: {run_dir / full} could not be written (" in output
+    assert "room on the disk expected; the last good checkpoint is untouched. Make room and call again" in output
+    assert read_torch(run_dir / "last.pt")["step"] == step
+    assert not list(run_dir.glob(".last*"))
+    pretrain(toy, run_dir, **SETTINGS)
+    same_curve(curve(run_dir), curve(finished))
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best_model.pt"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "of other bytes"])
+def test_a_damaged_checkpoint_is_an_error_that_names_it(toy, run_dir, name, damage):
+    content = (run_dir / name).read_bytes()
+    damaged = {"truncated": content[: len(content) // 2], "empty": b"", "of other bytes": bytes(range(256)) * 9}
+    (run_dir / name).write_bytes(damaged[damage])
+    with pytest.raises(ValueError, match=rf"{name} cannot be read .* truncated, damaged or holds code"):
+        pretrain(toy, run_dir, **SETTINGS)
+    (run_dir / name).write_bytes(content)
+    pretrain(toy, run_dir, **SETTINGS)
+    assert (run_dir / "done").exists()
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best_model.pt"])
+@pytest.mark.parametrize(
+    "write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2))]
+)
+def test_code_in_place_of_a_checkpoint_is_not_executed(toy, run_dir, tmp_path, name, write):
+    trace = tmp_path / "trace"
+    write({"model": TouchWhenLoaded(trace)}, run_dir / name)
+    with pytest.raises(ValueError, match=f"{name} cannot be read"):
+        pretrain(toy, run_dir, **SETTINGS)
+    assert not trace.exists()
+
+
+def test_truncated_weights_are_an_error_that_names_them(finished, tmp_path):
+    weights = tmp_path / "model" / "weights.safetensors"
+    shutil.copytree(finished / "model", weights.parent)
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(ValueError, match=f"{weights} cannot be read"):
+        scllm.models.load(weights.parent)
+
+
+def test_a_file_that_is_deleted_while_it_is_read_is_read_to_the_end(toy, tmp_path):
+    path, run_dir = tmp_path / "toy.h5ad", tmp_path / "run"
+    toy.write_h5ad(path)
+    thread = threading.Thread(target=lambda: (wait_for_step(run_dir, 4), path.unlink()))
+    thread.start()
+    model = pretrain(path, run_dir, **SETTINGS)
+    thread.join()
+    assert len(model.history) == 16
+
+
+def test_a_store_that_goes_away_is_an_error_that_names_it_and_the_run_goes_on_when_it_is_back(toy, tmp_path):
+    path, run_dir = tmp_path / "toy.zarr", tmp_path / "run"
+    toy.write_zarr(path)
+    pretrain(path, tmp_path / "whole", **SETTINGS)
+    # zarr reads its files anew each epoch
+    thread = threading.Thread(target=lambda: (wait_for_step(run_dir, 4), path.rename(tmp_path / "away")))
+    thread.start()
+    with pytest.raises(OSError, match=str(path)):
+        pretrain(path, run_dir, **SETTINGS)
+    thread.join()
+    (tmp_path / "away").rename(path)
+    pretrain(path, run_dir, **SETTINGS)
+    same_curve(curve(run_dir), curve(tmp_path / "whole"))
+
+
+def test_a_run_whose_file_was_truncated_between_two_calls_goes_on_when_it_is_whole_again(toy, tmp_path):
+    path, run_dir = tmp_path / "toy.h5ad", tmp_path / "run"
+    toy.write_h5ad(path)
+    interrupted(path, run_dir, 5, **SETTINGS)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(OSError, match="truncated"):
+        pretrain(path, run_dir, **SETTINGS)
+    path.write_bytes(content)
+    assert len(pretrain(path, run_dir, **SETTINGS).history) == 16
