@@ -28,8 +28,6 @@ class PaddedModel(Model):
                 getattr(theirs, name).load_state_dict(module.state_dict())
             theirs.norm2.load_state_dict(ours.norm2.state_dict())
         self.layers = nn.ModuleList()
-        for module in (self.value_embedding,):
-            module.dropout.p = dropout
 
     def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
         """Pad, encode, and take the padding out again."""

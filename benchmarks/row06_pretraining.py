@@ -17,7 +17,7 @@ from scllm.engine.objectives import MaskedValue
 from scllm.engine.optim import optimizer, train_mode
 from scllm.models.base import Batch, CellModel
 
-N_TOKENS, N_CELLS, ROUNDS = 36_574, 16, 5
+N_TOKENS, N_CELLS, ROUNDS = 36_574, 8, 5
 TARGET_FP32, TARGET_BF16, TARGET_DROPOUT = 1.35, 2.0, 3.5
 
 
@@ -43,7 +43,7 @@ class Step:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimise.step()
         self.optimise.zero_grad(set_to_none=True)
-        return float(loss.sum) / float(loss.count)
+        return loss.sum.item() / loss.count.item()
 
 
 def training_flop(model: CellModel, lengths: tuple[int, ...]) -> float:

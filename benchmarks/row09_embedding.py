@@ -15,7 +15,7 @@ from scllm import models, tl
 from scllm.data.vocab import Vocab
 from scllm.models.base import CellModel
 
-N_CELLS, ROUNDS = 128, 5
+N_CELLS, ROUNDS = 64, 5
 TARGET_BF16, COSINE_FP32, COSINE_BF16 = 2.5, 0.9999, 0.999
 
 

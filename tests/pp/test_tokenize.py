@@ -41,18 +41,6 @@ def test_longer_cells_keep_their_highest_values(adata, encoder):
         assert row[1:].tolist() == sorted(best)
 
 
-def test_get_fills_up_and_cuts_at_the_end(adata):
-    tokenize(adata)
-    whole, values = get.tokens(adata, pad_value=-9)
-    cut, _ = get.tokens(adata, length=7)
-    np.testing.assert_array_equal(cut, whole[:, :7])
-    wide, wide_values = get.tokens(adata, length=50, pad_value=-9)
-    np.testing.assert_array_equal(wide[:, : whole.shape[1]], whole)
-    assert (wide[:, whole.shape[1] :] == 41).all()
-    assert (values[whole == 41] == -9).all()
-    assert (wide_values[:, whole.shape[1] :] == -9).all()
-
-
 def test_a_model_brings_its_encoder_and_vocabulary(adata):
     class Model:
         vocab = Vocab.from_genes(adata.var_names[::-1])
@@ -77,14 +65,10 @@ def test_vocabulary_specials_and_settings_are_recorded(adata):
     assert get.tokens(adata, key="mine")[0].shape == (60, 9)
 
 
-def test_missing_tokens_say_what_to_call(adata):
-    with pytest.raises(KeyError, match=r"Call pp\.tokenize first"):
-        get.tokens(adata)
-    tokenize(adata)
-    with pytest.raises(KeyError, match=r"'token' is not in adata\.obsm\. Did you mean 'tokens'"):
-        get.tokens(adata, key="token")
-    with pytest.raises(ValueError, match="encoder is 'ranked'"):
+def test_an_unknown_encoder_is_an_error(adata):
+    with pytest.raises(ValueError, match="encoder is 'ranked', 'bins', 'values' or an encoder object expected"):
         tokenize(adata, encoder="ranked")
+    assert not len(adata.obsm)
 
 
 def test_a_cell_without_genes_is_cls_alone(adata):

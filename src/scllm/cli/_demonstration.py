@@ -15,8 +15,6 @@ import typer
 from anndata import AnnData
 from matplotlib.axes import Axes
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from scllm import datasets, metrics, pl, pp, tl
 from scllm._typing import FloatArray
@@ -118,16 +116,19 @@ def _add_simple_methods(adata: AnnData) -> None:
     sc.pp.pca(logged, n_comps=50, random_state=0)
     adata.obsm["X_pca"] = logged.obsm["X_pca"]
     is_test = (adata.obs["split"] == "test").to_numpy()
-    # variances without centring, so that the matrix stays sparse
-    probe = make_pipeline(StandardScaler(with_mean=False), LogisticRegression(max_iter=2000))
+    probe = LogisticRegression(max_iter=2000)
     probe.fit(logged.X[~is_test], adata.obs[_KEY][~is_test])
     adata.obs["logreg_label"] = pd.Categorical(probe.predict(logged.X), categories=adata.obs[_KEY].cat.categories)
 
 
 def _draw(adata: AnnData, test: AnnData, model: CellModel, tuned: CellModel, out: Path) -> None:
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
-    pl.loss_curves(model, metrics=["mse_share", "mse_cell"], ax=axes[:2], show=False)
-    pl.loss_curves(tuned, metrics=["loss", "accuracy"], ax=axes[2:], show=False)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    pl.loss_curves(model, metrics=["mse_share"], ax=axes[:1], show=False)
+    # the first steps bring the decoder to the right scale and would flatten everything after them
+    axes[0].set(ylim=(0.5, 1.2), ylabel="pretraining: share of variance left")
+    pl.loss_curves(tuned, metrics=["loss", "accuracy"], ax=axes[1:], show=False)
+    axes[1].set(ylabel="fine-tuning: cross-entropy")
+    axes[2].set(ylabel="fine-tuning: accuracy", ylim=(0, 1.02))
     _save(figure, out / "loss_curves.png")
     _save(_umaps(adata), out / "umap.png")
     ax = pl.confusion_matrix(test, truth=_KEY, predicted="scllm_label", show=False)
