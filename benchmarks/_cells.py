@@ -29,7 +29,7 @@ def table(counts: sparse.csr_matrix, genes: pd.Index | None = None) -> AnnData:
 
 
 def made_cells(n_cells: int, n_genes: int, n_stored: int, seed: int = 0) -> sparse.csr_matrix:
-    """Counts with a long tail, three quarters of them 1; ``n_stored`` of them a cell on average, log-normally spread."""
+    """Counts with a long tail, three quarters of them 1; ``n_stored`` a cell on average, log-normally spread."""
     rng = np.random.default_rng(seed)
     lengths = np.clip(rng.lognormal(np.log(n_stored), 0.5, n_cells), 1, n_genes).astype(int)
     indices = np.concatenate([np.sort(rng.choice(n_genes, n, replace=False, shuffle=False)) for n in lengths])

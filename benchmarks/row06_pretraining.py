@@ -37,7 +37,7 @@ class Step:
         train_mode(model)
 
     def __call__(self) -> float:
-        with autocast(self.precision, torch.device("cpu")):
+        with autocast(self.precision, self.model.device):
             loss = self.objective(self.model, self.batch, 0)
         (loss.sum / loss.count).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -81,7 +81,5 @@ def run() -> Row:
         absolute=f"{len(batch.genes) / seconds:,.0f} tokens a CPU-second in fp32",
         share_of_roof=f"{share:.0%} of GEMM, blocks alone, fp32",
         target=f"fp32 >= {TARGET_FP32}x, bf16 >= {TARGET_BF16}x, dropout 0.2 >= {TARGET_DROPOUT}x",
-        is_met=fp32.median >= TARGET_FP32
-        and bf16.median >= TARGET_BF16
-        and dropout_bf16.median >= TARGET_DROPOUT,
+        is_met=fp32.median >= TARGET_FP32 and bf16.median >= TARGET_BF16 and dropout_bf16.median >= TARGET_DROPOUT,
     )

@@ -27,7 +27,9 @@ def run() -> Row:
     ours = partial(embedded, adata, model)
     theirs = partial(embedded, adata, padded)
     expected = theirs()
-    cosine_fp32, cosine_bf16 = ((ours(precision).astype(float) * expected).sum(1).min() for precision in ("fp32", "bf16"))
+    cosine_fp32, cosine_bf16 = (
+        (ours(precision).astype(float) * expected).sum(1).min() for precision in ("fp32", "bf16")
+    )
 
     fp32 = paired(ours, theirs, rounds=ROUNDS)
     bf16 = paired(partial(ours, "bf16"), theirs, rounds=ROUNDS)

@@ -19,7 +19,9 @@ from scllm._checks import missing_key
 __all__ = ["match_settings", "record", "recorded", "storable_table"]
 
 
-def record(adata: AnnData, verb: str, params: Mapping[str, Any], table: pd.DataFrame | None = None) -> None:
+def record(
+    adata: AnnData, verb: str, params: Mapping[str, Any], table: pd.DataFrame | None = None, **results: Any
+) -> None:
     """Write ``params`` and ``table`` of a verb into ``adata.uns["scllm"][verb]``, in place of what it wrote before.
 
     Parameters
@@ -35,12 +37,15 @@ def record(adata: AnnData, verb: str, params: Mapping[str, Any], table: pd.DataF
     table
         Long table; text with gaps becomes categorical, since files hold no gaps in text.
 
+    **results
+        Further entries beside ``params``, such as the coverage of ``match_genes``.
+
     Writes
     ------
     ``adata.uns["scllm"][verb]``
-        A dict of ``params`` and, if given, ``table``.
+        A dict of ``params``, the results and, if given, ``table``.
     """
-    entry: dict[str, Any] = {"params": _storable_items(params)}
+    entry: dict[str, Any] = {"params": _storable_items(params), **_storable_items(results)}
     if table is not None:
         entry["table"] = storable_table(table)
     # a new outer dict: the uns of a view shares its inner dicts with the AnnData it looks at

@@ -13,7 +13,7 @@ from scllm.pl import _tokens, bin_distribution, gene_coverage, reconstruction
 @pytest.fixture
 def matched(adata):
     lost = pd.DataFrame({"gene": ["low", "high", "middle"], "mean_expression": [0.1, 5.0, 1.0]})
-    entry = {"id_type": "symbol", "n_matched": 30, "coverage": 0.75, "n_data": 40, "n_vocab": 60, "lost": lost}
+    entry = {"id_type": "symbol", "n_matched": 30, "coverage": 0.75, "n_data": 40, "n_vocab": 60, "table": lost}
     adata.uns["scllm"] = {"match_genes": {"params": {}, **entry}}
     return adata
 
@@ -45,7 +45,7 @@ def test_lost_genes_come_most_expressed_first(matched) -> None:
 
 
 def test_coverage_without_lost_genes_is_drawn(matched) -> None:
-    matched.uns["scllm"]["match_genes"]["lost"] = matched.uns["scllm"]["match_genes"]["lost"][:0]
+    matched.uns["scllm"]["match_genes"]["table"] = matched.uns["scllm"]["match_genes"]["table"][:0]
     axes = gene_coverage(matched, show=False)
     axes[0].figure.canvas.draw()
     assert axes[1].get_title() == "no gene is lost"

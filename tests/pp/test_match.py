@@ -23,11 +23,11 @@ def test_symbols_and_ensembl_ids_are_told_apart(human):
     match_genes(human, list(human.var_names[::-1]))
     by_symbol = human.var["token_id"].tolist()
     assert by_symbol == list(range(40))[::-1]
-    assert human.uns["scllm"]["match_genes"]["params"]["column"] == "var_names"
+    assert human.uns["scllm"]["match_genes"]["column"] == "var_names"
     match_genes(human, [f"ENSG{i:011d}" for i in reversed(range(40))])
-    params = human.uns["scllm"]["match_genes"]["params"]
+    found = human.uns["scllm"]["match_genes"]
     assert human.var["token_id"].tolist() == by_symbol
-    assert (params["column"], params["id_type"], params["n_matched"]) == ("gene_ids", "ensembl", 40)
+    assert (found["column"], found["id_type"], found["n_matched"]) == ("gene_ids", "ensembl", 40)
 
 
 class Model:
@@ -64,8 +64,8 @@ def test_what_was_lost_is_listed_the_most_expressed_first(adata):
     means = adata.to_df().iloc[:, :10].mean().sort_values(ascending=False)
     assert set(table["gene"]) == set(means.index)
     np.testing.assert_allclose(table["mean_expression"], means, rtol=1e-6)
-    params = adata.uns["scllm"]["match_genes"]["params"]
-    assert (params["n_data"], params["n_vocab"], params["n_matched"], params["coverage"]) == (40, 30, 30, 1.0)
+    found = adata.uns["scllm"]["match_genes"]
+    assert (found["n_data"], found["n_vocab"], found["n_matched"], found["coverage"]) == (40, 30, 30, 1.0)
 
 
 def test_coverage_below_the_least_one_is_an_error_and_writes_nothing(adata):

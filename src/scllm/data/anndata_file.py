@@ -70,9 +70,16 @@ class AnnDataFile:
 
     def _open(self) -> None:
         self._arrays, self._process = {}, os.getpid()
-        self._root = (
-            zarr.open_group(self.path, mode="r", use_consolidated=False) if self.path.is_dir() else h5py.File(self.path)
-        )
+        if self.path.is_dir():
+            self._root = zarr.open_group(self.path, mode="r", use_consolidated=False)
+            return
+        try:
+            self._root = h5py.File(self.path)
+        except OSError as error:
+            raise OSError(
+                f"'{self.path}' cannot be opened ({error}), a whole .h5ad file expected. It may be truncated or "
+                "damaged: copy it again."
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}

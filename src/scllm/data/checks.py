@@ -14,6 +14,7 @@ __all__ = ["check_source", "check_values", "warn_of_empty_cells"]
 
 _LOGGED_MAXIMUM = 50  # log1p of any real count is far below; a count matrix of a whole cell is not
 _SAMPLED_ROWS = 2_048
+_BLOCK = 256  # rows copied at a time
 
 
 def check_source(
@@ -32,8 +33,8 @@ def check_source(
     step = max(1, source.n_obs // _SAMPLED_ROWS) if source.chunked else 1
     rows = np.arange(0, source.n_obs, step)
     maximum, n_odd, first_odd = 0.0, 0, None
-    for start in range(0, len(rows), _SAMPLED_ROWS):
-        block = rows[start : start + _SAMPLED_ROWS]
+    for start in range(0, len(rows), _BLOCK):
+        block = rows[start : start + _BLOCK]
         counts = source.read(block)
         check_values(counts, source, block, layer=layer)
         maximum = max(maximum, float(counts.data.max(initial=0)))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,10 @@ __all__ = ["Run"]
 
 # what may differ between a run and its continuation
 _FREE = ("versions", "processes", "data_reference")
+
+
+# seconds that the processes of a run that was just killed may need to end
+_PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
@@ -129,13 +134,22 @@ class Run:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RuntimeError(
-                    f"another process trains in {self.path}, one at a time expected. Wait for it, or stop it."
-                ) from error
+            end = time.monotonic() + _PATIENCE
+            while not _locks(handle):
+                if time.monotonic() > end:
+                    raise RuntimeError(
+                        f"another process trains in {self.path}, one at a time expected. Wait for it, or stop it."
+                    )
+                time.sleep(0.1)
             yield handle.fileno()
+
+
+def _locks(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

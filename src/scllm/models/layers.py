@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +42,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, batch: Batch, *, first_onl
         Whether only the first token of each cell asks.
     """
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and varlen_attn is not None:
-        longest = max(batch.lengths)
-        if not first_only:
-            return varlen_attn(query, key, value, batch.cu_seqlens, batch.cu_seqlens, longest, longest)
+        ends, longest = batch.cu_seqlens, max(batch.lengths)
         ones = torch.arange(batch.n_cells + 1, device=query.device, dtype=torch.int32)
-        return varlen_attn(query, key, value, ones, batch.cu_seqlens, 1, longest)
+        asked, most = (ones, 1) if first_only else (ends, longest)
+        return cast(Tensor, varlen_attn(query, key, value, asked, ends, most, longest))
     lengths = list(batch.lengths)
     queries = query.split([1] * batch.n_cells if first_only else lengths)
     cells = [_attend_cell(*cell) for cell in zip(queries, key.split(lengths), value.split(lengths), strict=True)]

@@ -65,7 +65,7 @@ def is_native(path: Path) -> bool:
 
 def read_native(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """Contents of ``config.json``, ``vocab.json`` and the weights."""
-    config = json.loads((path / "config.json").read_text())
+    config = _json(path / "config.json")
     if config.get("format") != _FORMAT:
         raise ValueError(
             f"{path} has format {config.get('format')!r}, this version of scllm reads {_FORMAT}. Update scllm."
@@ -77,7 +77,16 @@ def read_native(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, T
             f"{path / 'weights.safetensors'} cannot be read ({error}); a whole safetensors file expected. The file is "
             "truncated or damaged: copy it again, or take an earlier checkpoint."
         ) from error
-    return config, json.loads((path / "vocab.json").read_text()), weights
+    return config, _json(path / "vocab.json"), weights
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}), a whole JSON file expected. It is truncated or damaged: copy it again."
+        ) from error
 
 
 def read_torch(path: Path) -> dict[str, Any]:

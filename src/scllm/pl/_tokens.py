@@ -52,7 +52,7 @@ def gene_coverage(
     Both axes with ``show=False`` or without a screen, else nothing.
     """
     match = recorded(adata, "match_genes", made_by="scllm.pp.match_genes(adata, vocab)")
-    lost = match["lost"].nlargest(n_lost, "mean_expression")
+    lost = match["table"].nlargest(n_lost, "mean_expression")
     axes = axis_grid(ax, 2, (8.2, max(2.4, 0.8 + 0.2 * len(lost))), width_ratios=(1.25, 1))
     _draw_shares(axes[0], match)
     axes[1].barh(lost["gene"].astype(str), lost["mean_expression"], color=COLORS[1], height=0.7)

@@ -60,7 +60,8 @@ def match_genes(
     ``adata.var["token_id"]``
         Token of each gene, -1 where there is none.
     ``adata.uns["scllm"]["match_genes"]``
-        ``params`` with id type, column, matched genes and coverage; ``table`` with the most expressed genes lost.
+        ``column`` and ``id_type`` of the names, ``n_matched``, ``n_data``, ``n_vocab`` and ``coverage``; ``table`` with
+        the most expressed genes lost.
 
     Raises
     ------
@@ -78,17 +79,11 @@ def match_genes(
     found = genes.match(adata.var_names, vocab, var=adata.var, gene_key=gene_key, min_coverage=min_coverage)
     adata = adata.copy() if copy else adata
     adata.var[_keys.TOKEN_ID] = found.token_ids
-    params = {
-        "gene_key": gene_key,
-        "min_coverage": min_coverage,
-        "column": found.column,
-        "id_type": found.id_type,
-        "n_matched": found.n_matched,
-        "n_data": adata.n_vars,
-        "n_vocab": found.n_vocab,
-        "coverage": found.coverage,
-    }
-    record(adata, "match_genes", params, _lost(adata, found.token_ids))
+    record(
+        adata, "match_genes", {"gene_key": gene_key, "min_coverage": min_coverage}, _lost(adata, found.token_ids),
+        column=found.column, id_type=found.id_type, n_matched=found.n_matched, n_data=adata.n_vars,
+        n_vocab=found.n_vocab, coverage=found.coverage,
+    )  # fmt: skip
     return adata if copy else None
 
 

@@ -100,8 +100,7 @@ def classify(
         _write(adata, spec, output, key_added + suffix, threshold)
         if spec.classes is not None:
             classes[f"classes{suffix}"] = np.array(spec.classes, dtype=object)
-    record(adata, "classify", {"key_added": key_added, "threshold": threshold, "layer": layer})
-    adata.uns[_keys.UNS]["classify"] |= classes
+    record(adata, "classify", {"key_added": key_added, "threshold": threshold, "layer": layer}, **classes)
     remember(adata, chosen)
     return adata if copy else None
 

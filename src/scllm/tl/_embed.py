@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,9 @@ from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
 
 __all__ = ["embed", "embed_genes"]
+
+# cells of one chunk of a .zarr
+_BLOCK = 16_384
 
 
 def embed(
@@ -229,17 +233,31 @@ def _collected(
     path = None if out is None else Path(fspath(out))
     if path is not None and path.suffix not in (".zarr", ".npy"):
         raise ValueError(f"out is {str(path)!r}, a path ending in .zarr or .npy expected.")
-    for rows, values in results:
-        if target is None:
-            shape = (n_cells, values.shape[1])
-            if path is None:
-                target = np.empty(shape, np.float32)
-            elif path.suffix == ".npy":
-                target = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-            else:
-                chunks = (min(n_cells, 16_384), shape[1])
-                target = zarr.create_array(path, shape=shape, dtype="float32", chunks=chunks, overwrite=True)
-        target[rows] = values.numpy()
-    if isinstance(target, np.memmap):
-        target.flush()
+    for rows, values in _blocks(results):
+        shape = (n_cells, values.shape[1])
+        if path is not None and path.suffix == ".npy":
+            # mapped for one block at a time: what stays mapped counts as memory
+            mode: Literal["w+", "r+"] = "r+" if rows.start else "w+"
+            np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=shape)[rows] = values
+            continue
+        if target is None and path is None:
+            target = np.empty(shape, np.float32)
+        elif target is None:
+            chunks = (min(n_cells, _BLOCK), shape[1])
+            target = zarr.create_array(path, shape=shape, dtype="float32", chunks=chunks, overwrite=True)
+        target[rows] = values
     return target
+
+
+def _blocks(results: Iterator[tuple[slice, Tensor]]) -> Iterator[tuple[slice, FloatArray]]:
+    """Rows of many batches together: a compressed chunk is then written once, not once a batch."""
+    parts: list[Tensor] = []
+    start = stop = 0
+    for rows, values in results:
+        parts.append(values)
+        stop = rows.stop
+        if stop - start >= _BLOCK:
+            yield slice(start, stop), torch.cat(parts).numpy()
+            parts, start = [], stop
+    if parts:
+        yield slice(start, stop), torch.cat(parts).numpy()

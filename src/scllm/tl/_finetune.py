@@ -156,7 +156,7 @@ def finetune(
         class_weight=_class_weights(class_weight, specs, columns, training),
     )
     with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of the CPU alone: GPUs keep their state
         begun.set_heads(specs)
     check_freeze(copy.deepcopy(begun), freeze)
     return train(

@@ -153,7 +153,7 @@ def _starting_model(
         config = {} if dropout is None else {"dropout": dropout}
         vocab = Vocab.from_genes(dict.fromkeys(genes.strip_version(names)))  # versions of one gene share a token
         with torch.random.fork_rng([]):
-            torch.manual_seed(random_state)
+            torch.default_generator.manual_seed(random_state)  # of the CPU alone: GPUs keep their state
             return models.build(model, vocab=vocab, size=size, **config)
     begun = copy.deepcopy(resolve(model, data if isinstance(data, AnnData) else None)).cpu()
     begun.history, begun.report, begun.path = None, None, None

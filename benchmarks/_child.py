@@ -1,0 +1,47 @@
+"""Measurements that need an interpreter of their own: peak memory and the time of imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["call_in_child", "peak_rss", "run_python"]
+
+
+def run_python(code: str) -> tuple[float, float]:
+    """Wall and CPU-seconds of a fresh interpreter that runs one line."""
+    before, start = _children_seconds(), time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return time.perf_counter() - start, _children_seconds() - before
+
+
+def call_in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of a module returns (numbers and strings) when a fresh interpreter calls it."""
+    code = (
+        f"import json, sys; from {function.__module__} import {function.__name__} as f; "
+        "print(json.dumps(f(*json.loads(sys.argv[1]))))"
+    )
+    # memory is what is measured: it is handed back as in any other process
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, json.dumps(arguments)],
+        check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process until now, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

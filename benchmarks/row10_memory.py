@@ -1,0 +1,52 @@
+"""Row 10: memory that pp.bin_expression adds, beside dense int64 bins."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+from scipy import sparse
+
+from benchmarks._cells import table
+from benchmarks._child import call_in_child, peak_rss
+from benchmarks._timing import Row
+from benchmarks.row01_binning import N_GENES, N_STORED, counts
+
+N_CELLS, TARGET = 16_000, 40
+
+
+def run() -> Row:
+    allocated, resident = call_in_child(added)
+    dense = N_CELLS * N_GENES * np.dtype(np.int64).itemsize
+    return Row(
+        number=10,
+        what=f"peak memory that pp.bin_expression adds, {N_GENES:,} genes, {N_STORED:,} non-zeros",
+        beside="dense int64 bins",
+        ratio=f"1/{dense / allocated:.0f} allocated, 1/{dense / max(resident, 1):.0f} resident",
+        absolute=f"{allocated / N_CELLS / 1e3:.2f} kB a cell, {resident / N_CELLS / 1e3:.2f} kB resident",
+        share_of_roof=f"{N_STORED / (allocated / N_CELLS):.0%} of it is the bins themselves",
+        target=f"<= 1/{TARGET}",
+        is_met=max(allocated, resident) * TARGET <= dense,
+    )
+
+
+def added() -> tuple[int, int]:
+    """Bytes at the peak above what was there before: as numpy allocated them, and as the system saw them."""
+    from scllm import pp
+
+    few = counts(200)
+    pp.bin_expression(table(sparse.csr_matrix((few[2], few[1], few[0]), shape=(200, N_GENES))))  # compiled and imported
+    indptr, indices, data = counts(N_CELLS)
+    adata = table(sparse.csr_matrix((data, indices, indptr), shape=(N_CELLS, N_GENES)))
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the high-water mark starts at what is resident now
+    before = _high_water()
+    tracemalloc.start()
+    pp.bin_expression(adata)
+    allocated = tracemalloc.get_traced_memory()[1]
+    return allocated, _high_water() - before
+
+
+def _high_water() -> int:
+    with open("/proc/self/status") as file:
+        return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), peak_rss())
