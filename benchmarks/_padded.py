@@ -14,11 +14,11 @@ __all__ = ["PaddedModel"]
 class PaddedModel(Model):
     """Weights, embeddings, heads and objective of another model; only the blocks are PyTorch's own."""
 
-    def __init__(self, model: Model, dropout: float = 0.0) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__(model.config, model.vocab, model.encoder)
         self.load_state_dict(model.state_dict())
         config = model.config
-        layer = nn.TransformerEncoderLayer(config.d_model, config.n_heads, config.d_hidden, dropout, batch_first=True)
+        layer = nn.TransformerEncoderLayer(config.d_model, config.n_heads, config.d_hidden, 0.0, batch_first=True)
         self.encode = nn.TransformerEncoder(layer, config.n_layers)
         for theirs, ours in zip(self.encode.layers, model.layers, strict=True):
             theirs.self_attn.in_proj_weight.data.copy_(ours.attention.qkv.weight)

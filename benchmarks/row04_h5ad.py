@@ -63,7 +63,8 @@ def _row(path: str) -> Row:
         number=4,
         what=f"Loader, gzip h5ad of {n_cells:,} blood cells, binned, cropped, packed, random epoch",
         beside="AnnLoader backed + numpy collate; scDataset (block 16, fetch 64 batches) + the same collate",
-        ratio=f"{ratio}; scDataset {_told(package)}; its sampling in our own lines {by_blocks}, without their binning {unbinned}",
+        ratio=f"{ratio}; scDataset {_told(package)}; its sampling in our own lines {by_blocks}, "
+        f"without their binning {unbinned}",
         absolute=f"{rate:,.0f} cells/s/core",
         share_of_roof=f"{sequential.median:.0%} of sequential reading",
         target=f">= {TARGET_RATIO}x, >= {TARGET_BLOCKS}x, >= {TARGET_SHARE:.0%} of sequential reading",

@@ -19,8 +19,10 @@ from scllm.tl import TrainConfig
 
 # what a user's script does, on the data and with the settings that it is given
 SCRIPT = """
-import json, sys
+import json, signal, sys
 import scllm
+# a test session in the background of a shell hands on that interrupts are ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 data, settings = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 config = scllm.tl.TrainConfig(**settings.pop("config"))
 data = scllm.datasets.toy(**data) if isinstance(data, dict) else data

@@ -1,0 +1,52 @@
+"""Gene vectors from the data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scanpy as sc
+import torch
+
+from scllm import datasets, models
+from scllm.data import genes
+from scllm.data.source import open_source
+from scllm.engine.gene_init import gene_vectors, start_from_data
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return datasets.toy(n_cells=300, n_genes=80)
+
+
+def test_vectors_are_the_strongest_singular_vectors_of_the_logged_counts(cells):
+    vocab = models.Vocab.from_genes(cells.var_names)
+    match = genes.match(cells.var_names, vocab)
+    found = gene_vectors(open_source(cells), match, np.arange(cells.n_obs), 16, len(vocab))[: cells.n_vars]
+    logged = sc.pp.log1p(sc.pp.normalize_total(cells, target_sum=1e4, inplace=False)["X"])
+    _, _, right = np.linalg.svd(logged.toarray(), full_matrices=False)
+    kept = np.flatnonzero(np.abs(found).sum(0))
+    assert len(kept) >= 2
+    for number in kept[:2]:
+        slow = (right[number] - right[number].mean()) / right[number].std()
+        assert abs(np.corrcoef(slow, found[:, number])[0, 1]) > 0.999
+    np.testing.assert_allclose(found[:, kept].mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(found[:, kept].std(0), 1, atol=1e-4)
+
+
+def test_vectors_do_not_depend_on_how_many_rows_are_read_at_once(cells, monkeypatch):
+    vocab = models.Vocab.from_genes(cells.var_names)
+    match = genes.match(cells.var_names, vocab)
+    whole = gene_vectors(open_source(cells), match, np.arange(300), 8, len(vocab))
+    monkeypatch.setattr("scllm.engine.gene_init._ROWS", 37)
+    np.testing.assert_allclose(gene_vectors(open_source(cells), match, np.arange(300), 8, len(vocab)), whole, atol=1e-4)
+
+
+def test_genes_that_are_not_measured_keep_their_start(cells):
+    model = models.build("scgpt", vocab=[*cells.var_names, "elsewhere"], size="tiny")
+    before = model.gene_table().detach().clone()
+    match = genes.match(cells.var_names, model.vocab)
+    start_from_data(model, open_source(cells), match, np.arange(300))
+    changed = (model.gene_table() != before).any(1)
+    assert changed[:80].all()
+    assert not changed[80:].any()
+    assert torch.isfinite(model.gene_table()).all()
