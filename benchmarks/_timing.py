@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 import numpy as np
 
-__all__ = ["Ratio", "Row", "copy_rate", "cpu_seconds", "gemm_rate", "one_torch_thread", "paired"]
+__all__ = ["Ratio", "Row", "copy_rate", "cpu_seconds", "gemm_rate", "in_turns", "one_torch_thread", "paired"]
 
 ROUNDS = 7
 
@@ -99,6 +99,11 @@ def one_torch_thread(function: Callable[P, T]) -> Callable[P, T]:
             torch.set_num_threads(before)
 
     return on_one
+
+
+def in_turns(functions: Sequence[Callable[[], object]], *, rounds: int = 5) -> list[tuple[float, ...]]:
+    """CPU-seconds of each function in each round, where several are compared with one that takes long."""
+    return list(zip(*([cpu_seconds(function) for function in functions] for _ in range(rounds)), strict=True))
 
 
 @cache

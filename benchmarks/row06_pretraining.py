@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks._cells import blood_1200, loader
 from benchmarks._padded import PaddedModel
-from benchmarks._timing import Row, gemm_rate, one_torch_thread, paired
+from benchmarks._timing import Ratio, Row, gemm_rate, in_turns, one_torch_thread
 from scllm import models
 from scllm.data.vocab import Vocab
 from scllm.engine.config import TrainConfig
@@ -78,11 +78,11 @@ def run() -> Row:
     assert abs(ours.loss("bf16").item() - expected) < 0.02 * expected
     ours(), theirs()
 
-    against = partial(paired, rounds=ROUNDS)
-    lowered, published = partial(ours, "bf16"), partial(theirs, dropout=0.2)
-    fp32, bf16 = against(ours, theirs), against(lowered, theirs)
-    dropout = against(partial(ours, dropout=0.2), published)
-    dropout_bf16 = against(partial(lowered, dropout=0.2), published)
+    lowered, dropping, dropping_lowered = partial(ours, "bf16"), partial(ours, dropout=0.2), partial(ours, "bf16", 0.2)
+    steps = (ours, lowered, dropping, dropping_lowered, theirs, partial(theirs, dropout=0.2))
+    *of_ours, of_theirs, of_published = in_turns(steps, rounds=ROUNDS)
+    fp32, bf16 = (Ratio(found, of_theirs) for found in of_ours[:2])
+    dropout, dropout_bf16 = (Ratio(found, of_published) for found in of_ours[2:])
     seconds = sorted(fp32.ours)[ROUNDS // 2]
     share = training_flop(ours.model, batch.lengths) / seconds / gemm_rate()
     return Row(

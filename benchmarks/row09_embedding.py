@@ -9,7 +9,7 @@ from anndata import AnnData
 
 from benchmarks._cells import blood_1200
 from benchmarks._padded import PaddedModel
-from benchmarks._timing import Row, gemm_rate, one_torch_thread, paired
+from benchmarks._timing import Ratio, Row, gemm_rate, in_turns, one_torch_thread
 from benchmarks.row06_pretraining import base_model, training_flop
 from scllm import models, tl
 from scllm.data.vocab import Vocab
@@ -31,8 +31,8 @@ def run() -> Row:
         (ours(precision).astype(float) * expected).sum(1).min() for precision in ("fp32", "bf16")
     )
 
-    fp32 = paired(ours, theirs, rounds=ROUNDS)
-    bf16 = paired(partial(ours, "bf16"), theirs, rounds=ROUNDS)
+    *of_ours, of_theirs = in_turns((ours, partial(ours, "bf16"), theirs), rounds=ROUNDS)
+    fp32, bf16 = (Ratio(found, of_theirs) for found in of_ours)
     lengths = tuple(int(n) + 1 for n in np.diff(adata.X.indptr))
     seconds = sorted(fp32.ours)[ROUNDS // 2]
     share = training_flop(base_model(n_tokens=10), lengths) / 3 / seconds / gemm_rate()
