@@ -11,7 +11,7 @@ import torch
 from anndata import AnnData
 from anndata.experimental import AnnLoader
 
-from scllm.data.encode import _CROP
+from scllm.data.encode.base import CROP
 from scllm.kernels.draws import uniform_entries
 
 __all__ = ["ann_batches", "block_batches", "collate"]
@@ -67,7 +67,7 @@ def collate(
             kept = rng.permutation(len(stored))[: max_len - 1]
             if keys is not None:
                 ends = np.array([0, len(stored)])
-                draws = uniform_entries(ends, stored.astype(np.int32), keys[i : i + 1], _CROP)
+                draws = uniform_entries(ends, stored.astype(np.int32), keys[i : i + 1], CROP)
                 kept = np.sort(np.argsort(draws)[: max_len - 1])
             stored, value = stored[kept], value[kept]
         # the vocabulary of the benchmarks: the genes, then <cls>

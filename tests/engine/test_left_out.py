@@ -10,7 +10,8 @@ from scllm import datasets, models
 from scllm.data import genes
 from scllm.data.source import open_source
 from scllm.engine.loader import Loader
-from scllm.engine.objectives import _OUT, MaskedValue
+from scllm.engine.objectives import MaskedValue
+from scllm.engine.objectives.masked_value import OUT
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def batch(model):
 
 def test_left_out_genes_and_drawn_genes_come_with_the_cells_own_values(model, batch):
     objective = MaskedValue(left_out=0.3)
-    out = objective.hide(batch, model.is_special, 0.3, _OUT)
+    out = objective.hide(batch, model.is_special, 0.3, OUT)
     gene, cell, value = objective._left_out(batch, out, len(model.vocab))
     dense = torch.zeros(batch.n_cells, len(model.vocab))
     dense[batch.cell, batch.genes] = batch.values

@@ -15,7 +15,8 @@ import scllm
 from scllm.data import genes
 from scllm.data.source import open_source
 from scllm.engine.loader import Loader
-from scllm.engine.objectives import Label, MaskedValue, objective_from_dict, objective_to_dict, uniform
+from scllm.engine.objectives import Label, MaskedValue, objective_from_dict, objective_to_dict
+from scllm.engine.objectives.base import uniform
 from scllm.kernels.draws import mix, uniform_entries
 from scllm.models.base import Batch, HeadSpec
 

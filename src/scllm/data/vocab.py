@@ -112,6 +112,11 @@ class Vocab:
         """Id of the token that hides a gene."""
         return self._special_id("mask")
 
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends a sentence."""
+        return self._special_id("eos")
+
     def _special_id(self, role: str) -> int:
         token = getattr(self, role)
         if token is None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from scllm.data.encode import BinEncoder, Encoder, ValueEncoder, encoder_from_dict
+from scllm.data.encode import BinEncoder, Encoder, RankEncoder, ValueEncoder, encoder_from_dict
 from scllm.data.run_files import read_history
 from scllm.data.vocab import Vocab
 from scllm.models.base import CellModel, Checkpoint, HeadSpec
 from scllm.models.storage import is_native, load_weights, read_native
 
-__all__ = ["BinEncoder", "CellModel", "ValueEncoder", "Vocab", "build", "families", "load"]
+__all__ = ["BinEncoder", "CellModel", "RankEncoder", "ValueEncoder", "Vocab", "build", "families", "load"]
 
 
 def families() -> list[str]:
@@ -81,7 +81,7 @@ def build(
     if unknown:
         raise TypeError(f"{family} has no setting {unknown[0]!r}, one of {sorted(known)} expected.")
     settings = module.Config(**{**module.SIZES[size], **config})
-    vocab = vocab if isinstance(vocab, Vocab) else Vocab.from_genes(vocab)
+    vocab = vocab if isinstance(vocab, Vocab) else settings.vocab(vocab)
     return module.Model(settings, vocab, encoder if encoder is not None else settings.encoder())
 
 
@@ -148,7 +148,7 @@ def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> Cel
             f"{folder} does not hold a model that scllm wrote (config.json with weights.safetensors). For a published "
             f"checkpoint say which with family=, one of {families()}."
         )
-    config, vocab, weights = read_native(folder)
+    config, vocab, weights, arrays = read_native(folder)
     saved = config["family"]
     if family not in (None, saved):
         raise ValueError(f"{folder} holds a {saved!r} model, family={family!r} was asked for. Leave family= out.")
@@ -164,7 +164,11 @@ def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> Cel
         for spec in config["heads"]
     )
     checkpoint = Checkpoint(
-        module.Config(**config["config"]), Vocab.from_dict(vocab), encoder_from_dict(config["encoder"]), weights, heads
+        module.Config(**config["config"]),
+        Vocab.from_dict(vocab),
+        encoder_from_dict(config["encoder"], arrays),
+        weights,
+        heads,
     )
     model = _filled(module, checkpoint, checkpoint.vocab, folder, ignore)
     model.history = read_history(folder / "history.jsonl")

@@ -20,7 +20,7 @@ from scllm.models.storage import write_native
 
 __all__ = ["Batch", "CellModel", "Checkpoint", "HeadSpec", "ModelConfig", "Outputs", "Pooling"]
 
-Pooling = Literal["cls", "mean", "max"]
+Pooling = Literal["cls", "mean", "max", "all"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class ModelConfig:
                 f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; every head needs the same width. "
                 "Change one of them."
             )
+
+    def vocab(self, genes: Iterable[str]) -> Vocab:
+        """The vocabulary of a model from scratch."""
+        return Vocab.from_genes(genes)
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ class CellModel(nn.Module):
 
     family: ClassVar[str]
     pooling: ClassVar[Pooling] = "cls"
+    poolings: ClassVar[tuple[Pooling, ...]] = ("cls", "mean", "max")
+    """Ways of making one vector of a cell's states that the family has."""
     unit_length: ClassVar[bool] = False
     """Whether the family's own cell embedding is scaled to length one."""
 
@@ -128,9 +134,9 @@ class CellModel(nn.Module):
         """The transformer blocks, first to last."""
         raise TypeError(f"{type(self).__name__} does not define its blocks")
 
-    def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
-        """States of all tokens after a block, ``(t, d)``; with ``first_only`` of each cell's first one, ``(b, d)``."""
-        raise TypeError(f"{type(self).__name__} does not define hidden states")
+    def inputs(self, batch: Batch) -> Tensor:
+        """What the first block reads, ``(t, d)``."""
+        raise TypeError(f"{type(self).__name__} does not define what its blocks read")
 
     def forward(self, batch: Batch) -> Outputs:
         """Everything the model predicts."""
@@ -140,6 +146,16 @@ class CellModel(nn.Module):
         """The embedding of each token before any context, ``(n_tokens, d)``."""
         raise TypeError(f"{type(self).__name__} does not define a gene table")
 
+    def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
+        """What the model predicts at the tokens ``at``, ``(n,)``; with ``hide`` without having seen those."""
+        raise ValueError(f"{self.family} models do not predict expression. Use another family.")
+
+    def reconstruct_genes(self, batch: Batch, genes: Tensor) -> Tensor:
+        """Expression of chosen genes in each cell, expressed or not, ``(b, g)``."""
+        raise ValueError(
+            f"this {self.family} model does not predict genes that are not in the sentence. Leave genes= out."
+        )
+
     def write_original(self, path: Path) -> None:
         """Write the family's published format."""
         raise ValueError(f"{self.family} has no published format that scllm writes. Use format='native'.")
@@ -148,7 +164,17 @@ class CellModel(nn.Module):
         """A fresh head of the family's own kind."""
         return nn.Linear(self.config.d_model, n_outputs)
 
-    # --- what all families share ---
+    # --- what all families share, unless one defines it otherwise ---
+
+    def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
+        """States of all tokens after a block, ``(t, d)``; with ``first_only`` of each cell's first one, ``(b, d)``."""
+        x = self.inputs(batch)
+        blocks = self.blocks[: self.config.n_layers + 1 + layer]
+        if not blocks:
+            return x[batch.first] if first_only else x
+        for block in blocks[:-1]:
+            x = block(x, batch)
+        return blocks[-1].first(x, batch) if first_only else blocks[-1](x, batch)
 
     def speed_up(self, *, compile: bool = False, checkpointing: bool = False) -> None:
         """Compile the blocks' pointwise parts, or compute blocks again in the backward pass for less memory."""
@@ -186,8 +212,12 @@ class CellModel(nn.Module):
             cell = self.pool(self.hidden(batch, layer=layer), batch, how)
         return nn.functional.normalize(cell.float(), dim=1) if pooling is None and self.unit_length else cell
 
-    def head_outputs(self, cell: Tensor) -> dict[str, Tensor]:
-        """Logits (or values) of every head by its key."""
+    def head_outputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Logits (or values) of every head by its key, from the cell embedding."""
+        return self.apply_heads(self.embed(batch, pooling=self.pooling))
+
+    def apply_heads(self, cell: Tensor) -> dict[str, Tensor]:
+        """Logits (or values) of every head by its key, from cell embeddings ``(b, d)``."""
         return {spec.key: head(cell) for spec, head in zip(self.head_specs, self.heads, strict=True)}
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from scllm.models.layers import (
     ValueNetwork,
     mlp,
 )  # fmt: skip
-from scllm.models.storage import read_torch
+from scllm.models.storage import read_torch, renamed
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "read"]
 
@@ -175,16 +174,6 @@ class Model(CellModel):
             x = genes + self.value_embedding(batch.values)
         return self._normalise_domains(x, batch) if self.config.domain_norm else x
 
-    def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
-        """States of all tokens after a block, ``(t, d)``; with ``first_only`` of each cell's first one, ``(b, d)``."""
-        x = self.inputs(batch)
-        blocks = self.blocks[: self.config.n_layers + 1 + layer]
-        if not blocks:
-            return x[batch.first] if first_only else x
-        for block in blocks[:-1]:
-            x = block(x, batch)
-        return blocks[-1].first(x, batch) if first_only else blocks[-1](x, batch)
-
     def forward(self, batch: Batch) -> Outputs:
         """Predictions for every token and every cell."""
         hidden = self.hidden(batch)
@@ -192,7 +181,7 @@ class Model(CellModel):
         heads = self.decode(hidden, batch.cell, batch) | self.decode_cell(cell, batch.genes, batch.cell, batch)
         if self.batch_head is not None:
             heads["batch"] = self.batch_head(GradientReversal.apply(cell))
-        return Outputs(hidden, cell, heads | self.head_outputs(cell))
+        return Outputs(hidden, cell, heads | self.apply_heads(cell))
 
     def decode(self, hidden: Tensor, cell_of: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Values predicted from token states ``(n, d)`` of the cells ``cell_of``: ``value``, and ``zero`` logits."""
@@ -210,6 +199,22 @@ class Model(CellModel):
         if self.config.batch_labels:
             cell = torch.cat([cell, self.batch_embedding(batch.experiment)], dim=1)
         return self.cell_decoder(cell, self.embed_genes(genes), cell_of)
+
+    def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
+        """Values at the tokens ``at``, ``(n,)``; with ``hide`` without having seen those."""
+        if hide:
+            assert batch.values is not None
+            batch = batch.with_values(batch.values.index_fill(0, at, self.config.mask_value))
+        return self.decode(self.hidden(batch)[at], batch.cell[at], batch)["value"]
+
+    def reconstruct_genes(self, batch: Batch, genes: Tensor) -> Tensor:
+        """Values of chosen genes from the cell embedding, ``(b, g)``."""
+        cell_of = torch.arange(batch.n_cells, device=genes.device).repeat_interleave(len(genes))
+        cell = self.embed(batch, pooling=self.pooling)
+        predicted = self.decode_cell(cell, genes.repeat(batch.n_cells), cell_of, batch)
+        if "cell_value" not in predicted:
+            return super().reconstruct_genes(batch, genes)
+        return predicted["cell_value"].view(batch.n_cells, -1)
 
     def value_losses(self, from_cell: bool) -> tuple[str, ...]:
         """Names of the error terms that :class:`scllm.engine.objectives.MaskedValue` finds."""
@@ -334,21 +339,12 @@ def _with_specials(tokens: Sequence[str]) -> tuple[str, ...]:
 
 
 def _ours(name: str) -> str:
-    return _rename(name, [(theirs, ours) for theirs, ours in _NAMES])
+    return renamed(name, [(theirs, ours) for theirs, ours in _NAMES])
 
 
 def _theirs(name: str) -> str:
     # several of their names may stand for one of ours: the first is the released one
-    return _rename(name, [(ours, theirs) for theirs, ours in _NAMES])
-
-
-def _rename(name: str, table: Sequence[tuple[str, str]]) -> str:
-    for old, new in table:
-        found = re.match(re.escape(old).replace(r"\#", r"(\d+)"), name)
-        if found:
-            layer = found.group(1) if found.groups() else ""
-            return new.replace("#", layer) + name[found.end() :]
-    return name
+    return renamed(name, [(ours, theirs) for theirs, ours in _NAMES])
 
 
 def _config(args: dict[str, Any], weights: dict[str, Tensor]) -> Config:

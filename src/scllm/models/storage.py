@@ -1,18 +1,24 @@
-"""A model in a folder: ``config.json``, ``vocab.json``, ``weights.safetensors``; atomically written, strictly read."""
+"""A model in a folder: ``config.json``, ``vocab.json``, ``weights.safetensors``; atomically written, strictly read.
+
+``extras.npz`` holds the arrays of encoders that have any.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,9 +29,10 @@ from scllm.data.run_files import append_history
 if TYPE_CHECKING:
     from scllm.models.base import CellModel
 
-__all__ = ["is_native", "load_weights", "read_native", "read_torch", "write_native"]
+__all__ = ["is_native", "load_weights", "read_native", "read_torch", "renamed", "write_native"]
 
 _FORMAT = 1
+_ARRAYS = "extras.npz"
 
 
 def write_native(model: CellModel, path: Path) -> None:
@@ -42,6 +49,8 @@ def write_native(model: CellModel, path: Path) -> None:
         }
         (fresh / "config.json").write_text(json.dumps(config, indent=1))
         (fresh / "vocab.json").write_text(json.dumps(model.vocab.to_dict()))
+        if model.encoder.arrays:
+            np.savez(fresh / _ARRAYS, allow_pickle=False, **model.encoder.arrays)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, fresh / "weights.safetensors")
         if model.history is not None:
@@ -63,8 +72,8 @@ def is_native(path: Path) -> bool:
     return config.is_file() and (path / "weights.safetensors").is_file() and '"family"' in config.read_text()[:4096]
 
 
-def read_native(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """Contents of ``config.json``, ``vocab.json`` and the weights."""
+def read_native(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], dict[str, NDArray[Any]]]:
+    """Contents of ``config.json``, ``vocab.json``, the weights and the arrays of the encoder."""
     config = _json(path / "config.json")
     if config.get("format") != _FORMAT:
         raise ValueError(
@@ -77,7 +86,11 @@ def read_native(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, T
             f"{path / 'weights.safetensors'} cannot be read ({error}); a whole safetensors file expected. The file is "
             "truncated or damaged: copy it again, or take an earlier checkpoint."
         ) from error
-    return config, _json(path / "vocab.json"), weights
+    arrays = {}
+    if (path / _ARRAYS).is_file():
+        with np.load(path / _ARRAYS, allow_pickle=False) as stored:
+            arrays = dict(stored)
+    return config, _json(path / "vocab.json"), weights, arrays
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -106,6 +119,16 @@ def read_torch(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}, a dictionary of weights expected. Take another checkpoint."
         )
     return content
+
+
+def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
+    """A weight's name by the first entry ``(old, new)`` whose old beginning fits; ``#`` stands for a layer's number."""
+    for old, new in table:
+        found = re.match(re.escape(old).replace(r"\#", r"(\d+)"), name)
+        if found:
+            layer = found.group(1) if found.groups() else ""
+            return new.replace("#", layer) + name[found.end() :]
+    return name
 
 
 def load_weights(

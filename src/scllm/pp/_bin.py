@@ -10,7 +10,7 @@ from scllm import _keys
 from scllm._results import record
 from scllm._typing import CSR
 from scllm.data.checks import check_source
-from scllm.data.encode import Ties, check_n_bins, check_ties, tie_draws
+from scllm.data.encode.bins import Ties, check_n_bins, check_ties, tie_draws
 from scllm.data.source import CellSource, open_source
 from scllm.data.tokens import Tokens
 from scllm.kernels.binning import bin_rows

@@ -13,7 +13,7 @@ from scllm._checks import groups, obs_column
 from scllm._log import log
 from scllm._results import record
 from scllm.data.checks import check_source
-from scllm.data.encode import check_n_bins
+from scllm.data.encode.bins import check_n_bins
 from scllm.data.source import open_source
 from scllm.pp._bin import bin_expression
 

@@ -85,7 +85,7 @@ def classify(
     match = gene_match(adata, source, chosen)
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
-        outputs = replica.head_outputs(replica.embed(batch, pooling=replica.pooling))
+        outputs = replica.head_outputs(batch)
         return torch.cat([outputs[spec.key].float() for spec in replica.head_specs], dim=1)
 
     results = predict(

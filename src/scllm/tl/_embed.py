@@ -107,8 +107,11 @@ def embed(
             f"hidden_layer is {hidden_layer}, -1 (last block) to {-chosen.config.n_layers - 1} (before the first) "
             "expected."
         )
-    if pooling not in (None, "cls", "mean", "max"):
-        raise ValueError(f"pooling is {pooling!r}, 'cls', 'mean', 'max' or None expected. None is the family's own.")
+    if pooling is not None and pooling not in chosen.poolings:
+        raise ValueError(
+            f"pooling is {pooling!r}, one of {chosen.poolings} or None expected of this {chosen.family} model. None is "
+            "the family's own."
+        )
     source = open_source(data, layer=layer)
     check_layer(source, chosen, layer, adata)
     match = gene_match(data, source, chosen)

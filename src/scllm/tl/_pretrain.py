@@ -16,7 +16,6 @@ from torch import nn
 from scllm import models
 from scllm.data import genes
 from scllm.data.source import open_source
-from scllm.data.vocab import Vocab
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.objectives import objective_from_dict
 from scllm.models.base import CellModel
@@ -151,10 +150,10 @@ def _starting_model(
     """Fresh weights for a family's name; a copy of the model otherwise."""
     if isinstance(model, str) and _is_family(model):
         config = {} if dropout is None else {"dropout": dropout}
-        vocab = Vocab.from_genes(dict.fromkeys(genes.strip_version(names)))  # versions of one gene share a token
         with torch.random.fork_rng([]):
             torch.default_generator.manual_seed(random_state)  # of the CPU alone: GPUs keep their state
-            return models.build(model, vocab=vocab, size=size, **config)
+            # versions of one gene share a token
+            return models.build(model, vocab=list(dict.fromkeys(genes.strip_version(names))), size=size, **config)
     begun = copy.deepcopy(resolve(model, data if isinstance(data, AnnData) else None)).cpu()
     begun.history, begun.report, begun.path = None, None, None
     if dropout is not None:

@@ -107,10 +107,8 @@ def _of_sentence(model: CellModel, source: CellSource, match: GeneMatch, mask_ra
         at = torch.nonzero(~replica.is_special[batch.genes]).squeeze(1)
         if masking is not None:
             at = masking.hide(batch, replica.is_special, masking.ratio(0))
-            batch = batch.with_values(batch.values.index_fill(0, at, replica.config.mask_value))
-        cell = batch.cell[at]
-        value = replica.decode(replica.hidden(batch)[at], cell, batch)["value"]
-        return torch.stack([cell.double(), batch.genes[at].double(), value.double()], dim=1)
+        value = replica.reconstruct(batch, at, hide=masking is not None)
+        return torch.stack([batch.cell[at].double(), batch.genes[at].double(), value.double()], dim=1)
 
     rows, columns, values = [], [], []
     for cells, found in predict(model, source, match, forward, desc="reconstructing"):
@@ -131,13 +129,7 @@ def _of_genes(adata: AnnData, model: CellModel, source: CellSource, match: GeneM
     wanted = torch.from_numpy(ids.astype(np.int64))
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
-        cell = replica.embed(batch, pooling=replica.pooling)
-        cell_of = torch.arange(batch.n_cells, device=cell.device).repeat_interleave(len(wanted))
-        genes = wanted.to(cell.device).repeat(batch.n_cells)
-        predicted = replica.decode_cell(cell, genes, cell_of, batch)
-        if "cell_value" not in predicted:
-            raise ValueError(f"this {replica.family} model does not predict from the cell embedding. Leave genes= out.")
-        return predicted["cell_value"].view(batch.n_cells, -1)
+        return replica.reconstruct_genes(batch, wanted.to(batch.genes.device))
 
     found = [values for _, values in predict(model, source, match, forward, desc="reconstructing")]
     return pd.DataFrame(torch.cat(found).numpy(), index=adata.obs_names, columns=names)

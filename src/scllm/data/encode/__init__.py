@@ -1,0 +1,39 @@
+"""Encoders: counts of a cell become the sentence a model reads. They are saved with the model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scllm.data.encode.base import Encoder
+from scllm.data.encode.bins import BinEncoder
+from scllm.data.encode.ranks import RankEncoder
+from scllm.data.encode.values import ValueEncoder
+
+__all__ = ["BinEncoder", "Encoder", "RankEncoder", "ValueEncoder", "encoder_from_dict", "encoder_to_dict"]
+
+
+def encoder_to_dict(encoder: Encoder) -> dict[str, Any]:
+    """Plain settings of an encoder; of its arrays a hash, so that other arrays are other settings."""
+    settings = {"kind": type(encoder).__name__, **asdict(encoder)}  # type: ignore[call-overload]
+    for name, array in encoder.arrays.items():
+        settings[name] = hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=8).hexdigest()
+    return settings
+
+
+def encoder_from_dict(saved: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None) -> Encoder:
+    """The encoder that :func:`encoder_to_dict` described, with its arrays."""
+    kinds = {kind.__name__: kind for kind in (BinEncoder, RankEncoder, ValueEncoder)}
+    settings = {**saved, **(arrays or {})}
+    kind = kinds.get(settings.pop("kind", ""))
+    if kind is None or set(settings) - {field.name for field in fields(kind)}:
+        raise ValueError(
+            f"an encoder of this kind is not known: {dict(saved)}, one of {sorted(kinds)} expected. "
+            "The model was saved by another version of scllm; update scllm."
+        )
+    return kind(**settings)

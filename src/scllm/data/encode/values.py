@@ -1,0 +1,69 @@
+"""Normalised expression, uncut by bins or ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scllm._typing import IntArray
+from scllm.data.encode.base import check_max_len, sentence
+from scllm.data.tokens import Tokens
+from scllm.data.vocab import Vocab
+
+__all__ = ["ValueEncoder"]
+
+
+@dataclass(frozen=True)
+class ValueEncoder:
+    """Log-normalised expression: ``log1p(count / total * target_sum)``, total over the genes of the vocabulary.
+
+    Parameters
+    ----------
+    max_len
+        Longest sentence, specials included. Longer cells keep their highest values, in training a random subset.
+    target_sum
+        Counts that each cell is scaled to; ``None`` leaves the counts as they are, without logarithm.
+    cls_value
+        Value that stands beside ``<cls>``; ``None`` for sentences without ``<cls>``.
+    include_zeros
+        Whether genes without a count are part of the sentence.
+    """
+
+    max_len: int = 20_000
+    target_sum: float | None = 1e4
+    cls_value: float | None = 0
+    include_zeros: bool = True
+
+    def __post_init__(self) -> None:
+        check_max_len(self.max_len)
+
+    @property
+    def n_specials(self) -> int:
+        """``<cls>``, where there is one."""
+        return int(self.cls_value is not None)
+
+    @property
+    def needs_counts(self) -> bool:
+        """Normalisation starts from raw counts."""
+        return True
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """None: all settings are plain numbers."""
+        return {}
+
+    def __call__(
+        self, counts: Tokens, vocab: Vocab, keys: IntArray | None = None, *, measured: IntArray, random_state: int = 0
+    ) -> Tokens:
+        """Normalise, crop, and put ``<cls>`` first."""
+        del random_state  # nothing is drawn at inference
+        values = np.asarray(counts.values, np.float32)
+        if self.target_sum is not None:
+            cell = np.repeat(np.arange(len(counts)), counts.lengths)
+            totals = np.bincount(cell, weights=values, minlength=len(counts))
+            values = np.log1p(values * (self.target_sum / totals[cell])).astype(np.float32)
+        zeros_of = measured if self.include_zeros else None
+        return sentence(counts, values, vocab, keys, self.max_len, self.cls_value, zeros_of)

@@ -1,0 +1,98 @@
+"""Labels and values of cells, predicted from their embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scllm.engine import losses
+from scllm.engine.objectives.base import Loss
+from scllm.models.base import Batch, CellModel
+
+__all__ = ["Label", "LossName"]
+
+LossName = Literal["ce", "bce", "dice", "focal"]
+
+
+@dataclass(frozen=True)
+class Label:
+    """Predict ``obs`` columns from the cell embedding: the labels and values of the model's heads.
+
+    ``batch.obs["label:<key>"]`` holds codes (-1: missing) or values (NaN: missing).
+
+    Parameters
+    ----------
+    loss
+        Weight of each loss on labels: ``"ce"``, ``"bce"``, ``"dice"``, ``"focal"``. Values get the squared error.
+    class_weight
+        By key, one weight a class.
+    label_smoothing
+        Share of the target spread over all classes (``"ce"`` only).
+    """
+
+    loss: Mapping[LossName, float] = field(default_factory=lambda: {"ce": 1.0})
+    class_weight: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        known = ("ce", "bce", "dice", "focal")
+        if not self.loss or set(self.loss) - set(known):
+            raise ValueError(f"loss is {dict(self.loss)}, names of {known} with weights expected. Use loss='ce'.")
+
+    def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
+        """Summed over labelled cells and heads."""
+        outputs = model.head_outputs(batch)
+        total = torch.zeros((), device=batch.genes.device)
+        count = torch.zeros((), dtype=torch.long, device=batch.genes.device)
+        logged: dict[str, Tensor] = {}
+        for spec in model.head_specs:
+            target, predicted = batch.obs[f"label:{spec.key}"], outputs[spec.key]
+            there = target >= 0 if spec.classes is not None else target.isfinite()
+            target, predicted = target[there], predicted[there]
+            name = "" if len(model.head_specs) == 1 else f"_{spec.key}"
+            if spec.classes is None:
+                error = losses.squared_error(predicted.squeeze(1), (target - spec.mean) / spec.std)
+                total = total + error
+                logged[f"mse{name}"] = error
+            elif len(target):
+                total = total + self._labels(predicted, target, spec.key)
+                logged[f"accuracy{name}"] = (predicted.argmax(1) == target).sum()
+            count = count + len(target)
+        return Loss(total, count, logged)
+
+    def _labels(self, logits: Tensor, label: Tensor, key: str) -> Tensor:
+        weight = torch.tensor(self.class_weight[key], device=logits.device) if key in self.class_weight else None
+        total = torch.zeros((), device=logits.device)
+        for name, factor in self.loss.items():
+            match name:
+                case "ce":
+                    smoothing = self.label_smoothing
+                    each = F.cross_entropy(
+                        logits.float(), label, weight=weight, reduction="sum", label_smoothing=smoothing
+                    )
+                case "bce":
+                    each = losses.binary_cross_entropy(logits, label, weight).sum()
+                case "focal":
+                    each = losses.focal(logits, label, weight).sum()
+                case "dice":
+                    # does not add up over micro-batches: reported as its value times the cells
+                    each = losses.dice(logits, label) * len(label)
+            total = total + factor * each
+        return total
+
+    def logs(self, model: CellModel) -> tuple[str, ...]:
+        """Accuracy of labels, squared error of values."""
+        several = len(model.head_specs) > 1
+        return tuple(
+            ("mse" if spec.classes is None else "accuracy") + (f"_{spec.key}" if several else "")
+            for spec in model.head_specs
+        )
+
+    def report(self, means: dict[str, float], step: int) -> dict[str, float]:
+        """As logged."""
+        return means

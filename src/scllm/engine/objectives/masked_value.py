@@ -1,0 +1,136 @@
+"""Hidden values, predicted (scGPT)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scllm.engine import losses
+from scllm.engine.objectives.base import Loss, uniform
+from scllm.kernels.draws import mix
+from scllm.models.base import Batch, CellModel
+
+__all__ = ["MaskedValue"]
+
+# draws of one cell for different purposes are independent
+OUT, ABSENT = 5, 6
+
+
+@dataclass(frozen=True)
+class MaskedValue:
+    """Hide values and predict them, from the genes' states and from the cell embedding (scGPT).
+
+    Parameters
+    ----------
+    mask_ratio
+        Shares of a cell's genes to hide; one is drawn a step. ``<cls>`` is never hidden.
+    from_cell
+        Weight of the error of the values predicted from the cell embedding.
+    left_out
+        Share of each cell's genes that are left out of the sentence altogether. From the cell embedding their values
+        are predicted too, and those of as many genes drawn at random, most of them zero: so the embedding has to say
+        which genes a cell expresses, not only how much. 0 is scGPT's own training.
+    seed
+        What the ratio is drawn by, together with the step.
+    """
+
+    mask_ratio: tuple[float, ...] = (0.25, 0.5, 0.75)
+    from_cell: float = 1.0
+    left_out: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.mask_ratio or not all(0 < ratio < 1 for ratio in self.mask_ratio):
+            raise ValueError(
+                f"mask_ratio is {self.mask_ratio}, shares between 0 and 1 expected. scGPT uses (0.25, 0.5, 0.75)."
+            )
+        if not 0 <= self.left_out < 1:
+            raise ValueError(f"left_out is {self.left_out}, a share from 0 up to below 1 expected. 0 leaves none out.")
+
+    def ratio(self, step: int) -> float:
+        """The share hidden at a step."""
+        return self.mask_ratio[int(mix(self.seed, step) % len(self.mask_ratio))]
+
+    def hide(self, batch: Batch, is_special: Tensor, ratio: float, salt: int = 0) -> Tensor:
+        """Positions of hidden tokens: in each cell the ``floor(ratio * genes)`` with the smallest draws."""
+        special = is_special[batch.genes]
+        cell = batch.cell
+        draws = uniform(batch.keys[cell], batch.genes, salt)
+        # specials go last in their cell and are not among the genes that are counted
+        order = torch.argsort(cell + torch.where(special, 1 - 2**-40, draws * (1 - 2**-30)))
+        place = torch.arange(len(cell), device=cell.device) - batch.first[cell]
+        n_genes = torch.bincount(cell[~special], minlength=batch.n_cells)
+        n_hidden = (n_genes.double() * ratio).floor().long()
+        return order[place < n_hidden[cell]].sort().values
+
+    def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
+        """Squared errors over the hidden positions, and from the cell embedding over what was left out too."""
+        assert batch.values is not None
+        everything, out = batch, None
+        if self.left_out:
+            out = self.hide(batch, model.is_special, self.left_out, OUT)
+            n_out = torch.bincount(batch.cell[out], minlength=batch.n_cells).tolist()
+            batch = batch.without(out, n_out)
+        hidden = self.hide(batch, model.is_special, self.ratio(step))
+        target = batch.values[hidden]
+        shown = batch.with_values(batch.values.index_fill(0, hidden, model.config.mask_value))
+        states = model.hidden(shown)
+        cell_of = batch.cell[hidden]
+        predicted = model.decode(states[hidden], cell_of, batch)
+        logged = {"mse": losses.squared_error(predicted["value"], target)}
+        if "zero" in predicted:
+            logged["zero"] = losses.zero_likelihood(predicted["zero"], target)
+        if self.from_cell:
+            asked = batch.genes[hidden], cell_of, target
+            if out is not None:
+                asked = tuple(
+                    map(torch.cat, zip(asked, self._left_out(everything, out, len(model.vocab)), strict=True))
+                )
+            logged |= self._from_cell(model, batch, states[batch.first], *asked, len(hidden))
+        terms = ((value, self.from_cell if name.endswith("_cell") else 1.0) for name, value in logged.items())
+        total = torch.stack([weight * value for value, weight in terms]).sum()
+        # moments of what was hidden: the error is only meaningful as a share of its variance
+        logged |= {"target": target.sum(), "target_squared": (target**2).sum()}
+        return Loss(total, torch.tensor(len(hidden), device=target.device), logged)
+
+    def _from_cell(
+        self, model: CellModel, batch: Batch, cell: Tensor, genes: Tensor, cell_of: Tensor, target: Tensor, n: int
+    ) -> dict[str, Tensor]:
+        """Errors of the values predicted from the cell embedding, at the scale of ``n`` hidden positions."""
+        predicted = model.decode_cell(cell, genes, cell_of, batch)
+        scale = n / max(1, len(target))
+        found = {}
+        if "cell_value" in predicted:
+            found["mse_cell"] = scale * losses.squared_error(predicted["cell_value"], target)
+        if "cell_zero" in predicted:
+            found["zero_cell"] = scale * losses.zero_likelihood(predicted["cell_zero"], target)
+        return found
+
+    def _left_out(self, batch: Batch, out: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Genes, cells and values of what was left out, and of as many measured genes drawn at random."""
+        assert batch.values is not None
+        assert batch.measured is not None
+        cell = batch.cell[out]
+        number = torch.arange(len(out), device=out.device) - torch.searchsorted(cell, cell)
+        draws = uniform(batch.keys[cell], number, ABSENT)
+        genes = batch.measured[(draws * len(batch.measured)).long()]
+        # a gene drawn is zero unless the cell expresses it: looked up among the (cell, gene) pairs of the batch
+        pairs, order = (batch.cell * n_tokens + batch.genes).sort()
+        wanted = cell * n_tokens + genes
+        place = torch.searchsorted(pairs, wanted).clamp(max=len(pairs) - 1)
+        values = torch.where(pairs[place] == wanted, batch.values[order[place]], 0)
+        both = (batch.genes[out], genes), (cell, cell), (batch.values[out], values)
+        return tuple(map(torch.cat, both))  # type: ignore[return-value]
+
+    def logs(self, model: CellModel) -> tuple[str, ...]:
+        """Errors by head, and moments of the hidden values."""
+        return (*model.value_losses(self.from_cell > 0), "target", "target_squared")
+
+    def report(self, means: dict[str, float], step: int) -> dict[str, float]:
+        """Errors, the share of the hidden values' variance that is left, and the mask ratio."""
+        mean, squared = means.pop("target"), means.pop("target_squared")
+        variance = squared - mean**2
+        share = {"mse_share": means["mse"] / variance} if variance > 0 else {}
+        return {**means, **share, "mask_ratio": self.ratio(step)}
