@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -315,3 +316,15 @@ def test_namespaces_load_on_first_use() -> None:
     loaded = loaded_after("import scllm; scllm.pp.bin_expression")
     assert "scllm.pp" in loaded
     assert "scllm.tl" not in loaded
+
+
+def test_a_namesake_beside_is_explained(tmp_path: Path) -> None:
+    folder = tmp_path / "scllm-0.3.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: scllm\nVersion: 0.3\n")
+    run = subprocess.run(
+        [sys.executable, "-c", "import scllm; scllm.settings"], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+    )  # fmt: skip
+    assert "scllm 0.3 of another project is installed beside scllm-tools" in run.stderr
+    assert "pip uninstall scllm scllm-tools" in run.stderr

@@ -10,7 +10,7 @@ __all__ = ["Precision", "TrainConfig"]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["step", "cosine", "linear", "constant"]
-Strategy = Literal["ddp"]
+Strategy = Literal["ddp", "fsdp"]
 Logger = Literal["tensorboard", "wandb"]
 GeneInit = Literal["svd", "random"]
 
@@ -54,7 +54,8 @@ class TrainConfig:
         Where the gene table of a fresh model starts: ``"svd"`` (right singular vectors of the log-normalised
         training cells) or ``"random"``.
     strategy
-        ``"ddp"``: every process holds the whole model.
+        ``"ddp"``: every process holds the whole model; ``"fsdp"``: weights, gradients and optimiser state are split
+        over the processes, for models that do not fit on one GPU.
     max_restarts
         How often a failed group of processes is started again.
     logger

@@ -32,6 +32,7 @@ from scllm.engine.lora import LoraSettings, add_adapters, merge_adapters
 from scllm.engine.objectives import objective_from_dict
 from scllm.engine.optim import freeze
 from scllm.engine.run import Run
+from scllm.engine.sharding import shard
 from scllm.models.base import CellModel
 
 __all__ = ["command", "launch", "train"]
@@ -115,6 +116,8 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
         objective = objective_from_dict(spec["objective"])
         if config.compile or config.checkpointing:
             model.speed_up(compile=config.compile, checkpointing=config.checkpointing)
+        if config.strategy == "fsdp" and ranks.world() > 1:
+            shard(model)
         fit(model, training, objective, config, run=run, validation=validation, precision=precision)
         if ranks.rank() == 0:
             _finish(run, family)
@@ -141,7 +144,10 @@ def _loaders(
         source.genes, model.vocab, var=source.var, gene_key=data["gene_key"], min_coverage=data["min_coverage"]
     )
     obs = {name.removeprefix("obs:"): column for name, column in cells.items() if name.startswith("obs:")}
-    common = {"source": source, "match": match, "encoder": model.encoder, "vocab": model.vocab, "obs": obs}
+    common = {
+        "source": source, "match": match, "encoder": model.encoder, "vocab": model.vocab, "obs": obs,
+        "keep_empty": config.strategy == "fsdp" and ranks.world() > 1,
+    }  # fmt: skip
     seed = config.random_state or 0
     assert config.batch_size is not None
     training = Loader(

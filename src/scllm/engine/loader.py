@@ -57,6 +57,8 @@ class Loader:
         Largest share of counts taken away from a cell.
     training
         Whether draws differ between epochs, and long cells are cropped at random.
+    keep_empty
+        Whether a rank (or micro-batch) without cells gets an empty batch, so that all ranks compute equally often.
     """
 
     source: CellSource
@@ -70,6 +72,7 @@ class Loader:
     weights: FloatArray | None = None
     downsample: float = 0.0
     training: bool = True
+    keep_empty: bool = False
 
     @property
     def chunk(self) -> int:
@@ -135,7 +138,7 @@ class Loader:
                     self.match.measured,
                 )
                 for a, b in pairwise(cuts)
-                if b > a
+                if b > a or self.keep_empty
             ]
 
     def _tokens(self, counts: CSR, keys: IntArray) -> Tokens:

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from scllm._log import log, show_progress
 from scllm.data.run_files import append_history, cut_history
-from scllm.engine import checkpoint, ranks
+from scllm.engine import checkpoint, ranks, sharding
 from scllm.engine.config import TrainConfig
 from scllm.engine.device import autocast
 from scllm.engine.loader import Loader
@@ -56,7 +55,7 @@ def fit(
     precision
         ``"fp32"``, ``"bf16"`` or ``"fp16"``.
     """
-    rank, world, device = ranks.rank(), ranks.world(), model.device
+    rank, world, device, sharded = ranks.rank(), ranks.world(), model.device, sharding.is_sharded(model)
     per_epoch = batches.n_batches()
     n_steps = config.steps or per_epoch * (config.epochs or 1)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -86,11 +85,13 @@ def fit(
             for weight in trained:
                 # ranks without cells, and heads without labels, contribute nothing
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            ranks.sum_over_ranks([weight.grad for weight in trained])  # type: ignore[misc]
+            if not sharded:
+                ranks.sum_over_ranks([weight.grad for weight in trained])  # type: ignore[misc]
             means, count, n_cells = totals.reduced()
             scaler.unscale_(optimise)
-            torch._foreach_div_([weight.grad for weight in trained], max(count, 1))
-            norm = torch.nn.utils.clip_grad_norm_(trained, config.clip or math.inf)
+            # sharded gradients were averaged over ranks on the way
+            torch._foreach_div_([weight.grad for weight in trained], max(count, 1) / (world if sharded else 1))
+            norm = sharding.full_norm(trained, config.clip)
             if not math.isfinite(means["loss"]) or not (norm.isfinite() or scaler.is_enabled()):
                 raise RuntimeError(
                     f"the loss or its gradient is not finite at step {step + 1} (loss {means['loss']}, norm "
@@ -132,17 +133,19 @@ def fit(
                     append_history(run.history, lines)
                 for logged in lines:
                     track(logged)
-                if ends and since_best == 0:
-                    checkpoint.save(run.best, _weights(model))
+            saves = ends or bool(config.save_every and step % config.save_every == 0)
+            if saves and (rank == 0 or sharded):
+                state = {
+                    "model": sharding.weights(model),
+                    "optimizer": sharding.optimizer_state(model, optimise),
+                    "scaler": scaler.state_dict(),
+                }
+            if rank == 0 and ends and since_best == 0:
+                checkpoint.save(run.best, state["model"])
             best = min(best, score) if ends else best
-            if ends or (config.save_every and step % config.save_every == 0):
+            if saves:
                 saved = step
                 if rank == 0:
-                    state = {
-                        "model": _weights(model),
-                        "optimizer": optimise.state_dict(),
-                        "scaler": scaler.state_dict(),
-                    }
                     checkpoint.save(run.last, state | {"step": step, "best": best, "since_best": since_best})
             bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
             bar.update()
@@ -162,15 +165,11 @@ def _resume(
         cut_history(run.history, 0 if state is None else state["step"])
     if state is None:
         return 0, math.inf, 0
-    model.load_state_dict(state["model"])
-    optimise.load_state_dict(state["optimizer"])
+    sharding.load_weights(model, state["model"])
+    sharding.load_optimizer(model, optimise, state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     log.info("continuing at step %d", state["step"])
     return state["step"], state["best"], state["since_best"]
-
-
-def _weights(model: CellModel) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
 @contextmanager

@@ -41,6 +41,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, batch: Batch, *, first_onl
     first_only
         Whether only the first token of each cell asks.
     """
+    if not batch.n_cells:
+        return query
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and varlen_attn is not None:
         ends, longest = batch.cu_seqlens, max(batch.lengths)
         ones = torch.arange(batch.n_cells + 1, device=query.device, dtype=torch.int32)
@@ -49,7 +51,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, batch: Batch, *, first_onl
     lengths = list(batch.lengths)
     queries = query.split([1] * batch.n_cells if first_only else lengths)
     cells = [_attend_cell(*cell) for cell in zip(queries, key.split(lengths), value.split(lengths), strict=True)]
-    return torch.cat(cells) if cells else query
+    return torch.cat(cells)
 
 
 def _attend_cell(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -76,23 +78,29 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """``(t, d)`` to ``(t, d)``."""
-        query, key, value = self.qkv(x).view(len(x), 3, self.n_heads, -1).unbind(1)
+        query, key, value = self.qkv(x).view(len(x), 3, self.n_heads, x.shape[1] // self.n_heads).unbind(1)
         return self.out(attend(query, key, value, batch).reshape(x.shape))
 
     def first(self, x: Tensor, batch: Batch) -> Tensor:
         """What the first token of each cell gathers, ``(t, d)`` to ``(b, d)``."""
         d = x.shape[1]
         if type(self.qkv) is not nn.Linear:  # an adapter or int8 weights stand in its place
-            query, key, value = self.qkv(x).view(len(x), 3, self.n_heads, -1).unbind(1)
+            query, key, value = self.qkv(x).view(len(x), 3, self.n_heads, x.shape[1] // self.n_heads).unbind(1)
             attended = attend(query[batch.first], key, value, batch, first_only=True)
             return self.out(attended.reshape(batch.n_cells, d))
-        query = F.linear(x[batch.first], self.qkv.weight[:d], self.qkv.bias[:d]).view(batch.n_cells, self.n_heads, -1)
-        key, value = F.linear(x, self.qkv.weight[d:], self.qkv.bias[d:]).view(len(x), 2, self.n_heads, -1).unbind(1)
+        query = F.linear(x[batch.first], self.qkv.weight[:d], self.qkv.bias[:d]).view(
+            batch.n_cells, self.n_heads, d // self.n_heads
+        )
+        key, value = (
+            F.linear(x, self.qkv.weight[d:], self.qkv.bias[d:])
+            .view(len(x), 2, self.n_heads, d // self.n_heads)
+            .unbind(1)
+        )
         return self.out(attend(query, key, value, batch, first_only=True).reshape(batch.n_cells, d))
 
     def weights(self, x: Tensor, batch: Batch) -> list[Tensor]:
         """Attention weights of each cell, ``(h, l, l)``."""
-        query, key, _ = self.qkv(x).view(len(x), 3, self.n_heads, -1).unbind(1)
+        query, key, _ = self.qkv(x).view(len(x), 3, self.n_heads, x.shape[1] // self.n_heads).unbind(1)
         lengths = list(batch.lengths)
         pairs = zip(query.split(lengths), key.split(lengths), strict=True)
         return [(torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5).softmax(-1) for q, k in pairs]

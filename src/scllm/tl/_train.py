@@ -158,6 +158,11 @@ def train(
             f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues a run of the same spec."
         )
     check_tracker(config.logger)
+    if config.strategy == "fsdp" and config.precision == "fp16":
+        raise ValueError(
+            "strategy='fsdp' with precision='fp16' is not supported, bf16 or fp32 expected: loss scaling does not go "
+            "with split weights. Leave precision= out."
+        )
     if lora is not None:
         check_peft()
     match = gene_match(data, source, model)

@@ -1,0 +1,86 @@
+"""Weights, gradients and optimiser state split over the ranks (``strategy="fsdp"``), put together for checkpoints.
+
+For models that do not fit on one device; Zhao et al. 2023, doi:10.14778/3611540.3611569.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from scllm.engine import ranks
+from scllm.models.base import CellModel
+
+__all__ = ["full_norm", "is_sharded", "load_optimizer", "load_weights", "optimizer_state", "shard", "weights"]
+
+# what objectives call in place of `forward`: each gathers the weights it needs
+_ENTRIES = ("hidden", "embed", "head_outputs", "apply_heads", "decode", "decode_cell", "gene_logits", "bin_logits")
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FROM_WHOLE = StateDictOptions(full_state_dict=True)
+
+
+def shard(model: CellModel) -> None:
+    """Split the weights of every block, and the rest of the model, over the ranks, in place."""
+    mesh = init_device_mesh(model.device.type, (ranks.world(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+        register_fsdp_forward_method(block, "first")
+    fully_shard(model, mesh=mesh)
+    for name in _ENTRIES:
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
+    # about changing what a method returned in place, which nothing here does
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+
+
+def is_sharded(model: CellModel) -> bool:
+    """Whether every rank holds a part of each weight only."""
+    return isinstance(model, FSDPModule)
+
+
+def weights(model: CellModel) -> dict[str, Tensor]:
+    """All weights, whole and on the CPU; every rank must ask."""
+    if is_sharded(model):
+        return get_model_state_dict(model, options=_WHOLE)
+    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+
+
+def load_weights(model: CellModel, state: Mapping[str, Any]) -> None:
+    """Put whole weights back."""
+    if is_sharded(model):
+        set_model_state_dict(model, dict(state), options=_FROM_WHOLE)
+    else:
+        model.load_state_dict(state)
+
+
+def optimizer_state(model: CellModel, optimise: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state, whole; every rank must ask."""
+    return get_optimizer_state_dict(model, optimise, options=_WHOLE) if is_sharded(model) else optimise.state_dict()
+
+
+def load_optimizer(model: CellModel, optimise: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put the whole state of an optimiser back."""
+    if is_sharded(model):
+        set_optimizer_state_dict(model, optimise, state, options=_FROM_WHOLE)
+    else:
+        optimise.load_state_dict(state)
+
+
+def full_norm(trained: list[Tensor], clip: float | None) -> Tensor:
+    """Clip gradients, and give the norm they had over all ranks."""
+    norm = torch.nn.utils.clip_grad_norm_(trained, clip or math.inf)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
