@@ -58,3 +58,8 @@ def test_every_label_is_divided_alike_and_missing_ones_are_one_more(seed):
 def test_fractions_that_are_none_are_an_error(fractions):
     with pytest.raises(ValueError, match="two or three positive shares"):
         split_cells(10, fractions)
+
+
+def test_parts_have_their_size_where_every_label_is_rare():
+    part = split_cells(40, (0.9, 0.1), stratify=pd.Series(np.repeat(np.arange(20), 2)))
+    assert (part == 1).sum() == 4

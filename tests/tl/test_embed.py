@@ -294,3 +294,8 @@ def test_parity_scgpt_gene_embeddings(original, checkpoint, cells):
     np.testing.assert_array_equal(cells.varm["scllm_genes"][known], original["gene_embeddings_raw"][ids[known]])
     assert np.isnan(cells.varm["scllm_genes"][~known]).all()
     assert 0 < known.sum() < cells.n_vars
+
+
+def test_a_batch_of_no_cells_is_an_error(adata, tiny):
+    with pytest.raises(ValueError, match="batch_size is 0, at least 1 expected"):
+        embed(adata, tiny, batch_size=0)

@@ -183,8 +183,10 @@ def test_odd_columns_of_obs_do_not_stand_in_the_way(adata, train):
 
 
 def test_a_family_or_path_that_is_none_is_an_error(train):
-    with pytest.raises(FileNotFoundError, match="scgtp is not there"):
+    with pytest.raises(ValueError, match=r"model is 'scgtp'.*'scgpt'.*or the path.*Did you mean 'scgpt'\?"):
         train("scgtp")
+    with pytest.raises(FileNotFoundError, match="runs/scgpt is not there"):
+        train("runs/scgpt")
     with pytest.raises(ValueError, match="scgpt has no size 'huge', one of"):
         train(size="huge")
 

@@ -46,8 +46,12 @@ def split_cells(
     if stratify is not None:
         codes = pd.factorize(stratify, use_na_sentinel=False)[0]
         strata = [np.flatnonzero(codes == code) for code in range(codes.max(initial=-1) + 1)]
+    rounded = np.zeros(len(fractions) - 1)
     for cells in strata:
-        edges = np.rint(np.cumsum(fractions)[:-1] * len(cells)).astype(int)
+        # what rounding took from one label is given to the next: parts have their size even where all labels are rare
+        exact = np.cumsum(fractions)[:-1] * len(cells) + rounded
+        edges = np.clip(np.rint(exact), 0, len(cells)).astype(int)
+        rounded = exact - edges
         for number, chosen in enumerate(np.split(rng.permutation(cells), edges)):
             part[chosen] = number
     return part

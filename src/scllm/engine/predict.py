@@ -66,7 +66,7 @@ def predict(
         check_gpus(n_gpus)
     first = resolve_device(device)
     devices = [torch.device(first.type, i) for i in range(n_gpus)] if n_gpus > 1 else [first]
-    size = batch_size or _CELLS[first.type]
+    size = _CELLS[first.type] if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size is {size}, at least 1 expected. Leave it out to have it chosen.")
     chosen = resolve_precision(precision, first)

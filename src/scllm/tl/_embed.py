@@ -190,7 +190,7 @@ def embed_genes(
         vectors = np.full((adata.n_vars, table.shape[1]), np.nan, np.float32)
         vectors[known] = table[match.token_ids[known]]
     else:
-        check_layer(source, chosen, None, adata)
+        check_layer(source, chosen, None, adata, takes_layer=False)
         codes = np.zeros(adata.n_obs, np.int64)
         if groupby is not None:
             column = groups(adata.obs, groupby)

@@ -14,14 +14,20 @@ __all__ = ["check_layer"]
 
 
 def check_layer(
-    source: CellSource, model: CellModel, layer: str | None, adata: AnnData | None, *, downsample: float = 0.0
+    source: CellSource,
+    model: CellModel,
+    layer: str | None,
+    adata: AnnData | None,
+    *,
+    downsample: float = 0.0,
+    takes_layer: bool = True,
 ) -> None:
     """Raise on values that encoder or down-sampling cannot read; name the layer that holds counts, if one does."""
     needs_counts = model.encoder.needs_counts or downsample > 0
-    check_source(source, needs_counts=needs_counts, layer=layer, hint=lambda: _layer_with_counts(adata))
+    check_source(source, needs_counts=needs_counts, layer=layer, hint=lambda: _layer_with_counts(adata, takes_layer))
 
 
-def _layer_with_counts(adata: AnnData | None) -> str:
+def _layer_with_counts(adata: AnnData | None, takes_layer: bool) -> str:
     if adata is None:
         return ""
     for name in adata.layers:
@@ -31,5 +37,6 @@ def _layer_with_counts(adata: AnnData | None) -> str:
                 check_source(open_source(adata, layer=name), needs_counts=True, layer=name)
         except (ValueError, UserWarning):
             continue
-        return f"Layer {name!r} holds counts: pass layer={name!r}."
-    return ""
+        advice = f"pass layer={name!r}" if takes_layer else f"put it into X (adata.X = adata.layers[{name!r}])"
+        return f"Layer {name!r} holds counts: {advice}."
+    return "" if takes_layer else "Put raw counts into X."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
@@ -154,6 +155,12 @@ def _starting_model(
             torch.default_generator.manual_seed(random_state)  # of the CPU alone: GPUs keep their state
             # versions of one gene share a token
             return models.build(model, vocab=list(dict.fromkeys(genes.strip_version(names))), size=size, **config)
+    if isinstance(model, str) and not model.startswith("hf://") and "/" not in model and not Path(model).exists():
+        close = difflib.get_close_matches(model, models.families(), n=1)
+        raise ValueError(
+            f"model is {model!r}, one of {models.families()} or the path of a model expected."
+            + (f" Did you mean {close[0]!r}?" if close else " Check the spelling.")
+        )
     begun = copy.deepcopy(resolve(model, data if isinstance(data, AnnData) else None)).cpu()
     begun.history, begun.report, begun.path = None, None, None
     if dropout is not None:

@@ -86,7 +86,7 @@ def reconstruct(
             "the cell embedding. Leave one out."
         )
     source = open_source(adata)
-    check_layer(source, chosen, None, adata)
+    check_layer(source, chosen, None, adata, takes_layer=False)
     match = gene_match(adata, source, chosen)
     if genes is not None:
         return _of_genes(adata, chosen, source, match, [genes] if isinstance(genes, str) else list(genes))
