@@ -1,8 +1,8 @@
 """What pretraining adds on 3,874 sorted blood cells: ``python -m benchmarks.study_blood RUN_DIR [EPOCHS]``.
 
 Reads ``pbmc_zheng2017_facs.h5ad`` below ``SCLLM_SHARED``, pretrains ``size="small"`` on all genes (a quarter of an hour
-on one CPU core for four epochs; a run that is there is continued), and scores embeddings of every depth beside PCA of the
-same genes and beside the plain mean of the gene vectors that the model starts from.
+on one CPU core for four epochs; a run that is there is continued), and scores embeddings of every depth beside an SVD
+of the same genes and beside the plain mean of the gene vectors that the model starts from.
 """
 
 from __future__ import annotations
