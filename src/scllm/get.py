@@ -46,6 +46,12 @@ def tokens(
     settings = recorded(adata, "tokenize", made_by="pp.tokenize")["params"]
     if key not in adata.obsm:
         raise missing_key(key, adata.obsm, "in adata.obsm", f"Call pp.tokenize(adata, key_added={key!r}) first.")
+    last = str(settings["key_added"])
+    if last != key:
+        raise ValueError(
+            f"pp.tokenize was last called with key_added={last!r}, {key!r} expected: vocabularies may differ, and the "
+            f"padding token with them. Call pp.tokenize(adata, key_added={key!r}) again."
+        )
     genes = _padded(adata.obsm[key], length, int(settings["pad_id"]))
     values = adata.obsm.get(key + _keys.TOKEN_VALUES)
     return genes, None if values is None else _padded(values, length, pad_value)

@@ -16,6 +16,7 @@ from scllm.data.vocab import Vocab
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.estimate import say_cost
+from scllm.engine.launch import cluster_command
 from scllm.models.base import CellModel
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import gene_match, resolve
@@ -74,8 +75,7 @@ def what_would_run(
         f"  processes   {where.n} on {where.device}, {used}",
         f"  cost        {cost}",
         "On several machines, once this command has written the run directory, on each of them:",
-        f"  torchrun --nnodes=NODES --nproc-per-node={where.n} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
-        f"-m scllm run {run_dir or 'RUN_DIR'}",
+        f"  {cluster_command(run_dir or 'RUN_DIR', where.n)}",
     ]
     return "\n".join(lines)
 

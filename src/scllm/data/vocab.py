@@ -59,6 +59,8 @@ class Vocab:
     @classmethod
     def from_genes(cls, genes: Iterable[str]) -> Vocab:
         """Genes get 0 ... G-1 in the order given, then ``<cls>``, ``<pad>`` and ``<mask>`` follow."""
+        if isinstance(genes, str):
+            raise TypeError(f"genes is the string {genes!r}, a list of gene names expected. Pass [{genes!r}].")
         return cls((*map(str, genes), "<cls>", "<pad>", "<mask>"))
 
     def __len__(self) -> int:

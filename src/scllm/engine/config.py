@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from typing import Any, Literal, get_args, get_type_hints
 
 __all__ = ["Precision", "TrainConfig"]
@@ -13,6 +14,13 @@ Schedule = Literal["step", "cosine", "linear", "constant"]
 Strategy = Literal["ddp", "fsdp"]
 Logger = Literal["tensorboard", "wandb"]
 GeneInit = Literal["svd", "random"]
+
+_ADVICE = {
+    "lr": "scGPT uses 1e-4.",
+    "gamma": "1 keeps the learning rate.",
+    "layer_decay": "1 trains all blocks alike.",
+    "clip": "None is for no limit.",
+}
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, at least 1 expected. Pass a positive number.")
+            if value is not None and not isinstance(value, Integral):
+                raise TypeError(f"{name} is {value!r}, a whole number expected. Pass a whole {name}=.")
+        for name in ("warmup", "weight_decay", "max_restarts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, 0 or more expected. 0 leaves it off.")
+        for name in ("lr", "gamma", "layer_decay", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
+                raise ValueError(f"{name} is {value!r}, a positive number expected. {_ADVICE[name]}")
         for name, allowed in (
             ("schedule", Schedule),
             ("strategy", Strategy),
@@ -118,8 +135,6 @@ class TrainConfig:
             raise ValueError(
                 f"downsample is {self.downsample}, a share from 0 up to below 1 expected. 0 leaves it off."
             )
-        if self.lr is not None and not self.lr > 0:
-            raise ValueError(f"lr is {self.lr}, a positive learning rate expected. scGPT uses 1e-4.")
 
     def merged(self, given: Mapping[str, Any]) -> TrainConfig:
         """With what the caller of a verb gave besides; a value given both ways is a ``TypeError``."""

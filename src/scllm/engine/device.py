@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import get_args
 
 import torch
 
@@ -20,6 +21,8 @@ def resolve_device(device: str = "auto") -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device != "cpu" and not device.startswith("cuda"):
+        raise ValueError(f"device is {device!r}, 'auto', 'cpu' or 'cuda' expected. Pass one of those.")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -34,6 +37,8 @@ def resolve_device(device: str = "auto") -> torch.device:
 def check_gpus(n_gpus: int) -> None:
     """Raise where fewer GPUs are there than asked for."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if n_gpus < 1:
+        raise ValueError(f"n_gpus is {n_gpus}, at least 1 expected. Leave it out to have it chosen.")
     if n_gpus > there:
         advice = "Use device='cpu' with n_procs=, or leave n_gpus out." if there == 0 else f"Use n_gpus={there}."
         raise ValueError(f"n_gpus is {n_gpus}, this machine has {there}. {advice}")
@@ -41,6 +46,8 @@ def check_gpus(n_gpus: int) -> None:
 
 def resolve_precision(precision: Precision, device: torch.device) -> str:
     """``"auto"``: fp32 on a CPU, bf16 on a GPU that has it, fp16 on older ones."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}, one of {get_args(Precision)} expected. Pass one of those.")
     if precision != "auto":
         return precision
     if device.type != "cuda":

@@ -24,6 +24,7 @@ _ROWS = 8_192
 _MAX_CELLS = 200_000  # singular vectors of more cells are the same to any digit that matters
 _TARGET_SUM = 1e4
 _STANDS_OUT = 1.05
+_LOGGED_MAXIMUM = 50
 
 
 def start_from_data(
@@ -81,15 +82,19 @@ def gene_vectors(
 
 
 def _log_normalised(source: CellSource, match: GeneMatch, rows: IntArray, n_tokens: int, desc: str) -> Iterator[CSR]:
-    """Blocks of cells, columns in the order of ``match.measured``."""
+    """Blocks of cells, columns in the order of ``match.measured``; values that look logged are left as they are."""
     column = np.zeros(n_tokens, np.int64)
     column[match.measured] = np.arange(len(match.measured))
-    starts = range(0, len(rows), _ROWS)
+    starts, is_logged = range(0, len(rows), _ROWS), None
     for start in progress(starts, desc=desc, total=len(starts), unit="block"):
         tokens = match.tokens(source.read(rows[start : start + _ROWS]))
         values = np.asarray(tokens.values, np.float64)
         cell = np.repeat(np.arange(len(tokens)), tokens.lengths)
-        totals = np.bincount(cell, weights=values, minlength=len(tokens))
-        logged = np.log1p(values * (_TARGET_SUM / totals[cell]))
+        if is_logged is None:
+            is_logged = bool(len(values)) and values.max() < _LOGGED_MAXIMUM and bool((values != np.rint(values)).any())
+        logged = values
+        if not is_logged:
+            totals = np.bincount(cell, weights=values, minlength=len(tokens))
+            logged = np.log1p(values * (_TARGET_SUM / totals[cell]))
         shape = (len(tokens), len(match.measured))
         yield sparse.csr_matrix((logged, column[tokens.genes], tokens.indptr), shape=shape)

@@ -33,9 +33,10 @@ from scllm.engine.objectives import objective_from_dict
 from scllm.engine.optim import freeze
 from scllm.engine.run import Run
 from scllm.engine.sharding import shard
+from scllm.engine.tracking import tracker
 from scllm.models.base import CellModel
 
-__all__ = ["command", "launch", "train"]
+__all__ = ["cluster_command", "command", "launch", "train"]
 
 # set for processes whose parent holds the lock of the run directory
 _LOCKED = "SCLLM_RUN_LOCKED"
@@ -87,6 +88,14 @@ def command(run: Run, n_procs: int, device: str, family: str | None = None) -> l
     ]  # fmt: skip
 
 
+def cluster_command(run_dir: object, n_procs: int) -> str:
+    """What every one of several machines runs to train a run directory together."""
+    return (
+        f"torchrun --nnodes=NODES --nproc-per-node={n_procs} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
+        f"-m scllm run {run_dir}"
+    )
+
+
 @contextmanager
 def _locked_by_first_rank(run: Run) -> Iterator[None]:
     """Of processes that torchrun started by hand, the first locks the directory; where a verb did, it has."""
@@ -118,7 +127,8 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
             model.speed_up(compile=config.compile, checkpointing=config.checkpointing)
         if config.strategy == "fsdp" and ranks.world() > 1:
             shard(model)
-        fit(model, training, objective, config, run=run, validation=validation, precision=precision)
+        with tracker(config.logger if ranks.rank() == 0 else None, run) as track:
+            fit(model, training, objective, config, run=run, validation=validation, precision=precision, track=track)
         if ranks.rank() == 0:
             _finish(run, family)
         ranks.wait_for_all()

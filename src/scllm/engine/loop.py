@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -19,7 +20,6 @@ from scllm.engine.loader import Loader
 from scllm.engine.objectives import Loss, Objective
 from scllm.engine.optim import learning_rate, optimizer, train_mode
 from scllm.engine.run import Run
-from scllm.engine.tracking import tracker
 from scllm.kernels.draws import mix
 from scllm.models.base import Batch, CellModel
 
@@ -35,6 +35,7 @@ def fit(
     run: Run,
     validation: Loader | None = None,
     precision: str = "fp32",
+    track: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> None:
     """Train a model in place, from wherever the run directory says it is, to the end.
 
@@ -54,6 +55,8 @@ def fit(
         Cells to choose the best weights by; without them the last weights are the best.
     precision
         ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+    track
+        Is given each line of the history, on the first rank.
     """
     rank, world, device, sharded = ranks.rank(), ranks.world(), model.device, sharding.is_sharded(model)
     per_epoch = batches.n_batches()
@@ -63,7 +66,6 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     step, best, since_best = _resume(run, model, optimise, scaler)
     saved = step
-    track = tracker(config.logger if rank == 0 else None, run)
     bar = tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=not show_progress())
 
     while step < n_steps and (config.patience is None or since_best < config.patience):

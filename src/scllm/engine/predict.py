@@ -62,7 +62,7 @@ def predict(
     ------
     The rows and what ``forward`` gave for them.
     """
-    if n_gpus > 1:
+    if n_gpus != 1:
         check_gpus(n_gpus)
     first = resolve_device(device)
     devices = [torch.device(first.type, i) for i in range(n_gpus)] if n_gpus > 1 else [first]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,7 +22,8 @@ def check_tracker(name: Logger | None) -> None:
         raise ImportError(f'logger={name!r} needs a package that is not installed. Run: pip install "scllm-tools[log]"')
 
 
-def tracker(name: Logger | None, run: Run) -> Callable[[dict[str, Any]], None]:
+@contextmanager
+def tracker(name: Logger | None, run: Run) -> Iterator[Callable[[dict[str, Any]], None]]:
     """What takes each line of the history; does nothing where no logger is asked for."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -33,16 +36,29 @@ def tracker(name: Logger | None, run: Run) -> Callable[[dict[str, Any]], None]:
                     writer.add_scalar(f"{line['split']}/{key}", value, line["step"])
             writer.flush()
 
-        return to_tensorboard
-    if name == "wandb":
+        try:
+            yield to_tensorboard
+        finally:
+            writer.close()
+    elif name == "wandb":
         import wandb
 
         session = wandb.init(
-            project="scllm", name=run.path.name, dir=run.path, config=run.spec["train"], resume="allow"
-        )
+            project="scllm", name=run.path.name, dir=run.path, config=run.spec["train"], resume="allow", id=_id(run),
+            reinit="finish_previous",
+        )  # fmt: skip
 
         def to_wandb(line: dict[str, Any]) -> None:
             session.log({f"{line['split']}/{k}": v for k, v in line.items() if isinstance(v, float)}, step=line["step"])
 
-        return to_wandb
-    return lambda line: None
+        try:
+            yield to_wandb
+        finally:
+            session.finish()
+    else:
+        yield lambda line: None
+
+
+def _id(run: Run) -> str:
+    """The same for a run and its continuation, another for every directory."""
+    return hashlib.blake2b(str(run.path.absolute()).encode(), digest_size=8).hexdigest()

@@ -33,10 +33,13 @@ __all__ = ["is_native", "load_weights", "read_native", "read_torch", "renamed", 
 
 _FORMAT = 1
 _ARRAYS = "extras.npz"
+_FILES = ("config.json", "vocab.json", "weights.safetensors", "history.jsonl", _ARRAYS)
 
 
 def write_native(model: CellModel, path: Path) -> None:
     """Write beside the target, then rename: the folder is whole or not there."""
+    path = path.absolute()
+    _check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -64,6 +67,18 @@ def write_native(model: CellModel, path: Path) -> None:
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def _check_target(path: Path) -> None:
+    """Raise where writing a model would take the place of anything but a model."""
+    if not path.exists():
+        return
+    others = sorted(file.name for file in path.iterdir() if file.name not in _FILES) if path.is_dir() else [path.name]
+    if others:
+        raise ValueError(
+            f"{path} holds other files (first: {others[0]!r}), a new folder or a model that scllm wrote expected: it "
+            "would be replaced. Pass another path."
+        )
 
 
 def is_native(path: Path) -> bool:
@@ -136,7 +151,7 @@ def load_weights(
 ) -> None:
     """Every weight must find its place; what is missing, left over or of another shape is an error that lists names."""
     expected = model.state_dict()
-    ignore = tuple(ignore)
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     given = (
         {name: tensor for name, tensor in weights.items() if not name.startswith(ignore)} if ignore else dict(weights)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from os import PathLike, fspath
 from pathlib import Path
@@ -18,12 +19,13 @@ from scllm import _keys
 from scllm._checks import groups
 from scllm._results import record
 from scllm._typing import FloatArray
-from scllm.data.source import CellSource, open_source
+from scllm.data.source import open_source
 from scllm.engine.config import Precision
 from scllm.engine.predict import predict
 from scllm.models.base import Batch, CellModel, Pooling
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
+from scllm.tl._train import Data
 
 __all__ = ["embed", "embed_genes"]
 
@@ -32,7 +34,7 @@ _BLOCK = 16_384
 
 
 def embed(
-    data: AnnData | str | PathLike[str] | CellSource,
+    data: Data,
     model: ModelLike | None = None,
     *,
     pooling: Pooling | None = None,
@@ -101,6 +103,8 @@ def embed(
         raise TypeError("copy=True goes with an AnnData, a path was given: the embedding is returned, or goes to out=.")
     if adata is not None and out is not None:
         raise TypeError("out= goes with data given as a path; for an AnnData the embedding goes to obsm. Leave it out.")
+    if out is not None:
+        _check_out(Path(fspath(out)), data)
     chosen = resolve(model, adata)
     if not -chosen.config.n_layers - 1 <= hidden_layer <= -1:
         raise ValueError(
@@ -228,14 +232,30 @@ def _contextual_means(model, source, match, codes, n_groups) -> FloatArray:
     return means.view(len(model.vocab), n_groups, d).numpy()
 
 
+def _check_out(out: Path, data: object) -> None:
+    """Raise where ``out`` cannot be written, or is no embedding that may be replaced."""
+    if out.suffix not in (".zarr", ".npy"):
+        raise ValueError(f"out is {str(out)!r}, a path ending in .zarr or .npy expected. Rename it.")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{out.parent} is not there, the folder of out= expected. Make it first.")
+    inputs = [data] if isinstance(data, (str, PathLike)) else data if isinstance(data, (list, tuple)) else []
+    is_input = any(Path(fspath(part)).absolute() == out.absolute() for part in inputs)
+    if is_input or (out.suffix == ".zarr" and (out / ".zgroup").exists()) or _is_group(out):
+        raise ValueError(f"out is {str(out)!r}, which holds data, a new path or an array expected. Pass another path.")
+
+
+def _is_group(path: Path) -> bool:
+    """Whether a folder is a zarr group, such as an AnnData, and not the one array that an embedding is."""
+    file = path / "zarr.json"
+    return file.is_file() and json.loads(file.read_text()).get("node_type") != "array"
+
+
 def _collected(
     results: Iterator[tuple[slice, Tensor]], n_cells: int, out: str | PathLike[str] | None
 ) -> FloatArray | None:
     """All rows in one array, in memory or streamed to a file."""
     target = None
     path = None if out is None else Path(fspath(out))
-    if path is not None and path.suffix not in (".zarr", ".npy"):
-        raise ValueError(f"out is {str(path)!r}, a path ending in .zarr or .npy expected.")
     for rows, values in _blocks(results):
         shape = (n_cells, values.shape[1])
         if path is not None and path.suffix == ".npy":

@@ -54,7 +54,13 @@ def recorded_model(adata: AnnData | None) -> CellModel:
             "path."
         )
     family = str(entry["family"])
-    return models.load(path, family=None if models.storage.is_native(Path(path)) else family)
+    found = models.load(path, family=None if models.storage.is_native(Path(path)) else family)
+    if found.hash() != entry["hash"]:
+        raise ValueError(
+            f"the model in {path} has changed since it was recorded in adata.uns['scllm']['model'] (weights "
+            f"{found.hash()}, {entry['hash']} expected). Pass the model that is meant."
+        )
+    return found
 
 
 def remember(adata: AnnData | CellSource, model: CellModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ from scllm.engine.config import TrainConfig
 from scllm.engine.device import check_gpus, resolve_device, resolve_precision
 from scllm.engine.estimate import say_cost
 from scllm.engine.gene_init import start_from_data
-from scllm.engine.launch import command, launch
+from scllm.engine.launch import cluster_command, launch
 from scllm.engine.lora import LoraSettings, check_peft
 from scllm.engine.objectives import Objective, objective_to_dict
 from scllm.engine.optim import Freeze
@@ -107,10 +108,11 @@ def divide(
     rows = np.arange(source.n_obs) if rows is None else rows
     if isinstance(validation, str):
         column = obs_column(source.obs(_present(source, validation)), validation).astype(str).to_numpy()[rows]
-        if not (column == "train").any():
-            found = sorted(set(column))[:5]
+        found = set(column)
+        if not found >= {"train", "validation"} or found - {"train", "validation", "test", "nan"}:
             raise ValueError(
-                f"obs[{validation!r}] holds {found}, 'train' and 'validation' expected. Make it with pp.split(adata)."
+                f"obs[{validation!r}] holds {sorted(found)[:5]}, 'train' and 'validation' (and 'test') expected. "
+                "Make it with pp.split(adata)."
             )
         return rows[column == "train"], rows[column == "validation"]
     if not validation:
@@ -178,7 +180,7 @@ def train(
         "freeze": freeze,
         "lora": None if lora is None else asdict(lora),
         "params": {name: str(value) for name, value in params.items()},
-        "data": {"fingerprint": fingerprint(source), "layer": layer, **match_settings(data)},
+        "data": {"fingerprint": fingerprint(source), "layer": layer, "cells": _hash(cells), **match_settings(data)},
         "data_reference": _reference(data),
         "processes": asdict(where),
         "versions": {"scllm": version("scllm-tools"), "torch": torch.__version__},
@@ -241,8 +243,7 @@ def _set_up(
     run.create(spec, cells)
     log.info("run directory %s", run.path)
     if where.n > 1:
-        family = model.family if "." in model.family else None
-        log.info("on a cluster: %s", " ".join(command(run, where.n, where.device, family)))
+        log.info("on several machines, on each of them: %s", cluster_command(run.path, where.n))
 
 
 def _set_up_again(run: Run, spec: Mapping[str, Any], source: CellSource) -> None:
@@ -258,6 +259,15 @@ def _store(run: Run, spec: Mapping[str, Any], source: CellSource) -> None:
     if spec["data_reference"] is None:
         shutil.rmtree(run.data, ignore_errors=True)
         write_arrays(source, run.data)
+
+
+def _hash(cells: Mapping[str, NDArray[Any]]) -> str:
+    """Of parts, labels and weights: a run of other labels is another run."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(cells):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(cells[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _reference(data: Data) -> str | list[str] | None:
