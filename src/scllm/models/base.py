@@ -183,6 +183,9 @@ class CellModel(nn.Module):
             if compile:
                 block.compile_feed_forward()
 
+    def at_step(self, step: int, seed: int) -> None:
+        """Make ready for a step of training; called before its forward passes, with the same step on every process."""
+
     def set_heads(self, specs: Iterable[HeadSpec]) -> None:
         """Replace all heads by fresh ones."""
         self.head_specs = tuple(specs)
