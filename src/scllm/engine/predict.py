@@ -25,6 +25,8 @@ Forward = Callable[[CellModel, Batch], Tensor]
 
 # cells of one forward pass where the caller leaves it open: enough to fill the device, little enough to fit
 _CELLS = {"cpu": 64, "cuda": 512}
+# and tokens: sentences of all genes are long
+_TOKENS = {"cpu": 1 << 17, "cuda": 1 << 20}
 
 
 def predict(
@@ -66,7 +68,8 @@ def predict(
         check_gpus(n_gpus)
     first = resolve_device(device)
     devices = [torch.device(first.type, i) for i in range(n_gpus)] if n_gpus > 1 else [first]
-    size = batch_size or _CELLS[first.type]
+    fitting = max(1, min(_CELLS[first.type], _TOKENS[first.type] // model.encoder.max_len))
+    size = fitting if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size is {size}, at least 1 expected. Leave it out to have it chosen.")
     chosen = resolve_precision(precision, first)

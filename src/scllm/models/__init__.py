@@ -123,6 +123,8 @@ def load(
         raise ValueError("medians= goes with families that rank genes; none of those is asked for here. Leave it out.")
     folder = _folder(Path(path))
     if family is None or is_native(folder):
+        if part is not None:
+            raise ValueError(f"part={part!r} goes with published checkpoints, {folder} is read as native. Leave it out.")
         return _load_native(folder, ignore, family)
     module = family_module(family)
     if not hasattr(module, "read"):

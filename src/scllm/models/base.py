@@ -191,6 +191,11 @@ class CellModel(nn.Module):
         self.head_specs = tuple(specs)
         self.heads = nn.ModuleList(self.new_head(spec.n_outputs) for spec in self.head_specs)
 
+    def is_expressed(self, batch: Batch) -> Tensor:
+        """Which tokens are expressed genes, ``(t,)``: no specials and no zeros."""
+        gene = ~self.is_special[batch.genes]
+        return gene if batch.values is None else gene & (batch.values > 0)
+
     def pool(self, hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
         """One vector a cell, ``(b, d)``; means and maxima leave special tokens out."""
         if pooling == "cls":

@@ -16,7 +16,7 @@ from scllm._results import record
 from scllm._typing import IntArray
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource, open_source
-from scllm.engine.objectives import MaskedValue
+from scllm.engine.objectives.masks import drawn_share
 from scllm.engine.predict import predict
 from scllm.models.base import Batch, CellModel
 from scllm.tl._inputs import check_layer
@@ -101,13 +101,11 @@ def reconstruct(
 def _of_sentence(model: CellModel, source: CellSource, match: GeneMatch, mask_ratio: float | None) -> sparse.csr_matrix:
     """Predictions at the genes of each cell's sentence."""
     column = _first_columns(match, len(model.vocab))
-    masking = None if mask_ratio is None else MaskedValue(mask_ratio=(mask_ratio,))
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
-        at = torch.nonzero(~replica.is_special[batch.genes]).squeeze(1)
-        if masking is not None:
-            at = masking.hide(batch, replica.is_special, masking.ratio(0))
-        value = replica.reconstruct(batch, at, hide=masking is not None)
+        # sentences of some families hold genes that are not expressed too
+        at = drawn_share(batch, replica.is_expressed(batch), 1.0 if mask_ratio is None else mask_ratio)
+        value = replica.reconstruct(batch, at, hide=mask_ratio is not None)
         return torch.stack([batch.cell[at].double(), batch.genes[at].double(), value.double()], dim=1)
 
     rows, columns, values = [], [], []

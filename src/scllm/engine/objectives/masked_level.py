@@ -44,7 +44,7 @@ class MaskedLevel:
     def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
         """Cross-entropy summed over the tokens asked for."""
         assert batch.values is not None
-        asked = drawn_share(batch, batch.values > 0, self.mask_ratio[0], HIDDEN)
+        asked = drawn_share(batch, batch.values > 0, self.mask_ratio[0], HIDDEN, up=True)
         target = batch.values[asked].long()
         hidden = asked[uniform(batch.keys[batch.cell[asked]], batch.genes[asked], REPLACED) < self.replaced]
         shown = batch.with_values(batch.values.index_fill(0, hidden, model.hidden_level))

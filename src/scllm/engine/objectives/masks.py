@@ -11,15 +11,18 @@ from scllm.models.base import Batch
 __all__ = ["drawn_share"]
 
 
-def drawn_share(batch: Batch, among: Tensor, share: float, salt: int = 0) -> Tensor:
-    """Positions of a share of each cell's tokens ``among`` ``(t,)``, rounded up, drawn by the cells' keys."""
+def drawn_share(batch: Batch, among: Tensor, share: float, salt: int = 0, *, up: bool = False) -> Tensor:
+    """Positions of a share of each cell's tokens ``among`` ``(t,)``: those with the smallest draws.
+
+    How many is rounded down, or ``up``; draws are a function of the cells' keys and ``salt``.
+    """
     positions = among.nonzero().squeeze(1)
     cell = batch.cell[positions]
     draws = uniform(batch.keys[cell], batch.genes[positions], salt)
-    # cells one after the other, the smallest draws of each first
     order = torch.argsort(cell + draws * (1 - 2**-30))
     n_among = torch.bincount(cell, minlength=batch.n_cells)
     place = torch.arange(len(cell), device=cell.device) - (n_among.cumsum(0) - n_among)[cell]
-    # ceil(share * n) in exact halves, not above it by rounding: 0.15 * 20 is 3
-    n_drawn = (n_among.double() * share - 1e-9).ceil().long()
+    exact = n_among.double() * share
+    # a share such as 0.15 of 20 is 3, and not above it by rounding
+    n_drawn = (exact - 1e-9).ceil().long() if up else exact.floor().long()
     return positions[order[place < n_drawn[cell]]].sort().values
