@@ -109,6 +109,8 @@ class CellModel(nn.Module):
     """Ways of making one vector of a cell's states that the family has."""
     unit_length: ClassVar[bool] = False
     """Whether the family's own cell embedding is scaled to length one."""
+    reads_depth: ClassVar[bool] = False
+    """Whether the family can be asked for expression at another sequencing depth."""
 
     is_special: Tensor
     heads: nn.ModuleList
@@ -155,6 +157,10 @@ class CellModel(nn.Module):
         raise ValueError(
             f"this {self.family} model does not predict genes that are not in the sentence. Leave genes= out."
         )
+
+    def at_depth(self, batch: Batch, depth: float | Tensor) -> Batch:
+        """The same cells, asked for at another sequencing depth (counts; one number or ``(b,)``)."""
+        raise ValueError(f"{self.family} models do not read the sequencing depth. Use another family.")
 
     def write_original(self, path: Path) -> None:
         """Write the family's published format."""

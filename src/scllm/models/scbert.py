@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scllm.data.encode import Encoder, LevelEncoder
-from scllm.data.vocab import Vocab, read_tokens
+from scllm.data.vocab import Vocab
 from scllm.models.base import Batch, CellModel, Checkpoint, HeadSpec, ModelConfig, Outputs, Pooling
 from scllm.models.performer import KeyMaximum, PerformerBlock, original_names, redraw
-from scllm.models.storage import read_torch, renamed
+from scllm.models.storage import gene_list, read_torch, renamed
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "PositionHead", "read"]
 
@@ -251,7 +251,7 @@ def read(path: str | Path, *, vocab: Vocab | None = None) -> Checkpoint:
     if has_head:
         weights["heads.0.position.weight"] = weights["heads.0.position.weight"].flatten(0, 2)
     config = _config(weights)
-    vocab = config.vocab(_genes(file, vocab, len(weights["gene_embedding.weight"]) - 1))
+    vocab = config.vocab(gene_list(file, vocab, len(weights["gene_embedding.weight"]) - 1, _GENE_LISTS))
     classes = tuple(map(str, range(len(weights["heads.0.out.bias"])))) if has_head else ()
     encoder = LevelEncoder(config.n_levels, max_len=len(vocab))
     return Checkpoint(config, vocab, encoder, weights, (HeadSpec("cls", classes),) if has_head else ())
@@ -274,20 +274,3 @@ def _config(weights: dict[str, Tensor]) -> Config:
         predicts_levels="decoder.weight" in weights,
         **heads,
     )
-
-
-def _genes(file: Path, vocab: Vocab | None, n_genes: int) -> Sequence[str]:
-    """Gene names in the order of the table: given, or from a list beside the checkpoint."""
-    lists = [file.parent / name for name in _GENE_LISTS if (file.parent / name).is_file()]
-    if vocab is None and not lists:
-        raise ValueError(
-            f"{file} holds no gene names, a list of its {n_genes} genes in their order expected. Pass it with vocab=, or "
-            f"put it beside the file as {_GENE_LISTS[0]}."
-        )
-    genes = vocab.genes if vocab is not None else Vocab.from_tokens(read_tokens(lists[0])).genes
-    if len(genes) != n_genes:
-        raise ValueError(
-            f"the gene list has {len(genes)} genes, the model in {file} has {n_genes}; the list that the model was "
-            "trained with expected. Pass that one with vocab=."
-        )
-    return genes

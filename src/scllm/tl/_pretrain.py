@@ -123,7 +123,7 @@ def pretrain(
     seed = random_state or (config.random_state if config is not None else None) or 0
     begun = _starting_model(data, source.genes, model, size, dropout, seed)
     adata = data if isinstance(data, AnnData) else None
-    check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample)
+    check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample or 0.0)
     module = models.family_module(begun.family)
     # a trained table is not started again, unless config says so
     gene_init = "svd" if isinstance(model, str) and _is_family(model) else "random"

@@ -8,11 +8,13 @@ from typing import Any
 
 from scllm.engine.objectives.base import Loss, Objective
 from scllm.engine.objectives.label import Label, LossName
+from scllm.engine.objectives.masked_expression import MaskedExpression
 from scllm.engine.objectives.masked_level import MaskedLevel
 from scllm.engine.objectives.masked_value import MaskedValue
 
 __all__ = [
-    "Label", "Loss", "LossName", "MaskedLevel", "MaskedValue", "Objective", "objective_from_dict", "objective_to_dict",
+    "Label", "Loss", "LossName", "MaskedExpression", "MaskedLevel", "MaskedValue", "Objective", "objective_from_dict",
+    "objective_to_dict",
 ]  # fmt: skip
 
 
@@ -24,7 +26,7 @@ def objective_to_dict(objective: Objective) -> dict[str, Any]:
 def objective_from_dict(saved: Mapping[str, Any]) -> Objective:
     """The objective that :func:`objective_to_dict` described."""
     settings = dict(saved)
-    kinds: dict[str, type] = {kind.__name__: kind for kind in (Label, MaskedLevel, MaskedValue)}
+    kinds: dict[str, type] = {kind.__name__: kind for kind in (Label, MaskedExpression, MaskedLevel, MaskedValue)}
     kind = kinds[settings.pop("kind")]
     for name, value in settings.items():
         if isinstance(value, list):
