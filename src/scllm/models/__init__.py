@@ -109,7 +109,8 @@ def load(
     medians
         Gene medians, for families that rank by them.
     part
-        Which of several models in a file (scfoundation: ``"cell"``, ``"rde"``, ``"gene"``); ``None`` is the family's own.
+        Which of several models in a file (scfoundation: ``"cell"``, ``"rde"``, ``"gene"``); ``None`` is the first of
+        those.
     ignore
         Prefixes of weight names that may be missing or left over.
 
@@ -124,7 +125,7 @@ def load(
     folder = _folder(Path(path))
     if family is None or is_native(folder):
         if part is not None:
-            raise ValueError(f"part={part!r} goes with published checkpoints, {folder} is read as native. Leave it out.")
+            raise ValueError(f"part={part!r} goes with published checkpoints, {folder} is native. Leave it out.")
         return _load_native(folder, ignore, family)
     module = family_module(family)
     if not hasattr(module, "read"):

@@ -1,8 +1,8 @@
 """Attention of linear cost by positive random features: FAVOR+ (Choromanski et al., ICLR 2021, arXiv:2009.14794).
 
 The softmax kernel ``exp(q . k)`` is the expectation of ``exp(w . q - |q|^2 / 2) exp(w . k - |k|^2 / 2)`` over normal
-``w``. With a fixed draw of ``w`` (the projection) the keys of a cell are summed up once and every query reads the sum, so
-that time and memory grow with the genes of a cell and not with their square.
+``w``. With a fixed draw of ``w`` (the projection) the keys of a cell are summed up once and every query reads the sum,
+so that time and memory grow with the genes of a cell and not with their square.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def attend_linearly(
 
 
 def _exponents(x: Tensor, projection: Tensor) -> Tensor:
-    """``w . x`` for each feature, ``(h, l, e)`` to ``(h, l, m)``; queries and keys share the root of the head's width."""
+    """``w . x`` for each feature, ``(h, l, e)`` to ``(h, l, m)``; queries and keys share the root of the width."""
     return (x * x.shape[-1] ** -0.25) @ projection.T
 
 
@@ -110,7 +110,7 @@ class PerformerAttention(nn.Module):
 
     def draw(self, generator: torch.Generator) -> None:
         """Draw the random features anew."""
-        self.projection.copy_(_orthogonal_features(*self.projection.shape, generator))
+        self.projection.copy_(_orthogonal_features(len(self.projection), self.projection.shape[1], generator))
 
 
 def _orthogonal_features(n_features: int, d_head: int, generator: torch.Generator | None) -> Tensor:

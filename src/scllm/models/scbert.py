@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +93,8 @@ class Model(CellModel):
     """The scBERT Performer: level embedding + gene embedding, pre-norm blocks of linear attention, a last norm."""
 
     family = "scbert"
-    pooling: Pooling = "mean"
-    poolings: tuple[Pooling, ...] = ("mean", "max")
+    pooling: ClassVar[Pooling] = "mean"
+    poolings: ClassVar[tuple[Pooling, ...]] = ("mean", "max")
 
     def __init__(self, config: Config, vocab: Vocab, encoder: Encoder) -> None:
         super().__init__(config, vocab, encoder)
@@ -138,9 +138,7 @@ class Model(CellModel):
     def inputs(self, batch: Batch) -> Tensor:
         """What the first block reads, ``(t, d)``."""
         if batch.values is None:
-            raise ValueError(
-                "scbert reads a level beside each gene, this batch has none. Encode with a LevelEncoder."
-            )
+            raise ValueError("scbert reads a level beside each gene, this batch has none. Encode with a LevelEncoder.")
         return self.level_embedding(batch.values.long()) + self.gene_embedding(batch.genes)
 
     def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
@@ -261,7 +259,7 @@ def _config(weights: dict[str, Tensor]) -> Config:
     """All sizes stand in the shapes of the weights."""
     n_tokens, d = weights["level_embedding.weight"].shape
     d_head = weights["layers.0.attention.projection"].shape[1]
-    heads = {}
+    heads: dict[str, Any] = {}
     if "heads.0.up.bias" in weights:
         heads = {"class_hidden": len(weights["heads.0.up.bias"]), "class_narrow": len(weights["heads.0.narrow.bias"])}
     return Config(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -136,9 +136,9 @@ class Model(CellModel):
     """The scFoundation model: post-norm blocks over what a cell expresses, a Performer over all genes."""
 
     family = "scfoundation"
-    pooling: Pooling = "all"
-    poolings: tuple[Pooling, ...] = ("all", "max", "mean")
-    reads_depth = True
+    pooling: ClassVar[Pooling] = "all"
+    poolings: ClassVar[tuple[Pooling, ...]] = ("all", "max", "mean")
+    reads_depth: ClassVar[bool] = True
 
     def __init__(self, config: Config, vocab: Vocab, encoder: Encoder) -> None:
         super().__init__(config, vocab, encoder)
@@ -230,7 +230,7 @@ class Model(CellModel):
         assert batch.values is not None
         log_depth = math.log10(depth) if isinstance(depth, (int, float)) else depth.log10()
         values = batch.values.clone()
-        values[batch.cu_seqlens[1:].long() - 2] = log_depth  # type: ignore[assignment]
+        values[batch.cu_seqlens[1:].long() - 2] = log_depth
         return batch.with_values(values)
 
     # --- decoder ---
@@ -328,8 +328,8 @@ def read(path: str | Path, *, vocab: Vocab | None = None, part: str | None = Non
     content, part = read_torch(file), part or "cell"
     if part not in get_args(Part) or part not in content:
         raise ValueError(
-            f"{file} holds {sorted(map(str, content))[:8]}, part={part!r} is asked for, one of {get_args(Part)} that is "
-            "there expected. Pass another part=."
+            f"{file} holds {sorted(map(str, content))[:8]}, part={part!r} is asked for, one of {get_args(Part)} "
+            "that is there expected. Pass another part=."
         )
     settings, original = content[part]["config"], content[part]["state_dict"]
     weights = {
@@ -349,7 +349,7 @@ def _config(settings: dict[str, Any], weights: dict[str, Tensor]) -> Config:
     if encoder["module_type"] != "transformer" or decoder["module_type"] != "performer" or encoder["norm_first"]:
         raise ValueError(
             f"the checkpoint has a {encoder['module_type']} encoder (norm_first={encoder['norm_first']}) and a "
-            f"{decoder['module_type']} decoder, a post-norm transformer and a performer expected. Take a published file."
+            f"{decoder['module_type']} decoder, a post-norm transformer and a performer expected. Take another file."
         )
     query = weights["decoder_layers.0.attention.query.weight"]
     return Config(

@@ -53,8 +53,8 @@ def reconstruct(
         Predict these genes in every cell, expressed or not; returned as a table. scgpt predicts them from the cell
         embedding.
     target_depth
-        Counts a cell to predict expression for, as if it had been sequenced that deeply, in families that read the depth
-        (scfoundation: read-depth enhancement). ``None`` leaves the depth that the model's encoder asks for.
+        Counts a cell to predict expression for, as if it had been sequenced that deeply, in families that read the
+        depth (scfoundation: read-depth enhancement). ``None`` leaves the depth that the model's encoder asks for.
     key_added
         Layer to write.
     copy

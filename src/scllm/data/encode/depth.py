@@ -90,7 +90,7 @@ class DepthEncoder:
             np.insert(np.asarray(read.values), ends, depths.astype(np.float32)),
         )
 
-    def _depths(self, totals: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def _depths(self, totals: NDArray[Any]) -> tuple[FloatArray, FloatArray]:
         """``<T>`` and ``<S>`` of each cell; a cell without counts counts as one of a single count."""
         source, number = np.log10(np.where(totals > 0, totals, 1)), float(self.target[1:])
         match self.target[0]:

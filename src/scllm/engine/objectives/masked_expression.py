@@ -22,9 +22,9 @@ ASKED, FATE, OTHER = 7, 8, 9
 class MaskedExpression:
     """Hide expression of genes, zeros among them, and predict it for the whole cell (scFoundation).
 
-    The model reads the cell as the loader gives it, with counts taken away (``TrainConfig.downsample``), and is asked for
-    the depth and the expression of the cell before that. What is hidden is not in the encoder's sentence: there a gene
-    without a value would say that it is expressed. The decoder reads it in its place.
+    The model reads the cell as the loader gives it, with counts taken away (``TrainConfig.downsample``), and is asked
+    for the depth and the expression of the cell before that. What is hidden is not in the encoder's sentence: there a
+    gene without a value would say that it is expressed. The decoder reads it in its place.
 
     Parameters
     ----------
