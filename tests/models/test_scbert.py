@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from anndata import read_h5ad
+from anndata import AnnData, read_h5ad
+from scipy.sparse import csr_matrix
 from torch.nn import functional as F
 
 from scllm import models, tl
@@ -139,3 +140,115 @@ def test_parity_scbert_native_round_trip_is_equal_to_the_bit(model, arrays, tmp_
     with torch.no_grad():
         assert torch.equal(model(batch).heads["level"], again(batch).heads["level"])
     assert (again.config, again.vocab, again.encoder) == (model.config, model.vocab, model.encoder)
+
+
+@pytest.fixture
+def tiny(adata):
+    torch.manual_seed(0)
+    return models.build("scbert", vocab=[*adata.var_names, "gene_not_measured"], size="tiny").eval()
+
+
+@torch.no_grad()
+def test_the_sentence_is_the_vocabulary(adata, tiny):
+    _, tokens = encoded(tiny, adata[:3])
+    total = np.asarray(adata.X[:3].sum(1))
+    expected = np.floor(np.log2(1 + adata.X[:3].toarray() / total * 1e4)).clip(max=5)
+    levels = tokens.values.reshape(3, 42)
+    np.testing.assert_array_equal(levels[:, :40], expected)
+    assert not levels[:, 40:].any()
+    assert tiny.vocab.names(tokens.genes[:42]) == list(tiny.vocab.tokens)
+
+
+def test_larger_vocabularies_keep_the_highest_values(adata, tiny):
+    tiny.encoder = replace(tiny.encoder, max_len=6)
+    _, tokens = encoded(tiny, adata[:3])
+    counts = adata.X[:3].toarray()
+    genes_kept = tokens.genes.reshape(3, 6)
+    assert (genes_kept[:, -1] == tiny.vocab.eos_id).all()
+    for kept, cell in zip(genes_kept[:, :-1], counts):
+        assert cell[kept].min() >= np.sort(cell)[-5]
+
+
+def test_embeddings_depend_on_the_cell_alone(adata, tiny):
+    tl.embed(adata, tiny)
+    expected = adata.obsm["X_scllm"].copy()
+    order = np.random.default_rng(0).permutation(adata.n_obs)
+    for batch_size in (1, 7, 60):
+        other = adata[order].copy()
+        tl.embed(other, tiny, batch_size=batch_size)
+        np.testing.assert_allclose(other.obsm["X_scllm"], expected[order], atol=1e-5)
+
+
+def test_eight_cells_are_learnt_by_heart(adata, tiny):
+    tiny.train()
+    objective = MaskedLevel(mask_ratio=(0.5,))
+    # deep cells, so that counts are spread over levels: in shallow ones each has the highest
+    counts = adata[:8].to_df() * 5
+    counts["gene_39"] = 20_000
+    cells = AnnData(csr_matrix(counts), var=adata.var)
+    _, tokens = encoded(tiny, cells)
+    batch = Batch.from_tokens(tokens, np.arange(8))
+    assert len(np.unique(tokens.values)) == 6
+    optimizer = torch.optim.Adam(tiny.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(100):
+        loss = objective(tiny, batch, 0)
+        (loss.sum / loss.count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.sum.detach() / loss.count))
+    assert losses[-1] < losses[0] / 10
+
+
+def test_only_expressed_genes_are_hidden_and_nine_in_ten_of_those_asked_for(adata, tiny):
+    _, tokens = encoded(tiny, adata)
+    batch = Batch.from_tokens(tokens, np.arange(adata.n_obs))
+    seen = []
+    tiny.hidden, read = lambda shown: seen.append(shown.values) or read(shown), tiny.hidden
+    loss = MaskedLevel()(tiny, batch, 0)
+    n_expressed = adata.X.getnnz(1)
+    assert loss.count == np.ceil(0.15 * n_expressed - 1e-9).sum()
+    hidden = seen[0] == tiny.hidden_level
+    assert (batch.values[hidden] > 0).all()
+    assert 0.8 < hidden.sum() / loss.count < 1
+
+
+def test_reconstruction_keeps_the_sparsity_and_stays_among_the_levels(adata, tiny):
+    tl.reconstruct(adata, tiny)
+    layer = adata.layers["reconstructed"]
+    assert (layer.astype(bool) != adata.X.astype(bool)).nnz == 0
+    assert 0 <= layer.data.min() <= layer.data.max() <= 5
+    table = tl.reconstruct(adata, tiny, genes=["gene_3", "gene_30"])
+    expressed = adata.X[:, [3, 30]].toarray() > 0
+    np.testing.assert_allclose(table.to_numpy()[expressed], layer[:, [3, 30]].toarray()[expressed], atol=1e-5)
+
+
+def test_a_run_trains_alike_in_micro_batches_and_its_model_is_tuned_and_classifies(adata, tmp_path):
+    def run(accumulate):
+        config = tl.TrainConfig(accumulate=accumulate, steps=6)
+        return tl.pretrain(adata, "scbert", size="tiny", run_dir=tmp_path / str(accumulate), config=config)
+
+    whole, parts = run(1), run(4)
+    np.testing.assert_allclose(whole.history["loss"], parts.history["loss"], rtol=1e-4)
+    tuned = tl.finetune(adata, whole, key="cell_type", epochs=6, lr=1e-3, run_dir=tmp_path / "tuned")
+    tl.classify(adata, tuned)
+    assert (adata.obs["scllm_label"].astype(str) == adata.obs["cell_type"].astype(str)).mean() > 0.9
+
+
+def test_published_size():
+    model = models.build("scbert", vocab=[f"g{i}" for i in range(16_906)])
+    attention, feed_forward = 3 * 200 * 640 + 640 * 200 + 200, 2 * 200 * 800 + 800 + 200
+    assert model.n_parameters == 16_907 * 200 + 7 * 200 + 6 * (attention + feed_forward + 800) + 400 + 7 * 201
+    assert model.n_parameters == 8_388_607
+    assert len(model.vocab) == model.encoder.max_len == 16_907
+    assert model.layers[0].attention.projection.shape == (266, 64)
+
+
+def test_missing_and_wrong_gene_lists_are_named(parity, tmp_path):
+    (tmp_path / "panglao_pretrain.pth").write_bytes((parity / "panglao_pretrain.pth").read_bytes())
+    with pytest.raises(ValueError, match="holds no gene names"):
+        models.load(tmp_path, family="scbert")
+    with pytest.raises(ValueError, match="the gene list has 2 genes, the model in"):
+        models.load(tmp_path, family="scbert", vocab=["CD3E", "LYZ"])
+    with pytest.raises(ValueError, match="part='cell' goes with files of several models"):
+        models.load(parity, family="scbert", part="cell")

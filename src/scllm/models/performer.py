@@ -25,6 +25,8 @@ KeyMaximum = Literal["cell", "batch"]
 
 # keeps every feature positive; because of it the maximum that is subtracted from the keys does not cancel entirely
 _FLOOR = 1e-4
+# tokens whose features are held at a time: they stay in the caches, and memory does not grow with the cell
+_PART = 512
 
 
 def attend_linearly(
@@ -47,9 +49,28 @@ def attend_linearly(
     with torch.autocast(query.device.type, enabled=False):
         cells = [x.float().transpose(0, 1).split(list(lengths), dim=1) for x in (query, key, value)]
         weights = projection.float()
-        highest = max(_exponents(k, weights).amax() for k in cells[1]) if key_maximum == "batch" else None
+        highest = max(_highest(k, weights) for k in cells[1]) if key_maximum == "batch" else None
         attended = [_attend_cell(q, k, v, weights, highest) for q, k, v in zip(*cells, strict=True)]
     return torch.cat(attended, dim=1).transpose(0, 1).to(query.dtype)
+
+
+def _attend_cell(query: Tensor, key: Tensor, value: Tensor, projection: Tensor, highest: Tensor | None) -> Tensor:
+    """One cell, ``(h, l, e)``, a part of its tokens at a time."""
+    highest = _highest(key, projection) if highest is None else highest
+    # a column of ones beside the values: one product gives the weighted sum and the sum of the weights
+    parts = zip(key.split(_PART, dim=1), F.pad(value, (0, 1), value=1.0).split(_PART, dim=1), strict=True)
+    gathered = sum(_features(k, _exponents(k, projection), highest).transpose(1, 2) @ v for k, v in parts)
+    found = []
+    for asked in query.split(_PART, dim=1):
+        exponents = _exponents(asked, projection)
+        found.append(_features(asked, exponents, exponents.detach().amax(-1, keepdim=True)) @ gathered)
+    both = torch.cat(found, dim=1)
+    return both[..., :-1] / both[..., -1:]
+
+
+@torch.no_grad()
+def _highest(key: Tensor, projection: Tensor) -> Tensor:
+    return torch.stack([_exponents(part, projection).amax() for part in key.split(_PART, dim=1)]).amax()
 
 
 def _exponents(x: Tensor, projection: Tensor) -> Tensor:
@@ -59,17 +80,7 @@ def _exponents(x: Tensor, projection: Tensor) -> Tensor:
 
 def _features(x: Tensor, exponents: Tensor, highest: Tensor) -> Tensor:
     half_square = x.square().sum(-1, keepdim=True) / (2 * math.sqrt(x.shape[-1]))
-    return exponents.shape[-1] ** -0.5 * ((exponents - half_square - highest.detach()).exp() + _FLOOR)
-
-
-def _attend_cell(query: Tensor, key: Tensor, value: Tensor, projection: Tensor, highest: Tensor | None) -> Tensor:
-    """One cell, ``(h, l, e)``."""
-    asked, offered = _exponents(query, projection), _exponents(key, projection)
-    offered = _features(key, offered, offered.amax() if highest is None else highest)
-    # a column of ones beside the values: one product gives the weighted sum and the sum of the weights
-    gathered = offered.transpose(1, 2) @ F.pad(value, (0, 1), value=1.0)
-    found = _features(query, asked, asked.amax(-1, keepdim=True)) @ gathered
-    return found[..., :-1] / found[..., -1:]
+    return exponents.shape[-1] ** -0.5 * ((exponents - half_square - highest).exp() + _FLOOR)
 
 
 class PerformerAttention(nn.Module):

@@ -127,8 +127,8 @@ def gene_list(file: Path, vocab: Vocab | None, n_genes: int, names: Sequence[str
     lists = [file.parent / name for name in names if (file.parent / name).is_file()]
     if vocab is None and not lists:
         raise ValueError(
-            f"{file} holds no gene names, the list of its {n_genes} genes in their order expected. Pass it with vocab=, or "
-            f"put it beside the file as {names[0]}."
+            f"{file} holds no gene names, the list of its {n_genes} genes in their order expected. Pass it with "
+            f"vocab=, or put it beside the file as {names[0]}."
         )
     genes = (vocab or Vocab.read(lists[0])).genes
     if len(genes) != n_genes:
