@@ -14,13 +14,24 @@ from typing import Any
 
 import torch
 
-from scllm.data.encode import BinEncoder, Encoder, RankEncoder, ValueEncoder, encoder_from_dict
+from scllm.data.encode import (
+    BinEncoder,
+    DepthEncoder,
+    Encoder,
+    LevelEncoder,
+    RankEncoder,
+    ValueEncoder,
+    encoder_from_dict,
+)
 from scllm.data.run_files import read_history
 from scllm.data.vocab import Vocab
 from scllm.models.base import CellModel, Checkpoint, HeadSpec
 from scllm.models.storage import is_native, load_weights, read_native
 
-__all__ = ["BinEncoder", "CellModel", "RankEncoder", "ValueEncoder", "Vocab", "build", "families", "load"]
+__all__ = [
+    "BinEncoder", "CellModel", "DepthEncoder", "LevelEncoder", "RankEncoder", "ValueEncoder", "Vocab", "build", "families",
+    "load",
+]  # fmt: skip
 
 
 def families() -> list[str]:
