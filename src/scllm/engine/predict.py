@@ -79,6 +79,8 @@ def predict(
         source, np.arange(source.n_obs), match, model.encoder, model.vocab, size * len(devices), training=False
     )
 
+    is_special = model.is_special.cpu()
+
     def run(part: int, batch: Batch) -> Tensor:
         with torch.inference_mode(), autocast("fp32" if chosen == "bf16" else chosen, devices[part]):
             return forward(replicas[part], batch.to(devices[part])).float().cpu()
@@ -89,10 +91,18 @@ def predict(
         for parts in steps:
             done = [run(0, parts[0])] if len(parts) == 1 else list(threads.map(run, range(len(parts)), parts))
             n_cells = sum(batch.n_cells for batch in parts)
-            n_empty += sum(length <= model.encoder.n_specials for batch in parts for length in batch.lengths)
+            n_empty += sum(_n_empty(batch, is_special) for batch in parts)
             yield slice(row, row + n_cells), torch.cat(done)
             row += n_cells
     warn_of_empty_cells(n_empty, source.n_obs)
+
+
+def _n_empty(batch: Batch, is_special: Tensor) -> int:
+    """Cells without any expressed gene; sentences of some families hold zeros too."""
+    gene = ~is_special[batch.genes]
+    if batch.values is not None:
+        gene &= batch.values > 0
+    return batch.n_cells - len(batch.cell[gene].unique_consecutive())
 
 
 def _ready(model: CellModel, device: torch.device, precision: str) -> CellModel:

@@ -29,8 +29,8 @@ from scllm.models.base import CellModel, Checkpoint, HeadSpec
 from scllm.models.storage import is_native, load_weights, read_native
 
 __all__ = [
-    "BinEncoder", "CellModel", "DepthEncoder", "LevelEncoder", "RankEncoder", "ValueEncoder", "Vocab", "build", "families",
-    "load",
+    "BinEncoder", "CellModel", "DepthEncoder", "LevelEncoder", "RankEncoder", "ValueEncoder", "Vocab", "build",
+    "families", "load",
 ]  # fmt: skip
 
 

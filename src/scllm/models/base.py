@@ -234,6 +234,15 @@ class CellModel(nn.Module):
         """Logits (or values) of every head by its key, from cell embeddings ``(b, d)``."""
         return {spec.key: head(cell) for spec, head in zip(self.head_specs, self.heads, strict=True)}
 
+    def forward_flops(self, n_tokens: float) -> float:
+        """Floating-point operations of the blocks for a cell of ``n_tokens``.
+
+        A token costs ``2 L (4 d^2 + 2 d f) + 4 L S d``; the embedding table is looked up, not multiplied.
+        """
+        d, layers = self.config.d_model, self.config.n_layers
+        f = getattr(self.config, "d_hidden", 4 * d)
+        return n_tokens * (2 * layers * (4 * d * d + 2 * d * f) + 4 * layers * n_tokens * d)
+
     @property
     def n_parameters(self) -> int:
         """Number of weights."""

@@ -177,6 +177,12 @@ class PerformerBlock(nn.Module):
             return checkpoint(self._all, x, batch, use_reentrant=False)
         return self._all(x, batch)
 
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of a token: the linear layers, and five products with the random features."""
+        linear = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        return 2 * (linear + 5 * len(self.attention.projection) * self.attention.query.out_features)
+
     def compile_feed_forward(self) -> None:
         """Fuse what follows the attention; the attention itself has a shape of its own in every batch."""
         self._rest = torch.compile(self._feed_forward, dynamic=True)

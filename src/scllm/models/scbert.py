@@ -135,6 +135,10 @@ class Model(CellModel):
         """Draw the random features anew every ``redraw_every`` steps."""
         redraw(self, step, seed, self.config.redraw_every)
 
+    def forward_flops(self, n_tokens: float) -> float:
+        """Of the sentence, which is the vocabulary whatever a cell expresses."""
+        return min(len(self.vocab), self.encoder.max_len) * sum(block.flops_per_token for block in self.blocks)
+
     def inputs(self, batch: Batch) -> Tensor:
         """What the first block reads, ``(t, d)``."""
         if batch.values is None:

@@ -198,6 +198,11 @@ class Model(CellModel):
             if compile:
                 block.compile_feed_forward()  # type: ignore[operator]
 
+    def forward_flops(self, n_tokens: float) -> float:
+        """Of the encoder over ``n_tokens``, and of the decoder over all genes."""
+        decoder: Sequence[Any] = list(self.decoder_layers)
+        return super().forward_flops(n_tokens) + self.n_positions * sum(block.flops_per_token for block in decoder)
+
     # --- encoder ---
 
     def inputs(self, batch: Batch) -> Tensor:

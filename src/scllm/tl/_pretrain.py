@@ -52,8 +52,9 @@ def pretrain(
     """Train a model on cells without labels, from scratch or onwards from another model.
 
     scgpt hides the expression of a part of each cell's genes and predicts it, from the genes around and from the cell
-    embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). Everything is written to a run directory: the
-    same call continues after a crash, to the same loss curve.
+    embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). scbert hides expression levels and classifies
+    them; scfoundation predicts hidden genes, zeros among them, at the depth that a cell had before counts were taken
+    away. Everything is written to a run directory: the same call continues after a crash, to the same loss curve.
 
     Parameters
     ----------

@@ -223,7 +223,7 @@ def _set_up(
     n_cells = (
         len(cells["train"]) * (config.epochs or 1) if config.steps is None else config.steps * (config.batch_size or 1)
     )
-    log.info("%s", say_cost(model.config, n_tokens, n_cells, device, precision, where.n))
+    log.info("%s", say_cost(model, n_tokens, n_cells, device, precision, where.n))
     if where.n > 1 and where.device == "cuda" and (config.batch_size or 0) < 64 * where.n:
         log.info(
             "%d cells a step are few for %d GPUs: batch_size=%d keeps them busy",

@@ -75,6 +75,12 @@ class DepthEncoder:
         self, counts: Tokens, vocab: Vocab, keys: IntArray | None = None, *, measured: IntArray, random_state: int = 0
     ) -> Tokens:
         """Normalise, crop, and put both depths at the end."""
+        depth_ids = vocab.ids([TARGET, SOURCE])
+        if (depth_ids < 0).any():
+            raise ValueError(
+                f"the vocabulary has the specials {vocab.specials}, {TARGET} and {SOURCE} expected among them. Build "
+                "the model of gene names: scfoundation makes its own vocabulary of them."
+            )
         del measured, random_state  # genes without a count have no token, and nothing is drawn at inference
         values = np.asarray(counts.values, np.float64)
         cell = np.repeat(np.arange(len(counts)), counts.lengths)
@@ -86,7 +92,7 @@ class DepthEncoder:
         depths = np.stack(self._depths(totals), axis=1).ravel()
         return Tokens(
             read.indptr + 2 * np.arange(len(read.indptr)),
-            np.insert(read.genes, ends, np.tile(vocab.ids([TARGET, SOURCE]), len(counts))),
+            np.insert(read.genes, ends, np.tile(depth_ids, len(counts))),
             np.insert(np.asarray(read.values), ends, depths.astype(np.float32)),
         )
 

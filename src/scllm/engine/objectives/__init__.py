@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from scllm.engine.objectives.base import Loss, Objective
@@ -27,7 +27,13 @@ def objective_from_dict(saved: Mapping[str, Any]) -> Objective:
     """The objective that :func:`objective_to_dict` described."""
     settings = dict(saved)
     kinds: dict[str, type] = {kind.__name__: kind for kind in (Label, MaskedExpression, MaskedLevel, MaskedValue)}
-    kind = kinds[settings.pop("kind")]
+    kind: type[Any] = kinds[settings.pop("kind")]
+    unknown = sorted(set(settings) - {field.name for field in fields(kind)})
+    if unknown:
+        raise ValueError(
+            f"the objective {kind.__name__} has no setting {unknown[0]!r}, one of {[f.name for f in fields(kind)]} "
+            "expected. Leave it out."
+        )
     for name, value in settings.items():
         if isinstance(value, list):
             settings[name] = tuple(value)
