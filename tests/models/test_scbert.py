@@ -224,12 +224,19 @@ def test_reconstruction_keeps_the_sparsity_and_stays_among_the_levels(adata, tin
 
 
 def test_a_run_trains_alike_in_micro_batches_and_its_model_is_tuned_and_classifies(adata, tmp_path):
+    torch.manual_seed(0)
+    begun = models.build("scbert", vocab=adata.var_names, size="tiny", redraw_every=2)
+
     def run(accumulate):
         config = tl.TrainConfig(accumulate=accumulate, steps=6)
-        return tl.pretrain(adata, "scbert", size="tiny", run_dir=tmp_path / str(accumulate), config=config)
+        return tl.pretrain(adata, begun, run_dir=tmp_path / str(accumulate), config=config)
 
     whole, parts = run(1), run(4)
     np.testing.assert_allclose(whole.history["loss"], parts.history["loss"], rtol=1e-4)
+    # random features were drawn anew on the way, alike in both
+    first, second, third = (model.layers[0].attention.projection for model in (begun, whole, parts))
+    assert torch.equal(second, third)
+    assert not torch.equal(first, second)
     tuned = tl.finetune(adata, whole, key="cell_type", epochs=6, lr=1e-3, run_dir=tmp_path / "tuned")
     tl.classify(adata, tuned)
     assert (adata.obs["scllm_label"].astype(str) == adata.obs["cell_type"].astype(str)).mean() > 0.9
