@@ -72,8 +72,9 @@ class LevelEncoder:
         )
 
     def log2(self, counts: Tokens) -> NDArray[np.float32]:
-        """``log2(1 + count / total * 1e4)`` of each count, in float32 throughout as scanpy computes it."""
+        """``log2(1 + count / total * 1e4)`` of each count, to the bit as scanpy rounds it: levels are cut from it."""
         values = np.asarray(counts.values, np.float32)
         cell = np.repeat(np.arange(len(counts)), counts.lengths)
         totals = np.bincount(cell, weights=values, minlength=len(counts)).astype(np.float32)
-        return np.log1p(values / (totals / _TARGET_SUM)[cell]) / np.log(np.float32(2))
+        logged = np.log1p(values / (totals / _TARGET_SUM)[cell])
+        return (logged / np.log(np.float64(2))).astype(np.float32)
