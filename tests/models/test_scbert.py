@@ -179,6 +179,26 @@ def test_embeddings_depend_on_the_cell_alone(adata, tiny):
         np.testing.assert_allclose(other.obsm["X_scllm"], expected[order], atol=1e-5)
 
 
+def test_long_sentences_go_through_few_at_a_time(adata, tiny, caplog):
+    vocab = tiny.config.vocab([*adata.var_names, *(f"other{i}" for i in range(16_866))])
+    long = scbert.Model(replace(tiny.config, n_layers=1, d_model=8, d_head=4), vocab, tiny.encoder).eval()
+    for model, n_cells in ((tiny, 64), (long, 7)):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="scllm"):
+            tl.embed(adata[:2].copy(), model)
+        assert f"{n_cells} at a time" in caplog.text
+
+
+def test_contextual_gene_states_are_those_of_cells_that_express_the_gene(adata, tiny):
+    tl.embed_genes(adata, tiny, contextual=True)
+    _, tokens = encoded(tiny, adata)
+    with torch.no_grad():
+        states = tiny.hidden(Batch.from_tokens(tokens)).view(adata.n_obs, 42, -1)
+    expressing = adata.X[:, [5]].toarray().ravel() > 0
+    assert 0 < expressing.sum() < adata.n_obs
+    np.testing.assert_allclose(adata.varm["scllm_genes"][5], states[expressing, 5].mean(0), atol=1e-5)
+
+
 def test_eight_cells_are_learnt_by_heart(adata, tiny):
     tiny.train()
     objective = MaskedLevel(mask_ratio=(0.5,))

@@ -68,7 +68,8 @@ def predict(
         check_gpus(n_gpus)
     first = resolve_device(device)
     devices = [torch.device(first.type, i) for i in range(n_gpus)] if n_gpus > 1 else [first]
-    fitting = max(1, min(_CELLS[first.type], _TOKENS[first.type] // model.encoder.max_len))
+    longest = min(model.encoder.max_len, len(model.vocab) + model.encoder.n_specials)
+    fitting = max(1, min(_CELLS[first.type], _TOKENS[first.type] // longest))
     size = fitting if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size is {size}, at least 1 expected. Leave it out to have it chosen.")

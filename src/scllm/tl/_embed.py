@@ -215,8 +215,9 @@ def _contextual_means(model, source, match, codes, n_groups) -> FloatArray:
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
         # token and cell travel beside the state, so that one array comes back
-        ids = torch.stack([batch.genes, batch.cell], dim=1).float()
-        return torch.cat([ids, replica.hidden(batch).float()], dim=1)
+        expressed = replica.is_expressed(batch)
+        ids = torch.stack([batch.genes, batch.cell], dim=1)[expressed].float()
+        return torch.cat([ids, replica.hidden(batch)[expressed].float()], dim=1)
 
     for rows, found in predict(model, source, match, forward, desc="embedding genes of"):
         group = torch.from_numpy(codes[rows])[found[:, 1].long()]
