@@ -28,7 +28,7 @@ class MaskedLevel:
     replaced
         Share of those whose level is hidden; the rest stand there as they are.
     seed
-        Unused by the draws, which are keyed by cell and epoch; kept so that runs of other seeds differ in their spec.
+        Part of the run's settings; draws are keyed by cell and epoch.
     """
 
     mask_ratio: tuple[float, ...] = (0.15,)
