@@ -17,9 +17,9 @@ from scllm.data.source import open_source
 from scllm.data.vocab import Vocab
 from scllm.engine.loader import Loader
 
-__all__ = ["blood", "blood_1200", "loader", "made_cells", "serial_epoch", "table"]
+__all__ = ["SHARED", "blood", "blood_1200", "loader", "made_cells", "serial_epoch", "table"]
 
-_SHARED = Path(os.environ.get("SCLLM_SHARED", "../shared")) / "data"
+SHARED = Path(os.environ.get("SCLLM_SHARED", "../shared")) / "data"
 
 
 def table(counts: sparse.csr_matrix, genes: pd.Index | None = None) -> AnnData:
@@ -41,14 +41,14 @@ def made_cells(n_cells: int, n_genes: int, n_stored: int, seed: int = 0) -> spar
 @cache
 def blood(name: str = "pbmc_zheng2017_facs") -> AnnData:
     """Counts of blood cells: 3,874 sorted cells by 16,791 genes, 714 of them expressed in a cell."""
-    path = _SHARED / f"{name}.h5ad"
+    path = SHARED / f"{name}.h5ad"
     return read_h5ad(path) if path.exists() else table(made_cells(3_874, 16_791, 714))
 
 
 @cache
 def blood_1200() -> AnnData:
     """Three 10x chemistries of blood cells, restricted to the 1,200 most variable genes: 154 expressed in a cell."""
-    if not (_SHARED / "pbmc_10x_3batches.h5ad").exists():
+    if not (SHARED / "pbmc_10x_3batches.h5ad").exists():
         return table(made_cells(2_000, 1_200, 130))
     import scanpy as sc
 

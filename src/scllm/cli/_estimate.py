@@ -12,7 +12,6 @@ from scllm._typing import IntArray
 from scllm.data import genes
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource, open_source
-from scllm.data.vocab import Vocab
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.estimate import say_cost
@@ -67,7 +66,7 @@ def what_would_run(
     used = resolve_precision(settings.precision or "auto", chosen)
     n_tokens = _mean_length(source, match, begun, training)
     n_seen = min(n_steps * settings.batch_size, -(-n_steps // per_epoch) * len(training))
-    cost = say_cost(begun.config, n_tokens, n_seen, chosen, used, where.n)
+    cost = say_cost(begun, n_tokens, n_seen, chosen, used, where.n)
     lines = [
         repr(begun),
         f"  cells       {len(training):,} for training, {len(held_out):,} for validation",
@@ -83,7 +82,7 @@ def what_would_run(
 def _fresh(source: CellSource, model: str, size: str) -> CellModel:
     if model not in models.families():
         return resolve(model, None)
-    return models.build(model, vocab=Vocab.from_genes(genes.strip_version(source.genes)), size=size)
+    return models.build(model, vocab=list(dict.fromkeys(genes.strip_version(source.genes))), size=size)
 
 
 def _mean_length(source: CellSource, match: GeneMatch, model: CellModel, rows: IntArray) -> float:

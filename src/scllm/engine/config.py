@@ -57,7 +57,8 @@ class TrainConfig:
         Longest sentence in training, ``<cls>`` included: a random part of longer cells is read, which saves time and
         regularises. The model itself keeps the encoder's own. ``None``: no shorter than that.
     downsample
-        Largest share of counts taken away at random from each cell of a training batch (augmentation).
+        Largest share of counts taken away at random from each cell of a training batch (augmentation). ``None`` is the
+        family's own (scfoundation: 0.8 in pretraining, all others 0).
     gene_init
         Where the gene table of a fresh model starts: ``"svd"`` (right singular vectors of the log-normalised
         training cells) or ``"random"``.
@@ -95,7 +96,7 @@ class TrainConfig:
     precision: Precision | None = None
     accumulate: int = 1
     max_len: int | None = None
-    downsample: float = 0.0
+    downsample: float | None = None
     gene_init: GeneInit | None = None
     strategy: Strategy = "ddp"
     max_restarts: int = 0
@@ -131,7 +132,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value not in get_args(allowed):
                 raise ValueError(f"{name} is {value!r}, one of {get_args(allowed)} expected. Pass one of those.")
-        if not 0 <= self.downsample < 1:
+        if self.downsample is not None and not 0 <= self.downsample < 1:
             raise ValueError(
                 f"downsample is {self.downsample}, a share from 0 up to below 1 expected. 0 leaves it off."
             )

@@ -7,20 +7,14 @@ import time
 import torch
 
 from scllm.engine.device import autocast
-from scllm.models.base import ModelConfig
+from scllm.models.base import CellModel
 
 __all__ = ["flops_per_cell", "matrix_rate", "say_cost"]
 
 
-def flops_per_cell(config: ModelConfig, n_tokens: float, *, training: bool = True) -> float:
-    """Floating-point operations of the blocks for a cell of ``n_tokens``.
-
-    A token costs ``6 L (4 d^2 + 2 d f) + 12 L S d`` in training and a third of it forward; the embedding table is
-    looked up, not multiplied.
-    """
-    d, f, layers = config.d_model, getattr(config, "d_hidden", 4 * config.d_model), config.n_layers
-    per_token = 6 * layers * (4 * d * d + 2 * d * f) + 12 * layers * n_tokens * d
-    return n_tokens * per_token * (1 if training else 1 / 3)
+def flops_per_cell(model: CellModel, n_tokens: float, *, training: bool = True) -> float:
+    """Floating-point operations for a cell of ``n_tokens``; the backward pass costs twice the forward one."""
+    return model.forward_flops(n_tokens) * (3 if training else 1)
 
 
 def matrix_rate(device: torch.device, precision: str, seconds: float = 0.2) -> float:
@@ -37,9 +31,9 @@ def matrix_rate(device: torch.device, precision: str, seconds: float = 0.2) -> f
     return done * 2 * n**3 / (time.perf_counter() - began)
 
 
-def say_cost(config: ModelConfig, n_tokens: float, n_cells: int, device: torch.device, precision: str, n: int) -> str:
+def say_cost(model: CellModel, n_tokens: float, n_cells: int, device: torch.device, precision: str, n: int) -> str:
     """One line: operations a cell, and the time to expect at half the rate of plain matrix products."""
-    each = flops_per_cell(config, n_tokens)
+    each = flops_per_cell(model, n_tokens)
     seconds = 2 * each * n_cells / (matrix_rate(device, precision) * n)
     span = (
         f"{seconds:.0f} s"

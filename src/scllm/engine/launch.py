@@ -29,7 +29,7 @@ from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.loader import Loader
 from scllm.engine.loop import fit
 from scllm.engine.lora import LoraSettings, add_adapters, merge_adapters
-from scllm.engine.objectives import objective_from_dict
+from scllm.engine.objectives import Objective, objective_from_dict
 from scllm.engine.optim import freeze
 from scllm.engine.run import Run
 from scllm.engine.sharding import shard
@@ -119,10 +119,10 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
         if spec["lora"]:
             add_adapters(model, LoraSettings(**spec["lora"]))
         model.to(chosen)
-        training, validation = _loaders(run, spec, config, source, model)
+        objective = objective_from_dict(spec["objective"])
+        training, validation = _loaders(run, spec, config, source, model, objective)
         precision = resolve_precision(config.precision or "auto", chosen)
         log.info("training on %s in %s, %d cells a step", chosen, precision, config.batch_size)
-        objective = objective_from_dict(spec["objective"])
         if config.compile or config.checkpointing:
             model.speed_up(compile=config.compile, checkpointing=config.checkpointing)
         if config.strategy == "fsdp" and ranks.world() > 1:
@@ -147,7 +147,7 @@ def _open(run: Run, spec: dict[str, Any]) -> CellSource:
 
 
 def _loaders(
-    run: Run, spec: dict[str, Any], config: TrainConfig, source: CellSource, model: CellModel
+    run: Run, spec: dict[str, Any], config: TrainConfig, source: CellSource, model: CellModel, objective: Objective
 ) -> tuple[Loader, Loader | None]:
     data, cells = spec["data"], run.cells
     match = genes.match(
@@ -157,12 +157,13 @@ def _loaders(
     common = {
         "source": source, "match": match, "encoder": model.encoder, "vocab": model.vocab, "obs": obs,
         "keep_empty": config.strategy == "fsdp" and ranks.world() > 1,
+        "keep_whole": getattr(objective, "predicts_whole_cells", False),
     }  # fmt: skip
     seed = config.random_state or 0
     assert config.batch_size is not None
     training = Loader(
         rows=cells["train"], batch_size=config.batch_size, seed=seed, weights=cells.get("weights"),
-        downsample=config.downsample, **common | {"encoder": _cropping(model, config.max_len)},
+        downsample=config.downsample or 0.0, **common | {"encoder": _cropping(model, config.max_len)},
     )  # fmt: skip
     if not len(cells["validation"]):
         return training, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -55,6 +55,8 @@ class Loader:
         Probability of drawing each of ``rows``, up to a factor.
     downsample
         Largest share of counts taken away from a cell.
+    keep_whole
+        Whether batches carry the same cells as they were too, with all their counts and genes.
     training
         Whether draws differ between epochs, and long cells are cropped at random.
     keep_empty
@@ -71,6 +73,7 @@ class Loader:
     obs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     weights: FloatArray | None = None
     downsample: float = 0.0
+    keep_whole: bool = False
     training: bool = True
     keep_empty: bool = False
 
@@ -128,25 +131,31 @@ class Loader:
             check_values(counts, self.source, ascending, layer=None)
         edges = np.concatenate([[0], np.cumsum(read.sizes)])
         for first, last in zip(edges[skip:-1], edges[skip + 1 :], strict=True):
-            tokens = self._tokens(_taken(counts, place[first:last]), keys[first:last])
+            tokens = self.match.tokens(_taken(counts, place[first:last]))
+            read, whole = self._sentences(tokens, keys[first:last]), self._whole(tokens) if self.keep_whole else None
             cuts = np.linspace(first, last, parts + 1).astype(int)
             yield [
                 Batch.from_tokens(
-                    tokens.slice(a - first, b - first),
+                    read.slice(a - first, b - first),
                     keys[a:b],
                     {name: column[rows[a:b]] for name, column in self.obs.items()},
                     self.match.measured,
+                    None if whole is None else Batch.from_tokens(whole.slice(a - first, b - first), keys[a:b]),
                 )
                 for a, b in pairwise(cuts)
                 if b > a or self.keep_empty
             ]
 
-    def _tokens(self, counts: CSR, keys: IntArray) -> Tokens:
-        """Sentences of the cells of one batch."""
-        tokens = self.match.tokens(counts)
+    def _sentences(self, tokens: Tokens, keys: IntArray) -> Tokens:
+        """What the model reads of the cells of one batch."""
         if self.downsample and self.training:
             tokens = Tokens(*thin(tokens.indptr, tokens.genes, tokens.values, keys, self.downsample))
         return self.encoder(tokens, self.vocab, keys if self.training else None, measured=self.match.measured)
+
+    def _whole(self, tokens: Tokens) -> Tokens:
+        """The cells with all their counts, nothing cut."""
+        encoder = replace(self.encoder, max_len=len(self.vocab) + self.encoder.n_specials)  # type: ignore[type-var]
+        return encoder(tokens, self.vocab, measured=self.match.measured)
 
 
 def _taken(counts: CSR, rows: IntArray) -> CSR:

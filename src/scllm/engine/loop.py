@@ -76,6 +76,7 @@ def fit(
             for group in optimise.param_groups:
                 group["lr"] = lr * group["scale"]
             train_mode(model)
+            model.at_step(step, config.random_state or 0)
             totals = _Totals(objective.logs(model), device)
             with _seeded(device, config.random_state or 0, step, rank):
                 for batch in parts:

@@ -25,6 +25,8 @@ Forward = Callable[[CellModel, Batch], Tensor]
 
 # cells of one forward pass where the caller leaves it open: enough to fill the device, little enough to fit
 _CELLS = {"cpu": 64, "cuda": 512}
+# and tokens: sentences of all genes are long
+_TOKENS = {"cpu": 1 << 17, "cuda": 1 << 20}
 
 
 def predict(
@@ -66,7 +68,9 @@ def predict(
         check_gpus(n_gpus)
     first = resolve_device(device)
     devices = [torch.device(first.type, i) for i in range(n_gpus)] if n_gpus > 1 else [first]
-    size = _CELLS[first.type] if batch_size is None else batch_size
+    longest = min(model.encoder.max_len, len(model.vocab) + model.encoder.n_specials)
+    fitting = max(1, min(_CELLS[first.type], _TOKENS[first.type] // longest))
+    size = fitting if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size is {size}, at least 1 expected. Leave it out to have it chosen.")
     chosen = resolve_precision(precision, first)
@@ -75,6 +79,8 @@ def predict(
     cells = Loader(
         source, np.arange(source.n_obs), match, model.encoder, model.vocab, size * len(devices), training=False
     )
+
+    is_special = model.is_special.cpu()
 
     def run(part: int, batch: Batch) -> Tensor:
         with torch.inference_mode(), autocast("fp32" if chosen == "bf16" else chosen, devices[part]):
@@ -86,10 +92,18 @@ def predict(
         for parts in steps:
             done = [run(0, parts[0])] if len(parts) == 1 else list(threads.map(run, range(len(parts)), parts))
             n_cells = sum(batch.n_cells for batch in parts)
-            n_empty += sum(length <= model.encoder.n_specials for batch in parts for length in batch.lengths)
+            n_empty += sum(_n_empty(batch, is_special) for batch in parts)
             yield slice(row, row + n_cells), torch.cat(done)
             row += n_cells
     warn_of_empty_cells(n_empty, source.n_obs)
+
+
+def _n_empty(batch: Batch, is_special: Tensor) -> int:
+    """Cells without any expressed gene; sentences of some families hold zeros too."""
+    gene = ~is_special[batch.genes]
+    if batch.values is not None:
+        gene &= batch.values > 0
+    return batch.n_cells - len(batch.cell[gene].unique_consecutive())
 
 
 def _ready(model: CellModel, device: torch.device, precision: str) -> CellModel:

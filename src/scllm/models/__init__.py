@@ -6,6 +6,7 @@ import pkgutil
 from collections.abc import Iterable
 from dataclasses import fields
 from importlib import import_module
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -13,13 +14,24 @@ from typing import Any
 
 import torch
 
-from scllm.data.encode import BinEncoder, Encoder, RankEncoder, ValueEncoder, encoder_from_dict
+from scllm.data.encode import (
+    BinEncoder,
+    DepthEncoder,
+    Encoder,
+    LevelEncoder,
+    RankEncoder,
+    ValueEncoder,
+    encoder_from_dict,
+)
 from scllm.data.run_files import read_history
 from scllm.data.vocab import Vocab
 from scllm.models.base import CellModel, Checkpoint, HeadSpec
 from scllm.models.storage import is_native, load_weights, read_native
 
-__all__ = ["BinEncoder", "CellModel", "RankEncoder", "ValueEncoder", "Vocab", "build", "families", "load"]
+__all__ = [
+    "BinEncoder", "CellModel", "DepthEncoder", "LevelEncoder", "RankEncoder", "ValueEncoder", "Vocab", "build",
+    "families", "load",
+]  # fmt: skip
 
 
 def families() -> list[str]:
@@ -89,8 +101,9 @@ def load(
     path: str | PathLike[str] | CellModel,
     *,
     family: str | None = None,
-    vocab: Vocab | None = None,
+    vocab: Vocab | Iterable[str] | str | PathLike[str] | None = None,
     medians: Any = None,
+    part: str | None = None,
     ignore: Iterable[str] = (),
 ) -> CellModel:
     """Load a model; nothing in the files is executed.
@@ -102,9 +115,13 @@ def load(
     family
         Which published format it is; native folders say so themselves.
     vocab
-        Replaces the vocabulary of a published checkpoint, for formats that come without one.
+        Replaces the vocabulary of a published checkpoint, or names the genes (in their order) for formats that come
+        without: a :class:`Vocab`, gene names, or the path of a list.
     medians
         Gene medians, for families that rank by them.
+    part
+        Which of several models in a file (scfoundation: ``"cell"``, ``"rde"``, ``"gene"``); ``None`` is the first of
+        those.
     ignore
         Prefixes of weight names that may be missing or left over.
 
@@ -118,14 +135,29 @@ def load(
         raise ValueError("medians= goes with families that rank genes; none of those is asked for here. Leave it out.")
     folder = _folder(Path(path))
     if family is None or is_native(folder):
+        if part is not None:
+            raise ValueError(f"part={part!r} goes with published checkpoints, {folder} is native. Leave it out.")
         return _load_native(folder, ignore, family)
     module = family_module(family)
     if not hasattr(module, "read"):
         raise ValueError(f"{family} has no published format that scllm reads. Load a native folder without family=.")
-    checkpoint: Checkpoint = module.read(folder)
-    model = _filled(module, checkpoint, vocab or checkpoint.vocab, folder, ignore)
-    model.path = folder.absolute()
+    known = signature(module.read).parameters
+    if part is not None and "part" not in known:
+        raise ValueError(f"part={part!r} goes with files of several models, {family} has one a file. Leave it out.")
+    named = None if vocab is None else _vocab(vocab)
+    options = {"vocab": named, "part": part}
+    checkpoint: Checkpoint = module.read(folder, **{name: value for name, value in options.items() if name in known})
+    vocabulary = checkpoint.vocab if named is None or "vocab" in known else named
+    model = _filled(module, checkpoint, vocabulary, folder, ignore)
+    # remembered by its path only where that alone finds the same model again
+    model.path = folder.absolute() if named is None and part is None else None
     return model
+
+
+def _vocab(names: Vocab | Iterable[str] | str | PathLike[str]) -> Vocab:
+    if isinstance(names, Vocab):
+        return names
+    return Vocab.read(names) if isinstance(names, (str, PathLike)) else Vocab.from_tokens(names)
 
 
 def _folder(path: Path) -> Path:

@@ -109,6 +109,8 @@ class CellModel(nn.Module):
     """Ways of making one vector of a cell's states that the family has."""
     unit_length: ClassVar[bool] = False
     """Whether the family's own cell embedding is scaled to length one."""
+    reads_depth: ClassVar[bool] = False
+    """Whether the family can be asked for expression at another sequencing depth."""
 
     is_special: Tensor
     heads: nn.ModuleList
@@ -156,6 +158,10 @@ class CellModel(nn.Module):
             f"this {self.family} model does not predict genes that are not in the sentence. Leave genes= out."
         )
 
+    def at_depth(self, batch: Batch, depth: float | Tensor) -> Batch:
+        """The same cells, asked for at another sequencing depth (counts; one number or ``(b,)``)."""
+        raise ValueError(f"{self.family} models do not read the sequencing depth. Use another family.")
+
     def write_original(self, path: Path) -> None:
         """Write the family's published format."""
         raise ValueError(f"{self.family} has no published format that scllm writes. Use format='native'.")
@@ -183,10 +189,18 @@ class CellModel(nn.Module):
             if compile:
                 block.compile_feed_forward()
 
+    def at_step(self, step: int, seed: int) -> None:
+        """Make ready for a step of training; called before its forward passes, with the same step on every process."""
+
     def set_heads(self, specs: Iterable[HeadSpec]) -> None:
         """Replace all heads by fresh ones."""
         self.head_specs = tuple(specs)
         self.heads = nn.ModuleList(self.new_head(spec.n_outputs) for spec in self.head_specs)
+
+    def is_expressed(self, batch: Batch) -> Tensor:
+        """Which tokens are expressed genes, ``(t,)``: no specials and no zeros."""
+        gene = ~self.is_special[batch.genes]
+        return gene if batch.values is None else gene & (batch.values > 0)
 
     def pool(self, hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
         """One vector a cell, ``(b, d)``; means and maxima leave special tokens out."""
@@ -219,6 +233,15 @@ class CellModel(nn.Module):
     def apply_heads(self, cell: Tensor) -> dict[str, Tensor]:
         """Logits (or values) of every head by its key, from cell embeddings ``(b, d)``."""
         return {spec.key: head(cell) for spec, head in zip(self.head_specs, self.heads, strict=True)}
+
+    def forward_flops(self, n_tokens: float) -> float:
+        """Floating-point operations of the blocks for a cell of ``n_tokens``.
+
+        A token costs ``2 L (4 d^2 + 2 d f) + 4 L S d``; the embedding table is looked up, not multiplied.
+        """
+        d, layers = self.config.d_model, self.config.n_layers
+        f = getattr(self.config, "d_hidden", 4 * d)
+        return n_tokens * (2 * layers * (4 * d * d + 2 * d * f) + 4 * layers * n_tokens * d)
 
     @property
     def n_parameters(self) -> int:

@@ -36,6 +36,8 @@ class Batch:
         Labels, batch and the like by name, ``(b,)`` each.
     measured
         Tokens of the genes that the data have, ``(g,)``: a gene that was not measured is not zero.
+    whole
+        The same cells before counts were taken away and sentences cut, for objectives that predict those.
     """
 
     genes: Tensor
@@ -45,6 +47,7 @@ class Batch:
     keys: Tensor
     obs: dict[str, Tensor] = field(default_factory=dict)
     measured: Tensor | None = None
+    whole: Batch | None = None
 
     @classmethod
     def from_tokens(
@@ -53,6 +56,7 @@ class Batch:
         keys: IntArray | None = None,
         obs: Mapping[str, Any] | None = None,
         measured: IntArray | None = None,
+        whole: Batch | None = None,
     ) -> Batch:
         """Pack the sentences of cells."""
         keys = np.zeros(len(tokens), np.int64) if keys is None else keys
@@ -64,6 +68,7 @@ class Batch:
             torch.from_numpy(np.ascontiguousarray(keys, np.int64)),
             {name: torch.as_tensor(column) for name, column in (obs or {}).items()},
             None if measured is None else torch.from_numpy(measured.astype(np.int64)),
+            whole,
         )
 
     @property
@@ -130,6 +135,7 @@ class Batch:
             change(self.keys),
             {name: change(column) for name, column in self.obs.items()},
             None if self.measured is None else change(self.measured),
+            None if self.whole is None else self.whole._mapped(change),
         )
 
     def padded(self, *, pad_id: int, pad_value: float = 0) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from scllm.data.encode import encoder_to_dict
 from scllm.data.run_files import append_history
+from scllm.data.vocab import Vocab
 
 if TYPE_CHECKING:
     from scllm.models.base import CellModel
 
-__all__ = ["is_native", "load_weights", "read_native", "read_torch", "renamed", "write_native"]
+__all__ = ["gene_list", "is_native", "load_weights", "read_native", "read_torch", "renamed", "write_native"]
 
 _FORMAT = 1
 _ARRAYS = "extras.npz"
@@ -134,6 +135,23 @@ def read_torch(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}, a dictionary of weights expected. Take another checkpoint."
         )
     return content
+
+
+def gene_list(file: Path, vocab: Vocab | None, n_genes: int, names: Sequence[str]) -> tuple[str, ...]:
+    """Genes of a checkpoint that does not name them: those of ``vocab``, or of a list beside it of one of ``names``."""
+    lists = [file.parent / name for name in names if (file.parent / name).is_file()]
+    if vocab is None and not lists:
+        raise ValueError(
+            f"{file} holds no gene names, the list of its {n_genes} genes in their order expected. Pass it with "
+            f"vocab=, or put it beside the file as {names[0]}."
+        )
+    genes = (vocab or Vocab.read(lists[0])).genes
+    if len(genes) != n_genes:
+        raise ValueError(
+            f"the gene list has {len(genes)} genes, the model in {file} has {n_genes}; the list that the model was "
+            "trained with expected. Pass that one with vocab=."
+        )
+    return genes
 
 
 def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:

@@ -96,7 +96,8 @@ def tokenize(
         adata.obsm[key_added + _keys.TOKEN_VALUES] = _by_position(tokens, tokens.values)
     params = {
         "encoder": encode, "kind": type(encode).__name__, "layer": layer, "key_added": key_added,
-        "specials": vocab.specials, "pad": vocab.pad, "pad_id": vocab.pad_id, "cls": vocab.cls,
+        "specials": vocab.specials, "cls": vocab.cls,
+        "pad": vocab.pad, "pad_id": -1 if vocab.pad is None else vocab.pad_id,
     }  # fmt: skip
     record(adata, "tokenize", params, pd.DataFrame({"token": list(vocab.tokens)}))
     return adata if copy else None

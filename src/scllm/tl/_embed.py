@@ -60,8 +60,8 @@ def embed(
     model
         A model, or the path of a model or run directory; ``None`` is the one recorded on ``data`` last.
     pooling
-        ``"cls"``, ``"mean"`` or ``"max"`` over gene tokens; ``None`` is the family's own (scgpt: ``<cls>`` scaled to
-        unit length).
+        ``"cls"``, ``"mean"`` or ``"max"`` over gene tokens, ``"all"`` (scfoundation: both depths, maximum and mean);
+        ``None`` is the family's own (scgpt: ``<cls>`` scaled to unit length; scbert: mean; scfoundation: all).
     hidden_layer
         -1 is the output of the last block, -2 of the one before.
     layer
@@ -219,8 +219,9 @@ def _contextual_means(model, source, match, codes, n_groups) -> FloatArray:
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
         # token and cell travel beside the state, so that one array comes back
-        ids = torch.stack([batch.genes, batch.cell], dim=1).float()
-        return torch.cat([ids, replica.hidden(batch).float()], dim=1)
+        expressed = replica.is_expressed(batch)
+        ids = torch.stack([batch.genes, batch.cell], dim=1)[expressed].float()
+        return torch.cat([ids, replica.hidden(batch)[expressed].float()], dim=1)
 
     for rows, found in predict(model, source, match, forward, desc="embedding genes of"):
         group = torch.from_numpy(codes[rows])[found[:, 1].long()]

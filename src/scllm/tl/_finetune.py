@@ -134,7 +134,7 @@ def finetune(
     where = processes(n_gpus, n_procs, device)
     begun = copy.deepcopy(resolve(model, adata)).cpu()
     begun.history, begun.report, begun.path = None, None, None
-    check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample)
+    check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample or 0.0)
     module = models.family_module(begun.family)
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     defaults = {**module.FINETUNE, "gene_init": "random"}

@@ -53,8 +53,9 @@ def pretrain(
     """Train a model on cells without labels, from scratch or onwards from another model.
 
     scgpt hides the expression of a part of each cell's genes and predicts it, from the genes around and from the cell
-    embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). Everything is written to a run directory: the
-    same call continues after a crash, to the same loss curve.
+    embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). scbert hides expression levels and classifies
+    them; scfoundation predicts hidden genes, zeros among them, at the depth that a cell had before counts were taken
+    away. Everything is written to a run directory: the same call continues after a crash, to the same loss curve.
 
     Parameters
     ----------
@@ -124,7 +125,7 @@ def pretrain(
     seed = random_state or (config.random_state if config is not None else None) or 0
     begun = _starting_model(data, source.genes, model, size, dropout, seed)
     adata = data if isinstance(data, AnnData) else None
-    check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample)
+    check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample or 0.0)
     module = models.family_module(begun.family)
     # a trained table is not started again, unless config says so
     gene_init = "svd" if isinstance(model, str) and _is_family(model) else "random"

@@ -16,7 +16,7 @@ from scllm._results import record
 from scllm._typing import IntArray
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource, open_source
-from scllm.engine.objectives import MaskedValue
+from scllm.engine.objectives.masks import drawn_share
 from scllm.engine.predict import predict
 from scllm.models.base import Batch, CellModel
 from scllm.tl._inputs import check_layer
@@ -35,7 +35,10 @@ def reconstruct(
     key_added: str = _keys.RECONSTRUCTED,
     copy: bool = False,
 ) -> AnnData | pd.DataFrame | None:
-    """Predict expression, in the units the model reads (scgpt: bins).
+    """Predict expression, in the units the model reads.
+
+    scgpt predicts bins, scbert levels (the mean of the predicted distribution), scfoundation
+    ``log1p(count / total * 1e4)``.
 
     Parameters
     ----------
@@ -47,9 +50,11 @@ def reconstruct(
         Share of each cell's genes to hide; only hidden ones are predicted, so the result can be scored. ``None`` shows
         the model everything.
     genes
-        Predict these genes in every cell, expressed or not, from the cell embedding; returned as a table.
+        Predict these genes in every cell, expressed or not; returned as a table. scgpt predicts them from the cell
+        embedding.
     target_depth
-        Sequencing depth to predict, for families that read the depth (scfoundation).
+        Counts a cell to predict expression for, as if it had been sequenced that deeply, in families that read the
+        depth (scfoundation: read-depth enhancement). ``None`` leaves the depth that the model's encoder asks for.
     key_added
         Layer to write.
     copy
@@ -73,41 +78,45 @@ def reconstruct(
     True
     """
     chosen = resolve(model, adata)
-    if target_depth is not None:
+    if target_depth is not None and not chosen.reads_depth:
         raise ValueError(
             f"target_depth={target_depth} goes with models that read the sequencing depth, {chosen.family} does not. "
             "Leave it out."
         )
+    if target_depth is not None and not target_depth > 0:
+        raise ValueError(f"target_depth is {target_depth}, a positive number of counts expected. Try 10_000.")
     if mask_ratio is not None and not 0 < mask_ratio < 1:
         raise ValueError(f"mask_ratio is {mask_ratio}, a share between 0 and 1 expected. None hides nothing.")
     if genes is not None and mask_ratio is not None:
         raise TypeError(
-            f"genes= and mask_ratio={mask_ratio} are both given, one of them expected: chosen genes are predicted from "
-            "the cell embedding. Leave one out."
+            f"genes= and mask_ratio={mask_ratio} are both given, one of them expected: chosen genes are predicted with "
+            "everything shown. Leave one out."
         )
     source = open_source(adata)
     check_layer(source, chosen, None, adata, takes_layer=False)
     match = gene_match(adata, source, chosen)
     if genes is not None:
-        return _of_genes(adata, chosen, source, match, [genes] if isinstance(genes, str) else list(genes))
-    layer = _of_sentence(chosen, source, match, mask_ratio)
+        return _of_genes(adata, chosen, source, match, [genes] if isinstance(genes, str) else list(genes), target_depth)
+    layer = _of_sentence(chosen, source, match, mask_ratio, target_depth)
     adata = adata.copy() if copy else adata
     adata.layers[key_added] = layer
-    record(adata, "reconstruct", {"mask_ratio": mask_ratio, "key_added": key_added})
+    record(adata, "reconstruct", {"mask_ratio": mask_ratio, "target_depth": target_depth, "key_added": key_added})
     remember(adata, chosen)
     return adata if copy else None
 
 
-def _of_sentence(model: CellModel, source: CellSource, match: GeneMatch, mask_ratio: float | None) -> sparse.csr_matrix:
+def _of_sentence(
+    model: CellModel, source: CellSource, match: GeneMatch, mask_ratio: float | None, target_depth: float | None
+) -> sparse.csr_matrix:
     """Predictions at the genes of each cell's sentence."""
     column = _first_columns(match, len(model.vocab))
-    masking = None if mask_ratio is None else MaskedValue(mask_ratio=(mask_ratio,))
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
-        at = torch.nonzero(~replica.is_special[batch.genes]).squeeze(1)
-        if masking is not None:
-            at = masking.hide(batch, replica.is_special, masking.ratio(0))
-        value = replica.reconstruct(batch, at, hide=masking is not None)
+        if target_depth is not None:
+            batch = replica.at_depth(batch, target_depth)
+        # sentences of some families hold genes that are not expressed too
+        at = drawn_share(batch, replica.is_expressed(batch), 1.0 if mask_ratio is None else mask_ratio)
+        value = replica.reconstruct(batch, at, hide=mask_ratio is not None)
         return torch.stack([batch.cell[at].double(), batch.genes[at].double(), value.double()], dim=1)
 
     rows, columns, values = [], [], []
@@ -119,8 +128,15 @@ def _of_sentence(model: CellModel, source: CellSource, match: GeneMatch, mask_ra
     return sparse.csr_matrix(triplets, shape=(source.n_obs, len(source.genes)), dtype=np.float32)
 
 
-def _of_genes(adata: AnnData, model: CellModel, source: CellSource, match: GeneMatch, names: list[str]) -> pd.DataFrame:
-    """Predictions of chosen genes from the cell embedding, dense over those genes."""
+def _of_genes(
+    adata: AnnData,
+    model: CellModel,
+    source: CellSource,
+    match: GeneMatch,
+    names: list[str],
+    target_depth: float | None,
+) -> pd.DataFrame:
+    """Predictions of chosen genes, dense over those genes."""
     place = adata.var_names.get_indexer(names)
     ids = match.token_ids[place]
     lost = [name for name, i, token in zip(names, place, ids, strict=True) if i < 0 or token < 0]
@@ -129,6 +145,8 @@ def _of_genes(adata: AnnData, model: CellModel, source: CellSource, match: GeneM
     wanted = torch.from_numpy(ids.astype(np.int64))
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
+        if target_depth is not None:
+            batch = replica.at_depth(batch, target_depth)
         return replica.reconstruct_genes(batch, wanted.to(batch.genes.device))
 
     found = [values for _, values in predict(model, source, match, forward, desc="reconstructing")]

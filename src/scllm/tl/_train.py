@@ -92,7 +92,7 @@ def merged_config(
         raise TypeError(f"steps={config.steps} and epochs={config.epochs} are both given, one of them expected.")
     if config.steps is not None:
         defaults = {name: value for name, value in defaults.items() if name != "epochs"}
-    return config.resolved({**defaults, "precision": "auto", "random_state": 0})
+    return config.resolved({"downsample": 0.0, **defaults, "precision": "auto", "random_state": 0})
 
 
 def divide(
@@ -230,7 +230,7 @@ def _set_up(
     n_cells = (
         len(cells["train"]) * (config.epochs or 1) if config.steps is None else config.steps * (config.batch_size or 1)
     )
-    log.info("%s", say_cost(model.config, n_tokens, n_cells, device, precision, where.n))
+    log.info("%s", say_cost(model, n_tokens, n_cells, device, precision, where.n))
     if where.n > 1 and where.device == "cuda" and (config.batch_size or 0) < 64 * where.n:
         log.info(
             "%d cells a step are few for %d GPUs: batch_size=%d keeps them busy",

@@ -12,10 +12,15 @@ from numpy.typing import NDArray
 
 from scllm.data.encode.base import Encoder
 from scllm.data.encode.bins import BinEncoder
+from scllm.data.encode.depth import DepthEncoder
+from scllm.data.encode.levels import LevelEncoder
 from scllm.data.encode.ranks import RankEncoder
 from scllm.data.encode.values import ValueEncoder
 
-__all__ = ["BinEncoder", "Encoder", "RankEncoder", "ValueEncoder", "encoder_from_dict", "encoder_to_dict"]
+__all__ = [
+    "BinEncoder", "DepthEncoder", "Encoder", "LevelEncoder", "RankEncoder", "ValueEncoder", "encoder_from_dict",
+    "encoder_to_dict",
+]  # fmt: skip
 
 
 def encoder_to_dict(encoder: Encoder) -> dict[str, Any]:
@@ -28,7 +33,7 @@ def encoder_to_dict(encoder: Encoder) -> dict[str, Any]:
 
 def encoder_from_dict(saved: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None) -> Encoder:
     """The encoder that :func:`encoder_to_dict` described, with its arrays."""
-    kinds = {kind.__name__: kind for kind in (BinEncoder, RankEncoder, ValueEncoder)}
+    kinds = {kind.__name__: kind for kind in (BinEncoder, DepthEncoder, LevelEncoder, RankEncoder, ValueEncoder)}
     settings = {**saved, **(arrays or {})}
     kind = kinds.get(settings.pop("kind", ""))
     if kind is None or set(settings) - {field.name for field in fields(kind)}:

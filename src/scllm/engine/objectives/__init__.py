@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from scllm.engine.objectives.base import Loss, Objective
 from scllm.engine.objectives.label import Label, LossName
+from scllm.engine.objectives.masked_expression import MaskedExpression
+from scllm.engine.objectives.masked_level import MaskedLevel
 from scllm.engine.objectives.masked_value import MaskedValue
 
-__all__ = ["Label", "Loss", "LossName", "MaskedValue", "Objective", "objective_from_dict", "objective_to_dict"]
+__all__ = [
+    "Label", "Loss", "LossName", "MaskedExpression", "MaskedLevel", "MaskedValue", "Objective", "objective_from_dict",
+    "objective_to_dict",
+]  # fmt: skip
 
 
 def objective_to_dict(objective: Objective) -> dict[str, Any]:
@@ -21,8 +26,14 @@ def objective_to_dict(objective: Objective) -> dict[str, Any]:
 def objective_from_dict(saved: Mapping[str, Any]) -> Objective:
     """The objective that :func:`objective_to_dict` described."""
     settings = dict(saved)
-    kinds: dict[str, type] = {"MaskedValue": MaskedValue, "Label": Label}
-    kind = kinds[settings.pop("kind")]
+    kinds: dict[str, type] = {kind.__name__: kind for kind in (Label, MaskedExpression, MaskedLevel, MaskedValue)}
+    kind: type[Any] = kinds[settings.pop("kind")]
+    unknown = sorted(set(settings) - {field.name for field in fields(kind)})
+    if unknown:
+        raise ValueError(
+            f"the objective {kind.__name__} has no setting {unknown[0]!r}, one of {[f.name for f in fields(kind)]} "
+            "expected. Leave it out."
+        )
     for name, value in settings.items():
         if isinstance(value, list):
             settings[name] = tuple(value)

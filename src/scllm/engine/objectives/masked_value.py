@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scllm.engine import losses
 from scllm.engine.objectives.base import Loss, uniform
+from scllm.engine.objectives.masks import drawn_share
 from scllm.kernels.draws import mix
 from scllm.models.base import Batch, CellModel
 
@@ -55,15 +56,7 @@ class MaskedValue:
 
     def hide(self, batch: Batch, is_special: Tensor, ratio: float, salt: int = 0) -> Tensor:
         """Positions of hidden tokens: in each cell the ``floor(ratio * genes)`` with the smallest draws."""
-        special = is_special[batch.genes]
-        cell = batch.cell
-        draws = uniform(batch.keys[cell], batch.genes, salt)
-        # specials go last in their cell and are not among the genes that are counted
-        order = torch.argsort(cell + torch.where(special, 1 - 2**-40, draws * (1 - 2**-30)))
-        place = torch.arange(len(cell), device=cell.device) - batch.first[cell]
-        n_genes = torch.bincount(cell[~special], minlength=batch.n_cells)
-        n_hidden = (n_genes.double() * ratio).floor().long()
-        return order[place < n_hidden[cell]].sort().values
+        return drawn_share(batch, ~is_special[batch.genes], ratio, salt)
 
     def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
         """Squared errors over the hidden positions, and from the cell embedding over what was left out too."""

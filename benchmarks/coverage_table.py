@@ -1,0 +1,53 @@
+"""``python -m benchmarks.coverage_table``: how many genes of each shared data set the published vocabularies hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from anndata import AnnData, read_h5ad
+
+from benchmarks._cells import SHARED
+from scllm import pp
+from scllm.data.vocab import Vocab
+
+__all__ = ["VOCABULARIES", "coverage"]
+
+VOCABULARIES = {
+    "scGPT": "scgpt_default_census_vocab.json.gz",
+    "Geneformer V1": "geneformer_v1_token_dictionary.json.gz",
+    "scFoundation": "scfoundation_gene_list_19264.json.gz",
+}
+
+
+def coverage(adata: AnnData, vocab: Vocab) -> tuple[int, float, float]:
+    """Genes of the data that a vocabulary holds, their share of the smaller of both, and their share of all counts."""
+    # low figures are wanted too, not the error
+    matched = pp.match_genes(adata, vocab, min_coverage=0.0, copy=True)
+    found, known = matched.uns["scllm"]["match_genes"], (matched.var["token_id"] >= 0).to_numpy()
+    return int(found["n_matched"]), float(found["coverage"]), float(adata.X[:, known].sum() / adata.X.sum())
+
+
+def main() -> None:
+    vocabs = {name: Vocab.read(SHARED / "dictionaries" / file) for name, file in VOCABULARIES.items()}
+    print(_line(["data", "genes", *(f"{name} ({len(vocab.genes):,} genes)" for name, vocab in vocabs.items())]))
+    print(_line(["---", *["---:"] * (1 + len(vocabs))]))
+    for path in sorted(SHARED.rglob("*.h5ad")):
+        print(_row(path, vocabs.values()), flush=True)
+
+
+def _row(path: Path, vocabs: Iterable[Vocab]) -> str:
+    adata = read_h5ad(path)
+    found = (coverage(adata, vocab) for vocab in vocabs)
+    name = path.relative_to(SHARED).with_suffix("").as_posix()
+    return _line(
+        [f"`{name}`", f"{adata.n_vars:,}", *(f"{n:,} ({100 * a:.1f} %), {100 * b:.1f} %" for n, a, b in found)]
+    )
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Expressed genes with their normalised values, then the depth to predict and the depth that was sequenced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scllm._typing import FloatArray, IntArray
+from scllm.data.encode.base import sentence
+from scllm.data.tokens import Tokens
+from scllm.data.vocab import Vocab
+
+__all__ = ["SOURCE", "TARGET", "DepthEncoder"]
+
+TARGET, SOURCE = "<T>", "<S>"
+_TARGET_SUM = 1e4
+
+
+@dataclass(frozen=True)
+class DepthEncoder:
+    """``log1p(count / total * 1e4)`` of each expressed gene, then ``<T>`` and ``<S>`` (scFoundation, Hao et al. 2024).
+
+    ``<S>`` is the logarithm (base 10) of the cell's total count, ``<T>`` that of the depth at which expression is
+    asked for. Both tokens are always there.
+
+    Parameters
+    ----------
+    target
+        What ``<T>`` says: ``"t4"`` is 4 for every cell (10,000 counts), ``"f2"`` twice the cell's own total, ``"a1"``
+        one more than ``<S>`` (ten times the total).
+    max_len
+        Longest sentence, both depths included. Longer cells keep their highest values, in training a random subset;
+        totals are those of the whole cell.
+    normalised
+        Whether the data hold ``log1p`` of normalised values already, as bulk profiles often do: values are then read as
+        they are, and the total is their sum.
+    """
+
+    target: str = "t4"
+    max_len: int = 19_266
+    normalised: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_len < 3:
+            raise ValueError(
+                f"max_len is {self.max_len}, at least 3 expected: it counts <T>, <S> and a gene. Pass a larger one."
+            )
+        if self.target[:1] not in ("t", "f", "a") or not _is_number(self.target[1:]):
+            raise ValueError(
+                f"target is {self.target!r}, 't', 'f' or 'a' and a number expected. 't4' asks for 10,000 counts, 'f2' "
+                "for twice the cell's own depth, 'a1' for ten times it."
+            )
+        if self.target[0] == "f" and float(self.target[1:]) <= 0:
+            raise ValueError(f"target is {self.target!r}, a positive factor expected. 'f1' is the cell's own depth.")
+
+    @property
+    def n_specials(self) -> int:
+        """``<T>`` and ``<S>``."""
+        return 2
+
+    @property
+    def needs_counts(self) -> bool:
+        """Normalisation starts from raw counts, unless it has been done."""
+        return not self.normalised
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """None: all settings are plain."""
+        return {}
+
+    def __call__(
+        self, counts: Tokens, vocab: Vocab, keys: IntArray | None = None, *, measured: IntArray, random_state: int = 0
+    ) -> Tokens:
+        """Normalise, crop, and put both depths at the end."""
+        depth_ids = vocab.ids([TARGET, SOURCE])
+        if (depth_ids < 0).any():
+            raise ValueError(
+                f"the vocabulary has the specials {vocab.specials}, {TARGET} and {SOURCE} expected among them. Build "
+                "the model of gene names: scfoundation makes its own vocabulary of them."
+            )
+        del measured, random_state  # genes without a count have no token, and nothing is drawn at inference
+        values = np.asarray(counts.values, np.float64)
+        cell = np.repeat(np.arange(len(counts)), counts.lengths)
+        totals = np.bincount(cell, weights=values, minlength=len(counts))
+        if not self.normalised:
+            values = np.log1p(values / totals[cell] * _TARGET_SUM)
+        read = sentence(counts, values.astype(np.float32), vocab, keys, self.max_len - 2, None, None)
+        ends = np.repeat(read.indptr[1:], 2)
+        depths = np.stack(self._depths(totals), axis=1).ravel()
+        return Tokens(
+            read.indptr + 2 * np.arange(len(read.indptr)),
+            np.insert(read.genes, ends, np.tile(depth_ids, len(counts))),
+            np.insert(np.asarray(read.values), ends, depths.astype(np.float32)),
+        )
+
+    def _depths(self, totals: NDArray[Any]) -> tuple[FloatArray, FloatArray]:
+        """``<T>`` and ``<S>`` of each cell; a cell without counts counts as one of a single count."""
+        source, number = np.log10(np.where(totals > 0, totals, 1)), float(self.target[1:])
+        match self.target[0]:
+            case "t":
+                return np.full(len(source), number), source
+            case "f":
+                return source + np.log10(number), source
+        return source + number, source
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False

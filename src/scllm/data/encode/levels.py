@@ -1,0 +1,80 @@
+"""Expression in whole powers of two, of every gene of the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scllm._typing import IntArray
+from scllm.data.encode.base import check_max_len, sentence
+from scllm.data.tokens import Tokens
+from scllm.data.vocab import Vocab
+
+__all__ = ["LevelEncoder"]
+
+_TARGET_SUM = np.float32(1e4)
+
+
+@dataclass(frozen=True)
+class LevelEncoder:
+    """Levels ``floor(log2(1 + count / total * 1e4))``, as scBERT reads them (Yang et al. 2022).
+
+    Every gene of the vocabulary stands in every sentence, in the order of the vocabulary; a gene that is not expressed,
+    or not measured, has level 0. ``<eos>`` with level 0 comes last.
+
+    Parameters
+    ----------
+    n_levels
+        Number of levels, the zero included; higher values get the highest level.
+    max_len
+        Longest sentence, ``<eos>`` included. Larger vocabularies keep each cell's highest values, in training a random
+        subset.
+    """
+
+    n_levels: int = 6
+    max_len: int = 16_907
+
+    def __post_init__(self) -> None:
+        check_max_len(self.max_len)
+        if not 2 <= self.n_levels <= 256:
+            raise ValueError(f"n_levels is {self.n_levels}, 2 to 256 expected. scBERT uses n_levels=6.")
+
+    @property
+    def n_specials(self) -> int:
+        """``<eos>``."""
+        return 1
+
+    @property
+    def needs_counts(self) -> bool:
+        """Normalisation starts from raw counts."""
+        return True
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """None: all settings are plain numbers."""
+        return {}
+
+    def __call__(
+        self, counts: Tokens, vocab: Vocab, keys: IntArray | None = None, *, measured: IntArray, random_state: int = 0
+    ) -> Tokens:
+        """Normalise, take levels, add the genes without a count, and put ``<eos>`` last."""
+        del measured, random_state  # the sentence is the vocabulary, and nothing is drawn at inference
+        levels = np.floor(self.log2(counts)).clip(max=self.n_levels - 1)
+        full = sentence(counts, levels, vocab, keys, self.max_len - 1, None, vocab.gene_ids)
+        ends = full.indptr[1:]
+        return Tokens(
+            full.indptr + np.arange(len(full.indptr)),
+            np.insert(full.genes, ends, vocab.eos_id),
+            np.insert(np.asarray(full.values), ends, 0),
+        )
+
+    def log2(self, counts: Tokens) -> NDArray[np.float32]:
+        """``log2(1 + count / total * 1e4)`` of each count, to the bit as scanpy rounds it: levels are cut from it."""
+        values = np.asarray(counts.values, np.float32)
+        cell = np.repeat(np.arange(len(counts)), counts.lengths)
+        totals = np.bincount(cell, weights=values, minlength=len(counts)).astype(np.float32)
+        logged = np.log1p(values / (totals / _TARGET_SUM)[cell])
+        return (logged / np.log(np.float64(2))).astype(np.float32)
