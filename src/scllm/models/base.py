@@ -109,6 +109,8 @@ class CellModel(nn.Module):
     """Ways of making one vector of a cell's states that the family has."""
     unit_length: ClassVar[bool] = False
     """Whether the family's own cell embedding is scaled to length one."""
+    likelihood: Literal["causal", "pseudo", "permutation"] | None = None
+    """How the model says how likely a sentence is; ``None`` for models that predict no genes."""
 
     is_special: Tensor
     heads: nn.ModuleList
@@ -155,6 +157,10 @@ class CellModel(nn.Module):
         raise ValueError(
             f"this {self.family} model does not predict genes that are not in the sentence. Leave genes= out."
         )
+
+    def gene_logits(self, batch: Batch, at: Tensor) -> Tensor:
+        """Logits of the tokens at positions ``at``, ``(n, n_tokens)``, from what the family may see."""
+        raise ValueError(f"{self.family} models do not predict genes. Use a gene language model, such as 'gpt2'.")
 
     def write_original(self, path: Path) -> None:
         """Write the family's published format."""

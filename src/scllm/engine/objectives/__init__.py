@@ -8,9 +8,17 @@ from typing import Any
 
 from scllm.engine.objectives.base import Loss, Objective
 from scllm.engine.objectives.label import Label, LossName
+from scllm.engine.objectives.masked_gene import MaskedGene
 from scllm.engine.objectives.masked_value import MaskedValue
+from scllm.engine.objectives.next_gene import NextGene
+from scllm.engine.objectives.permuted_gene import PermutedGene
 
-__all__ = ["Label", "Loss", "LossName", "MaskedValue", "Objective", "objective_from_dict", "objective_to_dict"]
+__all__ = [
+    "Label", "Loss", "LossName", "MaskedGene", "MaskedValue", "NextGene", "Objective", "PermutedGene",
+    "objective_from_dict", "objective_to_dict",
+]  # fmt: skip
+
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Label, MaskedGene, MaskedValue, NextGene, PermutedGene)}
 
 
 def objective_to_dict(objective: Objective) -> dict[str, Any]:
@@ -21,8 +29,7 @@ def objective_to_dict(objective: Objective) -> dict[str, Any]:
 def objective_from_dict(saved: Mapping[str, Any]) -> Objective:
     """The objective that :func:`objective_to_dict` described."""
     settings = dict(saved)
-    kinds: dict[str, type] = {"MaskedValue": MaskedValue, "Label": Label}
-    kind = kinds[settings.pop("kind")]
+    kind = _KINDS[settings.pop("kind")]
     for name, value in settings.items():
         if isinstance(value, list):
             settings[name] = tuple(value)
