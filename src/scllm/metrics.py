@@ -218,7 +218,7 @@ def _entropy(shares: FloatArray) -> FloatArray:
 
 
 def permutation_bound(n_genes: ArrayLike) -> float:
-    """``ln(n!) / n``: nats a gene below which no model can tell ``n`` distinct genes in random order, even knowing them.
+    """``ln(n!) / n``: nats a gene below which no model tells the random order of ``n`` distinct genes, known or not.
 
     Of several sentences, summed over all before it is divided by the genes of all.
 

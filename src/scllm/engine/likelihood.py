@@ -23,7 +23,7 @@ N_ORDERS = 4
 """Orders over which the likelihood of a permutation model is averaged."""
 
 # tokens of one forward pass over copies of sentences: enough to keep a device busy, little enough to fit
-_TOKENS = {"cpu": 16_384, "cuda": 262_144}
+_TOKENS = {"cpu": 4_096, "cuda": 262_144}
 
 
 def gene_nats(model: CellModel, batch: Batch) -> tuple[Tensor, Tensor]:

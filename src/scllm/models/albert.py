@@ -45,7 +45,7 @@ class Config(SentenceConfig):
             object.__setattr__(self, "d_hidden", 4 * self.d_model)
 
     def architecture(self) -> dict[str, Any]:
-        """ALBERT's settings; the same activation, fused, and no dropout of attention weights, which kernels do not fuse."""
+        """ALBERT's settings, but for what fused kernels do not have: dropout of attention weights."""
         if self.hf_config is not None:
             return super().architecture()
         return {

@@ -105,15 +105,13 @@ class GeneLM(CellModel):
         super().__init__(config, vocab, encoder)
         self.config: SentenceConfig = config
         self.likelihood: Likelihood = config.likelihood
-        if self.likelihood == "causal":
-            self.poolings = ("mean", "max")
         if not isinstance(encoder, RankEncoder) or not encoder.cls:
             raise ValueError(
                 f"the encoder is {encoder!r}, a RankEncoder(cls=True) expected: {self.family} reads genes in the order "
                 "of their expression, and predicts the first from `<cls>`. Leave encoder= out, or pass such a one."
             )
         self.pad_id = vocab.pad_id
-        self.network = _network(config, len(vocab))
+        self.network: Any = _network(config, len(vocab))
         limit = _n_positions(self.network.config)
         if limit is not None and encoder.max_len > limit:
             raise ValueError(
@@ -230,7 +228,7 @@ class GeneLM(CellModel):
             if compile:
                 block.compile(dynamic=True)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """All weights, tied ones once."""
         weights = super().state_dict(*args, **kwargs)
         for name in self.tied:
@@ -265,8 +263,8 @@ def _likelihood(settings: Mapping[str, Any]) -> Likelihood:
         if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             return "causal"
     raise ValueError(
-        f"hf_config is of type {kind!r}, a causal or masked language model of transformers expected. Pass, for example, "
-        "a LlamaConfig or a BertConfig."
+        f"hf_config is of type {kind!r}, a causal or masked language model of transformers expected. Pass, for "
+        "example, a LlamaConfig or a BertConfig."
     )
 
 

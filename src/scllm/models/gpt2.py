@@ -43,7 +43,7 @@ class Config(SentenceConfig):
             object.__setattr__(self, "d_hidden", 4 * self.d_model)
 
     def architecture(self) -> dict[str, Any]:
-        """GPT-2's settings; the same activation, fused, and no dropout of attention weights, which kernels do not fuse."""
+        """GPT-2's settings, but for what fused kernels do not have: dropout of attention weights."""
         if self.hf_config is not None:
             return super().architecture()
         return {
@@ -57,3 +57,4 @@ class Model(GeneLM):
     """GPT-2: pre-norm blocks that look back only, learnt positions, the table of genes also in the output."""
 
     family = "gpt2"
+    poolings = ("mean", "max")  # the first token has seen nothing of the cell

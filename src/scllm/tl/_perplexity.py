@@ -33,8 +33,8 @@ def perplexity(
     """Score how plausible each cell is to a gene language model.
 
     A cell is its genes by falling expression. The score is minus the mean logarithm of each gene's probability in its
-    place, in nats per gene, and its exponential, the perplexity: among how many equally likely genes the model hesitates.
-    What a gene is predicted from is the *kind*, and numbers of different kinds do not compare:
+    place, in nats per gene, and its exponential, the perplexity: among how many equally likely genes the model
+    hesitates. What a gene is predicted from is the *kind*, and numbers of different kinds do not compare:
 
     - ``"causal"`` (gpt2): the genes expressed more highly. The chain rule makes this the exact likelihood.
     - ``"permutation"`` (xlnet): the genes before it in an order; the mean over four fixed random orders, each of which

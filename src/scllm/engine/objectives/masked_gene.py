@@ -22,7 +22,7 @@ class MaskedGene:
     """Hide genes and predict them from all others (Devlin et al. 2019).
 
     Of the chosen genes 80 % become ``<mask>``, 10 % another gene drawn at random, and 10 % stay, so that the states of
-    genes that are shown are of use too. Draws are a function of the cell, the epoch and the gene.
+    genes that are shown are of use too. Draws are a function of the cell, the epoch and the place.
 
     Parameters
     ----------
@@ -52,7 +52,10 @@ class MaskedGene:
         return Loss(total, torch.tensor(len(at), device=at.device))
 
     def _draw(self, batch: Batch, salt: int) -> Tensor:
-        return uniform(batch.keys[batch.cell], batch.genes, 64 * self.seed + salt)
+        # by place, not by gene: which genes are hidden must say nothing of what they are
+        cell = batch.cell
+        place = torch.arange(len(cell), device=cell.device) - batch.first[cell]
+        return uniform(batch.keys[cell], place, 64 * self.seed + salt)
 
     def _in_place_of(self, batch: Batch, at: Tensor, model: CellModel) -> Tensor:
         """What stands where a gene was chosen."""

@@ -25,7 +25,7 @@ class PermutedGene:
     """Predict the genes of a sentence one after the other in an order drawn for the cell (Yang et al. 2019).
 
     A gene keeps its place in the sentence: only what it is predicted from is drawn. The order is a function of the
-    cell, the epoch and the genes; ``<cls>`` is seen by all.
+    cell and the epoch; ``<cls>`` is seen by all.
 
     Parameters
     ----------
@@ -51,7 +51,9 @@ class PermutedGene:
                 "Use the family's own objective."
             )
         cell, special = batch.cell, model.is_special[batch.genes]
-        order = turns(batch, special, uniform(batch.keys[cell], batch.genes, 64 * self.seed + ORDER))
+        # by place, not by gene: the order must say nothing of which gene stands there
+        place = torch.arange(len(cell), device=cell.device) - batch.first[cell]
+        order = turns(batch, special, uniform(batch.keys[cell], place, 64 * self.seed + ORDER))
         n_genes = torch.bincount(cell[~special], minlength=batch.n_cells)
         n_shown = n_genes - (n_genes.double() * self.share).ceil().long()
         at = (~special & (order > n_shown[cell])).nonzero().squeeze(1)
