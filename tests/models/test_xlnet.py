@@ -88,6 +88,7 @@ def test_a_share_of_the_last_genes_is_predicted():
         PermutedGene(share=0)
 
 
+@torch.no_grad()
 def test_orders_are_keyed_by_cell_and_seed():
     model = built("xlnet").eval()
     batch = shuffled(model, 4, 12, seed=0)
