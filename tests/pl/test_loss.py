@@ -63,6 +63,13 @@ def test_perplexity_is_the_exponential(history) -> None:
     assert ax.get_ylabel() == "perplexity (loss)"
 
 
+def test_perplexity_is_drawn_of_the_loss_alone_and_for_several_runs_together(history) -> None:
+    ax = loss_curves([history, history.assign(loss=history["loss"] - 1)], perplexity=True, smooth=1, show=False)
+    drawn = lines(ax)
+    np.testing.assert_allclose(drawn["run 1"][1], np.exp(split(history, "train", "loss")))
+    np.testing.assert_allclose(drawn["run 2"][1], np.exp(split(history, "train", "loss") - 1))
+
+
 def test_ring_marks_the_lowest_validation_loss_in_every_panel(history) -> None:
     # the best step is that of the loss, also where a term has its minimum elsewhere
     history.loc[history["step"] == 299, "from_cell"] = 0.0

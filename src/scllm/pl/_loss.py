@@ -62,7 +62,8 @@ def loss_curves(
     metrics
         Columns of the history to draw. ``None`` = the loss and, where there are several, its terms.
     perplexity
-        Draw ``exp(loss)``: of how many equally likely genes the model's guess is worth. Only for cross-entropies.
+        Draw ``exp(loss)``, the loss alone unless ``metrics`` says otherwise: among how many equally likely genes the
+        model hesitates. For losses in nats a gene, those of gene language models.
     smooth
         Logged points in the running mean; 1 = none. ``None`` = a 25th of the curve.
     labels
@@ -84,7 +85,7 @@ def loss_curves(
     'loss'
     """
     curves = _read_all(source, labels)
-    terms = list(metrics) if metrics is not None else _loss_terms(curves)
+    terms = list(metrics) if metrics is not None else ["loss"] if perplexity else _loss_terms(curves)
     n_columns = min(3, len(terms))
     figsize = (0.8 + 4.4 * n_columns, 3.4 * -(-len(terms) // n_columns))
     axes = axis_grid(ax, len(terms), figsize, n_columns=n_columns)
