@@ -87,6 +87,12 @@ def test_epochs_are_marked_where_they_begin(history) -> None:
     assert [text.get_text() for text in ax.texts] == ["epoch 1", "2"]
 
 
+def test_epochs_of_sources_that_differ_in_them_are_not_marked(history) -> None:
+    other = history.assign(epoch=history["step"] // 50)
+    assert len(loss_curves([history, history], metrics=["loss"], show=False).texts) == 2
+    assert not loss_curves([history, other], metrics=["loss"], show=False).texts
+
+
 def test_many_epochs_are_thinned() -> None:
     steps = np.arange(100)
     many = pd.DataFrame({"step": steps, "epoch": steps, "split": "train", "loss": 1.0 + steps})
