@@ -12,6 +12,7 @@ from transformers import BartConfig, BertConfig, GPT2Config, GPT2LMHeadModel, Ll
 from scllm import models
 from scllm.engine.objectives import NextGene, objective_from_dict
 from scllm.metrics import permutation_bound
+from scllm.tl import pretrain
 
 LLAMA = LlamaConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -99,6 +100,24 @@ def test_the_likelihood_follows_from_the_configuration(config, likelihood):
     with torch.no_grad():
         one = shuffled(model, 1, 20, 0)
         torch.testing.assert_close(model.embed(batch)[:1], model.embed(one), atol=1e-5, rtol=0)
+
+
+def test_configurations_do_not_make_transformers_fetch_code():
+    plain = LLAMA.to_dict() | {
+        "auto_map": {"AutoModelForCausalLM": "somebody/model--code.Model"},
+        "attn_implementation": "kernels-community/flash-attn",
+    }
+    model = built("gpt2", hf_config=plain)
+    assert type(model.network).__module__ == "transformers.models.llama.modeling_llama"
+    assert model.network.config._attn_implementation == "sdpa"
+
+
+def test_dropout_is_that_of_the_configuration(adata):
+    bert = BertConfig(**BERT, max_position_embeddings=64, hidden_dropout_prob=0.3)
+    model = models.build("gpt2", vocab=adata.var_names, hf_config=bert)
+    assert model.config.dropout == 0.3
+    with pytest.raises(TypeError, match=r"dropout=0.1 is given, and the model's hf_config says 0.3"):
+        pretrain(adata, model, dropout=0.1)
 
 
 def test_networks_that_are_no_gene_language_models_are_refused():

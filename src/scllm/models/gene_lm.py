@@ -25,6 +25,11 @@ __all__ = ["GeneLM", "Likelihood", "SentenceConfig"]
 
 Likelihood = Literal["causal", "pseudo", "permutation"]
 
+# what makes transformers fetch code: a file that says so is not followed
+_FETCHES = ("auto_map", "attn_implementation", "_attn_implementation", "quantization_config")
+# names that dropout goes by
+_DROPOUT = ("resid_pdrop", "hidden_dropout_prob", "hidden_dropout", "dropout")
+
 _OBJECTIVES: dict[Likelihood, dict[str, Any]] = {
     "causal": {"kind": "NextGene"},
     "pseudo": {"kind": "MaskedGene"},
@@ -41,8 +46,8 @@ class SentenceConfig(ModelConfig):
     max_len
         Longest sentence, ``<cls>`` included; also the number of positions, where a network has a table of them.
     hf_config
-        A configuration of transformers (or its dictionary) in place of the family's own network. Layers, heads and
-        width are then its own; the size of the vocabulary is always ours.
+        A configuration of transformers (or its dictionary) in place of the family's own network. Layers, heads,
+        width and dropout are then its own; the size of the vocabulary is always ours.
     """
 
     max_len: int = 1024
@@ -58,6 +63,7 @@ class SentenceConfig(ModelConfig):
             config = network_config(plain)
             theirs = {"n_layers": config.num_hidden_layers, "d_model": config.hidden_size, "hf_config": dict(plain)}
             theirs["n_heads"] = getattr(config, "num_attention_heads", 1)  # recurrent networks have none
+            theirs["dropout"] = next((getattr(config, name) for name in _DROPOUT if hasattr(config, name)), 0.0)
             for name, value in theirs.items():
                 object.__setattr__(self, name, value)
         super().__post_init__()
@@ -245,8 +251,8 @@ def network_config(settings: Mapping[str, Any]) -> Any:
     """The configuration of transformers that a dictionary describes."""
     from transformers import AutoConfig  # takes seconds
 
-    settings = dict(settings)
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    plain = {name: value for name, value in settings.items() if name not in (*_FETCHES, "model_type")}
+    return AutoConfig.for_model(settings["model_type"], **plain)
 
 
 def _likelihood(settings: Mapping[str, Any]) -> Likelihood:
@@ -276,7 +282,7 @@ def _network(config: SentenceConfig, n_tokens: int) -> nn.Module:
     # padding is left out by the attention mask alone: a padding token of theirs would shift RoBERTa's positions
     own = {"vocab_size": n_tokens, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "use_cache": False}
     kind = AutoModelForMaskedLM if config.likelihood == "pseudo" else AutoModelForCausalLM
-    network = kind.from_config(network_config({**config.architecture(), **own}))
+    network = kind.from_config(network_config({**config.architecture(), **own}), trust_remote_code=False)
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Conv1D):

@@ -52,8 +52,9 @@ def pretrain(
     """Train a model on cells without labels, from scratch or onwards from another model.
 
     scgpt hides the expression of a part of each cell's genes and predicts it, from the genes around and from the cell
-    embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). Everything is written to a run directory: the
-    same call continues after a crash, to the same loss curve.
+    embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). gpt2, albert and xlnet predict genes in the order
+    of their expression; their loss is in nats per gene, see :func:`scllm.tl.perplexity`. Everything is
+    written to a run directory: the same call continues after a crash, to the same loss curve.
 
     Parameters
     ----------
@@ -154,6 +155,11 @@ def _starting_model(
     begun.history, begun.report, begun.path = None, None, None
     if dropout is not None:
         begun.config = replace(begun.config, dropout=dropout)
+        if begun.config.dropout != dropout:
+            raise TypeError(
+                f"dropout={dropout} is given, and the model's hf_config says {begun.config.dropout}. Leave it out, or "
+                "build the model from a configuration with that dropout."
+            )
         for module in begun.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
