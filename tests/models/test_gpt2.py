@@ -106,8 +106,10 @@ def test_configurations_do_not_make_transformers_fetch_code():
     plain = LLAMA.to_dict() | {
         "auto_map": {"AutoModelForCausalLM": "somebody/model--code.Model"},
         "attn_implementation": "kernels-community/flash-attn",
+        "dtype": "bfloat16",
     }
     model = built("gpt2", hf_config=plain)
+    assert model.gene_table().dtype == torch.float32
     assert type(model.network).__module__ == "transformers.models.llama.modeling_llama"
     assert model.network.config._attn_implementation == "sdpa"
 

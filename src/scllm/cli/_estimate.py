@@ -12,7 +12,6 @@ from scllm._typing import IntArray
 from scllm.data import genes
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource, open_source
-from scllm.data.vocab import Vocab
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.estimate import say_cost
@@ -83,7 +82,7 @@ def what_would_run(
 def _fresh(source: CellSource, model: str, size: str) -> CellModel:
     if model not in models.families():
         return resolve(model, None)
-    return models.build(model, vocab=Vocab.from_genes(genes.strip_version(source.genes)), size=size)
+    return models.build(model, vocab=genes.strip_version(source.genes), size=size)
 
 
 def _mean_length(source: CellSource, match: GeneMatch, model: CellModel, rows: IntArray) -> float:

@@ -282,7 +282,8 @@ def _network(config: SentenceConfig, n_tokens: int) -> nn.Module:
     # padding is left out by the attention mask alone: a padding token of theirs would shift RoBERTa's positions
     own = {"vocab_size": n_tokens, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "use_cache": False}
     kind = AutoModelForMaskedLM if config.likelihood == "pseudo" else AutoModelForCausalLM
-    network = kind.from_config(network_config({**config.architecture(), **own}), trust_remote_code=False)
+    settings = network_config({**config.architecture(), **own})
+    network = kind.from_config(settings, trust_remote_code=False, dtype=torch.float32)
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Conv1D):

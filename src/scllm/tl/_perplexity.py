@@ -19,6 +19,10 @@ from scllm.tl._model import ModelLike, gene_match, remember, resolve
 
 __all__ = ["perplexity"]
 
+# logits held at once where the caller leaves the batch size open: a gigabyte
+_LOGITS = 2**28
+_CELLS = 64
+
 
 def perplexity(
     adata: AnnData,
@@ -95,6 +99,9 @@ def perplexity(
         # cell, place and gene travel beside the nats, so that one array comes back
         return torch.stack([cell.float(), (at - batch.first[cell]).float(), batch.genes[at].float(), nats], dim=1)
 
+    if batch_size is None:
+        longest = min(chosen.encoder.max_len, len(chosen.vocab))
+        batch_size = max(1, min(_CELLS, _LOGITS // (longest * len(chosen.vocab))))
     total, n_genes = np.zeros(source.n_obs), np.zeros(source.n_obs)
     places = sparse.csr_array((chosen.encoder.max_len, len(chosen.vocab)))
     results = predict(
