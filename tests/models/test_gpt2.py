@@ -7,7 +7,17 @@ import json
 import pytest
 import torch
 from models.sentences import built, nats, shuffled, train
-from transformers import BartConfig, BertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, RobertaConfig, XLNetConfig
+from transformers import (
+    BartConfig,
+    BertConfig,
+    FNetConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    RobertaConfig,
+    XLNetConfig,
+)
 
 from scllm import models
 from scllm.engine.objectives import NextGene, objective_from_dict
@@ -112,6 +122,26 @@ def test_configurations_do_not_make_transformers_fetch_code():
     assert model.gene_table().dtype == torch.float32
     assert type(model.network).__module__ == "transformers.models.llama.modeling_llama"
     assert model.network.config._attn_implementation == "sdpa"
+
+
+def test_networks_that_see_padding_are_refused():
+    with pytest.raises(ValueError, match=r"'fnet' network sees padding"):
+        built("gpt2", hf_config=FNetConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2))
+
+
+@torch.no_grad()
+def test_logits_are_those_of_the_whole_network_also_where_its_head_does_more():
+    gemma = Gemma2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, max_position_embeddings=32,
+    )  # fmt: skip
+    model = built("gpt2", hf_config=gemma).eval()
+    model.gene_table().mul_(50)  # logits so large that Gemma caps them
+    batch = shuffled(model, 1, 8, seed=0)
+    at = torch.arange(1, 9)
+    expected = model.network(input_ids=batch.genes[None]).logits[0, :-1]
+    torch.testing.assert_close(model.gene_logits(batch, at), expected)
+    assert not torch.allclose(model.network.lm_head(model.hidden(batch))[:-1], expected, atol=1e-2)
 
 
 def test_dropout_is_that_of_the_configuration(adata):
