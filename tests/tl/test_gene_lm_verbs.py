@@ -44,7 +44,7 @@ def test_pretraining_lowers_the_loss_and_goes_on_where_it_was(cells, family, tmp
     model = pretrain(cells, family, size="tiny", run_dir=tmp_path / "run", **QUICK | {"epochs": 4})
     losses = model.history.query("split == 'validation'")["loss"].to_numpy()
     assert losses[-1] < losses[0]
-    assert set(model.history.columns) == {"step", "epoch", "split", "loss", "lr", "cells_per_s"}
+    assert {"step", "epoch", "split", "loss", "lr", "cells_per_s"} <= set(model.history.columns)
     again = pretrain(cells, family, size="tiny", run_dir=tmp_path / "run", **QUICK | {"epochs": 4})
     assert again.hash() == model.hash()
     embed(cells, model)
