@@ -162,6 +162,10 @@ class CellModel(nn.Module):
         """Logits of the tokens at positions ``at``, ``(n, n_tokens)``, from what the family may see."""
         raise ValueError(f"{self.family} models do not predict genes. Use a gene language model, such as 'gpt2'.")
 
+    def gene_loss(self, batch: Batch, at: Tensor, genes: Tensor) -> Tensor:
+        """Summed cross-entropy (nats) of ``genes`` ``(n,)`` at positions ``at``, from what the family may see."""
+        return nn.functional.cross_entropy(self.gene_logits(batch, at).float(), genes, reduction="sum")
+
     def write_original(self, path: Path) -> None:
         """Write the family's published format."""
         raise ValueError(f"{self.family} has no published format that scllm writes. Use format='native'.")

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from scllm.data.encode import Encoder, RankEncoder
 from scllm.data.vocab import Vocab
 from scllm.models.base import Batch, CellModel, ModelConfig, Outputs
+from scllm.models.layers import linear_cross_entropy
 
 __all__ = ["GeneLM", "Likelihood", "SentenceConfig"]
 
@@ -224,6 +225,13 @@ class GeneLM(CellModel):
         genes, _, padding = batch.padded(pad_id=self.pad_id)
         found = self.network(input_ids=genes, attention_mask=(~padding).long(), **self._positions(genes))
         return found.logits[~padding][at]
+
+    def gene_loss(self, batch: Batch, at: Tensor, genes: Tensor) -> Tensor:
+        """Summed cross-entropy (nats) of ``genes`` ``(n,)`` at positions ``at``, from what the network may see."""
+        head = None if self.head_name is None else getattr(self.network, self.head_name)
+        if self.likelihood != "causal" or type(head) is not nn.Linear:
+            return super().gene_loss(batch, at, genes)
+        return linear_cross_entropy(self.hidden(batch)[at - 1], head.weight, head.bias, genes)
 
     def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
         """Probability of each gene in its place, ``(n,)``: causal from the genes before, else from all others.

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from scllm.engine.objectives.base import Loss, uniform
 from scllm.models.base import Batch, CellModel
@@ -48,8 +47,7 @@ class MaskedGene:
             )
         at = (~model.is_special[batch.genes] & (self._draw(batch, HIDDEN) < self.p)).nonzero().squeeze(1)
         shown = replace(batch, genes=batch.genes.index_copy(0, at, self._in_place_of(batch, at, model)))
-        total = F.cross_entropy(model.gene_logits(shown, at).float(), batch.genes[at], reduction="sum")
-        return Loss(total, torch.tensor(len(at), device=at.device))
+        return Loss(model.gene_loss(shown, at, batch.genes[at]), torch.tensor(len(at), device=at.device))
 
     def _draw(self, batch: Batch, salt: int) -> Tensor:
         # by place, not by gene: which genes are hidden must say nothing of what they are

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from scllm.engine.objectives.base import Loss
 from scllm.models.base import Batch, CellModel
@@ -31,8 +30,7 @@ class NextGene:
         predicted = ~model.is_special[batch.genes]
         predicted[batch.first[torch.tensor(batch.lengths, device=predicted.device) > 0]] = False
         at = predicted.nonzero().squeeze(1)
-        total = F.cross_entropy(model.gene_logits(batch, at).float(), batch.genes[at], reduction="sum")
-        return Loss(total, torch.tensor(len(at), device=at.device))
+        return Loss(model.gene_loss(batch, at, batch.genes[at]), torch.tensor(len(at), device=at.device))
 
     def logs(self, model: CellModel) -> tuple[str, ...]:
         """Nothing but the loss."""
