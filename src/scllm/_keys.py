@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 __all__ = [
-    "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "EMBEDDING", "GENES", "GENE_SYMBOL", "LABEL", "LOUVAIN", "PCA",
-    "PROBABILITIES", "PROBABILITY", "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT", "TOKENS", "TOKEN_ID", "TOKEN_VALUES",
-    "TOY", "UNS",
+    "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "EMBEDDING", "GENES", "GENE_SYMBOL", "LABEL", "LOUVAIN", "NATS", "PCA",
+    "PERPLEXITY", "PROBABILITIES", "PROBABILITY", "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT", "TOKENS", "TOKEN_ID",
+    "TOKEN_VALUES", "TOY", "UNS",
 ]  # fmt: skip
 
 UNS = "scllm"
@@ -30,6 +30,10 @@ SPLIT = "split"
 LABEL = "scllm_label"
 PROBABILITY = "_prob"
 """Suffix: ``obs["scllm_label_prob"]``."""
+
+PERPLEXITY = "perplexity"
+NATS = "_nats"
+"""Suffix: ``obs["perplexity_nats"]``."""
 
 BATCH = "batch"
 CELL_TYPE = "cell_type"

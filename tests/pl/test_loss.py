@@ -63,6 +63,13 @@ def test_perplexity_is_the_exponential(history) -> None:
     assert ax.get_ylabel() == "perplexity (loss)"
 
 
+def test_perplexity_is_drawn_of_the_loss_alone_and_for_several_runs_together(history) -> None:
+    ax = loss_curves([history, history.assign(loss=history["loss"] - 1)], perplexity=True, smooth=1, show=False)
+    drawn = lines(ax)
+    np.testing.assert_allclose(drawn["run 1"][1], np.exp(split(history, "train", "loss")))
+    np.testing.assert_allclose(drawn["run 2"][1], np.exp(split(history, "train", "loss") - 1))
+
+
 def test_ring_marks_the_lowest_validation_loss_in_every_panel(history) -> None:
     # the best step is that of the loss, also where a term has its minimum elsewhere
     history.loc[history["step"] == 299, "from_cell"] = 0.0
@@ -78,6 +85,12 @@ def test_epochs_are_marked_where_they_begin(history) -> None:
     marks = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"]
     assert marks == [102, 201]
     assert [text.get_text() for text in ax.texts] == ["epoch 1", "2"]
+
+
+def test_epochs_of_sources_that_differ_in_them_are_not_marked(history) -> None:
+    other = history.assign(epoch=history["step"] // 50)
+    assert len(loss_curves([history, history], metrics=["loss"], show=False).texts) == 2
+    assert not loss_curves([history, other], metrics=["loss"], show=False).texts
 
 
 def test_many_epochs_are_thinned() -> None:

@@ -74,7 +74,8 @@ def build(
     size
         A named architecture of the family (``"tiny"``, ``"small"``, ``"base"``).
     **config
-        Fields of the family's ``Config``, over those of ``size``.
+        Fields of the family's ``Config``, over those of ``size``; ``"gpt2"`` takes any causal or masked language
+        model of transformers by its configuration, ``hf_config=``.
 
     Returns
     -------

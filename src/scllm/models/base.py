@@ -111,6 +111,8 @@ class CellModel(nn.Module):
     """Whether the family's own cell embedding is scaled to length one."""
     reads_depth: ClassVar[bool] = False
     """Whether the family can be asked for expression at another sequencing depth."""
+    likelihood: Literal["causal", "pseudo", "permutation"] | None = None
+    """How the model says how likely a sentence is; ``None`` for models that predict no genes."""
 
     is_special: Tensor
     heads: nn.ModuleList
@@ -161,6 +163,14 @@ class CellModel(nn.Module):
     def at_depth(self, batch: Batch, depth: float | Tensor) -> Batch:
         """The same cells, asked for at another sequencing depth (counts; one number or ``(b,)``)."""
         raise ValueError(f"{self.family} models do not read the sequencing depth. Use another family.")
+
+    def gene_logits(self, batch: Batch, at: Tensor) -> Tensor:
+        """Logits of the tokens at positions ``at``, ``(n, n_tokens)``, from what the family may see."""
+        raise ValueError(f"{self.family} models do not predict genes. Use a gene language model, such as 'gpt2'.")
+
+    def gene_loss(self, batch: Batch, at: Tensor, genes: Tensor) -> Tensor:
+        """Summed cross-entropy (nats) of ``genes`` ``(n,)`` at positions ``at``, from what the family may see."""
+        return nn.functional.cross_entropy(self.gene_logits(batch, at).float(), genes, reduction="sum")
 
     def write_original(self, path: Path) -> None:
         """Write the family's published format."""

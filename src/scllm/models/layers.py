@@ -19,7 +19,7 @@ except ImportError:  # pragma: no cover
 
 __all__ = [
     "Attention", "BinTable", "Block", "CellDecoder", "CellToGenes", "ClassHead", "GradientReversal", "ValueNetwork",
-    "attend", "mlp",
+    "attend", "linear_cross_entropy", "mlp",
 ]  # fmt: skip
 
 CellDecoder = Literal["inner product", "inner product, detach", "concat query", "sum query"]
@@ -230,6 +230,14 @@ def mlp(d_in: int, d_model: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(d_in, d_model), nn.LeakyReLU(), nn.Linear(d_model, d_model), nn.LeakyReLU(), nn.Linear(d_model, 1)
     )
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    """Cross-entropy of ``x weight^T + bias`` summed over rows; where torch can, without ever holding all logits."""
+    if len(x) > weight.shape[1] and hasattr(F, "linear_cross_entropy") and not torch.is_autocast_enabled(x.device.type):
+        options = nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(x, weight, target, linear_bias=bias, reduction="sum", options=options)
+    return F.cross_entropy(F.linear(x, weight, bias).float(), target, reduction="sum")
 
 
 class GradientReversal(torch.autograd.Function):

@@ -62,7 +62,8 @@ def loss_curves(
     metrics
         Columns of the history to draw. ``None`` = the loss and, where there are several, its terms.
     perplexity
-        Draw ``exp(loss)``: of how many equally likely genes the model's guess is worth. Only for cross-entropies.
+        Draw ``exp(loss)``, the loss alone unless ``metrics`` says otherwise: among how many equally likely genes the
+        model hesitates. For losses in nats a gene, those of gene language models.
     smooth
         Logged points in the running mean; 1 = none. ``None`` = a 25th of the curve.
     labels
@@ -84,7 +85,7 @@ def loss_curves(
     'loss'
     """
     curves = _read_all(source, labels)
-    terms = list(metrics) if metrics is not None else _loss_terms(curves)
+    terms = list(metrics) if metrics is not None else ["loss"] if perplexity else _loss_terms(curves)
     n_columns = min(3, len(terms))
     figsize = (0.8 + 4.4 * n_columns, 3.4 * -(-len(terms) // n_columns))
     axes = axis_grid(ax, len(terms), figsize, n_columns=n_columns)
@@ -92,7 +93,7 @@ def loss_curves(
     for panel, term in zip(axes, terms, strict=True):
         for curve, hue in zip(curves, hues):
             _draw(panel, curve, term, (hue, hues[1] if len(curves) == 1 else hue), smooth, perplexity)
-        _mark_epochs(panel, curves[0].history)
+        _mark_epochs(panel, [curve.history for curve in curves])
         panel.set(xlabel="step", ylabel=f"perplexity ({term})" if perplexity else term)
         panel.margins(x=0.02)
         tidy(panel, grid="y")
@@ -209,11 +210,14 @@ def _best_step(curve: _Curve) -> int:
     return int(steps[np.argmin(losses)]) if len(steps) else -1
 
 
-def _mark_epochs(ax: Axes, history: pd.DataFrame) -> None:
-    """A faint line where each epoch begins; every second, third ... of many."""
-    if "epoch" not in history:
+def _mark_epochs(ax: Axes, histories: Sequence[pd.DataFrame]) -> None:
+    """A faint line where each epoch begins, every second, third ... of many; none where sources differ in it."""
+    if not all("epoch" in history for history in histories):
         return
-    starts = history[history["split"] == "train"].groupby("epoch")["step"].min().sort_values()
+    first, *others = (history[history["split"] == "train"].groupby("epoch")["step"].min() for history in histories)
+    if not all(first.equals(other) for other in others):
+        return
+    starts = first.sort_values()
     for epoch, step in starts.iloc[1 :: -(-len(starts) // _MAX_EPOCH_MARKS)].items():
         ax.axvline(step, color="#C8C8C8", linewidth=0.8, linestyle=":", zorder=0)
         ax.annotate(

@@ -8,6 +8,7 @@ from scllm.tl._benchmark import benchmark
 from scllm.tl._classify import classify
 from scllm.tl._embed import embed, embed_genes
 from scllm.tl._finetune import finetune
+from scllm.tl._perplexity import perplexity
 from scllm.tl._pretrain import pretrain
 from scllm.tl._reconstruct import reconstruct
 
@@ -19,6 +20,7 @@ __all__ = [
     "embed",
     "embed_genes",
     "finetune",
+    "perplexity",
     "pretrain",
     "reconstruct",
 ]

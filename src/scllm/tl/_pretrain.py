@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from scllm import models
 from scllm.data import genes
 from scllm.data.source import open_source
 from scllm.engine.config import Precision, TrainConfig
-from scllm.engine.objectives import objective_from_dict
+from scllm.engine.objectives import Objective, objective_from_dict
 from scllm.models.base import CellModel
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, resolve
@@ -55,7 +55,9 @@ def pretrain(
     scgpt hides the expression of a part of each cell's genes and predicts it, from the genes around and from the cell
     embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). scbert hides expression levels and classifies
     them; scfoundation predicts hidden genes, zeros among them, at the depth that a cell had before counts were taken
-    away. Everything is written to a run directory: the same call continues after a crash, to the same loss curve.
+    away. gpt2, albert and xlnet predict genes in the order of their expression; their loss is in nats per gene, see
+    :func:`scllm.tl.perplexity`. Everything is written to a run directory: the same call continues after a crash, to the
+    same loss curve.
 
     Parameters
     ----------
@@ -133,14 +135,10 @@ def pretrain(
     settings = merged_config(
         config, given, {**module.PRETRAIN, "gene_init": gene_init}, precision=precision, random_state=random_state
     )
-    objective: dict[str, Any] = {**begun.config.objective(), "seed": settings.random_state}
-    if mask_ratio is not None:
-        objective["mask_ratio"] = (mask_ratio,) if isinstance(mask_ratio, (int, float)) else tuple(mask_ratio)
-    if left_out is not None:
-        objective["left_out"] = left_out
+    objective = _objective(begun, settings.random_state, mask_ratio, left_out)
     training, held_out = divide(source, validation, group_key=group_key, random_state=seed)
     return train(
-        "pretrain", data, source, begun, objective_from_dict(objective), settings,
+        "pretrain", data, source, begun, objective, settings,
         layer=layer, cells={"train": training, "validation": held_out}, where=where, run_dir=run_dir, resume=resume,
         params={"validation": validation, "group_key": group_key, "layer": layer},
     )  # fmt: skip
@@ -166,10 +164,39 @@ def _starting_model(
     begun.history, begun.report, begun.path = None, None, None
     if dropout is not None:
         begun.config = replace(begun.config, dropout=dropout)
+        if begun.config.dropout != dropout:
+            raise TypeError(
+                f"dropout={dropout} is given, and the model's hf_config says {begun.config.dropout}. Leave it out, or "
+                "build the model from a configuration with that dropout."
+            )
         for module in begun.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
     return begun
+
+
+def _objective(
+    model: CellModel, seed: int | None, mask_ratio: float | Sequence[float] | None, left_out: float | None
+) -> Objective:
+    """What the model is trained for: the family's own, with what was given in its place."""
+    settings: dict[str, Any] = model.config.objective()
+    objective = objective_from_dict(settings)
+    known = {field.name for field in fields(objective)}
+    if mask_ratio is not None:
+        shares = (mask_ratio,) if isinstance(mask_ratio, (int, float)) else tuple(mask_ratio)
+        # one share of genes to hide has another name than several of values to draw from
+        settings |= {"p": shares[0]} if "p" in known and len(shares) == 1 else {"mask_ratio": shares}
+    if left_out is not None:
+        settings["left_out"] = left_out
+    if "seed" in known:
+        settings["seed"] = seed
+    surplus = sorted(set(settings) - known - {"kind"})
+    if surplus:
+        raise TypeError(
+            f"{surplus[0]}={settings[surplus[0]]!r} is given, and {model.family} is trained for {settings['kind']}, "
+            f"which knows {sorted(known - {'seed'})}. Leave it out."
+        )
+    return objective_from_dict(settings)
 
 
 def _is_family(name: str) -> bool:

@@ -9,13 +9,19 @@ from typing import Any
 from scllm.engine.objectives.base import Loss, Objective
 from scllm.engine.objectives.label import Label, LossName
 from scllm.engine.objectives.masked_expression import MaskedExpression
+from scllm.engine.objectives.masked_gene import MaskedGene
 from scllm.engine.objectives.masked_level import MaskedLevel
 from scllm.engine.objectives.masked_value import MaskedValue
+from scllm.engine.objectives.next_gene import NextGene
+from scllm.engine.objectives.permuted_gene import PermutedGene
 
 __all__ = [
-    "Label", "Loss", "LossName", "MaskedExpression", "MaskedLevel", "MaskedValue", "Objective", "objective_from_dict",
-    "objective_to_dict",
+    "Label", "Loss", "LossName", "MaskedExpression", "MaskedGene", "MaskedLevel", "MaskedValue", "NextGene", "Objective",
+    "PermutedGene", "objective_from_dict", "objective_to_dict",
 ]  # fmt: skip
+
+_ALL = (Label, MaskedExpression, MaskedGene, MaskedLevel, MaskedValue, NextGene, PermutedGene)
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in _ALL}
 
 
 def objective_to_dict(objective: Objective) -> dict[str, Any]:
@@ -26,8 +32,7 @@ def objective_to_dict(objective: Objective) -> dict[str, Any]:
 def objective_from_dict(saved: Mapping[str, Any]) -> Objective:
     """The objective that :func:`objective_to_dict` described."""
     settings = dict(saved)
-    kinds: dict[str, type] = {kind.__name__: kind for kind in (Label, MaskedExpression, MaskedLevel, MaskedValue)}
-    kind: type[Any] = kinds[settings.pop("kind")]
+    kind: type[Any] = _KINDS[settings.pop("kind")]
     unknown = sorted(set(settings) - {field.name for field in fields(kind)})
     if unknown:
         raise ValueError(

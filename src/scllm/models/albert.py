@@ -1,0 +1,62 @@
+"""ALBERT over gene sentences: hidden genes from all others, one block for all layers (Lan et al. 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from scllm.models.gene_lm import GeneLM, Likelihood, SentenceConfig
+
+__all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model"]
+
+SIZES = {
+    "tiny": {"n_layers": 2, "n_heads": 4, "d_model": 64, "d_embedding": 32},
+    "small": {"n_layers": 4, "n_heads": 4, "d_model": 128, "d_embedding": 64},
+    "base": {},
+    "albert-base": {"n_layers": 12, "n_heads": 12, "d_model": 768},
+}
+
+PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 5e-4}
+FINETUNE = {"epochs": 10, "batch_size": 32, "lr": 1e-4}
+
+
+@dataclass(frozen=True)
+class Config(SentenceConfig):
+    """The architecture; ``"albert-base"`` is the published one's.
+
+    All layers share the weights of one block: ``freeze=1`` keeps all of them, and ``layer_decay`` knows one step.
+
+    Parameters
+    ----------
+    d_hidden
+        Width of the feed-forward layers; ``None`` is four times ``d_model``.
+    d_embedding
+        Width of the gene table, which one matrix maps to ``d_model``: many genes cost few weights.
+    """
+
+    d_hidden: int | None = None
+    d_embedding: int = 128
+
+    takes: ClassVar[tuple[Likelihood, ...]] = ("pseudo",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.d_hidden is None:
+            object.__setattr__(self, "d_hidden", 4 * self.d_model)
+
+    def architecture(self) -> dict[str, Any]:
+        """ALBERT's settings, but for what fused kernels do not have: dropout of attention weights."""
+        if self.hf_config is not None:
+            return super().architecture()
+        return {
+            "model_type": "albert", "num_hidden_layers": self.n_layers, "num_attention_heads": self.n_heads,
+            "hidden_size": self.d_model, "intermediate_size": self.d_hidden, "embedding_size": self.d_embedding,
+            "max_position_embeddings": self.max_len, "hidden_dropout_prob": self.dropout,
+            "attention_probs_dropout_prob": 0.0, "hidden_act": "gelu_pytorch_tanh",
+        }  # fmt: skip
+
+
+class Model(GeneLM):
+    """ALBERT: one post-norm block applied again and again, learnt positions, a factorised table of genes."""
+
+    family = "albert"

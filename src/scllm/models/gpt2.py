@@ -1,0 +1,60 @@
+"""GPT-2 over gene sentences: each gene from those expressed more highly (Radford et al. 2019).
+
+Also the door for any other causal or masked language model of transformers: ``build("gpt2", hf_config=...)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from scllm.models.gene_lm import GeneLM, Likelihood, SentenceConfig
+
+__all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model"]
+
+SIZES = {
+    "tiny": {"n_layers": 2, "n_heads": 4, "d_model": 64},
+    "small": {"n_layers": 4, "n_heads": 4, "d_model": 128},
+    "base": {},
+    "gpt2": {"n_layers": 12, "n_heads": 12, "d_model": 768},
+}
+
+PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 5e-4}
+FINETUNE = {"epochs": 10, "batch_size": 32, "lr": 1e-4}
+
+
+@dataclass(frozen=True)
+class Config(SentenceConfig):
+    """The architecture; ``"gpt2"`` is the published small model's.
+
+    Parameters
+    ----------
+    d_hidden
+        Width of the feed-forward layers; ``None`` is four times ``d_model``.
+    """
+
+    d_hidden: int | None = None
+
+    takes: ClassVar[tuple[Likelihood, ...]] = ("causal", "pseudo")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.d_hidden is None:
+            object.__setattr__(self, "d_hidden", 4 * self.d_model)
+
+    def architecture(self) -> dict[str, Any]:
+        """GPT-2's settings, but for what fused kernels do not have: dropout of attention weights."""
+        if self.hf_config is not None:
+            return super().architecture()
+        return {
+            "model_type": "gpt2", "n_layer": self.n_layers, "n_head": self.n_heads, "n_embd": self.d_model,
+            "n_inner": self.d_hidden, "n_positions": self.max_len, "resid_pdrop": self.dropout,
+            "embd_pdrop": self.dropout, "attn_pdrop": 0.0, "activation_function": "gelu_pytorch_tanh",
+        }  # fmt: skip
+
+
+class Model(GeneLM):
+    """GPT-2: pre-norm blocks that look back only, learnt positions, the table of genes also in the output."""
+
+    family = "gpt2"
+    poolings = ("mean", "max")  # the first token has seen nothing of the cell

@@ -1,0 +1,108 @@
+"""XLNet over gene sentences: each gene from those before it in a drawn order (Yang et al. 2019).
+
+In transformers' XLNet every position sees itself unless ``perm_mask`` and ``target_mapping`` say otherwise: trained
+with labels alone it copies. Here genes are only ever predicted through both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from scllm.models.base import Batch
+from scllm.models.gene_lm import GeneLM, Likelihood, SentenceConfig
+
+__all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model"]
+
+SIZES = {
+    "tiny": {"n_layers": 2, "n_heads": 4, "d_model": 64},
+    "small": {"n_layers": 4, "n_heads": 4, "d_model": 128},
+    "base": {},
+    "xlnet-base": {"n_layers": 12, "n_heads": 12, "d_model": 768},
+}
+
+PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 5e-4}
+FINETUNE = {"epochs": 10, "batch_size": 32, "lr": 1e-4}
+
+
+@dataclass(frozen=True)
+class Config(SentenceConfig):
+    """The architecture; ``"xlnet-base"`` is the published one's. Positions are relative, so none are learnt.
+
+    Parameters
+    ----------
+    d_hidden
+        Width of the feed-forward layers; ``None`` is four times ``d_model``.
+    """
+
+    d_hidden: int | None = None
+
+    takes: ClassVar[tuple[Likelihood, ...]] = ("permutation",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.d_hidden is None:
+            object.__setattr__(self, "d_hidden", 4 * self.d_model)
+
+    def architecture(self) -> dict[str, Any]:
+        """XLNet's settings."""
+        if self.hf_config is not None:
+            return super().architecture()
+        return {
+            "model_type": "xlnet", "n_layer": self.n_layers, "n_head": self.n_heads, "d_model": self.d_model,
+            "d_inner": self.d_hidden, "dropout": self.dropout, "use_mems_eval": False, "use_mems_train": False,
+        }  # fmt: skip
+
+
+class Model(GeneLM):
+    """XLNet: post-norm blocks with relative positions; a second stream of states that know their place alone.
+
+    Embeddings come from the first stream, in which all genes of a cell see each other. Adapters (``lora``) reach the
+    feed-forward layers: the attention's weights are no linear layers.
+    """
+
+    family = "xlnet"
+
+    def permuted_logits(self, batch: Batch, order: Tensor, at: Tensor) -> Tensor:
+        """Logits of the tokens at positions ``at``, ``(n, n_tokens)``, each from the tokens of lower order alone.
+
+        Parameters
+        ----------
+        batch
+            The cells.
+        order
+            When each token's turn comes, ``(t,)``; tokens of one turn do not see each other.
+        at
+            Positions to predict.
+        """
+        genes, _, padding = batch.padded(pad_id=self.pad_id)
+        turn = order.new_full(genes.shape, int(order.max()) + 1 if len(order) else 0)
+        turn[~padding] = order
+        wanted = torch.zeros_like(batch.genes, dtype=torch.bool).index_fill(0, at, True)
+        asked = torch.zeros_like(padding)
+        asked[~padding] = wanted
+        # as many targets a cell as the cell with most has; a surplus one looks at padding and is dropped
+        n_asked = asked.sum(1)
+        place = torch.argsort((~asked).to(torch.uint8), dim=1, stable=True)[:, : int(n_asked.max())]
+        dtype = self.network.dtype
+        states = self._states(
+            genes,
+            padding,
+            perm_mask=self._unseen(turn).to(dtype),
+            target_mapping=torch.nn.functional.one_hot(place, genes.shape[1]).to(dtype),
+        )
+        there = torch.arange(place.shape[1], device=place.device) < n_asked[:, None]
+        # targets come out by position; `at` may ask for them in any order
+        found = self.network.get_output_embeddings()(states[there])
+        return found[wanted.cumsum(0)[at] - 1]
+
+    def _unseen(self, turn: Tensor) -> Tensor:
+        """Which tokens each token must not see, ``(b, l, l)``: itself and those whose turn has not come before its."""
+        return turn[:, None, :] >= turn[:, :, None]
+
+    def gene_logits(self, batch: Batch, at: Tensor) -> Tensor:
+        """Logits of the tokens at positions ``at``, ``(n, n_tokens)``, from all tokens that are not among them."""
+        return self.permuted_logits(batch, torch.zeros_like(batch.genes).index_fill(0, at, 1), at)
