@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 __all__ = [
-    "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "EMBEDDING", "GENES", "GENE_SYMBOL", "LABEL", "LOUVAIN", "PCA",
-    "PROBABILITIES", "PROBABILITY", "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT", "TOKENS", "TOKEN_ID", "TOKEN_VALUES",
-    "TOY", "UNS",
+    "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "EMBEDDING", "GENES", "GENE_SYMBOL", "LABEL", "LOUVAIN", "MEDIANS", "PCA",
+    "PROBABILITIES", "PROBABILITY", "RANKED", "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT", "TOKENS", "TOKEN_ID",
+    "TOKEN_VALUES", "TOY", "UNS",
 ]  # fmt: skip
 
 UNS = "scllm"
@@ -13,9 +13,11 @@ UNS = "scllm"
 
 COUNTS = "counts"
 BINNED = "binned"
+RANKED = "ranked"
 RECONSTRUCTED = "reconstructed"
 
 TOKEN_ID = "token_id"
+MEDIANS = "median_expression"
 
 TOKENS = "tokens"
 TOKEN_VALUES = "_values"
