@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
+from anndata import AnnData
 
 from scllm._typing import CSR, IntArray
-from scllm.data.source import CellSource
+from scllm.data.source import CellSource, open_source
 
-__all__ = ["check_source", "check_values", "warn_of_empty_cells"]
+__all__ = ["check_source", "check_values", "layer_with_counts", "warn_of_empty_cells"]
 
 _LOGGED_MAXIMUM = 50  # log1p of any real count is far below; a count matrix of a whole cell is not
 _SAMPLED_ROWS = 2_048
@@ -80,6 +81,21 @@ def check_values(counts: CSR, source: CellSource, rows: IntArray, *, layer: str 
         f"{_name(layer)} holds {what} values (first: {data[at]:g}, gene {gene!r} in cell {cell!r}), non-negative "
         "finite expression expected. Scaled or regressed data cannot be used: pass a layer with counts with `layer=`."
     )
+
+
+def layer_with_counts(data: object) -> str:
+    """Which layer of an AnnData holds counts, as advice; nothing for other data, or if none does."""
+    if not isinstance(data, AnnData):
+        return ""
+    for name in data.layers:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # of non-integers: they are no counts
+                check_source(open_source(data, layer=name), needs_counts=True, layer=name)
+        except (ValueError, UserWarning):
+            continue
+        return f"Layer {name!r} holds counts: pass layer={name!r}."
+    return ""
 
 
 def warn_of_empty_cells(n_empty: int, n_cells: int) -> None:

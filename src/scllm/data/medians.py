@@ -73,8 +73,7 @@ def token_medians(source: CellSource, match: GeneMatch, rows: IntArray, n_tokens
     for counts in _blocks(source, np.sort(rows)):
         tokens = match.tokens(counts)
         scale = 1e4 / np.maximum(np.asarray(counts.sum(1), np.float64).ravel(), 1)
-        assert tokens.values is not None
-        sketch.add(tokens.genes, tokens.values * np.repeat(scale, tokens.lengths))
+        sketch.add(tokens.genes, np.asarray(tokens.values, np.float64) * np.repeat(scale, tokens.lengths))
     return sketch.medians()
 
 

@@ -10,7 +10,7 @@ from anndata import AnnData
 
 from scllm import _keys
 from scllm._results import record
-from scllm.data.checks import check_source
+from scllm.data.checks import check_source, layer_with_counts
 from scllm.data.medians import exact_medians, streamed_medians
 from scllm.data.source import CellSource, open_source
 from scllm.pp._stored import stored_rows
@@ -63,7 +63,7 @@ def gene_medians(
     if not target_sum > 0:
         raise ValueError(f"target_sum is {target_sum}, a number above zero expected. Geneformer uses 1e4.")
     source = open_source(data, layer=layer)
-    check_source(source, needs_counts=True, layer=layer)
+    check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(data))
     if not isinstance(data, AnnData):
         if copy:
             raise TypeError("copy=True goes with an AnnData, a path was given: its medians are returned. Leave it out.")

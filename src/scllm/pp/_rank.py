@@ -12,7 +12,7 @@ from scipy import sparse
 from scllm import _keys
 from scllm._results import record
 from scllm._typing import FloatArray
-from scllm.data.checks import check_source
+from scllm.data.checks import check_source, layer_with_counts
 from scllm.data.medians import exact_medians
 from scllm.data.source import open_source
 from scllm.kernels.ranking import rank_rows, scaled
@@ -61,7 +61,7 @@ def rank_expression(
     True
     """
     source = open_source(adata, layer=layer)
-    check_source(source, needs_counts=True, layer=layer)
+    check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(adata))
     adata = adata.copy() if copy else adata
     matrix = stored_rows(adata, source, layer)
     scale = exact_medians(matrix, target_sum=1e4) if medians is None else _aligned(medians, adata.var_names)

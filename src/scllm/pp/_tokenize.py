@@ -13,7 +13,7 @@ from scipy import sparse
 from scllm import _keys
 from scllm._results import match_settings, record
 from scllm.data import genes
-from scllm.data.checks import check_source
+from scllm.data.checks import check_source, layer_with_counts
 from scllm.data.encode import BinEncoder, Encoder, RankEncoder, ValueEncoder
 from scllm.data.medians import token_medians
 from scllm.data.source import open_source
@@ -85,7 +85,7 @@ def tokenize(
     if max_len is not None:
         encode = replace(encode, max_len=max_len)  # type: ignore[type-var]
     source = open_source(adata, layer=layer)
-    check_source(source, needs_counts=encode.needs_counts, layer=layer)
+    check_source(source, needs_counts=encode.needs_counts, layer=layer, hint=lambda: layer_with_counts(adata))
     match = genes.match(adata.var_names, vocab, var=adata.var, **match_settings(adata))
     if encoder == "ranks":
         medians = token_medians(source, match, np.arange(adata.n_obs), len(vocab))
