@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib import import_module
 from os import PathLike
@@ -89,8 +90,8 @@ def load(
     path: str | PathLike[str] | CellModel,
     *,
     family: str | None = None,
-    vocab: Vocab | None = None,
-    medians: Any = None,
+    vocab: Vocab | Mapping[str, int] | str | PathLike[str] | None = None,
+    medians: Mapping[str, float] | str | PathLike[str] | None = None,
     ignore: Iterable[str] = (),
 ) -> CellModel:
     """Load a model; nothing in the files is executed.
@@ -102,9 +103,10 @@ def load(
     family
         Which published format it is; native folders say so themselves.
     vocab
-        Replaces the vocabulary of a published checkpoint, for formats that come without one.
+        Vocabulary of a published checkpoint that comes without one, or that replaces its own: also ``{token: id}``, or
+        the path of such a dictionary (geneformer: medians and Ensembl mapping are then looked for beside it too).
     medians
-        Gene medians, for families that rank by them.
+        Gene medians by name, or the path of such a dictionary (geneformer).
     ignore
         Prefixes of weight names that may be missing or left over.
 
@@ -114,16 +116,24 @@ def load(
     """
     if isinstance(path, CellModel):
         return path
-    if medians is not None:
-        raise ValueError("medians= goes with families that rank genes; none of those is asked for here. Leave it out.")
     folder = _folder(Path(path))
     if family is None or is_native(folder):
+        if vocab is not None or medians is not None:
+            raise ValueError(
+                "vocab= and medians= go with published checkpoints, which family= names; a model that scllm wrote "
+                "holds both. Leave them out."
+            )
         return _load_native(folder, ignore, family)
     module = family_module(family)
     if not hasattr(module, "read"):
         raise ValueError(f"{family} has no published format that scllm reads. Load a native folder without family=.")
-    checkpoint: Checkpoint = module.read(folder)
-    model = _filled(module, checkpoint, vocab or checkpoint.vocab, folder, ignore)
+    known = inspect.signature(module.read).parameters
+    given = {name: value for name, value in {"vocab": vocab, "medians": medians}.items() if value is not None}
+    if set(given) - set(known):
+        name = min(set(given) - set(known))
+        raise ValueError(f"{name}= is given, and a {family} folder holds all that is read. Leave it out.")
+    checkpoint: Checkpoint = module.read(folder, **given)
+    model = _filled(module, checkpoint, checkpoint.vocab, folder, ignore)
     model.path = folder.absolute()
     return model
 

@@ -104,8 +104,8 @@ class CellModel(nn.Module):
     """
 
     family: ClassVar[str]
-    pooling: ClassVar[Pooling] = "cls"
-    poolings: ClassVar[tuple[Pooling, ...]] = ("cls", "mean", "max")
+    pooling: Pooling = "cls"
+    poolings: tuple[Pooling, ...] = ("cls", "mean", "max")
     """Ways of making one vector of a cell's states that the family has."""
     unit_length: ClassVar[bool] = False
     """Whether the family's own cell embedding is scaled to length one."""
@@ -149,6 +149,10 @@ class CellModel(nn.Module):
     def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
         """What the model predicts at the tokens ``at``, ``(n,)``; with ``hide`` without having seen those."""
         raise ValueError(f"{self.family} models do not predict expression. Use another family.")
+
+    def gene_loss(self, states: Tensor, genes: Tensor) -> Tensor:
+        """Summed cross-entropy (nats) of the genes ``(n,)`` that stand at some states of the last block, ``(n, d)``."""
+        raise ValueError(f"{self.family} models do not predict which gene stands where. Use another family.")
 
     def reconstruct_genes(self, batch: Batch, genes: Tensor) -> Tensor:
         """Expression of chosen genes in each cell, expressed or not, ``(b, g)``."""
@@ -238,7 +242,7 @@ class CellModel(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, path: str | PathLike[str], *, format: Literal["native", "scgpt"] = "native") -> None:
+    def save(self, path: str | PathLike[str], *, format: Literal["native", "scgpt", "geneformer"] = "native") -> None:
         """Write the model into a folder.
 
         Parameters

@@ -99,9 +99,11 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Post-norm transformer block (Vaswani et al. 2017) with ReLU."""
+    """Post-norm transformer block (Vaswani et al. 2017) with ReLU; BERT's has no dropout inside the feed-forward."""
 
-    def __init__(self, d_model: int, n_heads: int, d_hidden: int, dropout: float, norm_eps: float = 1e-5) -> None:
+    def __init__(
+        self, d_model: int, n_heads: int, d_hidden: int, dropout: float, norm_eps: float = 1e-5, inner: bool = True
+    ) -> None:
         super().__init__()
         self.attention = Attention(d_model, n_heads)
         self.norm1 = nn.LayerNorm(d_model, norm_eps)
@@ -109,6 +111,7 @@ class Block(nn.Module):
         self.down = nn.Linear(d_hidden, d_model)
         self.norm2 = nn.LayerNorm(d_model, norm_eps)
         self.dropout = nn.Dropout(dropout)
+        self.inner_dropout = self.dropout if inner else nn.Identity()
         self.checkpointing = False
         self._rest = self._feed_forward
 
@@ -131,7 +134,7 @@ class Block(nn.Module):
 
     def _feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
         x = self.norm1(x + self.dropout(attended))
-        return self.norm2(x + self.dropout(self.down(self.dropout(F.relu(self.up(x))))))
+        return self.norm2(x + self.dropout(self.down(self.inner_dropout(F.relu(self.up(x))))))
 
 
 class ValueNetwork(nn.Module):

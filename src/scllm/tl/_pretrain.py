@@ -15,12 +15,14 @@ from torch import nn
 
 from scllm import models
 from scllm.data import genes
+from scllm.data.encode import RankEncoder
+from scllm.data.medians import token_medians
 from scllm.data.source import open_source
 from scllm.engine.config import Precision, TrainConfig
-from scllm.engine.objectives import objective_from_dict
+from scllm.engine.objectives import Objective, objective_from_dict
 from scllm.models.base import CellModel
 from scllm.tl._inputs import check_layer
-from scllm.tl._model import ModelLike, resolve
+from scllm.tl._model import ModelLike, gene_match, resolve
 from scllm.tl._train import Data, divide, merged_config, processes, train
 
 __all__ = ["pretrain"]
@@ -52,7 +54,8 @@ def pretrain(
     """Train a model on cells without labels, from scratch or onwards from another model.
 
     scgpt hides the expression of a part of each cell's genes and predicts it, from the genes around and from the cell
-    embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). Everything is written to a run directory: the
+    embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). geneformer hides genes of each cell's ranking and
+    tells which they are (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9). Everything is written to a run directory: the
     same call continues after a crash, to the same loss curve.
 
     Parameters
@@ -62,7 +65,7 @@ def pretrain(
     model
         Name of a family for fresh weights, or a model (or its path) to go on from, which is left unchanged.
     size
-        Named architecture of a fresh model: ``"tiny"``, ``"small"``, ``"base"``.
+        Named architecture of a fresh model: ``"tiny"``, ``"small"``, ``"base"``, or a published one of the family.
     n_gpus
         GPUs, one process each; ``None``: all there are, else one CPU process.
     n_procs
@@ -72,25 +75,26 @@ def pretrain(
     run_dir
         Where the run is written and continued; ``None``: a new directory under ``scllm.settings.run_dir``.
     epochs
-        Passes over the cells; ``None`` is the family's own (scgpt: 6).
+        Passes over the cells; ``None`` is the family's own (scgpt: 6, geneformer: 3).
     batch_size
-        Cells of one optimiser step, over all processes (scgpt: 32).
+        Cells of one optimiser step, over all processes (scgpt, geneformer: 32).
     lr
-        Highest learning rate (scgpt: 1e-4).
+        Highest learning rate (scgpt: 1e-4, geneformer: 5e-4).
     mask_ratio
-        Share of a cell's genes to hide, or several to draw from each step (scgpt: 0.25, 0.5, 0.75).
+        Share of a cell's genes to hide, or several to draw from each step (scgpt: 0.25, 0.5, 0.75; geneformer: 0.15).
     left_out
         Share of a cell's genes that are left out of its sentence, to be told from the cell embedding among genes that
         the cell does not express: the embedding then says which genes are expressed, and separates cell types better.
         ``None`` is the family's own (scgpt: 0).
     dropout
-        Dropout of the blocks (scgpt: 0.2). With 0 any number of processes gives the same loss curve.
+        Dropout of the blocks (scgpt: 0.2, geneformer: 0.02). With 0 any number of processes gives the same loss curve.
     validation
         Share of cells held out, or a column of ``train`` and ``validation`` as :func:`scllm.pp.split` writes it.
     group_key
         Column of groups (donors) that are held out whole.
     layer
-        Layer to read; ``None`` is ``X``. Bins of counts, normalised and logged values are the same.
+        Layer to read; ``None`` is ``X``. scgpt reads counts, normalised or logged values (their bins are the same),
+        geneformer counts.
     precision
         ``"auto"``: fp32 on a CPU, bf16 on a GPU that has it.
     resume
@@ -129,19 +133,36 @@ def pretrain(
     gene_init = "svd" if isinstance(model, str) and _is_family(model) else "random"
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     settings = merged_config(
-        config, given, {**module.PRETRAIN, "gene_init": gene_init}, precision=precision, random_state=random_state
+        config, given, {"gene_init": gene_init, **module.PRETRAIN}, precision=precision, random_state=random_state
     )
-    objective: dict[str, Any] = {**begun.config.objective(), "seed": settings.random_state}
-    if mask_ratio is not None:
-        objective["mask_ratio"] = (mask_ratio,) if isinstance(mask_ratio, (int, float)) else tuple(mask_ratio)
-    if left_out is not None:
-        objective["left_out"] = left_out
+    objective = _objective(begun, settings.random_state or 0, mask_ratio, left_out)
     training, held_out = divide(source, validation, group_key=group_key, random_state=seed)
+    if isinstance(begun.encoder, RankEncoder) and begun.encoder.medians is None:
+        medians = token_medians(source, gene_match(data, source, begun), training, len(begun.vocab))
+        begun.encoder = replace(begun.encoder, medians=medians)
     return train(
-        "pretrain", data, source, begun, objective_from_dict(objective), settings,
+        "pretrain", data, source, begun, objective, settings,
         layer=layer, cells={"train": training, "validation": held_out}, where=where, run_dir=run_dir, resume=resume,
         params={"validation": validation, "group_key": group_key, "layer": layer},
     )  # fmt: skip
+
+
+def _objective(
+    model: CellModel, seed: int, mask_ratio: float | Sequence[float] | None, left_out: float | None
+) -> Objective:
+    """The family's own, with what the caller chose."""
+    settings: dict[str, Any] = {**model.config.objective(), "seed": seed}
+    if mask_ratio is not None and "p" in settings:
+        if not isinstance(mask_ratio, (int, float)):
+            raise TypeError(f"mask_ratio is {mask_ratio}, one share expected: {model.family} hides the same each step.")
+        settings["p"] = mask_ratio
+    elif mask_ratio is not None:
+        settings["mask_ratio"] = (mask_ratio,) if isinstance(mask_ratio, (int, float)) else tuple(mask_ratio)
+    if left_out is not None:
+        if "p" in settings:
+            raise TypeError(f"left_out={left_out} goes with families that read values, {model.family} does not.")
+        settings["left_out"] = left_out
+    return objective_from_dict(settings)
 
 
 def _starting_model(

@@ -8,9 +8,19 @@ from typing import Any
 
 from scllm.engine.objectives.base import Loss, Objective
 from scllm.engine.objectives.label import Label, LossName
+from scllm.engine.objectives.masked_gene import MaskedGene
 from scllm.engine.objectives.masked_value import MaskedValue
 
-__all__ = ["Label", "Loss", "LossName", "MaskedValue", "Objective", "objective_from_dict", "objective_to_dict"]
+__all__ = [
+    "Label",
+    "Loss",
+    "LossName",
+    "MaskedGene",
+    "MaskedValue",
+    "Objective",
+    "objective_from_dict",
+    "objective_to_dict",
+]
 
 
 def objective_to_dict(objective: Objective) -> dict[str, Any]:
@@ -21,7 +31,7 @@ def objective_to_dict(objective: Objective) -> dict[str, Any]:
 def objective_from_dict(saved: Mapping[str, Any]) -> Objective:
     """The objective that :func:`objective_to_dict` described."""
     settings = dict(saved)
-    kinds: dict[str, type] = {"MaskedValue": MaskedValue, "Label": Label}
+    kinds: dict[str, type] = {"MaskedGene": MaskedGene, "MaskedValue": MaskedValue, "Label": Label}
     kind = kinds[settings.pop("kind")]
     for name, value in settings.items():
         if isinstance(value, list):
