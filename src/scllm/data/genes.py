@@ -103,8 +103,8 @@ def match(
     """Find the column of gene names that fits a vocabulary best, and the token of each gene.
 
     Ensembl version suffixes are stripped, on both sides, and the vocabulary's aliases count as its names. Without
-    ``gene_key``, ``names`` and the usual columns of ``var`` are tried and the one with most matches is taken. Raises ``ValueError`` where names are duplicated or
-    coverage is too low.
+    ``gene_key``, ``names`` and the usual columns of ``var`` are tried and the one with most matches is taken. Raises
+    ``ValueError`` where names are duplicated or coverage is too low.
     """
     names = pd.Index(names)
     check_unique(names)

@@ -155,9 +155,8 @@ class Vocab:
         """A vocabulary with exactly these tokens; specials are those of the usual names that are there."""
         tokens = tuple(map(str, tokens))
         there = set(tokens)
-        return cls(
-            tokens, **{role: f"<{role}>" if f"<{role}>" in there else None for role in ("pad", "mask", "cls", "eos")}
-        )
+        pad, mask, first, last = (token if token in there else None for token in ("<pad>", "<mask>", "<cls>", "<eos>"))
+        return cls(tokens, pad, mask, first, last)
 
     @classmethod
     def read(cls, path: str | PathLike[str]) -> Vocab:

@@ -204,8 +204,8 @@ class Model(CellModel):
 
 def read(path: str | Path, vocab: VocabLike | None = None, medians: MedianLike | None = None) -> Checkpoint:
     """Read a Hugging Face directory of BERT with its token dictionary and gene medians, there or given."""
-    settings, *parts = read_folder(Path(path), vocab, medians)
-    return Checkpoint(Config(**settings), *parts)
+    settings, tokens, encoder, weights, heads = read_folder(Path(path), vocab, medians)
+    return Checkpoint(Config(**settings), tokens, encoder, weights, heads)
 
 
 class GenePredictor(nn.Module):

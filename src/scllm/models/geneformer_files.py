@@ -69,19 +69,19 @@ def read_folder(
     classifier = "gene_head." if is_gene else "heads.0.out."
     weights = {name.replace("classifier.", classifier, 1): value for name, value in weights.items()}
     n_classes = len(original.get("classifier.weight", ()))
-    config = dict(
-        n_layers=settings["num_hidden_layers"],
-        n_heads=settings["num_attention_heads"],
-        d_model=settings["hidden_size"],
-        d_hidden=settings["intermediate_size"],
-        dropout=settings.get("hidden_dropout_prob", 0.1),
-        max_len=settings["max_position_embeddings"],
-        specials=tokens.cls is not None,
+    config = {
+        "n_layers": settings["num_hidden_layers"],
+        "n_heads": settings["num_attention_heads"],
+        "d_model": settings["hidden_size"],
+        "d_hidden": settings["intermediate_size"],
+        "dropout": settings.get("hidden_dropout_prob", 0.1),
+        "max_len": settings["max_position_embeddings"],
+        "specials": tokens.cls is not None,
         # the original's classifiers read the first token, also where it is a gene
-        classify_first=tokens.cls is not None or (n_classes > 0 and not is_gene),
-        lm_head="predictor.bias" in weights,
-        n_gene_classes=n_classes if is_gene else 0,
-    )
+        "classify_first": tokens.cls is not None or (n_classes > 0 and not is_gene),
+        "lm_head": "predictor.bias" in weights,
+        "n_gene_classes": n_classes if is_gene else 0,
+    }
     encoder = RankEncoder(
         config["max_len"], tokens.cls is not None, tokens.eos is not None, _aligned(_medians(medians, places), tokens)
     )

@@ -55,8 +55,8 @@ def pretrain(
 
     scgpt hides the expression of a part of each cell's genes and predicts it, from the genes around and from the cell
     embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). geneformer hides genes of each cell's ranking and
-    tells which they are (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9). Everything is written to a run directory: the
-    same call continues after a crash, to the same loss curve.
+    tells which they are (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9). Everything is written to a run
+    directory: the same call continues after a crash, to the same loss curve.
 
     Parameters
     ----------
