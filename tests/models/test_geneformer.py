@@ -16,6 +16,7 @@ from scllm.data.dictionaries import read_dictionary
 from scllm.data.source import open_source
 from scllm.data.tokens import Tokens
 from scllm.engine.objectives import MaskedGene
+from scllm.models import geneformer
 from scllm.models.base import Batch
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-4}
@@ -241,14 +242,14 @@ def test_ids_in_small_letters_with_versions_and_other_names_are_summed(of_versio
 def test_published_sizes_are_those_of_bert(size, n_tokens):
     from transformers import BertConfig, BertForMaskedLM
 
-    config = models.geneformer.Config(**models.geneformer.SIZES[size])
+    config = geneformer.Config(**geneformer.SIZES[size])
     vocab = config.vocab(f"g{i}" for i in range(n_tokens - (4 if config.specials else 2)))
     theirs = BertConfig(
         n_tokens, config.d_model, config.n_layers, config.n_heads, config.d_hidden,
         max_position_embeddings=config.max_len, tie_word_embeddings=True,
     )  # fmt: skip
     with torch.device("meta"):
-        n_parameters = models.geneformer.Model(config, vocab, config.encoder()).n_parameters
+        n_parameters = geneformer.Model(config, vocab, config.encoder()).n_parameters
         assert n_parameters == BertForMaskedLM(theirs).num_parameters()
     if size == "v1-10m":
         assert n_parameters == 10_288_722

@@ -31,6 +31,8 @@ def check_source(
             f"the data have {source.n_obs} cells and {len(source.genes)} genes, at least one of each expected. "
             "Check the filters that came before."
         )
+    # a folder of sentences passed this check where it was written, and holds no counts any more
+    needs_counts = needs_counts and not hasattr(source, "medians")
     step = max(1, source.n_obs // _SAMPLED_ROWS) if source.chunked else 1
     rows = np.arange(0, source.n_obs, step)
     maximum, n_odd, first_odd = 0.0, 0, None

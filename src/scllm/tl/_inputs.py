@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 from anndata import AnnData
 
 from scllm.data.checks import check_source, layer_with_counts
+from scllm.data.encode import RankEncoder
+from scllm.data.genecorpus import RankedCells
 from scllm.data.source import CellSource
 from scllm.models.base import CellModel
 
@@ -15,5 +18,24 @@ def check_layer(
     source: CellSource, model: CellModel, layer: str | None, adata: AnnData | None, *, downsample: float = 0.0
 ) -> None:
     """Raise on values that encoder or down-sampling cannot read; name the layer that holds counts, if one does."""
+    if isinstance(source, RankedCells):
+        _check_ranked(source, model)
     needs_counts = model.encoder.needs_counts or downsample > 0
     check_source(source, needs_counts=needs_counts, layer=layer, hint=lambda: layer_with_counts(adata))
+
+
+def _check_ranked(source: RankedCells, model: CellModel) -> None:
+    """Raise unless the model ranks genes as the sentences do."""
+    if not isinstance(model.encoder, RankEncoder):
+        raise ValueError(
+            f"{source.path} holds the order of genes alone, and {model.family} reads values. Pass the counts, or a "
+            "model that ranks genes (geneformer)."
+        )
+    medians = np.ones(len(model.vocab)) if model.encoder.medians is None else model.encoder.medians
+    ids = model.vocab.ids(source.vocab.tokens)
+    known = (ids >= 0) & np.isfinite(source.medians)
+    if not np.allclose(medians[ids[known]], source.medians[known], rtol=1e-9, equal_nan=True):
+        raise ValueError(
+            f"the gene medians of {source.path} are not those of the model, the same expected: the order would be "
+            "another. Write the folder anew with `scllm genecorpus --model`."
+        )

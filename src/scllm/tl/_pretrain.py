@@ -9,15 +9,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from anndata import AnnData
 from torch import nn
 
 from scllm import models
+from scllm._typing import FloatArray
 from scllm.data import genes
 from scllm.data.encode import RankEncoder
+from scllm.data.genecorpus import RankedCells
 from scllm.data.medians import token_medians
 from scllm.data.source import open_source
+from scllm.data.vocab import Vocab
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.objectives import Objective, objective_from_dict
 from scllm.models.base import CellModel
@@ -61,7 +65,8 @@ def pretrain(
     Parameters
     ----------
     data
-        An AnnData, also backed; a path to ``.h5ad`` or ``.zarr``; a list or a folder of such.
+        An AnnData, also backed; a path to ``.h5ad`` or ``.zarr``; a list or a folder of such; a folder of rank
+        sentences as ``scllm genecorpus`` writes it (geneformer).
     model
         Name of a family for fresh weights, or a model (or its path) to go on from, which is left unchanged.
     size
@@ -75,11 +80,11 @@ def pretrain(
     run_dir
         Where the run is written and continued; ``None``: a new directory under ``scllm.settings.run_dir``.
     epochs
-        Passes over the cells; ``None`` is the family's own (scgpt: 6, geneformer: 3).
+        Passes over the cells; ``None`` is the family's own (scgpt, geneformer: 6).
     batch_size
         Cells of one optimiser step, over all processes (scgpt, geneformer: 32).
     lr
-        Highest learning rate (scgpt: 1e-4, geneformer: 5e-4).
+        Highest learning rate (scgpt: 1e-4, geneformer: 1e-3).
     mask_ratio
         Share of a cell's genes to hide, or several to draw from each step (scgpt: 0.25, 0.5, 0.75; geneformer: 0.15).
     left_out
@@ -127,6 +132,8 @@ def pretrain(
     seed = random_state or (config.random_state if config is not None else None) or 0
     begun = _starting_model(data, source.genes, model, size, dropout, seed)
     adata = data if isinstance(data, AnnData) else None
+    if isinstance(source, RankedCells) and isinstance(begun.encoder, RankEncoder) and begun.encoder.medians is None:
+        begun.encoder = replace(begun.encoder, medians=_medians_of(source, begun.vocab))
     check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample)
     module = models.family_module(begun.family)
     # a trained table is not started again, unless config says so
@@ -163,6 +170,12 @@ def _objective(
             raise TypeError(f"left_out={left_out} goes with families that read values, {model.family} does not.")
         settings["left_out"] = left_out
     return objective_from_dict(settings)
+
+
+def _medians_of(source: RankedCells, vocab: Vocab) -> FloatArray:
+    """Medians that the sentences were made with, by token of another vocabulary."""
+    medians = dict(zip(source.vocab.tokens, source.medians, strict=True))
+    return np.array([medians.get(token, np.nan) for token in vocab.tokens])
 
 
 def _starting_model(

@@ -37,6 +37,8 @@ def reconstruct(
 ) -> AnnData | pd.DataFrame | None:
     """Predict expression, in the units the model reads (scgpt: bins).
 
+    geneformer reads no values: what is written is the probability that it gives to the gene in its place.
+
     Parameters
     ----------
     adata
