@@ -169,9 +169,10 @@ class Vocab:
 def read_tokens(path: Path) -> list[str] | dict[str, Any]:
     """The tokens of a vocabulary file in id order, or the dict of a file that scllm wrote."""
     raw = path.read_bytes()
+    raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     if raw[:1] == b"\x80":
         return _in_order(read_dictionary(path), path)
-    text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
+    text = raw.decode()
     if not text.lstrip().startswith(("{", "[")):
         return [line.strip() for line in text.splitlines() if line.strip()]
     content = json.loads(text)
