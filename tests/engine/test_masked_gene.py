@@ -73,7 +73,7 @@ def test_a_batch_without_a_hidden_gene_costs_nothing(model):
     loss.sum.backward()
 
 
-@pytest.mark.parametrize("n", [3, 700])
+@pytest.mark.parametrize("n", [3, 5000])
 def test_cross_entropy_and_gradients_are_those_of_torch_however_many_rows(n):
     generator = torch.Generator().manual_seed(0)
     made = [torch.randn(*shape, generator=generator) for shape in ((n, 16), (900, 16), (900,))]
@@ -85,7 +85,7 @@ def test_cross_entropy_and_gradients_are_those_of_torch_however_many_rows(n):
     total.backward()
     expected.backward()
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_settings_survive_saving_and_a_model_of_values_is_an_error():
