@@ -15,6 +15,7 @@ from scllm.data import genes
 from scllm.data.dictionaries import read_dictionary
 from scllm.data.source import open_source
 from scllm.data.tokens import Tokens
+from scllm.data.vocab import Vocab
 from scllm.engine.objectives import MaskedGene
 from scllm.models import geneformer
 from scllm.models.base import Batch
@@ -219,21 +220,25 @@ def test_parity_geneformer_classifiers_survive_the_folder(parity, tmp_path):
         assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_ids_in_small_letters_with_versions_and_other_names_are_summed(of_version, cells):
-    model = of_version["v2"]
-    other = models.Vocab(
-        model.vocab.tokens, eos="<eos>", aliases={"ENSG99999999999": model.vocab.genes[0]}
-    )  # fmt: skip
+def test_ids_in_small_letters_with_versions_and_mapped_ones_are_summed(parity, cells, tmp_path):
+    folder = parity / "dictionaries"
+    for name in ("token_dictionary_v2.json", "gene_median.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    first, second, third, *_ = Vocab.read(folder / "token_dictionary_v2.json").genes
+    # an id that the vocabulary does not have, and one that it has and that stands for another all the same
+    mapping = {"ENSG99999999999": first, second: first, third: third}
+    (tmp_path / "ensembl_mapping_extra.json").write_text(json.dumps(mapping))
+    model = models.load(parity / "model_v2", family="geneformer", vocab=tmp_path / "token_dictionary_v2.json")
     adata = cells[:, :5].copy()
-    adata.var["ensembl_id"] = [
-        model.vocab.genes[0].lower(), "ENSG99999999999", model.vocab.genes[0] + ".7", *model.vocab.genes[1:3]
-    ]  # fmt: skip
-    match = genes.match(adata.var_names, other, var=adata.var)
+    adata.var["ensembl_id"] = [first.lower(), "ENSG99999999999", first + ".7", second, third]
+    match = genes.match(adata.var_names, model.vocab, var=adata.var)
     assert match.column == "ensembl_id"
-    assert match.token_ids.tolist() == [4, 4, 4, 5, 6]
+    assert match.token_ids.tolist() == [4, 4, 4, 4, 6]
     counts = match.tokens(open_source(adata).read(slice(None)))
-    summed = adata.X.toarray()[:, :3].sum(1)
+    summed = adata.X.toarray()[:, :4].sum(1)
     assert counts.values[counts.genes == 4].tolist() == summed[summed > 0].tolist()
+    model.save(tmp_path / "native")
+    assert models.load(tmp_path / "native").vocab == model.vocab
 
 
 @pytest.mark.parametrize(
@@ -245,8 +250,9 @@ def test_published_sizes_are_those_of_bert(size, n_tokens):
     config = geneformer.Config(**geneformer.SIZES[size])
     vocab = config.vocab(f"g{i}" for i in range(n_tokens - (4 if config.specials else 2)))
     theirs = BertConfig(
-        n_tokens, config.d_model, config.n_layers, config.n_heads, config.d_hidden,
-        max_position_embeddings=config.max_len, tie_word_embeddings=True,
+        vocab_size=n_tokens, hidden_size=config.d_model, num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads, intermediate_size=config.d_hidden,
+        max_position_embeddings=config.max_len,
     )  # fmt: skip
     with torch.device("meta"):
         n_parameters = geneformer.Model(config, vocab, config.encoder()).n_parameters

@@ -111,7 +111,7 @@ def match(
     candidates = _candidates(names, var, gene_key)
     # a vocabulary may hold versions too; of several of one gene the first is taken
     id_of = {token: i for i, token in reversed(list(enumerate(strip_version(vocab.tokens))))}
-    id_of |= {alias: id_of[token] for alias, token in vocab.aliases.items() if token in id_of and alias not in id_of}
+    id_of |= {alias: id_of[token] for alias, token in vocab.aliases.items() if token in id_of}
     known = {
         column: np.fromiter((id_of.get(name, -1) for name in strip_version(values)), np.int32)
         for column, values in candidates.items()

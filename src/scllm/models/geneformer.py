@@ -174,7 +174,8 @@ class Model(CellModel):
         """Probability of the gene that stands at each of ``at``, ``(n,)``; with ``hide`` without having seen those."""
         shown = batch.with_genes(batch.genes.index_fill(0, at, self.vocab.mask_id)) if hide else batch
         states, genes = self.hidden(shown)[at], batch.genes[at]
-        parts = zip(states.split(_ROWS), genes.split(_ROWS), strict=True)
+        n = _ROWS // 4  # three copies are held here
+        parts = zip(states.split(n), genes.split(n), strict=True)
         found = [self.gene_logits(part).float().softmax(1).gather(1, of[:, None])[:, 0] for part, of in parts]
         return torch.cat(found) if found else states.new_zeros(0)
 

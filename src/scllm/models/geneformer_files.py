@@ -218,9 +218,11 @@ def _vocabulary(given: VocabLike | None, places: list[Path]) -> Vocab:
         vocab = Vocab.read(file)
     mapping = _found(_MAPPING, places)
     aliases = {} if mapping is None else read_dictionary(mapping)
+    # the original looks ids up in capitals
+    aliases |= {name.upper(): gene for name, gene in aliases.items()}
     return Vocab(
         vocab.tokens, vocab.pad, vocab.mask, vocab.cls, vocab.eos,
-        {name.upper(): str(gene) for name, gene in aliases.items() if gene in vocab and name != gene},
+        {name: str(gene) for name, gene in aliases.items() if gene in vocab and name != gene},
     )  # fmt: skip
 
 
