@@ -191,6 +191,9 @@ def test_parity_geneformer_native_round_trip_is_equal_to_the_bit(of_version, par
         assert torch.equal(model(batch).cell, again(batch).cell)
     assert (again.config, again.vocab, again.encoder) == (model.config, model.vocab, model.encoder)
     np.testing.assert_array_equal(again.encoder.medians, model.encoder.medians)
+    (tmp_path / "native" / "extras.npz").unlink()
+    with pytest.raises(ValueError, match=r"extras\.npz is missing"):
+        models.load(tmp_path / "native")
 
 
 @torch.no_grad()

@@ -109,5 +109,7 @@ def test_views_backed_data_and_copies(adata, tmp_path):
     view = rank_expression(adata[::3], medians=medians, copy=True)
     np.testing.assert_array_equal(view.layers["ranked"].toarray(), expected[::3])
     backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    gene_medians(backed)
+    np.testing.assert_allclose(backed.var["median_expression"], medians, rtol=1 / 128)
     rank_expression(backed, key_added="again")
     np.testing.assert_array_equal(backed.layers["again"].toarray(), expected)

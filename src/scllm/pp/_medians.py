@@ -28,8 +28,8 @@ def gene_medians(
 ) -> AnnData | pd.Series | None:
     """Median of each gene's normalised counts over the cells that express it.
 
-    What Geneformer ranks genes relative to. Cells are scaled to the same total first. An AnnData gets exact medians;
-    data given as a path are read once, in row chunks, and medians are right to within 1/128 of their value.
+    What Geneformer ranks genes relative to. Cells are scaled to the same total first. An AnnData in memory gets exact
+    medians; data on disk (a path, or backed) are read once, in row chunks, and get medians right to within 1/128.
 
     Parameters
     ----------
@@ -68,7 +68,12 @@ def gene_medians(
         if copy:
             raise TypeError("copy=True goes with an AnnData, a path was given: its medians are returned. Leave it out.")
         return pd.Series(streamed_medians(source, target_sum=target_sum), index=source.genes, name=key_added)
+    is_on_disk = data.isbacked and layer is None
     adata = data.copy() if copy else data
-    adata.var[key_added] = exact_medians(stored_rows(adata, source, layer), target_sum=target_sum)
+    if is_on_disk:
+        medians = streamed_medians(source, target_sum=target_sum)
+    else:
+        medians = exact_medians(stored_rows(adata, source, layer), target_sum=target_sum)
+    adata.var[key_added] = medians
     record(adata, "gene_medians", {"layer": layer, "target_sum": target_sum, "key_added": key_added})
     return adata if copy else None
