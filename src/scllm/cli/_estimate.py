@@ -12,12 +12,11 @@ from scllm._typing import IntArray
 from scllm.data import genes
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource, open_source
-from scllm.data.vocab import Vocab
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.estimate import say_cost
 from scllm.models.base import CellModel
-from scllm.tl._inputs import check_layer
+from scllm.tl._inputs import check_layer, take_medians
 from scllm.tl._model import gene_match, resolve
 from scllm.tl._train import divide, merged_config, processes
 
@@ -52,6 +51,7 @@ def what_would_run(
     source = open_source(data, layer=layer)
     where = processes(n_gpus, n_procs, device)
     begun = _fresh(source, model, size)
+    take_medians(source, begun)
     check_layer(source, begun, layer, None)
     match = gene_match(data, source, begun)
     settings = merged_config(
@@ -83,7 +83,7 @@ def what_would_run(
 def _fresh(source: CellSource, model: str, size: str) -> CellModel:
     if model not in models.families():
         return resolve(model, None)
-    return models.build(model, vocab=Vocab.from_genes(genes.strip_version(source.genes)), size=size)
+    return models.build(model, vocab=list(dict.fromkeys(genes.strip_version(source.genes))), size=size)
 
 
 def _mean_length(source: CellSource, match: GeneMatch, model: CellModel, rows: IntArray) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,23 @@ def write_genecorpus(
             row = rows.stop
         if writer is not None:
             writer.close()
-        datasets.Dataset.from_file(str(file)).save_to_disk(str(path))
+        with _quiet(datasets):
+            datasets.Dataset.from_file(str(file)).save_to_disk(str(path))
     known = {token: float(value) for token, value in zip(vocab.tokens, medians, strict=True) if np.isfinite(value)}
     (path / f"{_TOKENS}.json").write_text(json.dumps({token: i for i, token in enumerate(vocab.tokens)}))
     (path / f"{_MEDIANS}_dictionary.json").write_text(json.dumps(known))
+
+
+@contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """Without the progress bars of datasets, which it also draws where there is no terminal."""
+    was_quiet = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_quiet:
+            datasets.enable_progress_bars()
 
 
 def _beside(path: Path, name: str) -> Path:

@@ -100,8 +100,8 @@ class Model(CellModel):
     def __init__(self, config: Config, vocab: Vocab, encoder: Encoder) -> None:
         super().__init__(config, vocab, encoder)
         # V1 has no <cls>: its embedding is the mean over the genes
-        self.pooling: Pooling = "cls" if vocab.cls is not None else "mean"
-        self.poolings = ("cls", "mean", "max") if vocab.cls is not None else ("mean", "max")
+        self.pooling: Pooling = "cls" if config.specials else "mean"
+        self.poolings = ("cls", "mean", "max") if config.specials else ("mean", "max")
         d = config.d_model
         self.token_embedding = nn.Embedding(len(vocab), d)
         self.position_embedding = nn.Embedding(config.max_len, d)
@@ -150,7 +150,7 @@ class Model(CellModel):
 
     def head_outputs(self, batch: Batch) -> dict[str, Tensor]:
         """Logits (or values) of every head by its key."""
-        if self.config.classify_first and self.vocab.cls is not None:
+        if self.config.classify_first and self.config.specials:
             return self.apply_heads(self.hidden(batch, first_only=True))
         return self.apply_heads(self._seen(self.hidden(batch), batch))
 

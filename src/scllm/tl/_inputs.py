@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from anndata import AnnData
 
@@ -11,7 +13,7 @@ from scllm.data.genecorpus import RankedCells
 from scllm.data.source import CellSource
 from scllm.models.base import CellModel
 
-__all__ = ["check_layer"]
+__all__ = ["check_layer", "take_medians"]
 
 
 def check_layer(
@@ -22,6 +24,14 @@ def check_layer(
         _check_ranked(source, model)
     needs_counts = model.encoder.needs_counts or downsample > 0
     check_source(source, needs_counts=needs_counts, layer=layer, hint=lambda: layer_with_counts(adata))
+
+
+def take_medians(source: CellSource, model: CellModel) -> None:
+    """Let a fresh model that ranks genes take the medians that rank sentences were made with."""
+    encoder = model.encoder
+    if isinstance(source, RankedCells) and isinstance(encoder, RankEncoder) and encoder.medians is None:
+        medians = dict(zip(source.vocab.tokens, source.medians, strict=True))
+        model.encoder = replace(encoder, medians=np.array([medians.get(token, np.nan) for token in model.vocab.tokens]))
 
 
 def _check_ranked(source: RankedCells, model: CellModel) -> None:

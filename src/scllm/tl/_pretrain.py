@@ -9,23 +9,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from anndata import AnnData
 from torch import nn
 
 from scllm import models
-from scllm._typing import FloatArray
 from scllm.data import genes
 from scllm.data.encode import RankEncoder
-from scllm.data.genecorpus import RankedCells
 from scllm.data.medians import token_medians
 from scllm.data.source import open_source
-from scllm.data.vocab import Vocab
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.objectives import Objective, objective_from_dict
 from scllm.models.base import CellModel
-from scllm.tl._inputs import check_layer
+from scllm.tl._inputs import check_layer, take_medians
 from scllm.tl._model import ModelLike, gene_match, resolve
 from scllm.tl._train import Data, divide, merged_config, processes, train
 
@@ -132,8 +128,7 @@ def pretrain(
     seed = random_state or (config.random_state if config is not None else None) or 0
     begun = _starting_model(data, source.genes, model, size, dropout, seed)
     adata = data if isinstance(data, AnnData) else None
-    if isinstance(source, RankedCells) and isinstance(begun.encoder, RankEncoder) and begun.encoder.medians is None:
-        begun.encoder = replace(begun.encoder, medians=_medians_of(source, begun.vocab))
+    take_medians(source, begun)
     check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample)
     module = models.family_module(begun.family)
     # a trained table is not started again, unless config says so
@@ -170,12 +165,6 @@ def _objective(
             raise TypeError(f"left_out={left_out} goes with families that read values, {model.family} does not.")
         settings["left_out"] = left_out
     return objective_from_dict(settings)
-
-
-def _medians_of(source: RankedCells, vocab: Vocab) -> FloatArray:
-    """Medians that the sentences were made with, by token of another vocabulary."""
-    medians = dict(zip(source.vocab.tokens, source.medians, strict=True))
-    return np.array([medians.get(token, np.nan) for token in vocab.tokens])
 
 
 def _starting_model(
