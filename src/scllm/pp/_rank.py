@@ -57,7 +57,7 @@ def rank_expression(
     --------
     >>> adata = scllm.datasets.toy()
     >>> scllm.pp.rank_expression(adata)
-    >>> int(adata.layers["ranked"][0].max()) == (adata.X[0] > 0).sum()
+    >>> bool(adata.layers["ranked"][0].max() == (adata.X[0] > 0).sum())
     True
     """
     source = open_source(adata, layer=layer)
