@@ -67,7 +67,7 @@ def test_help_names_each_command_and_loads_nothing_heavy() -> None:
     run = subprocess.run(
         [sys.executable, "-c", code + "    print(*sys.modules)"], capture_output=True, text=True, check=True
     )
-    for name in ("demo", "pretrain", "run", "info", "embed", "finetune", "classify"):
+    for name in ("demo", "pretrain", "run", "info", "embed", "finetune", "classify", "genecorpus"):
         assert f"\n  {name} " in run.stdout
     assert not set(run.stdout.split()) & {"torch", "scanpy", "numba", "anndata", "matplotlib"}
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 __all__ = [
-    "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "EMBEDDING", "GENES", "GENE_SYMBOL", "LABEL", "LOUVAIN", "NATS", "PCA",
-    "PERPLEXITY", "PROBABILITIES", "PROBABILITY", "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT", "TOKENS", "TOKEN_ID",
+    "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "EMBEDDING", "GENES", "GENE_SYMBOL", "LABEL", "LOUVAIN", "MEDIANS",
+    "NATS", "PCA", "PERPLEXITY", "PROBABILITIES", "PROBABILITY", "RANKED", "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT",
+    "TOKENS", "TOKEN_ID",
     "TOKEN_VALUES", "TOY", "UNS",
 ]  # fmt: skip
 
@@ -13,9 +14,11 @@ UNS = "scllm"
 
 COUNTS = "counts"
 BINNED = "binned"
+RANKED = "ranked"
 RECONSTRUCTED = "reconstructed"
 
 TOKEN_ID = "token_id"
+MEDIANS = "median_expression"
 
 TOKENS = "tokens"
 TOKEN_VALUES = "_values"

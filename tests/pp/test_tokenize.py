@@ -66,7 +66,7 @@ def test_vocabulary_specials_and_settings_are_recorded(adata):
 
 
 def test_an_unknown_encoder_is_an_error(adata):
-    with pytest.raises(ValueError, match="encoder is 'ranked', 'bins', 'values' or an encoder object expected"):
+    with pytest.raises(ValueError, match="encoder is 'ranked', 'bins', 'ranks', 'values' or an encoder"):
         tokenize(adata, encoder="ranked")
     assert not len(adata.obsm)
 

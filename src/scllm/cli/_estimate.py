@@ -17,7 +17,7 @@ from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.estimate import say_cost
 from scllm.engine.launch import cluster_command
 from scllm.models.base import CellModel
-from scllm.tl._inputs import check_layer
+from scllm.tl._inputs import check_layer, take_medians
 from scllm.tl._model import gene_match, resolve
 from scllm.tl._train import divide, merged_config, processes
 
@@ -52,6 +52,7 @@ def what_would_run(
     source = open_source(data, layer=layer)
     where = processes(n_gpus, n_procs, device)
     begun = _fresh(source, model, size)
+    take_medians(source, begun)
     check_layer(source, begun, layer, None)
     match = gene_match(data, source, begun)
     settings = merged_config(

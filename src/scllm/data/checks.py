@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
+from anndata import AnnData
 
 from scllm._typing import CSR, IntArray
-from scllm.data.source import CellSource
+from scllm.data.source import CellSource, open_source
 
-__all__ = ["check_source", "check_values", "warn_of_empty_cells"]
+__all__ = ["check_source", "check_values", "layer_with_counts", "warn_of_empty_cells"]
 
 _LOGGED_MAXIMUM = 50  # log1p of any real count is far below; a count matrix of a whole cell is not
 _SAMPLED_ROWS = 2_048
@@ -30,6 +31,8 @@ def check_source(
             f"the data have {source.n_obs} cells and {len(source.genes)} genes, at least one of each expected. "
             "Check the filters that came before."
         )
+    # a folder of sentences passed this check where it was written, and holds no counts any more
+    needs_counts = needs_counts and not hasattr(source, "medians")
     step = max(1, source.n_obs // _SAMPLED_ROWS) if source.chunked else 1
     rows = np.arange(0, source.n_obs, step)
     maximum, n_odd, first_odd = 0.0, 0, None
@@ -80,6 +83,22 @@ def check_values(counts: CSR, source: CellSource, rows: IntArray, *, layer: str 
         f"{_name(layer)} holds {what} values (first: {data[at]:g}, gene {gene!r} in cell {cell!r}), non-negative "
         "finite expression expected. Scaled or regressed data cannot be used: pass a layer with counts with `layer=`."
     )
+
+
+def layer_with_counts(data: object, takes_layer: bool = True) -> str:
+    """Which layer of an AnnData holds counts, as advice; nothing for other data, or if none does."""
+    if not isinstance(data, AnnData):
+        return ""
+    for name in data.layers:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # of non-integers: they are no counts
+                check_source(open_source(data, layer=name), needs_counts=True, layer=name)
+        except (ValueError, UserWarning):
+            continue
+        advice = f"pass layer={name!r}" if takes_layer else f"put it into X (adata.X = adata.layers[{name!r}])"
+        return f"Layer {name!r} holds counts: {advice}."
+    return "" if takes_layer else "Put raw counts into X."
 
 
 def warn_of_empty_cells(n_empty: int, n_cells: int) -> None:

@@ -21,7 +21,7 @@ from scllm.kernels.ragged import restrict
 
 __all__ = ["GeneMatch", "check_unique", "id_type", "match", "strip_version"]
 
-_ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{11}(\.\d+)?$")
+_ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{11}(\.\d+)?$", re.IGNORECASE)
 
 # columns in which AnnData files of the usual sources (scanpy, CELLxGENE, 10x, Seurat exports) keep the other names
 _USUAL_COLUMNS = (
@@ -102,15 +102,16 @@ def match(
 ) -> GeneMatch:
     """Find the column of gene names that fits a vocabulary best, and the token of each gene.
 
-    Ensembl version suffixes are stripped, on both sides. Without ``gene_key``, ``names`` and the usual columns of
-    ``var`` are tried and the one with most matches is taken. Raises ``ValueError`` where names are duplicated or
-    coverage is too low.
+    Ensembl version suffixes are stripped, on both sides, and the vocabulary's aliases count as its names. Without
+    ``gene_key``, ``names`` and the usual columns of ``var`` are tried and the one with most matches is taken. Raises
+    ``ValueError`` where names are duplicated or coverage is too low.
     """
     names = pd.Index(names)
     check_unique(names)
     candidates = _candidates(names, var, gene_key)
     # a vocabulary may hold versions too; of several of one gene the first is taken
     id_of = {token: i for i, token in reversed(list(enumerate(strip_version(vocab.tokens))))}
+    id_of |= {alias: id_of[token] for alias, token in vocab.aliases.items() if token in id_of}
     known = {
         column: np.fromiter((id_of.get(name, -1) for name in strip_version(values)), np.int32)
         for column, values in candidates.items()
@@ -137,9 +138,9 @@ def check_unique(names: pd.Index) -> None:
 
 
 def strip_version(names: Iterable[str]) -> list[str]:
-    """Names as strings, Ensembl ids without their version (``ENSG00000141510.17`` becomes ``ENSG00000141510``)."""
+    """Names as strings, Ensembl ids in capitals and without version (``ENSG00000141510.17``: ``ENSG00000141510``)."""
     names = [str(name) for name in names]
-    return [name.split(".")[0] if _ENSEMBL.match(name) else name for name in names]
+    return [name.split(".")[0].upper() if _ENSEMBL.match(name) else name for name in names]
 
 
 def id_type(names: Iterable[str]) -> Literal["symbol", "ensembl"]:

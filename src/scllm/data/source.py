@@ -20,6 +20,7 @@ from scllm._log import log
 from scllm._results import storable_table
 from scllm._typing import CSR, IntArray, Rows
 from scllm.data.anndata_file import AnnDataFile, FileTables, MemoryTables, Tables, is_array
+from scllm.data.genecorpus import RankedCells, is_genecorpus
 from scllm.data.mapped import MappedRows, TransposedRows, write_rows
 from scllm.data.storage import DenseRows, MemoryRows, RowStore, SelectedRows, SparseRows, positions
 from scllm.kernels.ragged import take_rows
@@ -73,8 +74,9 @@ def open_source(data: AnnData | str | os.PathLike | Sequence | CellSource, *, la
     ----------
     data
         An ``AnnData`` (also backed, also a view); a path to ``.h5ad`` or ``.zarr``; a folder of such files, taken in
-        the order of their names; a folder from :func:`write_arrays`; a list of any of these, whose genes are united
-        in the order in which they first appear. A source is handed back as it is.
+        the order of their names; a folder from :func:`write_arrays` or of rank sentences (``scllm genecorpus``); a list
+        of any of these, whose genes are united in the order in which they first appear. A source is handed back as it
+        is.
     layer
         Layer that holds the matrix; ``None`` is ``X``.
 
@@ -313,6 +315,8 @@ def _open_path(path: Path, layer: str | None) -> CellSource:
         return _open_file(path, layer)
     if (path / _TABLES).exists():
         return _open_arrays(path, layer)
+    if is_genecorpus(path):
+        return RankedCells(path)
     files = sorted(file for file in path.iterdir() if file.suffix in (".h5ad", ".zarr"))
     if not files:
         raise FileNotFoundError(

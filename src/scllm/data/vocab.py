@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from scllm._typing import IntArray
+from scllm.data.dictionaries import read_dictionary
 
 __all__ = ["Vocab", "read_tokens"]
 
@@ -28,6 +29,8 @@ class Vocab:
         Gene names and special tokens (in angle brackets) in the order of their ids.
     pad, mask, cls, eos
         Names of the special tokens; ``None`` where the vocabulary has no such token.
+    aliases
+        Other names of tokens, such as old Ensembl ids; they count before the tokens themselves.
 
     Examples
     --------
@@ -41,6 +44,7 @@ class Vocab:
     mask: str | None = "<mask>"
     cls: str | None = "<cls>"
     eos: str | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self._id_of) < len(self.tokens):
@@ -138,25 +142,27 @@ class Vocab:
 
     def to_dict(self) -> dict[str, Any]:
         """What ``vocab.json`` holds."""
-        return {"tokens": list(self.tokens), "pad": self.pad, "mask": self.mask, "cls": self.cls, "eos": self.eos}
+        saved = {"tokens": list(self.tokens), "pad": self.pad, "mask": self.mask, "cls": self.cls, "eos": self.eos}
+        return {**saved, "aliases": dict(self.aliases)} if self.aliases else saved
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Vocab:
         """Read what :meth:`to_dict` wrote."""
-        return cls(tuple(saved["tokens"]), saved["pad"], saved["mask"], saved["cls"], saved["eos"])
+        return cls(
+            tuple(saved["tokens"]), saved["pad"], saved["mask"], saved["cls"], saved["eos"], saved.get("aliases", {})
+        )
 
     @classmethod
     def from_tokens(cls, tokens: Iterable[str]) -> Vocab:
         """A vocabulary with exactly these tokens; specials are those of the usual names that are there."""
         tokens = tuple(map(str, tokens))
         there = set(tokens)
-        return cls(
-            tokens, **{role: f"<{role}>" if f"<{role}>" in there else None for role in ("pad", "mask", "cls", "eos")}
-        )
+        pad, mask, first, last = (token if token in there else None for token in ("<pad>", "<mask>", "<cls>", "<eos>"))
+        return cls(tokens, pad, mask, first, last)
 
     @classmethod
     def read(cls, path: str | PathLike[str]) -> Vocab:
-        """Read a vocabulary file: ours, a ``{token: id}`` dictionary, a JSON list, or one name a line (``.gz`` too)."""
+        """Read a vocabulary file: ours, ``{token: id}`` (also pickled), a JSON list, or a name a line; ``.gz`` too."""
         path = Path(path)
         content = read_tokens(path)
         return cls.from_dict(content) if isinstance(content, dict) else cls.from_tokens(content)
@@ -165,7 +171,10 @@ class Vocab:
 def read_tokens(path: Path) -> list[str] | dict[str, Any]:
     """The tokens of a vocabulary file in id order, or the dict of a file that scllm wrote."""
     raw = path.read_bytes()
-    text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
+    raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    if raw[:1] == b"\x80":
+        return _in_order(read_dictionary(path), path)
+    text = raw.decode()
     if not text.lstrip().startswith(("{", "[")):
         return [line.strip() for line in text.splitlines() if line.strip()]
     content = json.loads(text)
@@ -173,6 +182,11 @@ def read_tokens(path: Path) -> list[str] | dict[str, Any]:
         return [str(token) for token in content]
     if isinstance(content.get("tokens"), list):
         return dict(content)
+    return _in_order(content, path)
+
+
+def _in_order(content: Mapping[str, int], path: Path) -> list[str]:
+    """The tokens of a ``{token: id}`` dictionary in the order of their ids, which have no gaps."""
     tokens = sorted(content, key=content.__getitem__)
     ids = [content[token] for token in tokens]
     if ids != list(range(len(ids))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib import import_module
 from inspect import signature
@@ -102,8 +102,8 @@ def load(
     path: str | PathLike[str] | CellModel,
     *,
     family: str | None = None,
-    vocab: Vocab | Iterable[str] | str | PathLike[str] | None = None,
-    medians: Any = None,
+    vocab: Vocab | Mapping[str, int] | Iterable[str] | str | PathLike[str] | None = None,
+    medians: Mapping[str, float] | str | PathLike[str] | None = None,
     part: str | None = None,
     ignore: Iterable[str] = (),
 ) -> CellModel:
@@ -116,10 +116,11 @@ def load(
     family
         Which published format it is; native folders say so themselves.
     vocab
-        Replaces the vocabulary of a published checkpoint, or names the genes (in their order) for formats that come
-        without: a :class:`Vocab`, gene names, or the path of a list.
+        Vocabulary of a published checkpoint that comes without one, or that replaces its own: a :class:`Vocab`, gene
+        names in their order, ``{token: id}``, or the path of such a file (geneformer: medians and Ensembl mapping are
+        then looked for beside it too).
     medians
-        Gene medians, for families that rank by them.
+        Gene medians by name, or the path of such a dictionary (geneformer).
     part
         Which of several models in a file (scfoundation: ``"cell"``, ``"rde"``, ``"gene"``); ``None`` is the first of
         those.
@@ -132,26 +133,30 @@ def load(
     """
     if isinstance(path, CellModel):
         return path
-    if medians is not None:
-        raise ValueError("medians= goes with families that rank genes; none of those is asked for here. Leave it out.")
     folder = _folder(Path(path))
     if family is None or is_native(folder):
-        if part is not None:
-            raise ValueError(f"part={part!r} goes with published checkpoints, {folder} is native. Leave it out.")
+        if vocab is not None or medians is not None or part is not None:
+            raise ValueError(
+                "vocab=, medians= and part= go with published checkpoints, which family= names; a model that scllm "
+                "wrote holds all there is. Leave them out."
+            )
         return _load_native(folder, ignore, family)
     module = family_module(family)
     if not hasattr(module, "read"):
         raise ValueError(f"{family} has no published format that scllm reads. Load a native folder without family=.")
     known = signature(module.read).parameters
-    if part is not None and "part" not in known:
-        raise ValueError(f"part={part!r} goes with files of several models, {family} has one a file. Leave it out.")
-    named = None if vocab is None else _vocab(vocab)
-    options = {"vocab": named, "part": part}
-    checkpoint: Checkpoint = module.read(folder, **{name: value for name, value in options.items() if name in known})
-    vocabulary = checkpoint.vocab if named is None or "vocab" in known else named
+    asked = {"vocab": vocab, "medians": medians, "part": part}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    surplus = sorted(set(given) - set(known) - {"vocab"})
+    if surplus:
+        raise ValueError(f"{surplus[0]}= is given, and a {family} checkpoint has no choice of that. Leave it out.")
+    if "vocab" in given and "medians" not in known:
+        given["vocab"] = _vocab(given["vocab"])
+    checkpoint: Checkpoint = module.read(folder, **{name: given[name] for name in given if name in known})
+    vocabulary = given["vocab"] if "vocab" in given and "vocab" not in known else checkpoint.vocab
     model = _filled(module, checkpoint, vocabulary, folder, ignore)
     # remembered by its path only where that alone finds the same model again
-    model.path = folder.absolute() if named is None and part is None else None
+    model.path = None if given else folder.absolute()
     return model
 
 

@@ -104,8 +104,8 @@ class CellModel(nn.Module):
     """
 
     family: ClassVar[str]
-    pooling: ClassVar[Pooling] = "cls"
-    poolings: ClassVar[tuple[Pooling, ...]] = ("cls", "mean", "max")
+    pooling: Pooling = "cls"
+    poolings: tuple[Pooling, ...] = ("cls", "mean", "max")
     """Ways of making one vector of a cell's states that the family has."""
     unit_length: ClassVar[bool] = False
     """Whether the family's own cell embedding is scaled to length one."""
@@ -271,7 +271,7 @@ class CellModel(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, path: str | PathLike[str], *, format: Literal["native", "scgpt"] = "native") -> None:
+    def save(self, path: str | PathLike[str], *, format: Literal["native", "scgpt", "geneformer"] = "native") -> None:
         """Write the model into a folder.
 
         Parameters

@@ -97,6 +97,10 @@ class Batch:
             )
         return self.obs["batch"]
 
+    def with_genes(self, genes: Tensor) -> Batch:
+        """The same cells with other tokens in some places."""
+        return replace(self, genes=genes)
+
     def with_values(self, values: Tensor) -> Batch:
         """The same cells with other values beside the genes."""
         return replace(self, values=values)

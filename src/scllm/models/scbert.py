@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +93,8 @@ class Model(CellModel):
     """The scBERT Performer: level embedding + gene embedding, pre-norm blocks of linear attention, a last norm."""
 
     family = "scbert"
-    pooling: ClassVar[Pooling] = "mean"
-    poolings: ClassVar[tuple[Pooling, ...]] = ("mean", "max")
+    pooling: Pooling = "mean"
+    poolings: tuple[Pooling, ...] = ("mean", "max")
 
     def __init__(self, config: Config, vocab: Vocab, encoder: Encoder) -> None:
         super().__init__(config, vocab, encoder)

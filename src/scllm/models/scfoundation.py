@@ -136,8 +136,8 @@ class Model(CellModel):
     """The scFoundation model: post-norm blocks over what a cell expresses, a Performer over all genes."""
 
     family = "scfoundation"
-    pooling: ClassVar[Pooling] = "all"
-    poolings: ClassVar[tuple[Pooling, ...]] = ("all", "max", "mean")
+    pooling: Pooling = "all"
+    poolings: tuple[Pooling, ...] = ("all", "max", "mean")
     reads_depth: ClassVar[bool] = True
 
     def __init__(self, config: Config, vocab: Vocab, encoder: Encoder) -> None:

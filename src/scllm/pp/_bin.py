@@ -8,12 +8,12 @@ from scipy import sparse
 
 from scllm import _keys
 from scllm._results import record
-from scllm._typing import CSR
 from scllm.data.checks import check_source
 from scllm.data.encode.bins import Ties, check_n_bins, check_ties, tie_draws
-from scllm.data.source import CellSource, open_source
+from scllm.data.source import open_source
 from scllm.data.tokens import Tokens
 from scllm.kernels.binning import bin_rows
+from scllm.pp._stored import stored_rows
 
 __all__ = ["bin_expression"]
 
@@ -70,7 +70,7 @@ def bin_expression(
     source = open_source(adata, layer=layer)
     check_source(source, needs_counts=False, layer=layer)
     adata = adata.copy() if copy else adata
-    matrix = _matrix(adata, source, layer)
+    matrix = stored_rows(adata, source, layer)
     draws = None
     if ties == "random":
         draws = tie_draws(Tokens(matrix.indptr, matrix.indices, matrix.data), None, random_state)
@@ -80,15 +80,3 @@ def bin_expression(
     params = {"n_bins": n_bins, "layer": layer, "ties": ties, "key_added": key_added, "random_state": random_state}
     record(adata, "bin_expression", params)
     return adata if copy else None
-
-
-def _matrix(adata: AnnData, source: CellSource, layer: str | None) -> CSR:
-    """The layer itself where its rows are stored in order and without zeros, else its values read in row chunks."""
-    stored = None if adata.isbacked and layer is None else adata.X if layer is None else adata.layers[layer]
-    if sparse.issparse(stored) and stored.format == "csr" and stored.has_canonical_format and stored.data.all():
-        return stored
-    step = 4096
-    rows = (np.arange(start, min(start + step, source.n_obs)) for start in range(0, source.n_obs, step))
-    matrix = sparse.csr_matrix(sparse.vstack([source.read(chunk) for chunk in rows], format="csr"))
-    matrix.eliminate_zeros()
-    return matrix

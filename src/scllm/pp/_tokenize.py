@@ -13,8 +13,9 @@ from scipy import sparse
 from scllm import _keys
 from scllm._results import match_settings, record
 from scllm.data import genes
-from scllm.data.checks import check_source
-from scllm.data.encode import BinEncoder, Encoder, ValueEncoder
+from scllm.data.checks import check_source, layer_with_counts
+from scllm.data.encode import BinEncoder, Encoder, RankEncoder, ValueEncoder
+from scllm.data.medians import token_medians
 from scllm.data.source import open_source
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
@@ -30,7 +31,7 @@ class _Model(Protocol):
 def tokenize(
     adata: AnnData,
     *,
-    encoder: Literal["bins", "values"] | Encoder = "bins",
+    encoder: Literal["bins", "ranks", "values"] | Encoder = "bins",
     model: _Model | None = None,
     vocab: Vocab | None = None,
     max_len: int | None = None,
@@ -46,7 +47,8 @@ def tokenize(
     adata
         Cells by genes.
     encoder
-        ``"bins"`` (scGPT), ``"values"`` (log-normalised), or an encoder object.
+        ``"bins"`` (scGPT), ``"ranks"`` (Geneformer, relative to the medians of these cells), ``"values"``
+        (log-normalised), or an encoder object.
     model
         Brings its own encoder and vocabulary, in place of ``encoder`` and ``vocab``.
     vocab
@@ -65,7 +67,7 @@ def tokenize(
     Writes
     ------
     ``adata.obsm[key_added]``, ``adata.obsm[key_added + "_values"]``
-        Token ids and the values beside them (CSR, column = position in the sentence).
+        Token ids and the values beside them (CSR, column = position in the sentence); ranks have no values.
     ``adata.uns["scllm"]["tokenize"]``
         Vocabulary, special tokens and settings.
 
@@ -83,8 +85,11 @@ def tokenize(
     if max_len is not None:
         encode = replace(encode, max_len=max_len)  # type: ignore[type-var]
     source = open_source(adata, layer=layer)
-    check_source(source, needs_counts=encode.needs_counts, layer=layer)
+    check_source(source, needs_counts=encode.needs_counts, layer=layer, hint=lambda: layer_with_counts(adata))
     match = genes.match(adata.var_names, vocab, var=adata.var, **match_settings(adata))
+    if encoder == "ranks":
+        medians = token_medians(source, match, np.arange(adata.n_obs), len(vocab))
+        encode = replace(encode, medians=medians)  # type: ignore[type-var]
     blocks = []
     for start in range(0, adata.n_obs, 4096):
         counts = match.tokens(source.read(np.arange(start, min(start + 4096, adata.n_obs))))
@@ -107,11 +112,13 @@ def _encoder(named: str | Encoder) -> Encoder:
     match named:
         case "bins":
             return BinEncoder()
+        case "ranks":
+            return RankEncoder()
         case "values":
             return ValueEncoder()
         case str():
             raise ValueError(
-                f"encoder is {named!r}, 'bins', 'values' or an encoder object expected. Pass one of those."
+                f"encoder is {named!r}, 'bins', 'ranks', 'values' or an encoder object expected. Pass one of those."
             )
     return named
 

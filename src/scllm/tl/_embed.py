@@ -61,7 +61,8 @@ def embed(
         A model, or the path of a model or run directory; ``None`` is the one recorded on ``data`` last.
     pooling
         ``"cls"``, ``"mean"`` or ``"max"`` over gene tokens, ``"all"`` (scfoundation: both depths, maximum and mean);
-        ``None`` is the family's own (scgpt: ``<cls>`` scaled to unit length; scbert: mean; scfoundation: all).
+        ``None`` is the family's own (scgpt: ``<cls>`` scaled to unit length; geneformer: ``<cls>`` where the model has
+        it, else the mean; scfoundation: all; the others: mean).
     hidden_layer
         -1 is the output of the last block, -2 of the one before.
     layer

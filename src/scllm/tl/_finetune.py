@@ -85,11 +85,11 @@ def finetune(
     layer
         Layer to read; ``None`` is ``X``.
     epochs
-        Passes over the cells; ``None`` is the family's own (scgpt: 10).
+        Passes over the cells; ``None`` is the family's own (scgpt, geneformer: 10).
     batch_size
-        Cells of one optimiser step, over all processes (scgpt: 32).
+        Cells of one optimiser step, over all processes (scgpt, geneformer: 32).
     lr
-        Highest learning rate (scgpt: 1e-4).
+        Highest learning rate (scgpt: 1e-4, geneformer: 5e-4).
     n_gpus
         GPUs, one process each; ``None``: all there are, else one CPU process.
     n_procs

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
+from dataclasses import replace
 
+import numpy as np
 from anndata import AnnData
 
-from scllm.data.checks import check_source
-from scllm.data.source import CellSource, open_source
+from scllm.data.checks import check_source, layer_with_counts
+from scllm.data.encode import RankEncoder
+from scllm.data.genecorpus import RankedCells
+from scllm.data.source import CellSource
 from scllm.models.base import CellModel
 
-__all__ = ["check_layer"]
+__all__ = ["check_layer", "take_medians"]
 
 
 def check_layer(
@@ -23,20 +26,32 @@ def check_layer(
     takes_layer: bool = True,
 ) -> None:
     """Raise on values that encoder or down-sampling cannot read; name the layer that holds counts, if one does."""
+    if isinstance(source, RankedCells):
+        _check_ranked(source, model)
     needs_counts = model.encoder.needs_counts or downsample > 0
-    check_source(source, needs_counts=needs_counts, layer=layer, hint=lambda: _layer_with_counts(adata, takes_layer))
+    check_source(source, needs_counts=needs_counts, layer=layer, hint=lambda: layer_with_counts(adata, takes_layer))
 
 
-def _layer_with_counts(adata: AnnData | None, takes_layer: bool) -> str:
-    if adata is None:
-        return ""
-    for name in adata.layers:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # of non-integers: they are no counts
-                check_source(open_source(adata, layer=name), needs_counts=True, layer=name)
-        except (ValueError, UserWarning):
-            continue
-        advice = f"pass layer={name!r}" if takes_layer else f"put it into X (adata.X = adata.layers[{name!r}])"
-        return f"Layer {name!r} holds counts: {advice}."
-    return "" if takes_layer else "Put raw counts into X."
+def take_medians(source: CellSource, model: CellModel) -> None:
+    """Let a fresh model that ranks genes take the medians that rank sentences were made with."""
+    encoder = model.encoder
+    if isinstance(source, RankedCells) and isinstance(encoder, RankEncoder) and encoder.medians is None:
+        medians = dict(zip(source.vocab.tokens, source.medians, strict=True))
+        model.encoder = replace(encoder, medians=np.array([medians.get(token, np.nan) for token in model.vocab.tokens]))
+
+
+def _check_ranked(source: RankedCells, model: CellModel) -> None:
+    """Raise unless the model ranks genes as the sentences do."""
+    if not isinstance(model.encoder, RankEncoder):
+        raise ValueError(
+            f"{source.path} holds the order of genes alone, and {model.family} reads values. Pass the counts, or a "
+            "model that ranks genes (geneformer)."
+        )
+    medians = np.ones(len(model.vocab)) if model.encoder.medians is None else model.encoder.medians
+    ids = model.vocab.ids(source.vocab.tokens)
+    known = (ids >= 0) & np.isfinite(source.medians)
+    if not np.allclose(medians[ids[known]], source.medians[known], rtol=1e-9, equal_nan=True):
+        raise ValueError(
+            f"the gene medians of {source.path} are not those of the model, the same expected: the order would be "
+            "another. Write the folder anew with `scllm genecorpus --model`."
+        )

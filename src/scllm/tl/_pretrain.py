@@ -15,13 +15,16 @@ from anndata import AnnData
 from torch import nn
 
 from scllm import models
+from scllm._results import match_settings
 from scllm.data import genes
-from scllm.data.source import open_source
+from scllm.data.encode import RankEncoder
+from scllm.data.medians import token_medians
+from scllm.data.source import CellSource, open_source
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.objectives import Objective, objective_from_dict
 from scllm.models.base import CellModel
-from scllm.tl._inputs import check_layer
-from scllm.tl._model import ModelLike, resolve
+from scllm.tl._inputs import check_layer, take_medians
+from scllm.tl._model import ModelLike, gene_match, resolve
 from scllm.tl._train import Data, divide, merged_config, processes, train
 
 __all__ = ["pretrain"]
@@ -53,20 +56,22 @@ def pretrain(
     """Train a model on cells without labels, from scratch or onwards from another model.
 
     scgpt hides the expression of a part of each cell's genes and predicts it, from the genes around and from the cell
-    embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). scbert hides expression levels and classifies
-    them; scfoundation predicts hidden genes, zeros among them, at the depth that a cell had before counts were taken
-    away. gpt2, albert and xlnet predict genes in the order of their expression; their loss is in nats per gene, see
-    :func:`scllm.tl.perplexity`. Everything is written to a run directory: the same call continues after a crash, to the
-    same loss curve.
+    embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). geneformer hides genes of each cell's ranking and
+    tells which they are (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9). scbert hides expression levels and
+    classifies them; scfoundation predicts hidden genes, zeros among them, at the depth that a cell had before counts
+    were taken away. gpt2, albert and xlnet predict genes in the order of their expression; their loss is in nats per
+    gene, see :func:`scllm.tl.perplexity`. Everything is written to a run directory: the same call continues after a
+    crash, to the same loss curve.
 
     Parameters
     ----------
     data
-        An AnnData, also backed; a path to ``.h5ad`` or ``.zarr``; a list or a folder of such.
+        An AnnData, also backed; a path to ``.h5ad`` or ``.zarr``; a list or a folder of such; a folder of rank
+        sentences as ``scllm genecorpus`` writes it (geneformer).
     model
         Name of a family for fresh weights, or a model (or its path) to go on from, which is left unchanged.
     size
-        Named architecture of a fresh model: ``"tiny"``, ``"small"``, ``"base"``.
+        Named architecture of a fresh model: ``"tiny"``, ``"small"``, ``"base"``, or a published one of the family.
     n_gpus
         GPUs, one process each; ``None``: all there are, else one CPU process.
     n_procs
@@ -76,25 +81,26 @@ def pretrain(
     run_dir
         Where the run is written and continued; ``None``: a new directory under ``scllm.settings.run_dir``.
     epochs
-        Passes over the cells; ``None`` is the family's own (scgpt: 6).
+        Passes over the cells; ``None`` is the family's own (scgpt, geneformer: 6).
     batch_size
-        Cells of one optimiser step, over all processes (scgpt: 32).
+        Cells of one optimiser step, over all processes (scgpt, geneformer: 32).
     lr
-        Highest learning rate (scgpt: 1e-4).
+        Highest learning rate (scgpt: 1e-4, geneformer: 1e-3).
     mask_ratio
-        Share of a cell's genes to hide, or several to draw from each step (scgpt: 0.25, 0.5, 0.75).
+        Share of a cell's genes to hide, or several to draw from each step (scgpt: 0.25, 0.5, 0.75; geneformer: 0.15).
     left_out
         Share of a cell's genes that are left out of its sentence, to be told from the cell embedding among genes that
         the cell does not express: the embedding then says which genes are expressed, and separates cell types better.
         ``None`` is the family's own (scgpt: 0).
     dropout
-        Dropout of the blocks (scgpt: 0.2). With 0 any number of processes gives the same loss curve.
+        Dropout of the blocks (scgpt: 0.2, geneformer: 0.02). With 0 any number of processes gives the same loss curve.
     validation
         Share of cells held out, or a column of ``train`` and ``validation`` as :func:`scllm.pp.split` writes it.
     group_key
         Column of groups (donors) that are held out whole.
     layer
-        Layer to read; ``None`` is ``X``. Bins of counts, normalised and logged values are the same.
+        Layer to read; ``None`` is ``X``. scgpt reads counts, normalised or logged values (their bins are the same),
+        geneformer counts.
     precision
         ``"auto"``: fp32 on a CPU, bf16 on a GPU that has it.
     resume
@@ -125,18 +131,22 @@ def pretrain(
     where = processes(n_gpus, n_procs, device)
     genes.check_unique(source.genes)
     seed = random_state or (config.random_state if config is not None else None) or 0
-    begun = _starting_model(data, source.genes, model, size, dropout, seed)
+    begun = _starting_model(data, _names(data, source), model, size, dropout, seed)
     adata = data if isinstance(data, AnnData) else None
+    take_medians(source, begun)
     check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample or 0.0)
     module = models.family_module(begun.family)
     # a trained table is not started again, unless config says so
     gene_init = "svd" if isinstance(model, str) and _is_family(model) else "random"
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     settings = merged_config(
-        config, given, {**module.PRETRAIN, "gene_init": gene_init}, precision=precision, random_state=random_state
+        config, given, {"gene_init": gene_init, **module.PRETRAIN}, precision=precision, random_state=random_state
     )
-    objective = _objective(begun, settings.random_state, mask_ratio, left_out)
+    objective = _objective(begun, settings.random_state or 0, mask_ratio, left_out)
     training, held_out = divide(source, validation, group_key=group_key, random_state=seed)
+    if isinstance(begun.encoder, RankEncoder) and begun.encoder.medians is None:
+        medians = token_medians(source, gene_match(data, source, begun), training, len(begun.vocab))
+        begun.encoder = replace(begun.encoder, medians=medians)
     return train(
         "pretrain", data, source, begun, objective, settings,
         layer=layer, cells={"train": training, "validation": held_out}, where=where, run_dir=run_dir, resume=resume,
@@ -144,16 +154,23 @@ def pretrain(
     )  # fmt: skip
 
 
+def _names(data: Data, source: CellSource) -> list[str]:
+    """What the genes of a fresh vocabulary are called: as an earlier match_genes found them."""
+    column = match_settings(data)["gene_key"]
+    named = source.genes if column in (None, "var_names") or source.var is None else source.var[column].astype(str)
+    # versions of one gene share a token
+    return list(dict.fromkeys(name for name in genes.strip_version(named) if name))
+
+
 def _starting_model(
-    data: Data, names: Any, model: ModelLike, size: str, dropout: float | None, random_state: int
+    data: Data, names: list[str], model: ModelLike, size: str, dropout: float | None, random_state: int
 ) -> CellModel:
     """Fresh weights for a family's name; a copy of the model otherwise."""
     if isinstance(model, str) and _is_family(model):
         config = {} if dropout is None else {"dropout": dropout}
         with torch.random.fork_rng([]):
             torch.default_generator.manual_seed(random_state)  # of the CPU alone: GPUs keep their state
-            # versions of one gene share a token
-            return models.build(model, vocab=list(dict.fromkeys(genes.strip_version(names))), size=size, **config)
+            return models.build(model, vocab=names, size=size, **config)
     if isinstance(model, str) and not model.startswith("hf://") and "/" not in model and not Path(model).exists():
         close = difflib.get_close_matches(model, models.families(), n=1)
         raise ValueError(

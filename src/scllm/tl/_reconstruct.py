@@ -40,6 +40,8 @@ def reconstruct(
     scgpt predicts bins, scbert levels (the mean of the predicted distribution), scfoundation
     ``log1p(count / total * 1e4)``.
 
+    geneformer reads no values: what is written is the probability that it gives to the gene in its place.
+
     Parameters
     ----------
     adata

@@ -36,6 +36,11 @@ def encoder_from_dict(saved: Mapping[str, Any], arrays: Mapping[str, NDArray[Any
     kinds = {kind.__name__: kind for kind in (BinEncoder, DepthEncoder, LevelEncoder, RankEncoder, ValueEncoder)}
     settings = {**saved, **(arrays or {})}
     kind = kinds.get(settings.pop("kind", ""))
+    if isinstance(settings.get("medians"), str):
+        raise ValueError(
+            "the encoder ranks by gene medians, and they are not among the arrays it was saved with (extras.npz is "
+            "missing or of another model). Copy the whole model folder again."
+        )
     if kind is None or set(settings) - {field.name for field in fields(kind)}:
         raise ValueError(
             f"an encoder of this kind is not known: {dict(saved)}, one of {sorted(kinds)} expected. "

@@ -13,8 +13,8 @@ from scllm.data.encode.base import CROP, check_max_len
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
 from scllm.kernels.draws import uniform_entries
-from scllm.kernels.ragged import crop_random, crop_top
-from scllm.kernels.ranking import order_rows
+from scllm.kernels.ragged import crop_random
+from scllm.kernels.ranking import scaled, top_rows
 
 __all__ = ["RankEncoder"]
 
@@ -43,6 +43,14 @@ class RankEncoder:
 
     def __post_init__(self) -> None:
         check_max_len(self.max_len)
+        if self.medians is None:
+            return
+        known = self.medians[np.isfinite(self.medians)]
+        if not (known > 0).all():
+            raise ValueError(
+                f"the smallest gene median is {known.min():g}, numbers above zero expected: they are medians of "
+                "non-zero counts. Give a gene that has none NaN."
+            )
 
     @property
     def n_specials(self) -> int:
@@ -64,31 +72,40 @@ class RankEncoder:
     ) -> Tokens:
         """Order, crop, and put specials around."""
         del measured, random_state  # a gene that is not expressed has no rank, and nothing is drawn at inference
-        strength: NDArray[np.floating[Any]] = np.asarray(counts.values, np.float32)
-        indptr, genes = counts.indptr, counts.genes
+        indptr, genes, strength = counts.indptr, counts.genes, np.asarray(counts.values)
         if self.medians is not None:
-            strength = strength / self.medians[genes]
-            known = np.isfinite(strength)
-            indptr = np.concatenate([[0], np.cumsum(known)])[indptr]
-            strength, genes = strength[known], genes[known]
-        genes = genes[order_rows(indptr, strength)]
+            if len(self.medians) != len(vocab):
+                raise ValueError(
+                    f"there are {len(self.medians)} gene medians for {len(vocab)} tokens, one each expected. Use the "
+                    "vocabulary and the medians that belong together."
+                )
+            strength = scaled(strength, genes, self.medians)
+            if np.isnan(strength.min(initial=0)):
+                known = ~np.isnan(strength)
+                indptr = np.concatenate([[0], np.cumsum(known)])[indptr]
+                strength, genes = strength[known], genes[known]
         room = self.max_len - self.n_specials
-        if keys is None:
-            indptr, kept = crop_top(indptr, np.zeros(len(genes), np.float32), room)  # all alike: the first stay
-        else:
+        if keys is not None:
+            # before the order: a part keeps it
             indptr, kept = crop_random(indptr, room, uniform_entries(indptr, genes, keys, CROP))
-        return _with_specials(indptr, genes[kept], vocab, cls=self.cls, eos=self.eos)
+            strength, genes = strength[kept], genes[kept]
+        indptr, genes = top_rows(indptr, strength, genes, room)
+        return _with_specials(indptr, genes, vocab, cls=self.cls, eos=self.eos)
 
 
 def _with_specials(indptr: IntArray, genes: IntArray, vocab: Vocab, *, cls: bool, eos: bool) -> Tokens:
     """``<cls>`` before and ``<eos>`` after each sentence, where wanted."""
+    if not cls and not eos:
+        return Tokens(indptr, genes, None)
     n_cells = len(indptr) - 1
     full = np.empty(len(genes) + n_cells * (cls + eos), np.int32)
     ends = indptr + np.arange(n_cells + 1) * (cls + eos)
-    cell = np.repeat(np.arange(n_cells), np.diff(indptr))
-    full[np.arange(len(genes)) + cell * (cls + eos) + cls] = genes
+    is_gene = np.ones(len(full), bool)
     if cls:
+        is_gene[ends[:-1]] = False
         full[ends[:-1]] = vocab.cls_id
     if eos:
+        is_gene[ends[1:] - 1] = False
         full[ends[1:] - 1] = vocab.eos_id
+    full[is_gene] = genes
     return Tokens(ends, full, None)

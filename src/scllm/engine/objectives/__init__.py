@@ -16,8 +16,8 @@ from scllm.engine.objectives.next_gene import NextGene
 from scllm.engine.objectives.permuted_gene import PermutedGene
 
 __all__ = [
-    "Label", "Loss", "LossName", "MaskedExpression", "MaskedGene", "MaskedLevel", "MaskedValue", "NextGene", "Objective",
-    "PermutedGene", "objective_from_dict", "objective_to_dict",
+    "Label", "Loss", "LossName", "MaskedExpression", "MaskedGene", "MaskedLevel", "MaskedValue", "NextGene",
+    "Objective", "PermutedGene", "objective_from_dict", "objective_to_dict",
 ]  # fmt: skip
 
 _ALL = (Label, MaskedExpression, MaskedGene, MaskedLevel, MaskedValue, NextGene, PermutedGene)

@@ -1,8 +1,8 @@
-"""Hidden genes, predicted from the others (BERT, ALBERT)."""
+"""Hidden genes, predicted from the others (BERT, Geneformer, ALBERT)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ class MaskedGene:
     """Hide genes and predict them from all others (Devlin et al. 2019).
 
     Of the chosen genes 80 % become ``<mask>``, 10 % another gene drawn at random, and 10 % stay, so that the states of
-    genes that are shown are of use too. Draws are a function of the cell, the epoch and the place.
+    genes that are shown are of use too. ``<cls>`` and ``<eos>`` are never chosen, unlike in BERT: where they stand is
+    known, and ``<cls>`` has to be there to gather the cell. Draws are a function of the cell, the epoch and the place.
 
     Parameters
     ----------
@@ -45,22 +46,23 @@ class MaskedGene:
                 f"MaskedGene goes with models that see all genes around, the likelihood of this {model.family} model "
                 f"is {model.likelihood!r}. Use the family's own objective."
             )
-        at = (~model.is_special[batch.genes] & (self._draw(batch, HIDDEN) < self.p)).nonzero().squeeze(1)
-        shown = replace(batch, genes=batch.genes.index_copy(0, at, self._in_place_of(batch, at, model)))
+        shown, at = self.hide(batch, model.is_special, model.vocab.mask_id)
         return Loss(model.gene_loss(shown, at, batch.genes[at]), torch.tensor(len(at), device=at.device))
+
+    def hide(self, batch: Batch, is_special: Tensor, mask_id: int) -> tuple[Batch, Tensor]:
+        """The batch as the model sees it, and the positions it is asked about."""
+        at = (~is_special[batch.genes] & (self._draw(batch, HIDDEN) < self.p)).nonzero().squeeze(1)
+        how, which = self._draw(batch, HOW)[at], self._draw(batch, WHICH)[at]
+        genes = (~is_special).nonzero().squeeze(1)
+        other = genes[(which * len(genes)).long()]
+        shown = torch.where(how < 0.8, mask_id, torch.where(how < 0.9, other, batch.genes[at]))
+        return batch.with_genes(batch.genes.index_copy(0, at, shown)), at
 
     def _draw(self, batch: Batch, salt: int) -> Tensor:
         # by place, not by gene: which genes are hidden must say nothing of what they are
         cell = batch.cell
         place = torch.arange(len(cell), device=cell.device) - batch.first[cell]
         return uniform(batch.keys[cell], place, 64 * self.seed + salt)
-
-    def _in_place_of(self, batch: Batch, at: Tensor, model: CellModel) -> Tensor:
-        """What stands where a gene was chosen."""
-        how, which = self._draw(batch, HOW)[at], self._draw(batch, WHICH)[at]
-        genes = torch.from_numpy(model.vocab.gene_ids).long().to(at.device)
-        other = genes[(which * len(genes)).long()]
-        return torch.where(how < 0.8, model.vocab.mask_id, torch.where(how < 0.9, other, batch.genes[at]))
 
     def logs(self, model: CellModel) -> tuple[str, ...]:
         """Nothing but the loss."""

@@ -1,0 +1,71 @@
+"""``scllm genecorpus``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from scllm.cli._app import Debug, Verbose
+from scllm.cli._options import DataPaths, Layer, one_or_all
+
+if TYPE_CHECKING:
+    from scllm.data.tokens import Tokens
+
+__all__ = ["genecorpus"]
+
+_ROWS = 4096
+
+
+def genecorpus(
+    data: DataPaths,
+    out: Annotated[Path, typer.Option(help="Folder to make, for pretrain, and for Hugging Face datasets.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Geneformer model whose genes, medians and length are taken. [default: those of the data]"),
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="Column of obs to keep beside each sentence; repeat it for several.")
+    ] = None,
+    layer: Layer = None,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Write cells as rank sentences: a folder in the layout of Genecorpus."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from scllm import models
+    from scllm.data import genes
+    from scllm.data.checks import check_source
+    from scllm.data.encode import RankEncoder
+    from scllm.data.genecorpus import write_genecorpus
+    from scllm.data.medians import token_medians
+    from scllm.data.source import open_source
+    from scllm.models import geneformer
+
+    source = open_source(one_or_all(data), layer=layer)
+    check_source(source, needs_counts=True, layer=layer)
+    if model is None:
+        config = geneformer.Config()
+        vocab, encoder = config.vocab(dict.fromkeys(genes.strip_version(source.genes))), config.encoder()
+    else:
+        chosen = models.load(model)
+        vocab, encoder = chosen.vocab, chosen.encoder
+    if not isinstance(encoder, RankEncoder):
+        raise ValueError(f"{model} does not rank genes, a geneformer model expected. Leave --model out.")
+    match = genes.match(source.genes, vocab, var=source.var)
+    if encoder.medians is None:
+        encoder = replace(encoder, medians=token_medians(source, match, np.arange(source.n_obs), len(vocab)))
+    medians = encoder.medians
+
+    def sentences() -> Iterator[Tokens]:
+        for start in range(0, source.n_obs, _ROWS):
+            counts = match.tokens(source.read(np.arange(start, min(start + _ROWS, source.n_obs))))
+            yield encoder(counts, vocab, measured=match.measured)
+
+    write_genecorpus(sentences(), out, vocab=vocab, medians=medians, obs=source.obs(column or []))
+    typer.echo(f"{source.n_obs:,} cells written to {out}")

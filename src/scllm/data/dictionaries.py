@@ -1,0 +1,52 @@
+"""Published dictionaries of tokens, medians and ids: JSON, or pickles that are read without running anything."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+from io import BytesIO
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+__all__ = ["read_dictionary"]
+
+# what a pickled dictionary of strings and numbers may be made of, numpy's numbers included
+_PLAIN = {
+    ("collections", "OrderedDict"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Admit what holds strings and numbers; containers themselves need no class."""
+        if (module, name) not in _PLAIN:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_dictionary(path: str | PathLike[str]) -> dict[str, Any]:
+    """Read a dictionary of strings and numbers from JSON or a pickle, compressed by gzip or not.
+
+    A pickle that holds anything else is a ``ValueError``; nothing in it is executed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there, a dictionary (.json, .json.gz, .pkl) expected. Check the path.")
+    raw = path.read_bytes()
+    raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    try:
+        content = _PlainUnpickler(BytesIO(raw)).load() if raw[:1] == b"\x80" else json.loads(raw)
+    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); a dictionary of strings and numbers expected, as JSON or a pickle. It "
+            "is truncated, a pointer to a large file that was not fetched, or holds code, which is never executed: "
+            "fetch it again, or write it as JSON."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, a dictionary expected. Pass another file.")
+    return {str(key): value.item() if hasattr(value, "item") else value for key, value in content.items()}

@@ -1,0 +1,181 @@
+"""Folders of rank sentences as Geneformer trains on them: Hugging Face ``datasets`` with ``input_ids`` and ``length``.
+
+A sentence says in which order genes stand, not how high they are. As a source it reads as values that give this order
+again: the rank from the end times the gene's median. The dictionaries that say which gene a token is, and its median,
+lie in the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from scllm._checks import missing_key
+from scllm._typing import CSR, FloatArray, Rows
+from scllm.data.dictionaries import read_dictionary
+from scllm.data.tokens import Tokens
+from scllm.data.vocab import Vocab
+
+__all__ = ["RankedCells", "is_genecorpus", "write_genecorpus"]
+
+_TOKENS, _MEDIANS = "token_dictionary", "gene_median"
+_COLUMNS = ("input_ids", "length")
+
+
+class RankedCells:
+    """A folder of rank sentences as a source of cells."""
+
+    layer: str | None = None
+    chunked = True
+    chunk_rows = 64
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._sentences = _datasets().load_from_disk(str(path)).with_format("arrow")
+        if "input_ids" not in self._sentences.column_names:
+            raise ValueError(
+                f"{path} has the columns {self._sentences.column_names}, 'input_ids' expected: the tokens of each "
+                "cell. Write the folder with `scllm genecorpus`."
+            )
+        self.vocab = Vocab.read(_beside(path, _TOKENS))
+        medians = read_dictionary(_beside(path, _MEDIANS))
+        self.medians = np.array([medians.get(token, np.nan) for token in self.vocab.tokens], np.float64)
+        self.n_obs = len(self._sentences)
+        self.var = pd.DataFrame(index=pd.Index(self.vocab.genes))
+        self.genes = self.var.index
+
+    @cached_property
+    def _column(self) -> np.ndarray:
+        """The column of each token, -1 for specials."""
+        column = np.full(len(self.vocab), -1, np.int32)
+        column[self.vocab.gene_ids] = np.arange(len(self.vocab.genes))
+        return column
+
+    def read(self, rows: Rows) -> CSR:
+        """Read rows in the order asked for."""
+        rows = np.arange(self.n_obs)[rows]
+        if not len(rows):
+            return sparse.csr_matrix((0, len(self.genes)), dtype=np.float64)
+        lists = self._sentences[rows]["input_ids"].combine_chunks()
+        lengths = np.diff(lists.offsets.to_numpy())
+        tokens = lists.flatten().to_numpy()
+        # the first gene is the highest; a special that is left out leaves a gap in the values, not in their order
+        from_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(tokens))
+        cell, is_gene = np.repeat(np.arange(len(rows)), lengths), self._column[tokens] >= 0
+        values = (from_end * self.medians[tokens])[is_gene]
+        shape = (len(rows), len(self.genes))
+        counts = sparse.csr_matrix((values, (cell[is_gene], self._column[tokens[is_gene]])), shape=shape)
+        counts.sort_indices()
+        return counts
+
+    @property
+    def obs_names(self) -> pd.Index:
+        """Numbers: the folder names no cells."""
+        return pd.RangeIndex(self.n_obs).astype(str)
+
+    @property
+    def obs_columns(self) -> list[str]:
+        """What the folder says of each cell beside its sentence."""
+        return [name for name in self._sentences.column_names if name not in _COLUMNS]
+
+    def obs(self, columns: Sequence[str]) -> pd.DataFrame:
+        """Read columns."""
+        for column in columns:
+            if column not in self.obs_columns:
+                raise missing_key(column, self.obs_columns, f"a column of {self.path}")
+        if not columns:
+            return pd.DataFrame(index=self.obs_names)
+        table = self._sentences.select_columns(list(columns))[:].to_pandas()
+        return table.set_index(self.obs_names)
+
+
+def is_genecorpus(path: Path) -> bool:
+    """Whether a folder is one that ``datasets`` saved."""
+    return (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
+
+
+def write_genecorpus(
+    sentences: Iterator[Tokens], path: Path, *, vocab: Vocab, medians: FloatArray, obs: pd.DataFrame
+) -> None:
+    """Write sentences as a ``datasets`` folder, with the dictionaries that belong to them.
+
+    Parameters
+    ----------
+    sentences
+        Cells in the order of ``obs``; one part is held in memory at a time.
+    path
+        Folder to make.
+    vocab
+        Which gene a token is.
+    medians
+        Of each token, NaN where there is none.
+    obs
+        Columns to keep beside each sentence.
+    """
+    import pyarrow as pa  # comes with datasets
+
+    datasets = _datasets()
+    if path.exists() and any(path.iterdir()):
+        raise FileExistsError(f"{path} is not empty, a new folder expected. Remove it, or choose another.")
+    plain = {name: column.astype(str) if column.dtype == "category" else column for name, column in obs.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".genecorpus.", dir=path.parent) as folder:
+        file, row, writer = Path(folder) / "sentences.arrow", 0, None
+        for part in sentences:
+            rows = slice(row, row + len(part))
+            ids = pa.ListArray.from_arrays(pa.array(part.indptr, pa.int32()), pa.array(part.genes, pa.int32()))
+            columns: dict[str, Any] = {"input_ids": ids, "length": pa.array(part.lengths, pa.int64())}
+            columns |= {name: pa.array(column.iloc[rows]) for name, column in plain.items()}
+            table = pa.table(columns)
+            writer = writer or pa.ipc.new_stream(str(file), table.schema)
+            writer.write_table(table)
+            row = rows.stop
+        if writer is not None:
+            writer.close()
+        with _quiet(datasets):
+            datasets.Dataset.from_file(str(file)).save_to_disk(str(path))
+    known = {token: float(value) for token, value in zip(vocab.tokens, medians, strict=True) if np.isfinite(value)}
+    (path / f"{_TOKENS}.json").write_text(json.dumps({token: i for i, token in enumerate(vocab.tokens)}))
+    (path / f"{_MEDIANS}_dictionary.json").write_text(json.dumps(known))
+
+
+@contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """Without the progress bars of datasets, which it also draws where there is no terminal."""
+    was_quiet = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_quiet:
+            datasets.enable_progress_bars()
+
+
+def _beside(path: Path, name: str) -> Path:
+    files = [file for file in sorted(path.glob(f"{name}*")) if file.name.endswith((".json", ".json.gz", ".pkl"))]
+    if len(files) != 1:
+        raise FileNotFoundError(
+            f"{path} holds {len(files)} files {name}*.json or .pkl, one expected: a dictionary says which gene a token "
+            "is, another its median. Copy those that the sentences were made with into the folder."
+        )
+    return files[0]
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            'Folders of rank sentences need the package datasets, which is not installed: pip install "scllm-tools'
+            '[genecorpus]".'
+        ) from error
+    return datasets

@@ -1,0 +1,89 @@
+"""Non-zero median of each gene's normalised counts: what rank sentences are scaled by (Theodoris et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from scipy import sparse
+
+from scllm._log import progress
+from scllm._typing import CSR, FloatArray, IntArray
+from scllm.data.genes import GeneMatch
+from scllm.data.source import CellSource
+from scllm.kernels.tally import BIN_CENTRES, add_to_tally
+
+__all__ = ["MedianSketch", "exact_medians", "streamed_medians", "token_medians"]
+
+_ROWS = 4096
+
+
+class MedianSketch:
+    """Medians of many genes from one pass, to within 1/128 of their value.
+
+    Values are counted in bins whose width is a fixed share of the value (as in DDSketch, Masson et al. 2019), so
+    sketches of parts of the data add up to that of the whole. Takes 7 kB a gene, however many cells there are.
+    """
+
+    def __init__(self, n_genes: int) -> None:
+        self.tally = np.zeros((n_genes, len(BIN_CENTRES)), np.uint32)
+
+    def add(self, genes: IntArray, values: FloatArray) -> None:
+        """Count positive values of genes; normalised to 10,000 they lie inside the bins."""
+        add_to_tally(genes, values, self.tally)
+
+    def merge(self, other: MedianSketch) -> None:
+        """Add what another sketch of the same genes has counted."""
+        self.tally += other.tally
+
+    def medians(self) -> FloatArray:
+        """Median of each gene, NaN where nothing was counted; of two middle values their mean."""
+        cumulative = np.cumsum(self.tally, axis=1, dtype=np.int64)
+        n = cumulative[:, -1]
+        lower, upper = ((cumulative <= middle[:, None]).sum(1) for middle in ((n - 1) // 2, n // 2))
+        last = len(BIN_CENTRES) - 1
+        middle = (BIN_CENTRES[np.minimum(lower, last)] + BIN_CENTRES[np.minimum(upper, last)]) / 2
+        return np.where(n > 0, middle, np.nan)
+
+
+def exact_medians(counts: CSR, *, target_sum: float) -> FloatArray:
+    """Median of each column's non-zero values, each row scaled to ``target_sum``; NaN for empty columns."""
+    normalised = sparse.csr_matrix((_normalised(counts, target_sum), counts.indices, counts.indptr), shape=counts.shape)
+    columns = normalised.tocsc()
+    columns.eliminate_zeros()
+    medians = np.full(counts.shape[1], np.nan)
+    for gene in np.flatnonzero(np.diff(columns.indptr)):
+        medians[gene] = np.median(columns.data[columns.indptr[gene] : columns.indptr[gene + 1]])
+    return medians
+
+
+def streamed_medians(source: CellSource, *, target_sum: float) -> FloatArray:
+    """Median of each gene of a source from one pass over its cells, to within 1/128."""
+    sketch = MedianSketch(len(source.genes))
+    for counts in _blocks(source, np.arange(source.n_obs)):
+        values = _normalised(counts, 1e4)
+        there = values > 0
+        sketch.add(counts.indices[there], values[there])
+    return sketch.medians() * (target_sum / 1e4)
+
+
+def token_medians(source: CellSource, match: GeneMatch, rows: IntArray, n_tokens: int) -> FloatArray:
+    """Median of each token over some cells of a source, scaled to 10,000 counts of all genes; NaN where not seen."""
+    sketch = MedianSketch(n_tokens)
+    for counts in _blocks(source, np.sort(rows)):
+        tokens = match.tokens(counts)
+        scale = 1e4 / np.maximum(np.asarray(counts.sum(1), np.float64).ravel(), 1)
+        sketch.add(tokens.genes, np.asarray(tokens.values, np.float64) * np.repeat(scale, tokens.lengths))
+    return sketch.medians()
+
+
+def _normalised(counts: CSR, target_sum: float) -> FloatArray:
+    """Values with every row scaled to the same sum."""
+    totals = np.asarray(counts.sum(1), np.float64).ravel()
+    return counts.data / np.repeat(np.where(totals > 0, totals, 1), np.diff(counts.indptr)) * target_sum
+
+
+def _blocks(source: CellSource, rows: IntArray) -> Iterator[CSR]:
+    starts = range(0, len(rows), _ROWS)
+    for start in progress(starts, desc="medians", total=len(starts), unit="block"):
+        yield source.read(rows[start : start + _ROWS])

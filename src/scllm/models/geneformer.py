@@ -1,0 +1,246 @@
+"""Geneformer: BERT over genes by falling expression (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scllm.data.encode import Encoder, RankEncoder
+from scllm.data.vocab import Vocab
+from scllm.models.base import Batch, CellModel, Checkpoint, ModelConfig, Outputs, Pooling
+from scllm.models.geneformer_files import MedianLike, VocabLike, read_folder, write
+from scllm.models.layers import Block, linear_cross_entropy
+
+__all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "read"]
+
+_V1 = {"specials": False, "classify_first": False, "dropout": 0.02}
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"n_layers": 2, "n_heads": 4, "d_model": 64, "d_hidden": 128},
+    "small": {"n_layers": 4, "n_heads": 4, "d_model": 128, "d_hidden": 256},
+    "base": {},
+    "v1-10m": _V1,
+    "v1-40m": {**_V1, "n_layers": 12, "n_heads": 8, "d_model": 512, "d_hidden": 1024},
+    "v2-104m": {
+        "n_layers": 12, "n_heads": 12, "d_model": 768, "d_hidden": 3072, "dropout": 0.1, "max_len": 4096
+    },
+    "v2-316m": {
+        "n_layers": 18, "n_heads": 18, "d_model": 1152, "d_hidden": 4608, "dropout": 0.1, "max_len": 4096
+    },
+}  # fmt: skip
+
+# The published learning rate, without its 10,000 steps of warm-up: data of one study have a few thousand steps in all.
+# The table is tied to the output and starts at random, as in the original.
+PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 1e-3, "gene_init": "random"}
+# 5e-5, the original's own default, leaves small models at chance level after ten epochs of a few hundred cells
+FINETUNE = {"epochs": 10, "batch_size": 32, "lr": 5e-4}
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
+    """The architecture; defaults are those of the published 6-layer model, with ``<cls>`` and ``<eos>``.
+
+    Parameters
+    ----------
+    d_hidden
+        Width of the feed-forward layers.
+    max_len
+        Longest sentence: there is a learnt position for each rank.
+    specials
+        Whether sentences stand between ``<cls>`` and ``<eos>`` (V2).
+    classify_first
+        Whether heads read the first token (``<cls>``, or as the original does the highest gene); else the mean.
+    lm_head
+        Whether the model predicts hidden genes; fine-tuned checkpoints of the original do not.
+    n_gene_classes
+        Outputs of a head on every gene token; 0 for none.
+    """
+
+    n_layers: int = 6
+    n_heads: int = 4
+    d_model: int = 256
+    dropout: float = 0.02
+    d_hidden: int = 512
+    max_len: int = 2048
+    specials: bool = True
+    classify_first: bool = True
+    lm_head: bool = True
+    n_gene_classes: int = 0
+
+    def objective(self) -> dict[str, Any]:
+        """What the family is pretrained for by default."""
+        return {"kind": "MaskedGene", "p": 0.15}
+
+    def encoder(self) -> Encoder:
+        """Genes by falling count; training from scratch adds the medians of its cells."""
+        return RankEncoder(self.max_len, cls=self.specials, eos=self.specials)
+
+    def vocab(self, genes: Iterable[str]) -> Vocab:
+        """Specials first, as in the published dictionaries."""
+        if self.specials:
+            return Vocab(("<pad>", "<mask>", "<cls>", "<eos>", *map(str, genes)), eos="<eos>")
+        return Vocab(("<pad>", "<mask>", *map(str, genes)), cls=None)
+
+
+class Model(CellModel):
+    """BERT (Devlin et al. 2019): learnt positions, post-norm blocks, the table tied to the output."""
+
+    family = "geneformer"
+    likelihood = "pseudo"
+    config: Config
+
+    def __init__(self, config: Config, vocab: Vocab, encoder: Encoder) -> None:
+        super().__init__(config, vocab, encoder)
+        # V1 has no <cls>: its embedding is the mean over the genes
+        self.pooling: Pooling = "cls" if config.specials else "mean"
+        self.poolings = ("cls", "mean", "max") if config.specials else ("mean", "max")
+        d = config.d_model
+        self.token_embedding = nn.Embedding(len(vocab), d)
+        self.position_embedding = nn.Embedding(config.max_len, d)
+        self.type_embedding = nn.Embedding(2, d)
+        self.norm = nn.LayerNorm(d, 1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            Block(d, config.n_heads, config.d_hidden, config.dropout, norm_eps=1e-12, inner=False)
+            for _ in range(config.n_layers)
+        )
+        self.predictor = GenePredictor(d, len(vocab)) if config.lm_head else None
+        self.gene_head = nn.Linear(d, config.n_gene_classes) if config.n_gene_classes else None
+        self.apply(_initialise)
+
+    @property
+    def blocks(self) -> Sequence[Any]:
+        """The transformer blocks, first to last."""
+        return list(self.layers)
+
+    def gene_table(self) -> Tensor:
+        """The embedding of each token before its position is added, ``(n_tokens, d)``."""
+        return self.token_embedding.weight
+
+    def new_head(self, n_outputs: int) -> nn.Module:
+        """The original's classifier, but started as PyTorch does: from a spread of 0.02 small models hardly learn."""
+        return PooledHead(self.config.d_model, n_outputs, self.config.dropout)
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """What the first block reads, ``(t, d)``."""
+        if max(batch.lengths, default=0) > self.config.max_len:
+            raise ValueError(
+                f"a sentence has {max(batch.lengths)} tokens, at most {self.config.max_len} expected: the model has no "
+                "later positions. Encode with max_len at most that."
+            )
+        position = torch.arange(len(batch.genes), device=batch.genes.device) - batch.first[batch.cell]
+        x = self.token_embedding(batch.genes) + self.type_embedding.weight[0] + self.position_embedding(position)
+        return self.dropout(self.norm(x))
+
+    def forward(self, batch: Batch) -> Outputs:
+        """States of all tokens, embedding of each cell, and what the heads say."""
+        hidden = self.hidden(batch)
+        heads = {} if self.gene_head is None else {"gene": self.gene_head(hidden)}
+        return Outputs(
+            hidden, self.pool(hidden, batch, self.pooling), heads | self.apply_heads(self._seen(hidden, batch))
+        )
+
+    def head_outputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Logits (or values) of every head by its key."""
+        if self.config.classify_first and self.config.specials:
+            return self.apply_heads(self.hidden(batch, first_only=True))
+        return self.apply_heads(self._seen(self.hidden(batch), batch))
+
+    def gene_outputs(self, batch: Batch) -> Tensor:
+        """What the head on genes says of every token, ``(t, k)``."""
+        if self.gene_head is None:
+            raise ValueError("this geneformer model has no head on genes. Build it with n_gene_classes=.")
+        return self.gene_head(self.hidden(batch))
+
+    def gene_logits(self, batch: Batch, at: Tensor) -> Tensor:
+        """Logits of the tokens at positions ``at``, ``(n, n_tokens)``, from all that the batch shows."""
+        return self._logits(self.hidden(batch)[at])
+
+    def gene_loss(self, batch: Batch, at: Tensor, genes: Tensor) -> Tensor:
+        """Summed cross-entropy (nats) of ``genes`` ``(n,)`` at positions ``at``, from all that the batch shows."""
+        predictor = self._predictor()
+        states = predictor(self.hidden(batch)[at])
+        return linear_cross_entropy(states, self.token_embedding.weight, predictor.bias, genes)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        predictor = self._predictor()
+        return F.linear(predictor(states), self.token_embedding.weight, predictor.bias)
+
+    def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
+        """Probability of the gene that stands at each of ``at``, ``(n,)``; with ``hide`` without having seen those."""
+        shown = batch.with_genes(batch.genes.index_fill(0, at, self.vocab.mask_id)) if hide else batch
+        states, genes = self.hidden(shown)[at], batch.genes[at]
+        n = 1024  # logits of the whole vocabulary are held in three copies here
+        parts = zip(states.split(n), genes.split(n), strict=True)
+        found = [self._logits(part).float().softmax(1).gather(1, of[:, None])[:, 0] for part, of in parts]
+        return torch.cat(found) if found else states.new_zeros(0)
+
+    def _predictor(self) -> GenePredictor:
+        if self.predictor is None:
+            raise ValueError(
+                "this geneformer model does not predict genes: its checkpoint was fine-tuned for labels. Load the "
+                "pretrained one."
+            )
+        return self.predictor
+
+    def _seen(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """What heads read, ``(b, d)``."""
+        if not self.config.classify_first:
+            return self.pool(hidden, batch, "mean")
+        # without <cls> a cell may have no token at all: it reads zeros
+        there = torch.tensor(batch.lengths, device=hidden.device) > 0
+        first = hidden[batch.first.clamp(max=max(0, len(hidden) - 1))] if len(hidden) else hidden.new_zeros(0)
+        return (
+            torch.where(there[:, None], first, 0) if len(hidden) else hidden.new_zeros(batch.n_cells, hidden.shape[1])
+        )
+
+    def write_original(self, path: Path) -> None:
+        """Write a Hugging Face directory with the dictionaries beside it."""
+        write(self, path)
+
+
+def read(path: str | Path, vocab: VocabLike | None = None, medians: MedianLike | None = None) -> Checkpoint:
+    """Read a Hugging Face directory of BERT with its token dictionary and gene medians, there or given."""
+    settings, tokens, encoder, weights, heads = read_folder(Path(path), vocab, medians)
+    return Checkpoint(Config(**settings), tokens, encoder, weights, heads)
+
+
+class GenePredictor(nn.Module):
+    """What comes between the last block and the table that is tied to the output."""
+
+    def __init__(self, d_model: int, n_tokens: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(d_model, d_model)
+        self.norm = nn.LayerNorm(d_model, 1e-12)
+        self.bias = nn.Parameter(torch.zeros(n_tokens))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``(n, d)`` to ``(n, d)``."""
+        return self.norm(F.relu(self.dense(states)))
+
+
+class PooledHead(nn.Module):
+    """BERT's classifier: pooler, dropout, one linear."""
+
+    def __init__(self, d_model: int, n_outputs: int, dropout: float) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(d_model, n_outputs)
+
+    def forward(self, cell: Tensor) -> Tensor:
+        """``(b, d)`` to ``(b, k)``."""
+        return self.out(self.dropout(torch.tanh(self.pooler(cell))))
+
+
+def _initialise(module: nn.Module) -> None:
+    """BERT's: normal with a spread of 0.02, no biases."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,249 @@
+"""Geneformer's Hugging Face directories, and the dictionaries that belong to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scllm._typing import FloatArray
+from scllm.data.dictionaries import read_dictionary
+from scllm.data.encode import RankEncoder
+from scllm.data.vocab import Vocab
+from scllm.models.base import HeadSpec
+from scllm.models.storage import read_torch, renamed
+
+if TYPE_CHECKING:
+    from scllm.models.geneformer import Model
+
+__all__ = ["MedianLike", "VocabLike", "read_folder", "write"]
+
+VocabLike = Vocab | Mapping[str, int] | str | PathLike[str]
+MedianLike = Mapping[str, float] | str | PathLike[str]
+
+# names in BERT's state dict and ours; attention projections are joined besides
+_NAMES: tuple[tuple[str, str], ...] = (
+    ("bert.embeddings.word_embeddings.", "token_embedding."),
+    ("bert.embeddings.position_embeddings.", "position_embedding."),
+    ("bert.embeddings.token_type_embeddings.", "type_embedding."),
+    ("bert.embeddings.LayerNorm.", "norm."),
+    ("bert.encoder.layer.#.attention.output.dense.", "layers.#.attention.out."),
+    ("bert.encoder.layer.#.attention.output.LayerNorm.", "layers.#.norm1."),
+    ("bert.encoder.layer.#.intermediate.dense.", "layers.#.up."),
+    ("bert.encoder.layer.#.output.dense.", "layers.#.down."),
+    ("bert.encoder.layer.#.output.LayerNorm.", "layers.#.norm2."),
+    ("cls.predictions.transform.dense.", "predictor.dense."),
+    ("cls.predictions.transform.LayerNorm.", "predictor.norm."),
+    ("cls.predictions.bias", "predictor.bias"),
+    ("bert.pooler.dense.", "heads.0.pooler."),
+)
+_PARTS = ("query", "key", "value")
+# copies of tied weights in pytorch_model.bin, and a table of 0, 1, 2, ... that older versions saved
+_UNUSED = ("cls.predictions.decoder.", "bert.embeddings.position_ids")
+_TOKENS, _MEDIANS, _MAPPING = "token_dictionary", "gene_median", "ensembl_mapping"
+
+
+def read_folder(
+    path: Path, vocab: VocabLike | None, medians: MedianLike | None
+) -> tuple[dict[str, Any], Vocab, RankEncoder, dict[str, Tensor], tuple[HeadSpec, ...]]:
+    """Architecture, vocabulary, encoder, renamed weights and heads of a Hugging Face directory."""
+    settings, original = _settings(path), _weights(path)
+    places = [path] + ([Path(vocab).parent] if isinstance(vocab, (str, PathLike)) else [])
+    tokens = _vocabulary(vocab, places)
+    table = original["bert.embeddings.word_embeddings.weight"]
+    if len(tokens) != len(table):
+        raise ValueError(
+            f"the token dictionary has {len(tokens)} tokens and the model {len(table)}, the same expected. Pass the "
+            "dictionary of this version with vocab= (V1: 25,426 tokens, V2: 20,275)."
+        )
+    weights = _ours(original)
+    is_gene = "classifier.weight" in original and "bert.pooler.dense.weight" not in original
+    classifier = "gene_head." if is_gene else "heads.0.out."
+    weights = {name.replace("classifier.", classifier, 1): value for name, value in weights.items()}
+    n_classes = len(original.get("classifier.weight", ()))
+    config = {
+        "n_layers": settings["num_hidden_layers"],
+        "n_heads": settings["num_attention_heads"],
+        "d_model": settings["hidden_size"],
+        "d_hidden": settings["intermediate_size"],
+        "dropout": settings.get("hidden_dropout_prob", 0.1),
+        "max_len": settings["max_position_embeddings"],
+        "specials": tokens.cls is not None,
+        # the original's classifiers read the first token, also where it is a gene
+        "classify_first": tokens.cls is not None or (n_classes > 0 and not is_gene),
+        "lm_head": "predictor.bias" in weights,
+        "n_gene_classes": n_classes if is_gene else 0,
+    }
+    encoder = RankEncoder(
+        config["max_len"], tokens.cls is not None, tokens.eos is not None, _aligned(_medians(medians, places), tokens)
+    )
+    names = settings.get("id2label") or {}
+    classes = tuple(str(names.get(str(i), i)) for i in range(n_classes))
+    heads = (HeadSpec("cell_class", classes),) if n_classes and not is_gene else ()
+    return config, tokens, encoder, weights, heads
+
+
+def write(model: Model, path: Path) -> None:
+    """Write a directory that transformers (and :func:`read_folder`) reads."""
+    config = model.config
+    if len(model.heads) > 1 or (model.heads and model.gene_head is not None):
+        raise ValueError(
+            f"Geneformer's directories have room for one head, the model has {len(model.heads)} on cells and "
+            f"{int(model.gene_head is not None)} on genes. Save it native."
+        )
+    has_head = bool(model.heads) or model.gene_head is not None
+    kind = "ForSequenceClassification" if model.heads else "ForTokenClassification" if has_head else "ForMaskedLM"
+    settings: dict[str, Any] = {
+        "architectures": [f"Bert{kind}"], "model_type": "bert", "hidden_act": "relu", "layer_norm_eps": 1e-12,
+        "position_embedding_type": "absolute", "type_vocab_size": 2, "initializer_range": 0.02,
+        "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads, "hidden_size": config.d_model,
+        "intermediate_size": config.d_hidden, "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout, "max_position_embeddings": config.max_len,
+        "vocab_size": len(model.vocab), "pad_token_id": model.vocab.pad_id, "tie_word_embeddings": True,
+    }  # fmt: skip
+    if has_head:
+        spec = model.head_specs[0] if model.heads else None
+        classes = spec.classes if spec is not None else tuple(map(str, range(config.n_gene_classes)))
+        classes = classes or ("value",)
+        settings["id2label"] = {str(i): name for i, name in enumerate(classes)}
+        settings["label2id"] = {name: i for i, name in enumerate(classes)}
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(settings, indent=1))
+    save_file(_theirs(model), path / "model.safetensors", metadata={"format": "pt"})
+    vocab, medians = model.vocab, getattr(model.encoder, "medians", None)
+    (path / f"{_TOKENS}.json").write_text(json.dumps({token: i for i, token in enumerate(vocab.tokens)}))
+    if vocab.aliases:
+        (path / f"{_MAPPING}_dict.json").write_text(json.dumps(dict(vocab.aliases)))
+    if medians is not None:
+        known = {token: float(value) for token, value in zip(vocab.tokens, medians, strict=True) if np.isfinite(value)}
+        (path / f"{_MEDIANS}_dictionary.json").write_text(json.dumps(known))
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path / 'config.json'} is not there; a Geneformer directory holds config.json and model.safetensors. "
+            "Pass the directory of one model."
+        )
+    settings = json.loads((path / "config.json").read_text())
+    wanted = {
+        "model_type": "bert",
+        "hidden_act": "relu",
+        "position_embedding_type": "absolute",
+        "layer_norm_eps": 1e-12,
+    }
+    for name, value in wanted.items():
+        if settings.get(name, value) != value:
+            raise ValueError(
+                f"{path / 'config.json'} has {name}={settings[name]!r}, Geneformer has {value!r}. Pass the directory "
+                "of a Geneformer model."
+            )
+    return settings
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    file = path / "model.safetensors"
+    if not file.is_file():
+        original = read_torch(path / "pytorch_model.bin")
+    else:
+        try:
+            original = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} cannot be read ({error}), a whole safetensors file expected. It is truncated, or a pointer to "
+                "a large file that was not fetched: fetch it again."
+            ) from error
+    if "bert.embeddings.word_embeddings.weight" not in original:
+        raise ValueError(
+            f"{path} holds no BERT with a table of genes (first weight: {next(iter(original), None)!r}). Pass the "
+            "directory of a Geneformer model."
+        )
+    return {name: value for name, value in original.items() if not name.startswith(_UNUSED)}
+
+
+def _ours(original: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    weights = {renamed(name, _NAMES): value for name, value in original.items()}
+    for name in [name for name in weights if ".attention.self.query." in name]:
+        parts = [weights.pop(name.replace(".query.", f".{part}.")) for part in _PARTS]
+        layer, what = name.split(".")[3], name.split(".")[-1]
+        weights[f"layers.{layer}.attention.qkv.{what}"] = torch.cat(parts)
+    return weights
+
+
+def _theirs(model: Model) -> dict[str, Tensor]:
+    table = [(ours, theirs) for theirs, ours in _NAMES]
+    table += [("heads.0.out.", "classifier."), ("gene_head.", "classifier.")]
+    weights = {renamed(name, table): value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    for name in [name for name in weights if ".attention.qkv." in name]:
+        _, layer, *_, what = name.split(".")
+        for part, value in zip(_PARTS, weights.pop(name).chunk(3), strict=True):
+            weights[f"bert.encoder.layer.{layer}.attention.self.{part}.{what}"] = value.clone()
+    return weights
+
+
+def _found(name: str, places: list[Path]) -> Path | None:
+    """The dictionary whose file begins with a name; several are an error."""
+    for place in places:
+        files = sorted(file for file in place.glob(f"{name}*") if file.name.endswith((".json", ".json.gz", ".pkl")))
+        if len(files) > 1:
+            raise ValueError(
+                f"{place} holds {len(files)} dictionaries {[file.name for file in files]}, one expected. Pass the "
+                f"right one with {'vocab' if name == _TOKENS else 'medians'}=."
+            )
+        if files:
+            return files[0]
+    return None
+
+
+def _vocabulary(given: VocabLike | None, places: list[Path]) -> Vocab:
+    if isinstance(given, Vocab):
+        return given
+    if isinstance(given, Mapping):
+        vocab = Vocab.from_tokens(sorted(given, key=given.__getitem__))
+    else:
+        file = Path(given) if given is not None else _found(_TOKENS, places)
+        if file is None:
+            raise FileNotFoundError(
+                f"{places[0]} holds no {_TOKENS}*.json or .pkl; without it nobody knows which gene a token is. Pass "
+                "the published dictionary of this version with vocab=."
+            )
+        vocab = Vocab.read(file)
+    mapping = _found(_MAPPING, places)
+    aliases = {} if mapping is None else read_dictionary(mapping)
+    # the original looks ids up in capitals
+    aliases |= {name.upper(): gene for name, gene in aliases.items()}
+    return Vocab(
+        vocab.tokens, vocab.pad, vocab.mask, vocab.cls, vocab.eos,
+        {name: str(gene) for name, gene in aliases.items() if gene in vocab and name != gene},
+    )  # fmt: skip
+
+
+def _medians(given: MedianLike | None, places: list[Path]) -> Mapping[str, float]:
+    if given is not None and not isinstance(given, (str, PathLike)):
+        return given
+    file = Path(given) if given is not None else _found(_MEDIANS, places)
+    if file is None:
+        raise FileNotFoundError(
+            f"{places[0]} holds no {_MEDIANS}*.json or .pkl, and genes are ranked relative to their medians. Pass the "
+            "published dictionary of this version with medians=."
+        )
+    return read_dictionary(file)
+
+
+def _aligned(medians: Mapping[str, float], vocab: Vocab) -> FloatArray:
+    """Median of each token, NaN where there is none."""
+    found = np.array([medians.get(token, np.nan) for token in vocab.tokens], np.float64)
+    if not np.isfinite(found).any():
+        raise ValueError(
+            f"none of the {len(vocab.genes)} genes of the vocabulary has a median (first gene: {vocab.genes[0]!r}, "
+            f"first median: {next(iter(medians.keys()), None)!r}). Pass the dictionaries that belong together."
+        )
+    return found

@@ -1,0 +1,91 @@
+"""Ranks of each cell's expressed genes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from scllm import _keys
+from scllm._results import record
+from scllm._typing import FloatArray
+from scllm.data.checks import check_source, layer_with_counts
+from scllm.data.medians import exact_medians
+from scllm.data.source import open_source
+from scllm.kernels.ranking import rank_rows, scaled
+from scllm.pp._stored import stored_rows
+
+__all__ = ["rank_expression"]
+
+
+def rank_expression(
+    adata: AnnData,
+    *,
+    medians: Mapping[str, float] | pd.Series | None = None,
+    layer: str | None = None,
+    key_added: str = _keys.RANKED,
+    copy: bool = False,
+) -> AnnData | None:
+    """Rank each cell's expressed genes by count over the gene's median (Theodoris et al. 2023).
+
+    Dividing by the median moves genes that are high in every cell down, and those that tell cells apart up. The depth
+    of a cell does not change its ranks. Genes that are not expressed have none; equal values rank in gene order.
+
+    Parameters
+    ----------
+    adata
+        Cells by genes, raw counts.
+    medians
+        Non-zero median of each gene's normalised counts, by its name in ``var_names``; ``None`` takes those of this
+        data, see :func:`gene_medians`. Genes without one are left out.
+    layer
+        Layer to read; ``None`` is ``X``.
+    key_added
+        Layer to write.
+    copy
+        Return a changed copy in place of changing ``adata``.
+
+    Writes
+    ------
+    ``adata.layers[key_added]``
+        Ranks (CSR, int32): 1 for the gene that stands out most, nothing where a gene is not expressed.
+
+    Examples
+    --------
+    >>> adata = scllm.datasets.toy()
+    >>> scllm.pp.rank_expression(adata)
+    >>> bool(adata.layers["ranked"][0].max() == (adata.X[0] > 0).sum())
+    True
+    """
+    source = open_source(adata, layer=layer)
+    check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(adata))
+    adata = adata.copy() if copy else adata
+    matrix = stored_rows(adata, source, layer)
+    scale = exact_medians(matrix, target_sum=1e4) if medians is None else _aligned(medians, adata.var_names)
+    if np.isnan(scale[matrix.indices]).any():
+        matrix = sparse.csr_matrix(matrix.multiply(np.isfinite(scale)))
+        matrix.eliminate_zeros()
+        matrix.sort_indices()
+    ranks = rank_rows(matrix.indptr, scaled(matrix.data, matrix.indices, scale))
+    adata.layers[key_added] = sparse.csr_matrix((ranks, matrix.indices, matrix.indptr), shape=matrix.shape)
+    record(adata, "rank_expression", {"with_medians": medians is not None, "layer": layer, "key_added": key_added})
+    return adata if copy else None
+
+
+def _aligned(medians: Mapping[str, float] | pd.Series, names: pd.Index) -> FloatArray:
+    """The median of each gene, NaN where there is none."""
+    found = pd.Series(medians, dtype=np.float64).reindex(names).to_numpy()
+    if not np.isfinite(found).any():
+        first = next(iter(medians.keys()), None)
+        raise ValueError(
+            f"none of the {len(names)} genes has a median (first gene: {names[0]!r}, first median: {first!r}), names "
+            "as in adata.var_names expected. Rename the medians."
+        )
+    if (found <= 0).any():
+        raise ValueError(
+            f"the smallest gene median is {np.nanmin(found):g}, numbers above zero expected. Leave it out."
+        )
+    return found

@@ -1,0 +1,24 @@
+"""The matrix that a verb works on, as rows in order and without stored zeros."""
+
+from __future__ import annotations
+
+import numpy as np
+from anndata import AnnData
+from scipy import sparse
+
+from scllm._typing import CSR
+from scllm.data.source import CellSource
+
+__all__ = ["stored_rows"]
+
+
+def stored_rows(adata: AnnData, source: CellSource, layer: str | None) -> CSR:
+    """The layer itself where its rows are stored in order and without zeros, else its values read in row chunks."""
+    stored = None if adata.isbacked and layer is None else adata.X if layer is None else adata.layers[layer]
+    if sparse.issparse(stored) and stored.format == "csr" and stored.has_canonical_format and stored.data.all():
+        return stored
+    step = 4096
+    rows = (np.arange(start, min(start + step, source.n_obs)) for start in range(0, source.n_obs, step))
+    matrix = sparse.csr_matrix(sparse.vstack([source.read(chunk) for chunk in rows], format="csr"))
+    matrix.eliminate_zeros()
+    return matrix

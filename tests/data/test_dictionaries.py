@@ -1,0 +1,58 @@
+"""Dictionaries in every form in which they are published."""
+
+from __future__ import annotations
+
+import collections
+import gzip
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from scllm.data.dictionaries import read_dictionary
+from scllm.data.vocab import Vocab
+
+TOKENS = {"<pad>": 0, "<mask>": 1, "ENSG00000000003": 2}
+
+
+def write(path, content):
+    raw = pickle.dumps(content) if ".pkl" in path.name else json.dumps(content).encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.pkl", "a.pkl.gz"])
+def test_every_form_gives_the_same(tmp_path, name):
+    file = write(tmp_path / name, TOKENS)
+    assert read_dictionary(file) == TOKENS
+    assert Vocab.read(file) == Vocab.from_tokens(TOKENS)
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float64])
+def test_numpy_numbers_are_plain_numbers(tmp_path, kind):
+    found = read_dictionary(write(tmp_path / "a.pkl", collections.OrderedDict(a=kind(3), b=kind(4))))
+    assert found == {"a": 3, "b": 4}
+    assert {type(value) for value in found.values()} <= {int, float}
+
+
+@pytest.mark.parametrize("content", [{"a": print}, {"a": collections.Counter("aa")}, {"a": np.arange(3)}])
+def test_anything_else_in_a_pickle_is_an_error_and_is_not_run(tmp_path, content):
+    with pytest.raises(ValueError, match="is never executed"):
+        read_dictionary(write(tmp_path / "a.pkl", content))
+
+
+@pytest.mark.parametrize("raw", [b"version https://git-lfs.github.com/spec/v1", b"", b"\x80\x04}", b"[1]"])
+def test_files_that_are_no_dictionary_are_an_error(tmp_path, raw):
+    (tmp_path / "a.pkl").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"cannot be read|a dictionary expected"):
+        read_dictionary(tmp_path / "a.pkl")
+
+
+def test_the_published_dictionaries_fit_together(shared):
+    folder = shared / "data" / "dictionaries"
+    vocab = Vocab.read(folder / "geneformer_v1_token_dictionary.json.gz")
+    medians = read_dictionary(folder / "geneformer_v1_gene_median.json.gz")
+    assert set(medians) == set(vocab.genes)
+    assert (vocab.pad_id, vocab.mask_id, vocab.cls, vocab.eos) == (0, 1, None, None)
+    assert min(medians.values()) > 0

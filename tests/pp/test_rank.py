@@ -1,0 +1,115 @@
+"""Ranks and medians against numpy, cell by cell and gene by gene."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pytest
+from scipy import sparse
+
+from scllm import get
+from scllm.data.medians import MedianSketch
+from scllm.pp import gene_medians, rank_expression, tokenize
+
+
+def medians_slowly(counts):
+    normalised = counts / counts.sum(1, keepdims=True) * 1e4
+    return np.array([np.median(column[column > 0]) if column.any() else np.nan for column in normalised.T])
+
+
+def ranks_slowly(counts, medians):
+    ranks = np.zeros(counts.shape, int)
+    for row, out in zip(counts, ranks, strict=True):
+        genes = [gene for gene in range(len(row)) if row[gene] and np.isfinite(medians[gene])]
+        out[sorted(genes, key=lambda gene: -row[gene] / medians[gene])] = np.arange(len(genes)) + 1
+    return ranks
+
+
+def test_ranks_are_those_of_counts_over_medians_and_ties_keep_gene_order(adata):
+    counts = adata.X.toarray().astype(np.float64)
+    rank_expression(adata)
+    np.testing.assert_array_equal(adata.layers["ranked"].toarray(), ranks_slowly(counts, medians_slowly(counts)))
+    rank_expression(adata, medians=dict.fromkeys(adata.var_names, 1.0), key_added="plain")
+    np.testing.assert_array_equal(adata.layers["plain"].toarray(), ranks_slowly(counts, np.ones(40)))
+    assert (adata.layers["ranked"].format, adata.layers["ranked"].dtype) == ("csr", np.int32)
+
+
+def test_genes_without_a_median_are_left_out(adata):
+    medians = {f"gene_{i}": 1.0 + i for i in range(0, 40, 2)}
+    rank_expression(adata, medians=medians)
+    aligned = np.array([medians.get(gene, np.nan) for gene in adata.var_names])
+    np.testing.assert_array_equal(adata.layers["ranked"].toarray(), ranks_slowly(adata.X.toarray(), aligned))
+
+
+def test_medians_that_fit_no_gene_are_an_error(adata):
+    with pytest.raises(ValueError, match="none of the 40 genes has a median"):
+        rank_expression(adata, medians={"TP53": 1.0})
+    with pytest.raises(ValueError, match="the smallest gene median is 0"):
+        rank_expression(adata, medians={"gene_0": 0.0})
+
+
+@pytest.mark.parametrize("verb", [rank_expression, gene_medians])
+def test_logged_values_are_an_error(adata, verb):
+    adata.layers["raw"] = adata.X
+    adata.X = adata.X.log1p()
+    with pytest.raises(ValueError, match=r"looks log-normalised .* Layer 'raw' holds counts: pass layer='raw'"):
+        verb(adata)
+
+
+def test_medians_in_memory_are_exact(adata):
+    adata.X = sparse.csr_matrix(adata.X.multiply(np.arange(40) != 7))
+    gene_medians(adata)
+    expected = medians_slowly(adata.X.toarray().astype(np.float64))
+    np.testing.assert_allclose(adata.var["median_expression"], expected, rtol=1e-14)
+    assert np.isnan(adata.var["median_expression"].iloc[7])
+
+
+def test_medians_of_files_are_right_to_within_a_128th(adata, tmp_path):
+    paths = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+    adata[:25].copy().write_h5ad(paths[0])
+    adata[25:].copy().write_h5ad(paths[1])
+    found = gene_medians(paths, target_sum=500)
+    expected = medians_slowly(adata.X.toarray().astype(np.float64)) / 20
+    np.testing.assert_allclose(found, expected, rtol=1 / 128)
+    assert found.index.tolist() == adata.var_names.tolist()
+    assert ad.read_h5ad(paths[0]).var.columns.empty
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10_000])
+def test_sketches_of_parts_add_up_and_keep_their_accuracy(n):
+    values = np.exp(np.random.default_rng(0).normal(0, 2, (5, n)))
+    whole, parts = MedianSketch(6), [MedianSketch(6), MedianSketch(6)]
+    for gene, row in enumerate(values):
+        whole.add(np.full(n, gene), row)
+        for part, half in zip(parts, np.array_split(row, 2), strict=True):
+            part.add(np.full(len(half), gene), half)
+    parts[0].merge(parts[1])
+    np.testing.assert_array_equal(parts[0].medians(), whole.medians())
+    np.testing.assert_allclose(whole.medians()[:5], np.median(values, axis=1), rtol=1 / 128)
+    assert np.isnan(whole.medians()[5])
+
+
+def test_rank_sentences_follow_the_ranks(adata):
+    tokenize(adata, encoder="ranks", max_len=8)
+    genes, values = get.tokens(adata)
+    assert values is None
+    scale = medians_slowly(adata.X.toarray().astype(np.float64))
+    for row, counts in zip(genes, adata.X.toarray(), strict=True):
+        strength = (counts / scale)[row]
+        # medians to within a 128th: neighbours may have changed places
+        assert (strength[:-1] >= strength[1:] * (1 - 1 / 32)).all()
+    assert set(adata.obsm) == {"tokens"}
+
+
+def test_views_backed_data_and_copies(adata, tmp_path):
+    rank_expression(adata)
+    expected = adata.layers["ranked"].toarray()
+    medians = gene_medians(adata, copy=True).var["median_expression"]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    view = rank_expression(adata[::3], medians=medians, copy=True)
+    np.testing.assert_array_equal(view.layers["ranked"].toarray(), expected[::3])
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    gene_medians(backed)
+    np.testing.assert_allclose(backed.var["median_expression"], medians, rtol=1 / 128)
+    rank_expression(backed, key_added="again")
+    np.testing.assert_array_equal(backed.layers["again"].toarray(), expected)
