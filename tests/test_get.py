@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import scllm
+from scllm import get, pp
 from scllm.get import tokens
+from scllm.models import Vocab
 
 
 def rows_slowly(adata, key, width, fill):
@@ -48,3 +50,11 @@ def test_missing_tokens_say_what_to_call(adata):
     scllm.pp.tokenize(adata)
     with pytest.raises(KeyError, match=r"'token' is not in adata\.obsm\. Did you mean 'tokens'"):
         tokens(adata, key="token")
+
+
+def test_the_padding_of_another_vocabulary_is_never_taken(adata):
+    pp.tokenize(adata, key_added="first")
+    pp.tokenize(adata, vocab=Vocab.from_genes(adata.var_names[:20]), key_added="second")
+    with pytest.raises(ValueError, match=r"last called with key_added='second', 'first' expected"):
+        get.tokens(adata, key="first")
+    assert get.tokens(adata, key="second")[0].shape[0] == adata.n_obs

@@ -101,4 +101,4 @@ def test_stored_zeros_are_no_tokens():
 
 def test_duplicated_names_are_named_with_the_first():
     with pytest.raises(ValueError, match=r"2 gene names are duplicated \(first: 'b'\).*var_names_make_unique"):
-        match(["a", "b", "b", "c", "c", "c"], Vocab.from_genes("abc"))
+        match(["a", "b", "b", "c", "c", "c"], Vocab.from_genes(["a", "b", "c"]))

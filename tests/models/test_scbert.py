@@ -277,5 +277,5 @@ def test_missing_and_wrong_gene_lists_are_named(parity, tmp_path):
         models.load(tmp_path, family="scbert")
     with pytest.raises(ValueError, match="the gene list has 2 genes, the model in"):
         models.load(tmp_path, family="scbert", vocab=["CD3E", "LYZ"])
-    with pytest.raises(ValueError, match="part='cell' goes with files of several models"):
+    with pytest.raises(ValueError, match="part= is given, and a scbert checkpoint has no choice of that"):
         models.load(parity, family="scbert", part="cell")

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from scllm import models
 from scllm.models import storage
@@ -122,3 +123,26 @@ def test_a_folder_that_holds_no_model_says_what_was_expected(model, tmp_path):
     model.save(tmp_path / "model")
     with pytest.raises(ValueError, match="format is 'geneformer', 'native' or the model's own family 'scgpt'"):
         model.save(tmp_path / "other", format="geneformer")
+
+
+def test_a_folder_of_other_files_is_never_replaced(model, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds other files \(first: 'thesis.txt'\).*Pass another path"):
+        model.save(tmp_path / "precious")
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(ValueError, match=r"holds other files \(first: 'thesis.txt'\)"):
+        model.save(tmp_path / "precious" / "thesis.txt")
+    model.save(tmp_path / "model")
+    model.save(tmp_path / "model")
+    assert models.load(tmp_path / "model").hash() == model.hash()
+
+
+def test_a_prefix_to_ignore_is_one_name_and_not_its_letters(model, tmp_path):
+    model.save(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "weights.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not name.startswith("layers.")}
+    save_file(kept, tmp_path / "model" / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"missing: layers\.0"):
+        models.load(tmp_path / "model", ignore="decoder.0.weight")
+    assert models.load(tmp_path / "model", ignore="layers.").n_parameters == model.n_parameters

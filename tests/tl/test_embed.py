@@ -299,3 +299,18 @@ def test_parity_scgpt_gene_embeddings(original, checkpoint, cells):
 def test_a_batch_of_no_cells_is_an_error(adata, tiny):
     with pytest.raises(ValueError, match="batch_size is 0, at least 1 expected"):
         embed(adata, tiny, batch_size=0)
+
+
+def test_data_are_never_replaced_by_their_embedding(adata, tiny, tmp_path):
+    adata.write_zarr(tmp_path / "cells.zarr")
+    other = tmp_path / "other.zarr"
+    adata.write_zarr(other)
+    for out in ("cells.zarr", "other.zarr"):
+        with pytest.raises(ValueError, match=r"which holds data, a new path or an array expected. Pass another"):
+            embed(tmp_path / "cells.zarr", tiny, out=tmp_path / out)
+    assert ad.read_zarr(other).shape == adata.shape
+    with pytest.raises(FileNotFoundError, match="the folder of out= expected"):
+        embed(tmp_path / "cells.zarr", tiny, out=tmp_path / "nowhere" / "x.npy")
+    for _ in range(2):
+        embed(tmp_path / "cells.zarr", tiny, out=tmp_path / "embedding.zarr")
+    assert zarr.open_array(tmp_path / "embedding.zarr").shape[0] == adata.n_obs

@@ -221,3 +221,11 @@ def test_requests_that_cannot_be_met_write_nothing(adata, tune, tmp_path, option
         tune(**options)
     assert not list(tmp_path.iterdir())
     assert not adata.uns
+
+
+def test_other_labels_in_the_same_directory_are_an_error(adata, tiny, tmp_path):
+    options = {"key": "cell_type", "epochs": 1, "run_dir": tmp_path / "run"}
+    finetune(adata, tiny, **options)
+    adata.obs["cell_type"] = adata.obs["cell_type"].to_numpy()[::-1]
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(data\.cells: "):
+        finetune(adata, tiny, **options)

@@ -99,3 +99,12 @@ def test_a_run_that_is_not_done_is_no_model(adata, tmp_path):
     (tmp_path / "run" / "done").unlink()
     with pytest.raises(ValueError, match="is a run that is not done, a finished run expected"):
         embed(adata, tmp_path / "run")
+
+
+def test_a_model_that_changed_since_it_was_recorded_is_an_error(adata, tiny, tmp_path):
+    tiny.save(tmp_path / "model")
+    embed(adata, tmp_path / "model")
+    other = models.build("scgpt", vocab=adata.var_names, n_layers=1, n_heads=2, d_model=16, d_hidden=16)
+    other.save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"has changed since it was recorded.*Pass the model that is meant"):
+        embed(adata)

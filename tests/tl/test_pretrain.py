@@ -105,7 +105,7 @@ def test_cells_for_testing_are_never_touched(adata, train):
 def test_validation_columns_that_are_none_are_an_error(adata, train, tmp_path):
     with pytest.raises(KeyError, match=r"'cell_typ' is not a column of adata\.obs\. Did you mean 'cell_type'"):
         train(validation="cell_typ")
-    with pytest.raises(ValueError, match=r"obs\['cell_type'\] holds \['A', 'B'\], 'train' and 'validation' expected"):
+    with pytest.raises(ValueError, match=r"obs\['cell_type'\] holds \['A', 'B'\], 'train' and 'validation' \(and"):
         train(validation="cell_type")
     with pytest.raises(ValueError, match=r"validation is 1\.5"):
         train(validation=1.5)
@@ -146,9 +146,9 @@ def test_a_fresh_gene_table_starts_from_the_training_cells_unless_asked_otherwis
     models = [train(lr=1e-7, validation=0.3, config=TrainConfig(gene_init=how)) for how in (None, "svd", "random")]
     counts = adata.X.toarray()[cells_of(models[0])["train"]]
     logged = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4)
-    programmes = np.linalg.svd(logged)[2][:3]  # right singular vectors
+    programmes = np.linalg.svd(logged)[2][1:4]  # right singular vectors; the first says how high a gene is in all cells
     for model, alike in zip(models, (True, True, False), strict=True):
-        columns = model.gene_table().detach().numpy()[:40, :3].T
+        columns = model.gene_table().detach().numpy()[:40, 1:4].T
         similar = [abs(np.corrcoef(a, b)[0, 1]) for a, b in zip(columns, programmes, strict=True)]
         assert min(similar) > 0.99 if alike else max(similar) < 0.9
 

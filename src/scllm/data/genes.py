@@ -166,7 +166,7 @@ def _too_few(found: GeneMatch, names: list[str], vocab: Vocab, min_coverage: flo
     theirs = id_type(vocab.genes)
     message = (
         f"{found.n_matched} of {min(len(names), len(vocab.genes))} genes are in the model's vocabulary "
-        f"({100 * found.coverage:.1f} %), at least {100 * min_coverage:.1f} % expected. The vocabulary holds "
+        f"({100 * found.coverage:.3g} %), at least {100 * min_coverage:.3g} % expected. The vocabulary holds "
         f"{what[theirs]} ({vocab.genes[0] if vocab.genes else ''!r}), {found.column} look like "
         f"{what[found.id_type]} ({names[0] if names else ''!r})."
     )

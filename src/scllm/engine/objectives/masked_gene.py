@@ -69,5 +69,5 @@ class MaskedGene:
         return ()
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
-        """As logged."""
-        return means
+        """The loss, and the share of the genes asked about."""
+        return {**means, "mask_ratio": self.p}
