@@ -157,6 +157,7 @@ def _loaders(
     common = {
         "source": source, "match": match, "encoder": model.encoder, "vocab": model.vocab, "obs": obs,
         "keep_empty": config.strategy == "fsdp" and ranks.world() > 1,
+        "pinned": model.device.type == "cuda",
         "keep_whole": getattr(objective, "predicts_whole_cells", False),
     }  # fmt: skip
     seed = config.random_state or 0

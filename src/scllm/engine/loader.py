@@ -61,6 +61,8 @@ class Loader:
         Whether draws differ between epochs, and long cells are cropped at random.
     keep_empty
         Whether a rank (or micro-batch) without cells gets an empty batch, so that all ranks compute equally often.
+    pinned
+        Whether batches lie in pinned memory, so that moving them to a GPU overlaps with computing.
     """
 
     source: CellSource
@@ -76,6 +78,7 @@ class Loader:
     keep_whole: bool = False
     training: bool = True
     keep_empty: bool = False
+    pinned: bool = False
 
     @property
     def chunk(self) -> int:
@@ -132,11 +135,12 @@ class Loader:
         edges = np.concatenate([[0], np.cumsum(read.sizes)])
         for first, last in zip(edges[skip:-1], edges[skip + 1 :], strict=True):
             tokens = self.match.tokens(_taken(counts, place[first:last]))
-            read, whole = self._sentences(tokens, keys[first:last]), self._whole(tokens) if self.keep_whole else None
+            sentences = self._sentences(tokens, keys[first:last])
+            whole = self._whole(tokens) if self.keep_whole else None
             cuts = np.linspace(first, last, parts + 1).astype(int)
-            yield [
+            batches = [
                 Batch.from_tokens(
-                    read.slice(a - first, b - first),
+                    sentences.slice(a - first, b - first),
                     keys[a:b],
                     {name: column[rows[a:b]] for name, column in self.obs.items()},
                     self.match.measured,
@@ -145,6 +149,7 @@ class Loader:
                 for a, b in pairwise(cuts)
                 if b > a or self.keep_empty
             ]
+            yield [batch.pin() for batch in batches] if self.pinned else batches
 
     def _sentences(self, tokens: Tokens, keys: IntArray) -> Tokens:
         """What the model reads of the cells of one batch."""

@@ -77,8 +77,9 @@ def predict(
     log.info("%s %d cells on %s in %s, %d at a time", desc, source.n_obs, first, chosen, size)
     replicas = [_ready(model, where, chosen) for where in devices]
     cells = Loader(
-        source, np.arange(source.n_obs), match, model.encoder, model.vocab, size * len(devices), training=False
-    )
+        source, np.arange(source.n_obs), match, model.encoder, model.vocab, size * len(devices), training=False,
+        pinned=first.type == "cuda",
+    )  # fmt: skip
 
     is_special = model.is_special.cpu()
 
