@@ -19,6 +19,7 @@ from anndata import AnnData
 from scipy import sparse
 
 import scllm
+from scllm import models, pp, tl
 from scllm.models import CellModel
 
 SIZES = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_hidden": 8}
@@ -319,3 +320,22 @@ def test_a_view_that_a_verb_writes_to_becomes_data_of_its_own(adata):
     assert part.obsm["X_scllm"].shape == (20, 8)
     assert "X_scllm" not in adata.obsm
     assert not adata.uns
+
+
+@pytest.mark.parametrize(
+    "verb", [tl.classify, tl.embed_genes, tl.reconstruct, pp.bin_expression, pp.tokenize, pp.split]
+)
+def test_a_path_where_only_an_anndata_will_do(verb):
+    with pytest.raises(TypeError, match=r"adata is 'cells\.h5ad', an AnnData expected\. Read files with anndata\.read"):
+        verb("cells.h5ad")
+
+
+def test_a_backed_anndata_that_cannot_be_written_is_an_error_before_anything_is_computed(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    model = models.build("scgpt", vocab=adata.var_names, size="tiny")
+    with pytest.raises(ValueError, match=r"copy=True is given, and adata is backed by a file.*to_memory"):
+        tl.embed(backed, model, copy=True)
+    with pytest.raises(ValueError, match=r"adata is a view of a backed AnnData.*to_memory"):
+        tl.embed(backed[:10], model)
+    backed.file.close()

@@ -11,9 +11,21 @@ from anndata import AnnData
 
 from scllm._typing import FloatArray
 
-__all__ = ["embedding", "groups", "labels", "missing_key", "obs_column"]
+__all__ = ["check_adata", "embedding", "groups", "labels", "missing_key", "obs_column"]
 
 _SHOWN = 8
+
+
+def check_adata(adata: object, copy: bool = False) -> None:
+    """Raise where a verb could not write its result in the end: no AnnData, or one whose file is in the way."""
+    if not isinstance(adata, AnnData):
+        seen = f"{adata!r:.60}" if isinstance(adata, str) else f"of type {type(adata).__name__}"
+        raise TypeError(
+            f"adata is {seen}, an AnnData expected. Read files with anndata.read_h5ad or anndata.read_zarr."
+        )
+    if adata.isbacked and (copy or adata.is_view):
+        what = "copy=True is given, and adata is backed by a file" if copy else "adata is a view of a backed AnnData"
+        raise ValueError(f"{what}, one in memory expected. Pass adata.to_memory().")
 
 
 def missing_key(key: str, names: Iterable[str], where: str, advice: str = "") -> KeyError:

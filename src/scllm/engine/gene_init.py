@@ -45,8 +45,8 @@ def gene_vectors(
 ) -> FloatArray:
     """Right singular vectors of the log-normalised cells by their singular values, ``(n_tokens, n_vectors)``.
 
-    Centred; of unit variance over all entries. The first, and vectors whose singular value does not stand out from the
-    bulk, are zero, as are genes that are not measured.
+    Centred; of unit variance over all entries. The first weighs as much as the second. Vectors whose singular value
+    does not stand out from the bulk are zero, as are genes that are not measured.
     Randomised subspace iteration (Halko, Martinsson & Tropp 2011): a few passes over the cells in row chunks.
     """
     rng = np.random.default_rng(random_state)
@@ -71,10 +71,11 @@ def gene_vectors(
     # the sign of a singular vector is free: the largest entry is made positive
     vectors *= np.sign(vectors[np.abs(vectors).argmax(0), np.arange(k)])
     vectors = (vectors - vectors.mean(0)) / np.maximum(vectors.std(0), 1e-12)
-    # most singular values are those of noise and nearly equal: vectors that do not stand out are left out. So is the
-    # first, which says how high a gene is in all cells; the others weigh what they explain, as in a PCA
-    vectors *= np.where(strength < _STANDS_OUT * np.median(strength), 0, strength)
-    vectors[:, 0] = 0
+    # vectors weigh what they explain, as in a PCA, but for the first: it says how high a gene is in all cells, and at
+    # its own weight would drown the others. Most are those of noise and nearly equal: they are left out
+    weight = np.where(strength < _STANDS_OUT * np.median(strength), 0, strength)
+    weight[0] = weight[1:2].sum()
+    vectors *= weight
     vectors /= max(vectors.std(), 1e-12)
     full = np.zeros((n_tokens, n_vectors), np.float32)
     full[measured, :k] = vectors

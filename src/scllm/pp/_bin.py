@@ -7,6 +7,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scllm import _keys
+from scllm._checks import check_adata
 from scllm._results import record
 from scllm.data.checks import check_source
 from scllm.data.encode.bins import Ties, check_n_bins, check_ties, tie_draws
@@ -65,6 +66,7 @@ def bin_expression(
     >>> int(adata.layers["binned"].max())
     10
     """
+    check_adata(adata, copy)
     check_n_bins(n_bins)
     check_ties(ties)
     source = open_source(adata, layer=layer)

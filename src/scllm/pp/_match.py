@@ -12,6 +12,7 @@ import pandas as pd
 from anndata import AnnData
 
 from scllm import _keys
+from scllm._checks import check_adata
 from scllm._results import record
 from scllm.data import genes
 from scllm.data.source import open_source
@@ -75,6 +76,7 @@ def match_genes(
     >>> int((adata.var["token_id"] >= 0).sum())
     30
     """
+    check_adata(adata, copy)
     vocab = _vocabulary(vocab)
     found = genes.match(adata.var_names, vocab, var=adata.var, gene_key=gene_key, min_coverage=min_coverage)
     adata = adata.copy() if copy else adata

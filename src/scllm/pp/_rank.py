@@ -10,6 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scllm import _keys
+from scllm._checks import check_adata
 from scllm._results import record
 from scllm._typing import FloatArray
 from scllm.data.checks import check_source, layer_with_counts
@@ -60,6 +61,7 @@ def rank_expression(
     >>> bool(adata.layers["ranked"][0].max() == (adata.X[0] > 0).sum())
     True
     """
+    check_adata(adata, copy)
     source = open_source(adata, layer=layer)
     check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(adata))
     adata = adata.copy() if copy else adata

@@ -9,7 +9,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from scllm import _keys
-from scllm._checks import groups, obs_column
+from scllm._checks import check_adata, groups, obs_column
 from scllm._log import log
 from scllm._results import record
 from scllm.data.checks import check_source
@@ -76,6 +76,7 @@ def recipe_scgpt(
     >>> adata.shape
     (700, 300)
     """
+    check_adata(adata, copy)
     import scanpy as sc
 
     check_n_bins(n_bins)

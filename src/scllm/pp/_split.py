@@ -7,7 +7,7 @@ import pandas as pd
 from anndata import AnnData
 
 from scllm import _keys
-from scllm._checks import obs_column
+from scllm._checks import check_adata, obs_column
 from scllm._results import record
 from scllm.data.split import PARTS, split_cells
 
@@ -57,6 +57,7 @@ def split(
     >>> round(float((adata.obs["split"] == "train").mean()), 2)
     0.8
     """
+    check_adata(adata, copy)
     if group_key is not None and stratify is not None:
         raise ValueError(
             f"group_key={group_key!r} and stratify={stratify!r} are both given, one of them expected: whole groups "

@@ -11,6 +11,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scllm import _keys
+from scllm._checks import check_adata
 from scllm._results import match_settings, record
 from scllm.data import genes
 from scllm.data.checks import check_source, layer_with_counts
@@ -78,6 +79,7 @@ def tokenize(
     >>> adata.obsm["tokens"].shape[0] == adata.n_obs
     True
     """
+    check_adata(adata, copy)
     if model is not None:
         encoder, vocab = model.encoder, model.vocab
     vocab = Vocab.from_genes(adata.var_names) if vocab is None else vocab

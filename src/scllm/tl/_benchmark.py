@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scllm import _keys, metrics
-from scllm._checks import embedding, groups, labels
+from scllm._checks import check_adata, embedding, groups, labels
 from scllm._log import log
 from scllm._results import record
 from scllm._typing import CSR, FloatArray
@@ -72,6 +72,7 @@ def benchmark(
     >>> bool(table.loc["X_pca", "logreg_accuracy"] > 0.9)
     True
     """
+    check_adata(adata)
     names = [use_rep] if isinstance(use_rep, str) else list(use_rep)
     classes = labels(adata.obs, key)
     batches = None if batch_key is None else groups(adata.obs, batch_key)

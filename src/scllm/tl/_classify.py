@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scllm import _keys
+from scllm._checks import check_adata
 from scllm._results import record
 from scllm._typing import FloatArray
 from scllm.data.source import open_source
@@ -72,6 +73,7 @@ def classify(
     --------
     >>> scllm.tl.classify(adata, tuned)  # doctest: +SKIP
     """
+    check_adata(adata, copy)
     chosen = resolve(model, adata)
     if not chosen.head_specs:
         path = f" in {chosen.path}" if chosen.path is not None else ""

@@ -16,7 +16,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from scllm import _keys
-from scllm._checks import groups
+from scllm._checks import check_adata, groups
 from scllm._results import record
 from scllm._typing import FloatArray
 from scllm.data.source import open_source
@@ -100,6 +100,8 @@ def embed(
     64
     """
     adata = data if isinstance(data, AnnData) else None
+    if adata is not None:
+        check_adata(adata, copy)
     if adata is None and copy:
         raise TypeError("copy=True goes with an AnnData, a path was given: the embedding is returned, or goes to out=.")
     if adata is not None and out is not None:
@@ -185,6 +187,7 @@ def embed_genes(
     >>> adata.varm["scllm_genes"].shape == (adata.n_vars, 64)
     True
     """
+    check_adata(adata, copy)
     chosen = resolve(model, adata)
     source = open_source(adata)
     match = gene_match(adata, source, chosen)

@@ -9,6 +9,7 @@ from scipy import sparse
 from torch import Tensor
 
 from scllm import _keys, metrics
+from scllm._checks import check_adata
 from scllm._results import record
 from scllm.data.source import open_source
 from scllm.engine.likelihood import N_ORDERS, gene_nats
@@ -83,6 +84,7 @@ def perplexity(
     >>> bool((adata.obs["perplexity"] > 1).all())
     True
     """
+    check_adata(adata, copy)
     chosen = resolve(model, adata)
     if chosen.likelihood is None:
         raise ValueError(

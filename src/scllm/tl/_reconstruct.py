@@ -12,6 +12,7 @@ from scipy import sparse
 from torch import Tensor
 
 from scllm import _keys
+from scllm._checks import check_adata
 from scllm._results import record
 from scllm._typing import IntArray
 from scllm.data.genes import GeneMatch
@@ -79,6 +80,7 @@ def reconstruct(
     >>> adata.layers["reconstructed"].shape == adata.shape
     True
     """
+    check_adata(adata, copy)
     chosen = resolve(model, adata)
     if target_depth is not None and not chosen.reads_depth:
         raise ValueError(
