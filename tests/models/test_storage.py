@@ -146,3 +146,11 @@ def test_a_prefix_to_ignore_is_one_name_and_not_its_letters(model, tmp_path):
     with pytest.raises(ValueError, match=r"missing: layers\.0"):
         models.load(tmp_path / "model", ignore="decoder.0.weight")
     assert models.load(tmp_path / "model", ignore="layers.").n_parameters == model.n_parameters
+
+
+def test_a_repository_that_cannot_be_fetched_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"hf://nobody/nothing could not be fetched .*pass a folder"):
+        models.load("hf://nobody/nothing")
+    with pytest.raises(FileNotFoundError, match=r"hf://no//name could not be fetched"):
+        models.load("hf://no//name")

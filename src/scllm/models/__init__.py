@@ -26,7 +26,7 @@ from scllm.data.encode import (
 from scllm.data.run_files import read_history
 from scllm.data.vocab import Vocab
 from scllm.models.base import CellModel, Checkpoint, HeadSpec
-from scllm.models.storage import is_native, load_weights, read_native
+from scllm.models.storage import HUB, from_hub, is_native, load_weights, read_native
 
 __all__ = [
     "BinEncoder", "CellModel", "DepthEncoder", "LevelEncoder", "RankEncoder", "ValueEncoder", "Vocab", "build",
@@ -112,7 +112,8 @@ def load(
     Parameters
     ----------
     path
-        A folder that scllm wrote (a model or a run directory), or a published checkpoint. A model is given back.
+        A folder that scllm wrote (a model or a run directory), or a published checkpoint, also on the Hugging Face Hub
+        (``"hf://owner/name"``). A model is given back.
     family
         Which published format it is; native folders say so themselves.
     vocab
@@ -133,7 +134,7 @@ def load(
     """
     if isinstance(path, CellModel):
         return path
-    folder = _folder(Path(path))
+    folder = _folder(from_hub(str(path)) if str(path).startswith(HUB) else Path(path))
     if family is None or is_native(folder):
         if vocab is not None or medians is not None or part is not None:
             raise ValueError(

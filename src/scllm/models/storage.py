@@ -30,8 +30,19 @@ from scllm.data.vocab import Vocab
 if TYPE_CHECKING:
     from scllm.models.base import CellModel
 
-__all__ = ["gene_list", "is_native", "load_weights", "read_native", "read_torch", "renamed", "write_native"]
+__all__ = [
+    "gene_list",
+    "HUB",
+    "from_hub",
+    "is_native",
+    "load_weights",
+    "read_native",
+    "read_torch",
+    "renamed",
+    "write_native",
+]
 
+HUB = "hf://"
 _FORMAT = 1
 _ARRAYS = "extras.npz"
 _FILES = ("config.json", "vocab.json", "weights.safetensors", "history.jsonl", _ARRAYS)
@@ -80,6 +91,21 @@ def _check_target(path: Path) -> None:
             f"{path} holds other files (first: {others[0]!r}), a new folder or a model that scllm wrote expected: it "
             "would be replaced. Pass another path."
         )
+
+
+def from_hub(name: str) -> Path:
+    """Fetch a repository of the Hugging Face Hub (``hf://owner/name``): weights and dictionaries, never code."""
+    from huggingface_hub import snapshot_download  # only when the user names the Hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = ["*.json", "*.json.gz", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.txt"]
+    try:
+        return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name} could not be fetched ({str(error).splitlines()[0]}), a repository of the Hugging Face Hub "
+            "that can be reached expected. Check its name and the connection, or pass a folder that is here."
+        ) from error
 
 
 def is_native(path: Path) -> bool:

@@ -19,7 +19,6 @@ ModelLike = CellModel | str | PathLike[str]
 
 # models that were never saved, by hash: remembered for this process only
 _unsaved: dict[str, CellModel] = {}
-_HUB = "hf://"
 
 
 def resolve(model: ModelLike | None, adata: AnnData | None) -> CellModel:
@@ -28,8 +27,6 @@ def resolve(model: ModelLike | None, adata: AnnData | None) -> CellModel:
         return model
     if model is None:
         return recorded_model(adata)
-    if str(model).startswith(_HUB):
-        return models.load(_from_hub(str(model)))
     return models.load(model)
 
 
@@ -78,10 +75,3 @@ def remember(adata: AnnData | CellSource, model: CellModel) -> None:
 def gene_match(data: object, source: CellSource, model: CellModel) -> genes.GeneMatch:
     """The token of each gene of the data."""
     return genes.match(source.genes, model.vocab, var=source.var, **match_settings(data))  # type: ignore[arg-type]
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download  # only when the user names the Hub
-
-    patterns = ["*.json", "*.safetensors", "*.pt", "*.txt"]
-    return Path(snapshot_download(name.removeprefix(_HUB), allow_patterns=patterns))
