@@ -28,21 +28,13 @@ class Config(SentenceConfig):
 
     Parameters
     ----------
-    d_hidden
-        Width of the feed-forward layers; ``None`` is four times ``d_model``.
     d_embedding
         Width of the gene table, which one matrix maps to ``d_model``: many genes cost few weights.
     """
 
-    d_hidden: int | None = None
     d_embedding: int = 128
 
     takes: ClassVar[tuple[Likelihood, ...]] = ("pseudo",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.d_hidden is None:
-            object.__setattr__(self, "d_hidden", 4 * self.d_model)
 
     def architecture(self) -> dict[str, Any]:
         """ALBERT's settings, but for what fused kernels do not have: dropout of attention weights."""

@@ -49,10 +49,13 @@ class SentenceConfig(ModelConfig):
     hf_config
         A configuration of transformers (or its dictionary) in place of the family's own network. Layers, heads,
         width and dropout are then its own; the size of the vocabulary is always ours.
+    d_hidden
+        Width of the feed-forward layers; ``None`` is four times ``d_model``.
     """
 
     max_len: int = 1024
     hf_config: Mapping[str, Any] | None = None
+    d_hidden: int | None = None
 
     takes: ClassVar[tuple[Likelihood, ...]] = ()
     """Kinds of network that the family takes; the first is its own."""
@@ -68,6 +71,8 @@ class SentenceConfig(ModelConfig):
             for name, value in theirs.items():
                 object.__setattr__(self, name, value)
         super().__post_init__()
+        if self.d_hidden is None:
+            object.__setattr__(self, "d_hidden", 4 * self.d_model)
         if self.likelihood not in self.takes:
             raise ValueError(
                 f"hf_config is a {self.architecture()['model_type']!r} network, whose likelihood is "

@@ -25,22 +25,9 @@ FINETUNE = {"epochs": 10, "batch_size": 32, "lr": 1e-4}
 
 @dataclass(frozen=True)
 class Config(SentenceConfig):
-    """The architecture; ``"gpt2"`` is the published small model's.
-
-    Parameters
-    ----------
-    d_hidden
-        Width of the feed-forward layers; ``None`` is four times ``d_model``.
-    """
-
-    d_hidden: int | None = None
+    """The architecture; ``"gpt2"`` is the published small model's."""
 
     takes: ClassVar[tuple[Likelihood, ...]] = ("causal", "pseudo")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.d_hidden is None:
-            object.__setattr__(self, "d_hidden", 4 * self.d_model)
 
     def architecture(self) -> dict[str, Any]:
         """GPT-2's settings, but for what fused kernels do not have: dropout of attention weights."""

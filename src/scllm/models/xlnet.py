@@ -30,22 +30,9 @@ FINETUNE = {"epochs": 10, "batch_size": 32, "lr": 1e-4}
 
 @dataclass(frozen=True)
 class Config(SentenceConfig):
-    """The architecture; ``"xlnet-base"`` is the published one's. Positions are relative, so none are learnt.
-
-    Parameters
-    ----------
-    d_hidden
-        Width of the feed-forward layers; ``None`` is four times ``d_model``.
-    """
-
-    d_hidden: int | None = None
+    """The architecture; ``"xlnet-base"`` is the published one's. Positions are relative, so none are learnt."""
 
     takes: ClassVar[tuple[Likelihood, ...]] = ("permutation",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.d_hidden is None:
-            object.__setattr__(self, "d_hidden", 4 * self.d_model)
 
     def architecture(self) -> dict[str, Any]:
         """XLNet's settings."""
