@@ -91,12 +91,12 @@ def wait_until(is_so, seconds: float) -> None:
 
 def workers(run_dir: Path) -> list[int]:
     """Processes that train in a run directory."""
-    return [pid for pid, line in _command_lines(run_dir) if "torch.distributed.run" not in line]
+    return [pid for pid, line in _command_lines(run_dir) if "scllm.engine.agent" not in line]
 
 
 def agents(run_dir: Path) -> list[int]:
     """The torchrun that looks after them."""
-    return [pid for pid, line in _command_lines(run_dir) if "torch.distributed.run" in line]
+    return [pid for pid, line in _command_lines(run_dir) if "scllm.engine.agent" in line]
 
 
 def _command_lines(run_dir: Path) -> list[tuple[int, str]]:

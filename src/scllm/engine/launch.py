@@ -79,10 +79,10 @@ def train(run: Run, *, device: str = "auto", family: str | None = None) -> None:
 
 
 def command(run: Run, n_procs: int, device: str, family: str | None = None) -> list[str]:
-    """What starts a run in several processes, here or on a cluster."""
+    """What starts a run in several processes on this machine."""
     config = TrainConfig.from_dict(run.spec["train"])
     return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_procs}",
+        sys.executable, "-m", "scllm.engine.agent", str(os.getpid()), "--standalone", f"--nproc-per-node={n_procs}",
         f"--max-restarts={config.max_restarts}", "-m", "scllm", "run", str(run.path), "--device", device, "--debug",
         *(["--family", family] if family else []),
     ]  # fmt: skip
@@ -212,7 +212,7 @@ def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None,
         # train on when the notebook that started them is gone, nor the lock be free before they are
         process = subprocess.Popen(
             command(run, n_procs, device, family), stdout=output, stderr=subprocess.STDOUT, env=environment,
-            start_new_session=True, preexec_fn=ranks.tie_to_parent(), pass_fds=[lock],
+            start_new_session=True, pass_fds=[lock],
         )  # fmt: skip
         try:
             _follow(run, process)

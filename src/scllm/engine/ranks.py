@@ -6,10 +6,9 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 
 import torch
 from torch import Tensor, distributed
@@ -64,7 +63,7 @@ def joined(device: torch.device) -> Iterator[None]:
         yield
         return
     # torchrun stops its workers when it is asked to end, but not when it is killed
-    tie_to_parent()()
+    tie_to_parent()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # a rank that is lost must end the others within minutes, not the default half hour
@@ -76,11 +75,7 @@ def joined(device: torch.device) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def tie_to_parent() -> Callable[[], object]:
-    """What ends the process that calls it as soon as its parent is gone, however that ended (on Linux).
-
-    The C function is looked up here, so that the call is safe between fork and exec.
-    """
-    if sys.platform != "linux":
-        return lambda: None
-    return partial(ctypes.CDLL(None).prctl, _PDEATHSIG, signal.SIGTERM)
+def tie_to_parent() -> None:
+    """End this process as soon as its parent is gone, however that ended (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)
