@@ -75,6 +75,8 @@ class TrainConfig:
         Steps between two lines of the history.
     save_every
         Steps between two checkpoints; ``None``: one an epoch.
+    label_smoothing
+        Share of each label's target that is spread over all labels, in fine-tuning with ``loss="ce"``.
     patience
         Epochs without a better validation loss after which training stops; ``None``: never.
     compile
@@ -104,6 +106,7 @@ class TrainConfig:
     random_state: int | None = None
     log_every: int = 1
     save_every: int | None = None
+    label_smoothing: float = 0.0
     patience: int | None = None
     compile: bool = False
     checkpointing: bool = False
@@ -132,6 +135,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value not in get_args(allowed):
                 raise ValueError(f"{name} is {value!r}, one of {get_args(allowed)} expected. Pass one of those.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}, a share from 0 up to below 1 expected. 0.1 is usual."
+            )
         if self.downsample is not None and not 0 <= self.downsample < 1:
             raise ValueError(
                 f"downsample is {self.downsample}, a share from 0 up to below 1 expected. 0 leaves it off."

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from scllm.data.encode import Encoder
 from scllm.data.source import CellSource, open_source
 from scllm.engine import ranks
 from scllm.engine.checkpoint import restore, save, writing
+from scllm.engine.collapse import warn_of_collapse
 from scllm.engine.config import TrainConfig
 from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.loader import Loader
@@ -128,10 +129,21 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
         if config.strategy == "fsdp" and ranks.world() > 1:
             shard(model)
         with tracker(config.logger if ranks.rank() == 0 else None, run) as track:
-            fit(model, training, objective, config, run=run, validation=validation, precision=precision, track=track)
+            fit(
+                model, training, objective, config, run=run, validation=validation,
+                from_start=spec["verb"] == "finetune", precision=precision, track=_watched(track),
+            )  # fmt: skip
         if ranks.rank() == 0:
             _finish(run, family)
         ranks.wait_for_all()
+
+
+def _watched(track: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    def watch(line: dict[str, Any]) -> None:
+        warn_of_collapse(line)
+        track(line)
+
+    return watch
 
 
 def _open(run: Run, spec: dict[str, Any]) -> CellSource:

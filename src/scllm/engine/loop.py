@@ -34,6 +34,7 @@ def fit(
     *,
     run: Run,
     validation: Loader | None = None,
+    from_start: bool = False,
     precision: str = "fp32",
     track: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> None:
@@ -53,6 +54,8 @@ def fit(
         Receives ``history.jsonl``, ``last.pt`` and ``best_model.pt``.
     validation
         Cells to choose the best weights by; without them the last weights are the best.
+    from_start
+        Whether the weights as they come may be the best (a model to fine-tune): they are validated as step 0.
     precision
         ``"fp32"``, ``"bf16"`` or ``"fp16"``.
     track
@@ -66,6 +69,8 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     step, best, since_best = _resume(run, model, optimise, scaler)
     saved = step
+    if from_start and validation is not None and step == 0:
+        best = _judge_start(model, validation, objective, precision, run, track)
     bar = tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=not show_progress())
 
     while step < n_steps and (config.patience is None or since_best < config.patience):
@@ -165,7 +170,7 @@ def _resume(
     state = checkpoint.restore(run.last)
     ranks.wait_for_all()
     if ranks.rank() == 0:
-        cut_history(run.history, 0 if state is None else state["step"])
+        cut_history(run.history, -1 if state is None else state["step"])
     if state is None:
         return 0, math.inf, 0
     sharding.load_weights(model, state["model"])
@@ -173,6 +178,27 @@ def _resume(
     scaler.load_state_dict(state["scaler"])
     log.info("continuing at step %d", state["step"])
     return state["step"], state["best"], state["since_best"]
+
+
+def _judge_start(
+    model: CellModel,
+    validation: Loader,
+    objective: Objective,
+    precision: str,
+    run: Run,
+    track: Callable[[dict[str, Any]], None],
+) -> float:
+    """Validation loss of the weights as they came, which are the best so far."""
+    found = evaluate(model, validation, objective, precision)
+    weights = sharding.weights(model)
+    if ranks.rank() == 0:
+        line = {"step": 0, "epoch": 0, "split": "validation", **found, "lr": 0.0}
+        with checkpoint.writing(run.history):
+            append_history(run.history, [line])
+        checkpoint.save(run.best, weights)
+        track(line)
+    log.info("before the first step: loss %.4g on validation", found["loss"])
+    return found["loss"]
 
 
 @contextmanager

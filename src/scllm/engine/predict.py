@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scllm._log import log, progress
+from scllm._typing import IntArray
 from scllm.data.checks import warn_of_empty_cells
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource
@@ -35,6 +36,7 @@ def predict(
     match: GeneMatch,
     forward: Forward,
     *,
+    rows: IntArray | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     precision: Precision = "auto",
@@ -51,6 +53,8 @@ def predict(
         The cells, and the token of each of their genes.
     forward
         What to compute of each batch; its rows are cells or tokens.
+    rows
+        Rows of the source; ``None``: all of them.
     batch_size
         Cells of one forward pass; does not change the result.
     device, precision
@@ -62,7 +66,7 @@ def predict(
 
     Yields
     ------
-    The rows and what ``forward`` gave for them.
+    Which of the rows, and what ``forward`` gave for them.
     """
     if n_gpus != 1:
         check_gpus(n_gpus)
@@ -74,10 +78,11 @@ def predict(
     if size < 1:
         raise ValueError(f"batch_size is {size}, at least 1 expected. Leave it out to have it chosen.")
     chosen = resolve_precision(precision, first)
-    log.info("%s %d cells on %s in %s, %d at a time", desc, source.n_obs, first, chosen, size)
+    rows = np.arange(source.n_obs) if rows is None else rows
+    log.info("%s %d cells on %s in %s, %d at a time", desc, len(rows), first, chosen, size)
     replicas = [_ready(model, where, chosen) for where in devices]
     cells = Loader(
-        source, np.arange(source.n_obs), match, model.encoder, model.vocab, size * len(devices), training=False,
+        source, rows, match, model.encoder, model.vocab, size * len(devices), training=False,
         pinned=first.type == "cuda",
     )  # fmt: skip
 
@@ -96,7 +101,7 @@ def predict(
             n_empty += sum(_n_empty(batch, is_special) for batch in parts)
             yield slice(row, row + n_cells), torch.cat(done)
             row += n_cells
-    warn_of_empty_cells(n_empty, source.n_obs)
+    warn_of_empty_cells(n_empty, len(rows))
 
 
 def _n_empty(batch: Batch, is_special: Tensor) -> int:

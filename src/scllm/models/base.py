@@ -56,12 +56,18 @@ class HeadSpec:
         Its labels in the order of the outputs; ``None`` for a head that predicts a value.
     mean, std
         Of the values a value head was trained on: its output times ``std`` plus ``mean`` is the value.
+    pooling
+        What the head reads of a cell; ``None`` is what the family's published heads read.
+    temperature
+        What logits are divided by, so that probabilities are as often right as they say.
     """
 
     key: str
     classes: tuple[str, ...] | None
     mean: float = 0.0
     std: float = 1.0
+    pooling: Pooling | None = None
+    temperature: float = 1.0
 
     @property
     def n_outputs(self) -> int:
@@ -109,6 +115,10 @@ class CellModel(nn.Module):
     """Ways of making one vector of a cell's states that the family has."""
     unit_length: ClassVar[bool] = False
     """Whether the family's own cell embedding is scaled to length one."""
+    head_pooling: ClassVar[Pooling | None] = None
+    """What fresh heads read of a cell; ``None`` is what the family's published heads read."""
+    heads_read_cells: ClassVar[bool] = True
+    """Whether heads read one vector a cell, and not the states of all its tokens."""
     reads_depth: ClassVar[bool] = False
     """Whether the family can be asked for expression at another sequencing depth."""
     likelihood: Literal["causal", "pseudo", "permutation"] | None = None
@@ -236,9 +246,24 @@ class CellModel(nn.Module):
             cell = self.pool(self.hidden(batch, layer=layer), batch, how)
         return nn.functional.normalize(cell.float(), dim=1) if pooling is None and self.unit_length else cell
 
+    def head_state(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """What the heads read of each cell, ``(b, d)``, from the states of its tokens."""
+        return self.pool(hidden, batch, self._read_by_heads or self.pooling)
+
+    def head_inputs(self, batch: Batch) -> Tensor:
+        """What the heads read of each cell, ``(b, d)``."""
+        if (self._read_by_heads or self.pooling) == "cls":
+            return self.hidden(batch, first_only=True)
+        return self.head_state(self.hidden(batch), batch)
+
+    @property
+    def _read_by_heads(self) -> Pooling | None:
+        """All heads of a model read the same."""
+        return self.head_specs[0].pooling if self.head_specs else None
+
     def head_outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Logits (or values) of every head by its key, from the cell embedding."""
-        return self.apply_heads(self.embed(batch, pooling=self.pooling))
+        """Logits (or values) of every head by its key."""
+        return self.apply_heads(self.head_inputs(batch))
 
     def apply_heads(self, cell: Tensor) -> dict[str, Tensor]:
         """Logits (or values) of every head by its key, from cell embeddings ``(b, d)``."""

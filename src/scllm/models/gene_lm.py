@@ -213,7 +213,7 @@ class GeneLM(CellModel):
         """States, cell embeddings and what the heads make of them."""
         hidden = self.hidden(batch)
         cell = self.pool(hidden, batch, self.pooling)
-        return Outputs(hidden, cell, self.apply_heads(cell))
+        return Outputs(hidden, cell, self.apply_heads(self.head_state(hidden, batch)))
 
     def gene_table(self) -> Tensor:
         """The embedding of each token, ``(n_tokens, d)``; in ALBERT of its own, smaller width."""

@@ -92,6 +92,7 @@ class Model(CellModel):
     """BERT (Devlin et al. 2019): learnt positions, post-norm blocks, the table tied to the output."""
 
     family = "geneformer"
+    head_pooling = "mean"
     likelihood = "pseudo"
     config: Config
 
@@ -143,14 +144,14 @@ class Model(CellModel):
         hidden = self.hidden(batch)
         heads = {} if self.gene_head is None else {"gene": self.gene_head(hidden)}
         return Outputs(
-            hidden, self.pool(hidden, batch, self.pooling), heads | self.apply_heads(self._seen(hidden, batch))
+            hidden, self.pool(hidden, batch, self.pooling), heads | self.apply_heads(self.head_state(hidden, batch))
         )
 
-    def head_outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Logits (or values) of every head by its key."""
-        if self.config.classify_first and self.config.specials:
-            return self.apply_heads(self.hidden(batch, first_only=True))
-        return self.apply_heads(self._seen(self.hidden(batch), batch))
+    def head_inputs(self, batch: Batch) -> Tensor:
+        """What the heads read of each cell, ``(b, d)``."""
+        if self._read_by_heads is None and self.config.classify_first and self.config.specials:
+            return self.hidden(batch, first_only=True)
+        return self.head_state(self.hidden(batch), batch)
 
     def gene_outputs(self, batch: Batch) -> Tensor:
         """What the head on genes says of every token, ``(t, k)``."""
@@ -189,10 +190,10 @@ class Model(CellModel):
             )
         return self.predictor
 
-    def _seen(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """What heads read, ``(b, d)``."""
-        if not self.config.classify_first:
-            return self.pool(hidden, batch, "mean")
+    def head_state(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """What heads read, ``(b, d)``: published ones the first token, be it ``<cls>`` or a gene."""
+        if self._read_by_heads is not None or not self.config.classify_first:
+            return self.pool(hidden, batch, self._read_by_heads or "mean")
         # without <cls> a cell may have no token at all: it reads zeros
         there = torch.tensor(batch.lengths, device=hidden.device) > 0
         first = hidden[batch.first.clamp(max=max(0, len(hidden) - 1))] if len(hidden) else hidden.new_zeros(0)

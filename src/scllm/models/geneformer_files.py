@@ -99,6 +99,11 @@ def write(model: Model, path: Path) -> None:
             f"Geneformer's directories have room for one head, the model has {len(model.heads)} on cells and "
             f"{int(model.gene_head is not None)} on genes. Save it native."
         )
+    if model.heads and (model.head_specs[0].pooling or ("cls" if config.classify_first else "mean")) != "cls":
+        raise ValueError(
+            "the head reads the mean of a cell's genes, BertForSequenceClassification's reads the first token. Save "
+            "it native."
+        )
     has_head = bool(model.heads) or model.gene_head is not None
     kind = "ForSequenceClassification" if model.heads else "ForTokenClassification" if has_head else "ForMaskedLM"
     settings: dict[str, Any] = {

@@ -93,6 +93,7 @@ class Model(CellModel):
     """The scBERT Performer: level embedding + gene embedding, pre-norm blocks of linear attention, a last norm."""
 
     family = "scbert"
+    heads_read_cells = False
     pooling: Pooling = "mean"
     poolings: tuple[Pooling, ...] = ("mean", "max")
 

@@ -182,9 +182,8 @@ class Model(CellModel):
         return self.gene_embedding.weight
 
     def new_head(self, n_outputs: int) -> nn.Module:
-        """Two layers on the pooled cell; normalised cell by cell, where the original normalises over the batch."""
-        d = 4 * self.config.d_model
-        return nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 256), nn.ReLU(), nn.Linear(256, n_outputs))
+        """The original's two layers on the pooled cell, without its norm over the batch: see ``engine.head_start``."""
+        return nn.Sequential(nn.Linear(4 * self.config.d_model, 256), nn.ReLU(), nn.Linear(256, n_outputs))
 
     def at_step(self, step: int, seed: int) -> None:
         """Draw the random features anew every ``redraw_every`` steps."""
@@ -281,7 +280,7 @@ class Model(CellModel):
         hidden = self.hidden(batch)
         cell = self.pool(hidden, batch, self.pooling)
         value = self.expression(self.gene_states(hidden, batch)[batch.cell, batch.genes])
-        return Outputs(hidden, cell, {"value": value} | self.apply_heads(cell))
+        return Outputs(hidden, cell, {"value": value} | self.apply_heads(self.head_state(hidden, batch)))
 
     def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
         """Predictions at the tokens ``at``, ``(n,)``; with ``hide`` without having seen those."""

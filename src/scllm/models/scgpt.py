@@ -112,6 +112,7 @@ class Model(CellModel):
 
     family = "scgpt"
     unit_length = True
+    head_pooling = "mean"
 
     def __init__(self, config: Config, vocab: Vocab, encoder: Encoder) -> None:
         super().__init__(config, vocab, encoder)
@@ -181,7 +182,7 @@ class Model(CellModel):
         heads = self.decode(hidden, batch.cell, batch) | self.decode_cell(cell, batch.genes, batch.cell, batch)
         if self.batch_head is not None:
             heads["batch"] = self.batch_head(GradientReversal.apply(cell))
-        return Outputs(hidden, cell, heads | self.apply_heads(cell))
+        return Outputs(hidden, cell, heads | self.apply_heads(self.head_state(hidden, batch)))
 
     def decode(self, hidden: Tensor, cell_of: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Values predicted from token states ``(n, d)`` of the cells ``cell_of``: ``value``, and ``zero`` logits."""
@@ -303,6 +304,11 @@ def write(model: Model, path: Path) -> None:
     if len(model.heads) > 1:
         raise ValueError(
             f"scGPT has room for one classification head, the model has {len(model.heads)}. Save it native."
+        )
+    if model.heads and model.head_specs[0].pooling not in (None, "cls"):
+        raise ValueError(
+            f"the head reads the {model.head_specs[0].pooling!r} of a cell's genes, scGPT's reads <cls>. Save it "
+            "native."
         )
     args: dict[str, Any] = {
         "embsize": config.d_model, "nheads": config.n_heads, "d_hid": config.d_hidden, "nlayers": config.n_layers,

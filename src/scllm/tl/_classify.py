@@ -111,7 +111,7 @@ def _write(adata: AnnData, spec: HeadSpec, output: FloatArray, key: str, thresho
     if spec.classes is None:
         adata.obs[key] = (output[:, 0] * spec.std + spec.mean).astype(np.float32)
         return
-    probabilities = torch.from_numpy(output).softmax(1).numpy()
+    probabilities = torch.from_numpy(output / spec.temperature).softmax(1).numpy()
     best = probabilities.argmax(1)
     highest = probabilities[np.arange(len(best)), best]
     names = np.array(spec.classes, dtype=object)[best]

@@ -154,10 +154,11 @@ def finetune(
     objective = Label(
         loss={loss: 1.0} if isinstance(loss, str) else dict(loss),
         class_weight=_class_weights(class_weight, specs, columns, training),
+        label_smoothing=settings.label_smoothing,
     )
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)  # of the CPU alone: GPUs keep their state
-        begun.set_heads(specs)
+        begun.set_heads(replace(spec, pooling=begun.head_pooling) for spec in specs)
     check_freeze(copy.deepcopy(begun), freeze)
     return train(
         "finetune", data, source, begun, objective, settings,

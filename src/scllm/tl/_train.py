@@ -32,9 +32,10 @@ from scllm.engine.config import TrainConfig
 from scllm.engine.device import check_gpus, resolve_device, resolve_precision
 from scllm.engine.estimate import say_cost
 from scllm.engine.gene_init import start_from_data
+from scllm.engine.head_start import start_heads
 from scllm.engine.launch import cluster_command, launch
 from scllm.engine.lora import LoraSettings, check_peft
-from scllm.engine.objectives import Objective, objective_to_dict
+from scllm.engine.objectives import Label, Objective, objective_to_dict
 from scllm.engine.optim import Freeze
 from scllm.engine.run import Run
 from scllm.engine.tracking import check_tracker
@@ -200,7 +201,7 @@ def train(
     if not run.is_done:
         with run.locked():
             if run.is_new():
-                _set_up(run, spec, source, model, match, config, cells, where)
+                _set_up(run, spec, source, model, match, objective, config, cells, where)
             else:
                 _set_up_again(run, spec, source)
     trained = launch(run, n_procs=where.n, device=where.device, source=source, family=family)
@@ -217,14 +218,22 @@ def _set_up(
     source: CellSource,
     model: CellModel,
     match: GeneMatch,
+    objective: Objective,
     config: TrainConfig,
     cells: Mapping[str, NDArray[Any]],
     where: Processes,
 ) -> None:
     """Say what the run costs, and write down all that another process needs to train it."""
     n_tokens = _mean_length(source, match, model, cells["train"])
+    seed = config.random_state or 0
     if config.gene_init == "svd":
-        start_from_data(model, source, match, cells["train"], random_state=config.random_state or 0)
+        start_from_data(model, source, match, cells["train"], random_state=seed)
+    if isinstance(objective, Label) and model.heads_read_cells:
+        targets = {name.removeprefix("obs:"): column for name, column in cells.items() if name.startswith("obs:")}
+        start_heads(
+            model, source, match, cells["train"], objective, targets,
+            weights=cells.get("weights"), device=where.device, random_state=seed,
+        )  # fmt: skip
     device = resolve_device(where.device)
     precision = resolve_precision(config.precision or "auto", device)
     n_cells = (

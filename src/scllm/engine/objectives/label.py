@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from scllm.engine import losses
 from scllm.engine.objectives.base import Loss
-from scllm.models.base import Batch, CellModel
+from scllm.models.base import Batch, CellModel, HeadSpec
 
 __all__ = ["Label", "LossName"]
 
@@ -46,22 +46,29 @@ class Label:
 
     def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
         """Summed over labelled cells and heads."""
-        outputs = model.head_outputs(batch)
-        total = torch.zeros((), device=batch.genes.device)
-        count = torch.zeros((), dtype=torch.long, device=batch.genes.device)
+        return self.of(model.head_specs, model.head_outputs(batch), batch.obs)
+
+    def of(self, heads: Sequence[HeadSpec], outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Loss:
+        """The loss of what heads say, summed over labelled cells and heads."""
+        device = next(iter(outputs.values())).device
+        total = torch.zeros((), device=device)
+        count = torch.zeros((), dtype=torch.long, device=device)
         logged: dict[str, Tensor] = {}
-        for spec in model.head_specs:
-            target, predicted = batch.obs[f"label:{spec.key}"], outputs[spec.key]
+        for spec in heads:
+            target, predicted = targets[f"label:{spec.key}"], outputs[spec.key]
             there = target >= 0 if spec.classes is not None else target.isfinite()
             target, predicted = target[there], predicted[there]
-            name = "" if len(model.head_specs) == 1 else f"_{spec.key}"
             if spec.classes is None:
                 error = losses.squared_error(predicted.squeeze(1), (target - spec.mean) / spec.std)
                 total = total + error
-                logged[f"mse{name}"] = error
+                logged[f"{spec.key}:mse"] = error
             elif len(target):
                 total = total + self._labels(predicted, target, spec.key)
-                logged[f"accuracy{name}"] = (predicted.argmax(1) == target).sum()
+                answers = predicted.argmax(1)
+                logged[f"{spec.key}:accuracy"] = (answers == target).sum()
+                given = torch.bincount(answers, minlength=spec.n_outputs)
+                logged |= {f"{spec.key}:{code}": n for code, n in enumerate(given)}
+            logged[f"{spec.key}:n"] = torch.tensor(len(target), device=device)
             count = count + len(target)
         return Loss(total, count, logged)
 
@@ -86,13 +93,25 @@ class Label:
         return total
 
     def logs(self, model: CellModel) -> tuple[str, ...]:
-        """Accuracy of labels, squared error of values."""
-        several = len(model.head_specs) > 1
+        """Of each head the labelled cells, and its squared error, or its right answers and how often it gave each."""
         return tuple(
-            ("mse" if spec.classes is None else "accuracy") + (f"_{spec.key}" if several else "")
+            f"{spec.key}:{what}"
             for spec in model.head_specs
+            for what in ("n", *(["mse"] if spec.classes is None else ["accuracy", *range(spec.n_outputs)]))
         )
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
-        """As logged."""
-        return means
+        """Per labelled cell: accuracy and the share of the commonest answer, or the squared error, of each head."""
+        by_head: dict[str, dict[str, float]] = {}
+        for name, mean in means.items():
+            key, _, what = name.rpartition(":")
+            by_head.setdefault(key, {})[what] = mean
+        reported = by_head.pop("")
+        for key, of_head in by_head.items():
+            share, suffix = of_head.pop("n") or 1.0, f"_{key}" if len(by_head) > 1 else ""
+            if "mse" in of_head:
+                reported[f"mse{suffix}"] = of_head["mse"] / share
+            else:
+                reported[f"accuracy{suffix}"] = of_head.pop("accuracy") / share
+                reported[f"commonest_answer{suffix}"] = max(of_head.values()) / share
+        return reported
