@@ -62,8 +62,8 @@ def temperature(logits: FloatArray, labels: IntArray) -> float:
     """The number by which logits are divided so that probabilities mean what they say.
 
     Fine-tuned networks are surer than they are right. One number, chosen on cells that were not trained on, mends most
-    of it without changing any label (temperature scaling; Guo et al., ICML 2017): the one with the highest likelihood of
-    the labels. Above 1 it makes less sure.
+    of it without changing any label (temperature scaling; Guo et al., ICML 2017): the one under which the labels are
+    most likely. Above 1 it makes less sure.
 
     Parameters
     ----------
