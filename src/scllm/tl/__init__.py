@@ -12,6 +12,7 @@ from scllm.tl._finetune import finetune
 from scllm.tl._perplexity import perplexity
 from scllm.tl._pretrain import pretrain
 from scllm.tl._reconstruct import reconstruct
+from scllm.tl._transfer import transfer_labels
 
 __all__ = [
     "LoraSettings",
@@ -25,4 +26,5 @@ __all__ = [
     "perplexity",
     "pretrain",
     "reconstruct",
+    "transfer_labels",
 ]

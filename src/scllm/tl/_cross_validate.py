@@ -50,9 +50,9 @@ def cross_validate(
     """Fine-tune on all folds but one, predict that one, and so on round: every cell is predicted by a model new to it.
 
     Folds hold every label alike or, with ``group_key``, whole groups: labels mostly carry over worse to new donors than
-    to new cells of the same donors, and new donors are mostly the question. Beside the model stands what it has to beat, on
-    the same folds: logistic regression on log-normalised expression (all genes of the data; counts scaled to 10,000 a
-    cell, ``log1p``, C = 0.1), for values ridge regression on 50 components of an SVD of the same.
+    to new cells of the same donors, and new donors are mostly the question. Beside the model stands what it has to
+    beat, on the same folds: logistic regression on log-normalised expression (all genes of the data; counts scaled to
+    10,000 a cell, ``log1p``, C = 0.1), for values ridge regression on 50 components of an SVD of the same.
 
     Parameters
     ----------
