@@ -61,11 +61,11 @@ def cv_scores(
             raise missing_key(name, table.columns, "a metric of the table")
     # an error has the unit of the values, and an axis of its own
     panels = [part for part in ([n for n in names if n != _MAE], [n for n in names if n == _MAE]) if part]
-    width = [max(1.6, 0.85 * len(part)) for part in panels]
-    axes = axis_grid(ax, len(panels), (1.4 + sum(width), 3.4), width_ratios=width)
+    width = [0.5 + 0.95 * len(part) for part in panels]
+    axes = axis_grid(ax, len(panels), (1.2 + sum(width), 3.4), width_ratios=width)
     for panel, part in zip(axes, panels, strict=True):
         _draw_folds(panel, table, part)
-    methods = table.index.unique("method")
+    methods = _methods(table)
     handles = [axes[0].scatter([], [], s=26, color=_METHODS[name][1], label=_METHODS[name][0]) for name in methods]
     n_folds = len(table.loc[methods[0]])
     axes[0].legend(
@@ -192,17 +192,20 @@ def _wide(adata: AnnData | pd.DataFrame) -> pd.DataFrame:
                 f"the table is indexed by {list(adata.index.names)}, method, repeat and fold expected. Pass what "
                 "scllm.tl.cross_validate returned."
             )
-        return adata
+        return adata.sort_index()
     table = recorded(adata, "cross_validate", made_by="scllm.tl.cross_validate(adata, key=...)")["table"]
     table = table[table["class"].isna()].astype({"method": str, "metric": str})
     wide = table.pivot(index=["method", "repeat", "fold"], columns="metric", values="value")
-    methods = [name for name in _METHODS if name in wide.index.get_level_values(0)]
-    return wide[table["metric"].unique()].loc[methods]
+    return wide[table["metric"].unique()]
+
+
+def _methods(table: pd.DataFrame) -> list[str]:
+    return [name for name in _METHODS if name in table.index.unique("method")]
 
 
 def _draw_folds(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
     """Points of the folds, lines between the methods, and means with their number."""
-    methods = table.index.unique("method")
+    methods = _methods(table)
     places = dict(zip(methods, np.linspace(-_APART, _APART, len(methods)) if len(methods) > 1 else [0.0], strict=True))
     for at, name in enumerate(names):
         folds = {method: table.loc[method, name].to_numpy() for method in methods}
@@ -219,7 +222,7 @@ def _draw_folds(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
                 ha="right" if side < 0 else "left", va="center", fontsize="x-small",
             )  # fmt: skip
     ax.set_xticks(range(len(names)), [_TITLES.get(name, name) for name in names], fontsize="small")
-    ax.set_xlim(-0.65, len(names) - 0.35)
+    ax.set_xlim(-0.75, len(names) - 0.25)
     lowest = np.nanmin(table[list(names)].to_numpy(), initial=0.0)
     ax.set_ylim(min(0, lowest * 1.05), None if _MAE in names else 1.02)
     tidy(ax, grid="y")

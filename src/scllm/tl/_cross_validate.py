@@ -83,7 +83,7 @@ def cross_validate(
 
     Returns
     -------
-    One row a fold, indexed by ``method`` (``"model"``, ``"baseline"``), ``repeat`` and ``fold``; one column a metric:
+    One row a fold, indexed by ``method`` (``"baseline"``, ``"model"``), ``repeat`` and ``fold``; one column a metric:
     ``accuracy``, ``macro_f1``, ``balanced_accuracy``, ``auroc``, ``auprc``, ``ece``, see
     :func:`scllm.metrics.classification_scores`; for values ``r2``, ``pearson``, ``mae``.
 
@@ -287,8 +287,7 @@ def _wide(table: pd.DataFrame) -> pd.DataFrame:
     """Folds by metrics."""
     metrics = table[table["class"].isna()]
     wide = metrics.pivot(index=["method", "repeat", "fold"], columns="metric", values="value")
-    methods = [method for method in METHODS if method in wide.index.get_level_values(0)]
-    return wide[metrics["metric"].unique()].rename_axis(columns=None).loc[methods]
+    return wide[metrics["metric"].unique()].rename_axis(columns=None)
 
 
 def _write(adata: AnnData, target: Target, fold: IntArray, outputs: Mapping[str, FloatArray]) -> None:
