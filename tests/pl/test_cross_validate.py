@@ -77,10 +77,12 @@ def test_reliability_is_that_of_the_labelled_cells(cells) -> None:
     ax = calibration(cells, truth="type", show=False)
     there = cells.obs["type"].notna().to_numpy()
     truth = cells.obs["type"].astype(object).to_numpy()[there]
-    for name, line, text in zip(("type_cv", "type_cv_baseline"), ax.lines[1:], labels(ax), strict=True):
+    points = [collection.get_offsets() for collection in ax.collections]
+    for name, line, text, at in zip(("type_cv", "type_cv_baseline"), ax.lines[1:], labels(ax), points, strict=True):
         probabilities = cells.obsm[name + "_probabilities"][there]
         bins = metrics.reliability(truth, probabilities, CLASSES)
-        np.testing.assert_allclose(line.get_ydata(), bins["accuracy"])
+        np.testing.assert_allclose(line.get_ydata(), bins["accuracy"][bins["n_cells"] >= 5])
+        np.testing.assert_allclose(at, bins[["confidence", "accuracy"]])
         error = metrics.expected_calibration_error(truth, probabilities, CLASSES)
         assert text.endswith(f"(ECE {error:.3f})")
 

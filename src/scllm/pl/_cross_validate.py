@@ -25,6 +25,7 @@ _TITLES = {
 }  # fmt: skip
 _APART = 0.2  # of the two methods from the middle of a metric
 _MAE = "mae"
+_FEW = 5  # cells of a bin whose share of right ones is mostly chance
 
 
 def cv_scores(
@@ -86,8 +87,9 @@ def calibration(
 ) -> Axes | None:
     """Draw how often cells are right against how sure the model was of them.
 
-    On the diagonal probabilities mean what they say; below it the model is too sure. Sizes of points are cells. The
-    number is the expected calibration error, see ``scllm.metrics.expected_calibration_error``.
+    On the diagonal probabilities mean what they say; below it the model is too sure. The area of a point is the cells of
+    its bin; the line leaves out bins of fewer than 5. The number is the expected calibration error, see
+    ``scllm.metrics.expected_calibration_error``.
 
     Parameters
     ----------
@@ -117,12 +119,13 @@ def calibration(
         bins = scores.reliability(*scored, n_bins=n_bins)
         error = scores.expected_calibration_error(*scored, n_bins=n_bins)
         area = 12 + 130 * bins["n_cells"] / bins["n_cells"].max()
-        ax.plot(bins["confidence"], bins["accuracy"], color=source.color, linewidth=1.2, zorder=2)
+        many = bins[bins["n_cells"] >= _FEW]
+        ax.plot(many["confidence"], many["accuracy"], color=source.color, linewidth=1.2, zorder=2)
         ax.scatter(
             bins["confidence"], bins["accuracy"], s=area, color=source.color, edgecolors="white", linewidths=0.6,
             zorder=3, label=f"{source.name}  (ECE {error:.3f})",
         )  # fmt: skip
-    legend = ax.legend(frameon=False, fontsize="small", loc="upper left", borderpad=0)
+    legend = ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     for handle in legend.legend_handles:
         handle.set_sizes([28])
     ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="probability of the label", ylabel="share of cells that are right")
