@@ -87,8 +87,8 @@ def calibration(
 ) -> Axes | None:
     """Draw how often cells are right against how sure the model was of them.
 
-    On the diagonal probabilities mean what they say; below it the model is too sure. The area of a point is the cells of
-    its bin; the line leaves out bins of fewer than 5. The number is the expected calibration error, see
+    On the diagonal probabilities mean what they say; below it the model is too sure. The area of a point is the cells
+    of its bin; the line leaves out bins of fewer than 5. The number is the expected calibration error, see
     ``scllm.metrics.expected_calibration_error``.
 
     Parameters
