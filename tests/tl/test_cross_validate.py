@@ -262,6 +262,10 @@ def test_a_killed_run_goes_on_where_it_was(adata, tiny, tmp_path):
 
 
 def test_runs_that_are_asked_for_or_not_wanted(adata, tiny, tmp_path):
+    with pytest.raises(ValueError, match="resume is 'yes', 'auto', True or False expected"):
+        cross_validate(adata, tiny, key="cell_type", n_folds=2, resume="yes", **FAST)
+    with pytest.raises(ValueError, match="resume=True is given and run_dir is not"):
+        cross_validate(adata, tiny, key="cell_type", n_folds=2, resume=True, **FAST)
     with pytest.raises(ValueError, match="holds no fold to continue, one expected with resume=True"):
         cross_validate(adata, tiny, key="cell_type", n_folds=2, run_dir=tmp_path, resume=True, **FAST)
     cross_validate(adata, tiny, key="cell_type", n_folds=2, run_dir=tmp_path, resume=False, **FAST)
