@@ -262,13 +262,9 @@ def _folds(target: Target, groups: IntArray | None, n_folds: int, seed: int) -> 
 def _run_directory(given: Any, resume: Any) -> Path:
     """Where the folds' runs go; finished and half-finished ones that are there are continued."""
     if resume not in ("auto", True, False):
-        raise ValueError(
-            f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues folds that are there."
-        )
+        raise ValueError(f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues what is there.")
     if given is None and resume is True:
-        raise ValueError(
-            "resume=True is given and run_dir is not, both expected. Say which run_dir is to be continued."
-        )
+        raise ValueError("resume=True is given and run_dir is not, both expected. Pass the run_dir to continue.")
     if given is None:
         Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
         stem = f"cross_validate-{time.strftime('%Y%m%d-%H%M%S')}-"
