@@ -7,7 +7,9 @@ from math import log
 
 import numpy as np
 import pytest
-from scipy import sparse
+from scipy import sparse, stats
+from scipy.special import softmax
+from sklearn.metrics import average_precision_score, f1_score, mean_absolute_error, r2_score, roc_curve
 
 from scllm import metrics
 
@@ -149,3 +151,132 @@ def test_knn_accuracy_leaves_the_cell_itself_out() -> None:
     # each cell lies on one of the other class: its nearest other cell is always wrong
     at = np.repeat(np.arange(40.0) * 10, 2)[:, None]
     assert metrics.knn_accuracy(at, np.tile(["a", "b"], 40), k=1) < 0.3
+
+
+@pytest.fixture
+def guesses() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Truth, best label and probabilities (some of them equal) of 300 cells, and names of three classes."""
+    rng = np.random.default_rng(0)
+    classes = np.array(["a", "b", "c"])
+    truth = rng.choice(3, 300, p=[0.6, 0.3, 0.1])
+    odds = rng.gamma(1.0, size=(300, 3))
+    odds[np.arange(300), truth] += 0.7
+    probabilities = np.round(odds / odds.sum(axis=1, keepdims=True), 1)
+    return classes[truth], classes[probabilities.argmax(axis=1)], probabilities, classes
+
+
+def test_f1_of_classes_is_that_of_scikit_learn(guesses) -> None:
+    truth, predicted, _, classes = guesses
+    expected = f1_score(truth, predicted, average=None)
+    np.testing.assert_allclose(metrics.class_f1(truth, predicted, classes), expected)
+    assert np.isnan(metrics.class_f1(truth, predicted, ["a", "z"])[1])
+
+
+def test_auprc_is_the_mean_average_precision(guesses) -> None:
+    truth, predicted, probabilities, classes = guesses
+    found = metrics.classification_scores(truth, predicted, probabilities, classes)["auprc"]
+    each = [average_precision_score(truth == name, probabilities[:, k]) for k, name in enumerate(classes)]
+    assert found == pytest.approx(np.mean(each))
+
+
+def test_calibration_error_agrees_with_its_definition(guesses) -> None:
+    truth, predicted, probabilities, classes = guesses
+    confidence, right = probabilities.max(axis=1), predicted == truth
+    expected = 0.0
+    for m in range(15):
+        cells = (confidence > m / 15) & (confidence <= (m + 1) / 15)
+        if cells.any():
+            expected += cells.mean() * abs(right[cells].mean() - confidence[cells].mean())
+    assert metrics.expected_calibration_error(truth, probabilities, classes) == pytest.approx(expected)
+    bins = metrics.reliability(truth, probabilities, classes)
+    shares = bins["n_cells"] / bins["n_cells"].sum()
+    assert (shares * (bins["accuracy"] - bins["confidence"]).abs()).sum() == pytest.approx(expected)
+
+
+def test_value_scores_are_those_of_scikit_learn_and_scipy() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(1e3, 1, 200)
+    predicted = truth + rng.normal(0.3, 0.5, 200)
+    assert metrics.regression_scores(truth, predicted) == {
+        "r2": pytest.approx(r2_score(truth, predicted)),
+        "pearson": pytest.approx(stats.pearsonr(truth, predicted)[0]),
+        "mae": pytest.approx(mean_absolute_error(truth, predicted)),
+    }
+    flat = metrics.regression_scores(truth, np.full(200, 1e3))
+    assert np.isnan(flat["pearson"])
+    assert flat["r2"] == pytest.approx(r2_score(truth, np.full(200, 1e3)))
+    assert np.isnan(metrics.regression_scores(np.ones(5), np.arange(5.0))["r2"])
+
+
+def test_temperature_is_the_best_of_a_fine_grid_and_finds_the_planted_one() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (4000, 4))
+    p = softmax(logits, axis=1)
+    labels = (p.cumsum(axis=1) > rng.random((4000, 1))).argmax(axis=1)
+    assert metrics.temperature(logits, labels) == pytest.approx(1, abs=0.06)
+    overconfident = 3 * logits
+    found = metrics.temperature(overconfident, labels)
+    grid = np.exp(np.linspace(np.log(0.5), np.log(10), 2001))
+    surprise = [-np.log(softmax(overconfident / t, axis=1)[np.arange(4000), labels]).mean() for t in grid]
+    assert found == pytest.approx(grid[np.argmin(surprise)], rel=2e-3)
+    known = np.where(np.arange(4000) < 2000, labels, -1)
+    assert metrics.temperature(overconfident, known) == pytest.approx(
+        metrics.temperature(overconfident[:2000], labels[:2000])
+    )
+    assert metrics.temperature(logits[:5], np.full(5, -1)) == 1
+
+
+def test_intervals_are_quantiles_of_scores_of_drawn_cells(guesses) -> None:
+    truth, predicted, probabilities, classes = guesses
+    found = metrics.bootstrap_interval(truth, predicted, probabilities, classes, n_resamples=400, random_state=3)
+    # the slow way: the same draws as lists of cells, scored by scikit-learn
+    drawn = np.random.default_rng(3).multinomial(300, np.full(300, 1 / 300), size=400)
+    cells = [np.repeat(np.arange(300), times) for times in drawn]
+    slowly = [
+        metrics.classification_scores(truth[rows], predicted[rows], probabilities[rows], classes) for rows in cells
+    ]
+    assert set(found) == set(slowly[0])
+    for name, ends in found.items():
+        expected = np.quantile([scores[name] for scores in slowly], [0.025, 0.975])
+        np.testing.assert_allclose(ends, expected, atol=1e-9, err_msg=name)
+    again = metrics.bootstrap_interval(truth, predicted, probabilities, classes, n_resamples=400, random_state=3)
+    assert again == found
+
+
+def test_intervals_of_values_are_quantiles_of_scores_of_drawn_cells() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(5, 2, 80)
+    predicted = truth + rng.normal(size=80)
+    found = metrics.bootstrap_interval(truth, predicted, n_resamples=200)
+    drawn = np.random.default_rng(0).multinomial(80, np.full(80, 1 / 80), size=200)
+    cells = [np.repeat(np.arange(80), times) for times in drawn]
+    slowly = {
+        "r2": [r2_score(truth[rows], predicted[rows]) for rows in cells],
+        "pearson": [stats.pearsonr(truth[rows], predicted[rows])[0] for rows in cells],
+        "mae": [mean_absolute_error(truth[rows], predicted[rows]) for rows in cells],
+    }
+    for name, scores in slowly.items():
+        np.testing.assert_allclose(found[name], np.quantile(scores, [0.025, 0.975]))
+
+
+def test_groups_drawn_whole_widen_the_interval() -> None:
+    donor = np.repeat(np.arange(10), 50)
+    right = donor % 2 == 0
+    truth = np.where(np.arange(500) % 3 == 0, "a", "b")
+    predicted = np.where(right, truth, "other")
+    by_cell = metrics.bootstrap_interval(truth, predicted)["accuracy"]
+    by_donor = metrics.bootstrap_interval(truth, predicted, groups=donor)["accuracy"]
+    assert by_cell[1] - by_cell[0] < 0.1
+    # ten donors, each all right or all wrong: the standard deviation of the mean of ten coins is 0.158
+    assert 0.5 < by_donor[1] - by_donor[0] < 0.7
+
+
+def test_mean_roc_is_the_mean_of_the_classes_curves(guesses) -> None:
+    truth, _, probabilities, classes = guesses
+    false, true = metrics.mean_roc(truth, probabilities, classes)
+    rates = []
+    for k, name in enumerate(classes):
+        at, rate, _ = roc_curve(truth == name, probabilities[:, k])
+        rates.append(np.interp(0.25, at, rate))
+    assert true[np.flatnonzero(false == 0.25)[0]] == pytest.approx(np.mean(rates))
+    assert (false[0], true[0], true[-1]) == (0, 0, 1)

@@ -8,11 +8,11 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scllm import datasets, get, models, pl, pp, settings, tl
+    from scllm import datasets, get, metrics, models, pl, pp, settings, tl
 
-__all__ = ["__version__", "datasets", "get", "models", "pl", "pp", "settings", "tl"]
+__all__ = ["__version__", "datasets", "get", "metrics", "models", "pl", "pp", "settings", "tl"]
 
-_NAMESPACES = ("datasets", "get", "models", "pl", "pp", "settings", "tl")
+_NAMESPACES = ("datasets", "get", "metrics", "models", "pl", "pp", "settings", "tl")
 
 
 def __getattr__(name: str) -> Any:

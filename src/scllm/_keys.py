@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 __all__ = [
-    "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "EMBEDDING", "GENES", "GENE_SYMBOL", "LABEL", "LOUVAIN", "MEDIANS",
+    "BASELINE", "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "CROSS_VALIDATED", "EMBEDDING", "FOLD",
+    "GENES", "GENE_SYMBOL", "LABEL", "LOUVAIN", "MEDIANS",
     "NATS", "PCA", "PERPLEXITY", "PROBABILITIES", "PROBABILITY", "RANKED", "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT",
     "TOKENS", "TOKEN_ID",
-    "TOKEN_VALUES", "TOY", "UNS",
+    "TOKEN_VALUES", "TOY", "TRANSFERRED", "UNS",
 ]  # fmt: skip
 
 UNS = "scllm"
@@ -33,6 +34,15 @@ SPLIT = "split"
 LABEL = "scllm_label"
 PROBABILITY = "_prob"
 """Suffix: ``obs["scllm_label_prob"]``."""
+
+CROSS_VALIDATED = "_cv"
+"""Suffix: ``obs["cell_type_cv"]``."""
+BASELINE = "_baseline"
+"""Suffix: ``obs["cell_type_cv_baseline"]``."""
+FOLD = "_fold"
+"""Suffix: ``obs["cell_type_cv_fold"]``."""
+TRANSFERRED = "_transferred"
+"""Suffix: ``obs["cell_type_transferred"]``."""
 
 PERPLEXITY = "perplexity"
 NATS = "_nats"

@@ -17,11 +17,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
     accuracy_score,
     adjusted_rand_score,
+    average_precision_score,
     confusion_matrix,
     f1_score,
     normalized_mutual_info_score,
     recall_score,
     roc_auc_score,
+    roc_curve,
     silhouette_samples,
     silhouette_score,
 )
@@ -30,6 +32,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from scllm._bootstrap import bootstrap_interval, value_scores
+from scllm._calibration import expected_calibration_error, reliability, temperature
 from scllm._typing import CSR, FloatArray, IntArray
 
 __all__ = [
@@ -37,15 +41,22 @@ __all__ = [
     "BIO_METRICS",
     "BIO_WEIGHT",
     "batch_mixing",
+    "bootstrap_interval",
+    "class_f1",
     "classification_scores",
     "clustering_agreement",
     "confusion",
+    "expected_calibration_error",
     "graph_connectivity",
     "knn_accuracy",
     "logistic_regression_scores",
+    "mean_roc",
+    "permutation_bound",
+    "regression_scores",
+    "reliability",
     "silhouette_batch",
     "silhouette_label",
-    "permutation_bound",
+    "temperature",
     "unigram_nats",
 ]
 
@@ -58,7 +69,7 @@ BIO_WEIGHT = 0.6
 def classification_scores(
     truth: ArrayLike, predicted: ArrayLike, probabilities: FloatArray | None = None, classes: ArrayLike | None = None
 ) -> dict[str, float]:
-    """Accuracy, macro F1 and balanced accuracy; with ``probabilities`` the macro AUROC too.
+    """Accuracy, macro F1 and balanced accuracy; with ``probabilities`` also areas under curves and calibration.
 
     Averages go over the classes of ``truth``: a prediction outside them ("unknown") is a miss of the true class and no
     class of its own.
@@ -74,8 +85,9 @@ def classification_scores(
 
     Returns
     -------
-    ``accuracy``, ``macro_f1``, ``balanced_accuracy`` and, with probabilities, ``auroc``: the mean over classes of one
-    class against the rest.
+    ``accuracy``, ``macro_f1``, ``balanced_accuracy`` and, with probabilities, ``auroc`` and ``auprc`` (average
+    precision): means over classes of one class against the rest; and ``ece``, see
+    :func:`expected_calibration_error`: 0 is best.
 
     Examples
     --------
@@ -94,9 +106,65 @@ def classification_scores(
         columns = known if classes is None else np.asarray(classes)
         is_class = truth[:, None] == columns  # (n, k)
         scored = is_class.any(axis=0) & ~is_class.all(axis=0)
-        areas = [roc_auc_score(is_class[:, k], probabilities[:, k]) for k in np.flatnonzero(scored)]
-        scores["auroc"] = float(np.mean(areas)) if areas else float("nan")
+        for name, area in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
+            areas = [area(is_class[:, k], probabilities[:, k]) for k in np.flatnonzero(scored)]
+            scores[name] = float(np.mean(areas)) if areas else float("nan")
+        scores["ece"] = expected_calibration_error(truth, probabilities, columns)
     return scores
+
+
+def class_f1(truth: ArrayLike, predicted: ArrayLike, classes: ArrayLike) -> FloatArray:
+    """F1 of each class, ``(k,)``: the harmonic mean of precision and recall; NaN for a class without a cell.
+
+    Examples
+    --------
+    >>> class_f1(["B", "B", "T", "T"], ["B", "T", "T", "T"], ["B", "T", "NK"]).round(3)
+    array([0.667, 0.8  ,   nan])
+    """
+    truth, names = np.asarray(truth), np.asarray(classes)
+    found = f1_score(truth, np.asarray(predicted), labels=names, average=None, zero_division=0)
+    return np.where(np.isin(names, truth), found, np.nan)
+
+
+def regression_scores(truth: ArrayLike, predicted: ArrayLike) -> dict[str, float]:
+    """``r2`` (below 0 for what is worse than the mean), ``pearson`` and ``mae``, the mean absolute error (0 is best).
+
+    NaN where it is not defined: for values that are all alike.
+
+    Examples
+    --------
+    >>> scores = regression_scores([1.0, 2.0, 3.0], [1.5, 2.0, 2.5])
+    >>> {name: round(value, 3) for name, value in scores.items()}
+    {'r2': 0.75, 'pearson': 1.0, 'mae': 0.333}
+    """
+    truth = np.asarray(truth, float)
+    found = value_scores(truth, np.asarray(predicted, float), np.ones((1, len(truth))))
+    return {name: float(value[0]) for name, value in found.items()}
+
+
+def mean_roc(
+    truth: ArrayLike, probabilities: FloatArray, classes: ArrayLike | None = None, *, n_points: int = 201
+) -> tuple[FloatArray, FloatArray]:
+    """False and true positive rate of one class against the rest, the latter averaged over classes.
+
+    Parameters
+    ----------
+    truth
+        Labels, ``(n,)``.
+    probabilities
+        ``(n, k)``, one column for each of ``classes``. Classes without a cell, or with all of them, are left out.
+    classes
+        Names of the columns; ``None`` = the sorted classes of ``truth``.
+    n_points
+        Rates between 0 and 1 at which curves are averaged.
+    """
+    truth = np.asarray(truth)
+    is_class = truth[:, None] == (np.unique(truth) if classes is None else np.asarray(classes))
+    scored = np.flatnonzero(is_class.any(axis=0) & ~is_class.all(axis=0))
+    false = np.linspace(0, 1, n_points)
+    curves = [roc_curve(is_class[:, k], probabilities[:, k]) for k in scored]
+    true = [np.interp(false, at, rate) for at, rate, _ in curves]
+    return np.r_[0, false], np.r_[0, np.mean(true, axis=0) if true else np.full(n_points, np.nan)]
 
 
 def confusion(truth: ArrayLike, predicted: ArrayLike, *, rows: ArrayLike, columns: ArrayLike) -> IntArray:

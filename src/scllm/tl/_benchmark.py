@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
-from scipy import sparse
 
 from scllm import _keys, metrics
 from scllm._checks import check_adata, embedding, groups, labels
 from scllm._log import log
 from scllm._results import record
-from scllm._typing import CSR, FloatArray
+from scllm._typing import FloatArray
+from scllm.tl._baseline import is_log_like
 
 __all__ = ["benchmark"]
 
@@ -23,7 +23,6 @@ _RESOLUTIONS = np.arange(0.2, 2.01, 0.2)
 _N_FOLDS = 5
 _N_NEIGHBORS = 15
 _N_COMPONENTS = 50
-_LOGGED_MAXIMUM = 50
 
 
 def benchmark(
@@ -140,19 +139,12 @@ def _pca(adata: AnnData) -> FloatArray:
     import scanpy as sc
 
     expression = AnnData(adata.layers[_keys.COUNTS].copy() if _keys.COUNTS in adata.layers else adata.X.copy())
-    if not _is_log_like(expression.X):
+    if not is_log_like(expression.X):
         sc.pp.normalize_total(expression, target_sum=1e4)
         sc.pp.log1p(expression)
     n_comps = min(_N_COMPONENTS, min(expression.shape) - 1)
     sc.pp.pca(expression, n_comps=n_comps, random_state=0)
     return expression.obsm[_keys.PCA]
-
-
-def _is_log_like(matrix: CSR | NDArray) -> bool:
-    """Whether values were logged or scaled already: negative, or fractions under a maximum that counts exceed."""
-    values = matrix.data if sparse.issparse(matrix) else np.asarray(matrix).ravel()
-    has_fractions = bool(np.any(values != np.rint(values)))
-    return has_fractions and (values.min() < 0 or values.max() < _LOGGED_MAXIMUM)
 
 
 def _scores(values: FloatArray, truth: NDArray, origin: NDArray | None) -> dict[str, float]:

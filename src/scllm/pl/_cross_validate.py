@@ -1,0 +1,254 @@
+"""How far predictions can be trusted: scores of folds, reliability, ROC curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from matplotlib.axes import Axes
+
+from scllm import metrics as scores
+from scllm._checks import missing_key
+from scllm._results import recorded
+from scllm._typing import FloatArray
+from scllm.pl._axes import COLORS, GREY, AxesArray, axis_grid, one_axis, show_or_return, tidy
+from scllm.pl._probabilities import Predictions, predictions
+
+__all__ = ["calibration", "cv_scores", "roc"]
+
+_METHODS = {"model": ("fine-tuned", COLORS[0]), "baseline": ("baseline", GREY)}
+_TITLES = {
+    "accuracy": "accuracy", "macro_f1": "macro F1", "balanced_accuracy": "balanced\naccuracy", "auroc": "AUROC",
+    "auprc": "AUPRC", "ece": "calibration\nerror ↓", "r2": "R²", "pearson": "Pearson", "mae": "mean absolute\nerror ↓",
+}  # fmt: skip
+_APART = 0.2  # of the two methods from the middle of a metric
+_MAE = "mae"
+_FEW = 5  # cells of a bin whose share of right ones is mostly chance
+
+
+def cv_scores(
+    adata: AnnData | pd.DataFrame,
+    *,
+    metrics: Sequence[str] | None = None,
+    ax: Axes | Sequence[Axes] | AxesArray | None = None,
+    show: bool | None = None,
+) -> Axes | AxesArray | None:
+    """Draw the scores of all folds, the model beside the baseline.
+
+    Points are folds, lines join the two methods on one fold, bars are means. Where most lines fall, the model is worth
+    less than a linear one, however high its score.
+
+    Parameters
+    ----------
+    adata
+        After ``scllm.tl.cross_validate``, or the table that it returned.
+    metrics
+        Which ones, in this order. ``None`` = all that were computed.
+    ax
+        Axes to draw on, for values one for scores and one for the error. ``None`` = a new figure.
+    show
+        Whether to show the figure. ``None`` = if there is a screen.
+
+    Returns
+    -------
+    The axes (an array if there are several) with ``show=False`` or without a screen, else nothing.
+    """
+    table = _wide(adata)
+    names = list(table.columns) if metrics is None else list(metrics)
+    for name in names:
+        if name not in table:
+            raise missing_key(name, table.columns, "a metric of the table")
+    # an error has the unit of the values, and an axis of its own
+    panels = [part for part in ([n for n in names if n != _MAE], [n for n in names if n == _MAE]) if part]
+    width = [0.5 + 0.95 * len(part) for part in panels]
+    axes = axis_grid(ax, len(panels), (1.2 + sum(width), 3.4), width_ratios=width)
+    for panel, part in zip(axes, panels, strict=True):
+        _draw_folds(panel, table, part)
+    methods = _methods(table)
+    handles = [axes[0].scatter([], [], s=26, color=_METHODS[name][1], label=_METHODS[name][0]) for name in methods]
+    n_folds = len(table.loc[methods[0]])
+    axes[0].legend(
+        handles=handles, title=f"{n_folds} folds", loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False,
+        fontsize="small", title_fontsize="small", alignment="left", borderpad=0,
+    )  # fmt: skip
+    return show_or_return(axes[0] if len(axes) == 1 else axes, show)
+
+
+def calibration(
+    adata: AnnData,
+    *,
+    truth: str,
+    predicted: str | Sequence[str] | None = None,
+    n_bins: int = 15,
+    ax: Axes | None = None,
+    show: bool | None = None,
+) -> Axes | None:
+    """Draw how often cells are right against how sure the model was of them.
+
+    On the diagonal probabilities mean what they say; below it the model is too sure. The area of a point is the cells
+    of its bin; the line leaves out bins of fewer than 5. The number is the expected calibration error, see
+    ``scllm.metrics.expected_calibration_error``.
+
+    Parameters
+    ----------
+    adata
+        Cells with probabilities; those without a true label are left out.
+    truth
+        Column of ``obs`` with the true labels.
+    predicted
+        Columns of ``obs`` with predicted ones, as ``scllm.tl.classify`` writes them together with their probabilities.
+        ``None`` = model and baseline of ``scllm.tl.cross_validate``.
+    n_bins
+        Bins of equal width between 0 and 1.
+    ax
+        Axes to draw on. ``None`` = a new figure.
+    show
+        Whether to show the figure. ``None`` = if there is a screen.
+
+    Returns
+    -------
+    The axes with ``show=False`` or without a screen, else nothing.
+    """
+    sources = predictions(adata, truth, predicted)
+    ax = one_axis(ax, (4.2, 4.2))
+    ax.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, linestyle=(0, (4, 2)), zorder=1)
+    for source in sources:
+        scored = source.truth, source.probabilities, source.classes
+        bins = scores.reliability(*scored, n_bins=n_bins)
+        error = scores.expected_calibration_error(*scored, n_bins=n_bins)
+        area = 12 + 130 * bins["n_cells"] / bins["n_cells"].max()
+        many = bins[bins["n_cells"] >= _FEW]
+        ax.plot(many["confidence"], many["accuracy"], color=source.color, linewidth=1.2, zorder=2)
+        ax.scatter(
+            bins["confidence"], bins["accuracy"], s=area, color=source.color, edgecolors="white", linewidths=0.6,
+            zorder=3, label=f"{source.name}  (ECE {error:.3f})",
+        )  # fmt: skip
+    legend = ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+    for handle in legend.legend_handles:
+        handle.set_sizes([28])
+    ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="probability of the label", ylabel="share of cells that are right")
+    ax.set_aspect("equal")
+    tidy(ax)
+    return show_or_return(ax, show)
+
+
+def roc(
+    adata: AnnData,
+    *,
+    truth: str,
+    predicted: str | Sequence[str] | None = None,
+    ax: Axes | None = None,
+    show: bool | None = None,
+) -> Axes | None:
+    """Draw how many cells of a class are found for how many of the others taken with them.
+
+    Every class is held against the rest, and curves are averaged over classes at each false positive rate. Thin lines
+    are folds, where there are some, the thick one is their mean; the number is the mean area under the folds' curves.
+
+    Parameters
+    ----------
+    adata
+        Cells with probabilities; those without a true label are left out.
+    truth
+        Column of ``obs`` with the true labels.
+    predicted
+        Columns of ``obs`` with predicted ones, as ``scllm.tl.classify`` writes them together with their probabilities.
+        ``None`` = model and baseline of ``scllm.tl.cross_validate``.
+    ax
+        Axes to draw on. ``None`` = a new figure.
+    show
+        Whether to show the figure. ``None`` = if there is a screen.
+
+    Returns
+    -------
+    The axes with ``show=False`` or without a screen, else nothing.
+    """
+    sources = predictions(adata, truth, predicted)
+    ax = one_axis(ax, (4.2, 4.2))
+    ax.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, linestyle=(0, (4, 2)), zorder=1)
+    for source in sources:
+        curves, areas = _curves(source)
+        false = curves[0][0]
+        if len(curves) > 1:
+            for _, true in curves:
+                ax.plot(false, true, color=source.color, linewidth=0.7, alpha=0.35, zorder=2)
+        mean = np.mean([true for _, true in curves], axis=0)
+        spread = f" ± {np.std(areas, ddof=1):.3f}" if len(areas) > 1 else ""
+        ax.plot(
+            false, mean, color=source.color, linewidth=2, zorder=3,
+            label=f"{source.name}  (AUROC {np.mean(areas):.3f}{spread})",
+        )  # fmt: skip
+    ax.legend(frameon=False, fontsize="small", loc="lower right")
+    ax.set(xlim=(-0.01, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate")
+    ax.set_aspect("equal")
+    tidy(ax)
+    return show_or_return(ax, show)
+
+
+def _wide(adata: AnnData | pd.DataFrame) -> pd.DataFrame:
+    """Folds by metrics, indexed by method, repeat and fold."""
+    if not isinstance(adata, AnnData):
+        if list(adata.index.names) != ["method", "repeat", "fold"]:
+            raise ValueError(
+                f"the table is indexed by {list(adata.index.names)}, method, repeat and fold expected. Pass what "
+                "scllm.tl.cross_validate returned."
+            )
+        return adata.sort_index()
+    table = recorded(adata, "cross_validate", made_by="scllm.tl.cross_validate(adata, key=...)")["table"]
+    table = table[table["class"].isna()].astype({"method": str, "metric": str})
+    wide = table.pivot(index=["method", "repeat", "fold"], columns="metric", values="value")
+    return wide[table["metric"].unique()]
+
+
+def _methods(table: pd.DataFrame) -> list[str]:
+    return [name for name in _METHODS if name in table.index.unique("method")]
+
+
+def _draw_folds(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
+    """Points of the folds, lines between the methods, and means with their number."""
+    methods = _methods(table)
+    places = dict(zip(methods, np.linspace(-_APART, _APART, len(methods)) if len(methods) > 1 else [0.0], strict=True))
+    for at, name in enumerate(names):
+        folds = {method: table.loc[method, name].to_numpy() for method in methods}
+        if len(methods) > 1:
+            ax.plot([at - _APART, at + _APART], list(folds.values()), color="#C8C8C8", linewidth=0.8, zorder=1)
+        for method, values in folds.items():
+            x, color = at + places[method], _METHODS[method][1]
+            ax.scatter(np.full(len(values), x), values, s=18, color=color, alpha=0.75, linewidths=0, zorder=2)
+            mean = np.nanmean(values) if np.isfinite(values).any() else np.nan
+            ax.plot([x - 0.11, x + 0.11], [mean, mean], color=color, linewidth=2.2, solid_capstyle="butt", zorder=3)
+            side = -1 if places[method] < 0 else 1
+            ax.annotate(
+                f"{mean:.2f}", (x + side * 0.12, mean), xytext=(side * 2, 0), textcoords="offset points", color=color,
+                ha="right" if side < 0 else "left", va="center", fontsize="x-small",
+            )  # fmt: skip
+    ax.set_xticks(range(len(names)), [_TITLES.get(name, name) for name in names], fontsize="small")
+    ax.set_xlim(-0.75, len(names) - 0.25)
+    lowest = np.nanmin(table[list(names)].to_numpy(), initial=0.0)
+    ax.set_ylim(min(0, lowest * 1.05), None if _MAE in names else 1.02)
+    tidy(ax, grid="y")
+    ax.tick_params(axis="x", length=0)
+
+
+def _curves(source: Predictions) -> tuple[list[tuple[FloatArray, FloatArray]], list[float]]:
+    """Mean curve over classes and its area, for each fold or for all cells."""
+    parts = [np.arange(len(source.truth))]
+    if source.fold is not None:
+        parts = [np.flatnonzero(source.fold == fold) for fold in np.unique(source.fold)]
+    curves, areas = [], []
+    for cells in parts:
+        curve = scores.mean_roc(source.truth[cells], source.probabilities[cells], source.classes)
+        if np.isfinite(curve[1]).all():
+            curves.append(curve)
+            areas.append(_area(source, cells))
+    if not curves:
+        raise ValueError("the cells hold one class, at least two expected for a ROC curve. Pass more cells.")
+    return curves, areas
+
+
+def _area(source: Predictions, cells: np.ndarray) -> float:
+    best = source.classes[source.probabilities[cells].argmax(axis=1)]
+    scored = source.truth[cells], best, source.probabilities[cells], source.classes
+    return scores.classification_scores(*scored)["auroc"]

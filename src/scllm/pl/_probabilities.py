@@ -1,0 +1,90 @@
+"""Labels with probabilities, as verbs leave them on an AnnData: for reliability diagrams and ROC curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from scllm import _keys
+from scllm._checks import groups, missing_key
+from scllm._typing import FloatArray
+from scllm.pl._axes import GREY, colors
+
+__all__ = ["Predictions", "predictions"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one column of predictions says of the cells whose label is known."""
+
+    name: str
+    color: str
+    truth: NDArray[np.object_]
+    probabilities: FloatArray  # (n, k)
+    classes: NDArray[np.object_]
+    fold: NDArray[np.integer] | None
+
+
+def predictions(adata: AnnData, truth: str, predicted: str | Sequence[str] | None) -> list[Predictions]:
+    """Each of the predictions; ``None``: model and, if there is one, baseline of ``cross_validate``."""
+    labels = groups(adata.obs, truth)
+    first = truth + _keys.CROSS_VALIDATED
+    titles: dict[str, str] = {}
+    if predicted is None:
+        if first + _keys.PROBABILITIES not in adata.obsm:
+            advice = f"Call scllm.tl.cross_validate(adata, model, key={truth!r}) first, or pass `predicted=`."
+            raise missing_key(first + _keys.PROBABILITIES, adata.obsm, "in adata.obsm", advice)
+        titles = {first: "fine-tuned", first + _keys.BASELINE: "baseline"}
+        names = [name for name in titles if name + _keys.PROBABILITIES in adata.obsm]
+    else:
+        names = [predicted] if isinstance(predicted, str) else list(predicted)
+    shades = dict(zip(names, colors(len(names)), strict=True)) | {first + _keys.BASELINE: GREY}
+    return [_of_column(adata, labels, name, titles.get(name, name), shades[name]) for name in names]
+
+
+def _of_column(adata: AnnData, labels: pd.Series, name: str, title: str, color: str) -> Predictions:
+    key = name + _keys.PROBABILITIES
+    if key not in adata.obsm:
+        advice = "scllm.tl.classify and scllm.tl.cross_validate write probabilities of labels, not of values."
+        raise missing_key(key, adata.obsm, "in adata.obsm", advice)
+    probabilities = np.asarray(adata.obsm[key], dtype=float)
+    classes = _classes(adata, name, probabilities.shape[1])
+    cells = np.flatnonzero(labels.notna().to_numpy() & np.isfinite(probabilities).all(axis=1))
+    if not len(cells):
+        raise ValueError(
+            f"no cell has both a label in obs[{labels.name!r}] and probabilities in obsm[{key!r}], some expected. "
+            "Check both."
+        )
+    found = adata.obs.get(name.removesuffix(_keys.BASELINE) + _keys.FOLD)
+    fold = None if found is None else found.astype("category").cat.codes.to_numpy()[cells]
+    return Predictions(title, color, labels.to_numpy(dtype=object)[cells], probabilities[cells], classes, fold)
+
+
+def _classes(adata: AnnData, name: str, n_classes: int) -> NDArray[np.object_]:
+    """Names of the columns: what the verb that wrote them recorded, else the categories of the labels themselves."""
+    written = adata.uns.get(_keys.UNS, {})
+    for verb in ("classify", "transfer_labels", "cross_validate"):
+        entry = written.get(verb, {})
+        params = entry.get("params", {})
+        if verb == "cross_validate":
+            made = str(params.get("key")) + _keys.CROSS_VALIDATED
+            recorded = entry.get("classes") if name in (made, made + _keys.BASELINE) else None
+        else:
+            made = str(params.get("key_added"))
+            suffix = name.removeprefix(made) if name.startswith(made) else None
+            recorded = entry.get(f"classes{suffix}") if suffix is not None else None
+        if recorded is not None and len(recorded) == n_classes:
+            return np.asarray(recorded, dtype=object)
+    column = adata.obs.get(name)
+    categories = [] if column is None else list(column.astype("category").cat.categories)
+    if len(categories) != n_classes:
+        raise ValueError(
+            f"obsm[{name + _keys.PROBABILITIES!r}] has {n_classes} columns, and the names of their classes are not "
+            f"recorded; {n_classes} categories of obs[{name!r}] expected. Call the verb that wrote them again."
+        )
+    return np.array([str(category) for category in categories], dtype=object)

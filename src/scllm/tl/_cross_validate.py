@@ -1,0 +1,309 @@
+"""Out-of-fold predictions of a fine-tuned model, beside those of a linear one on the same folds."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from scllm import _keys, settings
+from scllm._checks import check_adata, missing_key
+from scllm._log import log
+from scllm._results import record
+from scllm._typing import CSR, FloatArray, IntArray
+from scllm.data.split import PARTS, split_cells
+from scllm.models.base import CellModel
+from scllm.tl._baseline import label_baseline, log_normalised, value_baseline
+from scllm.tl._classify import classify
+from scllm.tl._finetune import finetune
+from scllm.tl._folds import fold_cells
+from scllm.tl._model import ModelLike, remember, resolve
+from scllm.tl._out_of_fold import METHODS, Target, check_folds, find_groups, find_target, fold_scores, overall_scores
+
+__all__ = ["cross_validate"]
+
+_OPTIONS = inspect.signature(finetune).parameters
+_OF_CLASSIFY = ("layer", "device", "precision")
+
+
+def cross_validate(
+    adata: AnnData,
+    model: ModelLike | None = None,
+    *,
+    key: str,
+    n_folds: int = 5,
+    n_repeats: int = 1,
+    group_key: str | None = None,
+    baseline: bool = True,
+    **finetune_options: Any,
+) -> pd.DataFrame:
+    """Fine-tune on all folds but one, predict that one, and so on round: every cell is predicted by a model new to it.
+
+    Folds hold every label alike or, with ``group_key``, whole groups: labels mostly carry over worse to new donors than
+    to new cells of the same donors, and new donors are mostly the question. Beside the model stands what it has to
+    beat, on the same folds: logistic regression on log-normalised expression (all genes of the data; counts scaled to
+    10,000 a cell, ``log1p``, C = 0.1), for values ridge regression on 50 components of an SVD of the same.
+
+    Parameters
+    ----------
+    adata
+        Cells by genes, in memory. Only what is named below is written; the matrix is shared, not copied.
+    model
+        The model to start from in each fold, or its path; ``None`` is the one recorded on ``adata`` last. If it has
+        seen the labels of these cells before, the folds are of no use.
+    key
+        Column of ``obs``: categories, strings and booleans are labels, floats are values. Rows without one are left
+        out.
+    n_folds
+        Number of folds. As many as there are groups leaves one group out at a time.
+    n_repeats
+        How often all is done again with other folds and another seed; the spread between repeats is what chance does.
+        Where one group is left out at a time, folds stay the same and only the seed changes.
+    group_key
+        Column of groups (donors, studies) that are tested whole. Labels are spread over the folds as evenly as groups
+        allow.
+    baseline
+        Whether the linear model is fitted too.
+    **finetune_options
+        Passed on to :func:`finetune`: ``epochs=``, ``lr=``, ``freeze=``, ... ``validation`` is the share of the
+        *training* cells that chooses the best weights, drawn by cell. ``random_state`` is the seed of the first
+        repeat's folds and training, one more of each further one. Folds are runs of their own in
+        ``run_dir/fold-0``, ..., those of further repeats in ``run_dir/repeat-1/fold-0``, ...: the same call continues
+        where an earlier one was stopped, and asked for more repeats it keeps those that are there.
+
+    Returns
+    -------
+    One row a fold, indexed by ``method`` (``"baseline"``, ``"model"``), ``repeat`` and ``fold``; one column a metric:
+    ``accuracy``, ``macro_f1``, ``balanced_accuracy``, ``auroc``, ``auprc``, ``ece``, see
+    :func:`scllm.metrics.classification_scores`; for values ``r2``, ``pearson``, ``mae``.
+
+    Writes
+    ------
+    ``adata.obs[key + "_cv"]``
+        Out-of-fold label (categorical) or value of the first repeat: a vote over repeats would be better than any one
+        model is. Missing where ``key`` is. With ``baseline``, ``key + "_cv_baseline"`` likewise.
+    ``adata.obs[key + "_cv_prob"]``, ``adata.obsm[key + "_cv_probabilities"]``
+        Probability of the label, and of all, float32 ``(n_cells, n_classes)``; for the baseline likewise.
+    ``adata.obs[key + "_cv_fold"]``
+        The fold of the first repeat that tested the cell (categorical).
+    ``adata.uns["scllm"]["cross_validate"]``
+        Settings; ``classes``; ``table``: one row a method, repeat, fold and metric, and ``f1`` of each class;
+        ``overall``: metrics of all out-of-fold predictions of the first repeat, with a 95 % bootstrap interval
+        (drawing whole groups with ``group_key``).
+
+    Examples
+    --------
+    >>> adata = scllm.datasets.toy(n_cells=200)
+    >>> model = scllm.models.build("scgpt", vocab=adata.var_names, size="tiny")
+    >>> table = scllm.tl.cross_validate(adata, model, key="cell_type", epochs=1)  # doctest: +SKIP
+    >>> table.groupby("method").mean()  # doctest: +SKIP
+    """
+    check_adata(adata)
+    if adata.isbacked:
+        raise ValueError("adata is backed by a file, one in memory expected. Pass adata.to_memory().")
+    target = find_target(adata.obs, key)
+    groups = find_groups(adata.obs, group_key, target)
+    options, seed = _checked(finetune_options, adata)
+    check_folds(target, groups, n_folds, n_repeats, group_key)
+    chosen = resolve(model, adata)
+    folds = [_folds(target, groups, n_folds, seed + repeat) for repeat in range(n_repeats)]
+    target.check_coverage(folds[0])
+    run_dir = _run_directory(options.pop("run_dir", None), options.pop("resume", "auto"))
+    methods = METHODS if baseline else METHODS[:1]
+    cells = _Cells.of(adata, target, baseline, options.get("layer"))
+    tables, first = [], {method: np.full((adata.n_obs, target.n_outputs), np.nan, np.float32) for method in methods}
+    for repeat, fold in np.ndindex(n_repeats, n_folds):
+        tested = np.flatnonzero(folds[repeat] == fold)
+        training = np.flatnonzero((folds[repeat] >= 0) & (folds[repeat] != fold))
+        where = run_dir / f"repeat-{repeat}" / f"fold-{fold}" if repeat else run_dir / f"fold-{fold}"
+        found = {METHODS[0]: cells.by_model(chosen, training, tested, _seeded(options, seed + repeat), where)}
+        if baseline:
+            found[METHODS[1]] = cells.by_baseline(training, tested)
+        for method, outputs in found.items():
+            tables.append(fold_scores(target, tested, outputs).assign(method=method, repeat=repeat, fold=fold))
+            if repeat == 0:
+                first[method][tested] = outputs
+        _say(tables[-len(found) :], repeat * n_folds + fold + 1, n_repeats * n_folds)
+    table = pd.concat(tables, ignore_index=True)
+    overall = pd.concat(
+        [overall_scores(target, outputs, groups, seed).assign(method=method) for method, outputs in first.items()],
+        ignore_index=True,
+    )
+    _write(adata, target, folds[0], first)
+    params = {
+        "key": key, "n_folds": n_folds, "n_repeats": n_repeats, "group_key": group_key, "baseline": baseline,
+        "run_dir": run_dir, "options": {name: str(value) for name, value in finetune_options.items()},
+    }  # fmt: skip
+    classes = None if target.classes is None else np.array(target.classes, dtype=object)
+    order = ["method", "repeat", "fold", "metric", "class", "n_cells", "value"]
+    record(
+        adata,
+        "cross_validate",
+        params,
+        table[order],
+        overall=overall[["method", *overall.columns[:-1]]],
+        classes=classes,
+    )
+    remember(adata, chosen)
+    return _wide(table)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Cells to train on and to test: the matrix of the caller, and tables of our own."""
+
+    adata: AnnData
+    target: Target
+    logged: CSR | None
+
+    @classmethod
+    def of(cls, adata: AnnData, target: Target, baseline: bool, layer: str | None) -> _Cells:
+        matched = {name: value for name, value in adata.uns.get(_keys.UNS, {}).items() if name == "match_genes"}
+        light = AnnData(
+            adata.X, obs=adata.obs[[target.key]], var=adata.var, layers=dict(adata.layers), uns={_keys.UNS: matched}
+        )
+        matrix = adata.X if layer is None else adata.layers[layer]
+        return cls(light, target, log_normalised(matrix) if baseline else None)
+
+    def by_model(
+        self, model: CellModel, training: IntArray, tested: IntArray, options: dict[str, Any], run_dir: Path
+    ) -> FloatArray:
+        """Fine-tune and predict."""
+        share = options.pop("validation", _OPTIONS["validation"].default)
+        with warnings.catch_warnings():
+            # said once for all folds
+            warnings.filterwarnings("ignore", message=r".* (have no (label|value)|have one cell only)")
+            if share:
+                part = f"{self.target.key}_{_keys.SPLIT}"
+                self.adata.obs[part] = self._parts(training, share, options["random_state"])
+                data, options["validation"] = self.adata, part
+            else:
+                data, options["validation"] = self.adata[training].copy(), share
+            tuned = finetune(data, model, key=self.target.key, run_dir=run_dir, **options)
+        test = self.adata[tested].copy()
+        classify(test, tuned, **{name: options[name] for name in _OF_CLASSIFY if name in options})
+        if self.target.classes is None:
+            return test.obs[[_keys.LABEL]].to_numpy()
+        names = list(test.uns[_keys.UNS]["classify"]["classes"])
+        probabilities = np.zeros((len(tested), self.target.n_outputs), np.float32)
+        probabilities[:, pd.Index(self.target.classes).get_indexer(names)] = test.obsm[
+            _keys.LABEL + _keys.PROBABILITIES
+        ]
+        return probabilities
+
+    def by_baseline(self, training: IntArray, tested: IntArray) -> FloatArray:
+        """Fit the linear model and predict."""
+        known, new = self.logged[training], self.logged[tested]
+        if self.target.classes is None:
+            return value_baseline(known, self.target.column[training], new)[:, None]
+        return label_baseline(known, self.target.column[training], new, self.target.n_outputs)
+
+    def _parts(self, training: IntArray, share: float, seed: int) -> pd.Categorical:
+        """``train`` and ``validation`` among the training cells; all else is ``test``, which is never touched."""
+        share = min(max(share, 1 / len(training)), 1 - 1 / len(training))
+        labels = None if self.target.classes is None else pd.Series(self.target.column[training])
+        parts = np.full(self.adata.n_obs, PARTS.index("test"))
+        parts[training] = split_cells(len(training), (1 - share, share), stratify=labels, random_state=seed)
+        return pd.Categorical.from_codes(parts, categories=list(PARTS))
+
+
+def _checked(given: Mapping[str, Any], adata: AnnData) -> tuple[dict[str, Any], int]:
+    """Options of ``finetune`` and the seed; an error for what no fold could use."""
+    options = dict(given)
+    for name in options:
+        if name not in _OPTIONS or name in ("data", "model"):
+            close = get_close_matches(name, set(_OPTIONS) - {"data", "model"}, n=1)
+            offer = f"Did you mean {close[0]!r}?" if close else f"finetune takes {', '.join(list(_OPTIONS)[2:])}."
+            raise TypeError(f"{name!r} is no option of cross_validate, one of tl.finetune expected. {offer}")
+    share = options.get("validation", _OPTIONS["validation"].default)
+    if isinstance(share, str) or not 0 <= (share or 0) < 1:
+        raise ValueError(
+            f"validation is {share!r}, a share from 0 up to below 1 of the training cells expected: folds say which "
+            "cells are tested. Leave it out."
+        )
+    layer = options.get("layer")
+    if layer is not None and layer not in adata.layers:
+        raise missing_key(layer, adata.layers, "in adata.layers")
+    config = options.get("config")
+    set_there = None if config is None else config.random_state
+    seed = options.pop("random_state", 0)
+    if set_there is not None and seed:
+        raise TypeError(f"random_state is given twice: {seed} as an argument, {set_there} in config. Give it once.")
+    if config is not None:
+        options["config"] = replace(config, random_state=None)
+    return options, int(set_there if set_there is not None else seed)
+
+
+def _seeded(options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    return {**options, "random_state": seed}
+
+
+def _folds(target: Target, groups: IntArray | None, n_folds: int, seed: int) -> IntArray:
+    """The fold that tests each cell, -1 for cells without a label, ``(n_cells,)``."""
+    there = np.flatnonzero(target.is_there)
+    fold = np.full(len(target.column), -1)
+    fold[there] = fold_cells(
+        len(there), n_folds, codes=None if target.classes is None else target.column[there],
+        groups=None if groups is None else groups[there], random_state=seed,
+    )  # fmt: skip
+    return fold
+
+
+def _run_directory(given: Any, resume: Any) -> Path:
+    """Where the folds' runs go; finished and half-finished ones that are there are continued."""
+    if resume not in ("auto", True, False):
+        raise ValueError(f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues what is there.")
+    if given is None and resume is True:
+        raise ValueError("resume=True is given and run_dir is not, both expected. Pass the run_dir to continue.")
+    if given is None:
+        Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
+        stem = f"cross_validate-{time.strftime('%Y%m%d-%H%M%S')}-"
+        return Path(tempfile.mkdtemp(prefix=stem, dir=settings.run_dir))
+    path = Path(given)
+    begun = (path / "fold-0").exists()
+    if resume is True and not begun:
+        raise ValueError(f"{path} holds no fold to continue, one expected with resume=True. Pass resume='auto'.")
+    if resume is False and begun:
+        raise ValueError(
+            f"{path} holds folds already, an empty directory expected with resume=False. Pass another one."
+        )
+    return path
+
+
+def _say(tables: list[pd.DataFrame], number: int, n: int) -> None:
+    """Log what came out of a fold, the first metric of each method."""
+    scores = [table.iloc[0] for table in tables]
+    log.info("fold %d of %d: %s %s", number, n, scores[0]["metric"],
+             ", ".join(f"{score['value']:.3f} ({score['method']})" for score in scores))  # fmt: skip
+
+
+def _wide(table: pd.DataFrame) -> pd.DataFrame:
+    """Folds by metrics."""
+    metrics = table[table["class"].isna()]
+    wide = metrics.pivot(index=["method", "repeat", "fold"], columns="metric", values="value")
+    return wide[metrics["metric"].unique()].rename_axis(columns=None)
+
+
+def _write(adata: AnnData, target: Target, fold: IntArray, outputs: Mapping[str, FloatArray]) -> None:
+    """Predictions of the first repeat, and its folds."""
+    for method, found in outputs.items():
+        name = target.key + _keys.CROSS_VALIDATED + ("" if method == METHODS[0] else _keys.BASELINE)
+        if target.classes is None:
+            adata.obs[name] = found[:, 0]
+            continue
+        best = np.where(target.is_there, np.nan_to_num(found, nan=-1).argmax(axis=1), -1)
+        adata.obs[name] = pd.Categorical.from_codes(best, categories=list(target.classes))
+        adata.obs[name + _keys.PROBABILITY] = found.max(axis=1)
+        adata.obsm[name + _keys.PROBABILITIES] = found
+    folds = [str(number) for number in range(fold.max() + 1)]
+    adata.obs[target.key + _keys.CROSS_VALIDATED + _keys.FOLD] = pd.Categorical.from_codes(fold, categories=folds)

@@ -1,0 +1,63 @@
+"""Dividing cells into folds: stratified by label, or by whole groups."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
+
+from scllm._typing import IntArray
+
+__all__ = ["fold_cells"]
+
+
+def fold_cells(
+    n_cells: int,
+    n_folds: int,
+    *,
+    codes: IntArray | None = None,
+    groups: IntArray | None = None,
+    random_state: int = 0,
+) -> IntArray:
+    """The fold that tests each cell, ``(n_cells,)``; no fold is empty.
+
+    Parameters
+    ----------
+    n_cells
+        Number of cells.
+    n_folds
+        Number of folds; as many as there are groups leaves one group out in each.
+    codes
+        Label of each cell: every label is divided by the same shares, as far as whole groups allow.
+    groups
+        Group of each cell: 0, 1, ...; groups are never divided.
+    random_state
+        Seed.
+    """
+    if groups is not None and groups.max() + 1 == n_folds:
+        return groups.copy()
+    labels = np.zeros(n_cells) if codes is None else codes
+    options = {"n_splits": n_folds, "shuffle": True, "random_state": random_state}
+    if groups is None:
+        splitter = KFold(**options) if codes is None else StratifiedKFold(**options)
+    else:
+        splitter = GroupKFold(**options) if codes is None else StratifiedGroupKFold(**options)
+    fold = np.empty(n_cells, np.int64)
+    with warnings.catch_warnings():
+        # the verb has said which labels are rare
+        warnings.filterwarnings("ignore", message="The least populated class")
+        for number, (_, tested) in enumerate(splitter.split(np.zeros(n_cells), labels, groups)):
+            fold[tested] = number
+    return fold if groups is None else _without_empty_folds(fold, groups, n_folds)
+
+
+def _without_empty_folds(fold: IntArray, groups: IntArray, n_folds: int) -> IntArray:
+    """Give an empty fold the smallest group of the fold with most groups: stratifying by few groups may leave one."""
+    sizes = np.bincount(groups)
+    fold_of = np.empty(len(sizes), np.int64)
+    fold_of[groups] = fold
+    while len(empty := np.setdiff1d(np.arange(n_folds), fold_of)):
+        fullest = np.flatnonzero(fold_of == np.bincount(fold_of).argmax())
+        fold_of[fullest[sizes[fullest].argmin()]] = empty[0]
+    return fold_of[groups]

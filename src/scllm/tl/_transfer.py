@@ -1,0 +1,118 @@
+"""Labels of a reference, passed on to the cells that lie next to it in an embedding."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from sklearn.neighbors import KNeighborsClassifier
+
+from scllm import _keys
+from scllm._checks import check_adata, embedding, labels
+from scllm._results import record
+from scllm._typing import FloatArray
+
+__all__ = ["transfer_labels"]
+
+
+def transfer_labels(
+    adata: AnnData,
+    reference: AnnData,
+    *,
+    key: str,
+    use_rep: str = _keys.EMBEDDING,
+    k: int = 10,
+    key_added: str | None = None,
+    copy: bool = False,
+) -> AnnData | None:
+    """Label cells like their nearest neighbours in a labelled reference.
+
+    Needs no training, only an embedding of both by the same model: the quick way to a first annotation, and a yardstick
+    for :func:`classify`. A cell of a type that the reference lacks gets the label of what lies nearest.
+
+    Parameters
+    ----------
+    adata
+        Cells to label, embedded.
+    reference
+        Labelled cells, embedded by the same model. Cells without a label are left out.
+    key
+        Column of ``reference.obs`` with labels.
+    use_rep
+        Key of the embedding in ``obsm`` of both; distances are Euclidean.
+    k
+        Neighbours that vote, nearer ones with more weight: one over their distance.
+    key_added
+        Column to write; ``None`` is ``key + "_transferred"``.
+    copy
+        Return a changed copy in place of changing ``adata``.
+
+    Writes
+    ------
+    ``adata.obs[key_added]``, ``adata.obs[key_added + "_prob"]``
+        Label (categorical, with the reference's classes), and the share of the weighted votes that it got.
+    ``adata.obsm[key_added + "_probabilities"]``
+        Share of each class, float32 ``(n_cells, n_classes)``.
+    ``adata.uns["scllm"]["transfer_labels"]``
+        Settings, and the names of the classes.
+
+    Examples
+    --------
+    >>> adata = scllm.datasets.toy(n_cells=200)
+    >>> model = scllm.models.build("scgpt", vocab=adata.var_names, size="tiny")
+    >>> scllm.tl.embed(adata, model)
+    >>> query, reference = adata[:50].copy(), adata[50:].copy()
+    >>> scllm.tl.transfer_labels(query, reference, key="cell_type")
+    >>> query.obs["cell_type_transferred"].cat.categories.to_list()
+    ['alpha', 'beta', 'delta', 'gamma']
+    """
+    check_adata(adata, copy)
+    if not isinstance(reference, AnnData):
+        raise TypeError(
+            f"reference is of type {type(reference).__name__}, an AnnData expected. Read files with anndata.read_h5ad."
+        )
+    classes = labels(reference.obs, key)
+    known, new = _embeddings(adata, reference, use_rep)
+    codes = classes.cat.codes.to_numpy()
+    there = np.flatnonzero(codes >= 0)
+    if not 1 <= k <= len(there):
+        raise ValueError(
+            f"k is {k}, 1 to {len(there)} expected: the reference holds {len(there)} cells with a label in "
+            f"obs[{key!r}]. Pass fewer neighbours, or a larger reference."
+        )
+    votes = KNeighborsClassifier(k, weights="distance").fit(known[there], codes[there]).predict_proba(new)
+    adata = adata.copy() if copy else adata
+    name = key + _keys.TRANSFERRED if key_added is None else key_added
+    adata.obs[name] = pd.Categorical.from_codes(votes.argmax(axis=1), categories=classes.cat.categories)
+    adata.obs[name + _keys.PROBABILITY] = votes.max(axis=1).astype(np.float32)
+    adata.obsm[name + _keys.PROBABILITIES] = votes.astype(np.float32)
+    params = {"key": key, "use_rep": use_rep, "k": k, "key_added": name}
+    record(adata, "transfer_labels", params, classes=classes.cat.categories.to_numpy(dtype=object))
+    return adata if copy else None
+
+
+def _embeddings(adata: AnnData, reference: AnnData, use_rep: str) -> tuple[FloatArray, FloatArray]:
+    """Of the reference and of the cells; an error or a warning where they cannot or may not be of one model."""
+    known = _embedding(reference, use_rep, "reference")
+    new = _embedding(adata, use_rep, "adata")
+    if known.shape[1] != new.shape[1]:
+        raise ValueError(
+            f"obsm[{use_rep!r}] has {new.shape[1]} columns in adata and {known.shape[1]} in the reference, the same "
+            "number expected. Embed both with the same model: tl.embed(adata, model), tl.embed(reference, model)."
+        )
+    ours, theirs = (data.uns.get(_keys.UNS, {}).get("model", {}).get("hash") for data in (adata, reference))
+    if use_rep != _keys.PCA and ours is not None and theirs is not None and ours != theirs:
+        warnings.warn(
+            f"adata was used last with model {ours}, the reference with {theirs}, the same expected: distances between "
+            f"embeddings of different models say nothing. If obsm[{use_rep!r}] is of one model, embed both with it "
+            "again to silence this.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return known, new
+
+
+def _embedding(data: AnnData, use_rep: str, name: str) -> FloatArray:
+    return embedding(data, use_rep, advice=f"Embed with scllm.tl.embed({name}, model, key_added={use_rep!r}).")

@@ -1,0 +1,389 @@
+"""Out-of-fold predictions: who is predicted by whom, what is written, what is not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, f1_score
+
+from scllm.tl import TrainConfig, classify, cross_validate, finetune, transfer_labels
+
+FAST = {"epochs": 1, "batch_size": 16}
+
+
+def settings_of(adata) -> dict:
+    return adata.uns["scllm"]["cross_validate"]
+
+
+def test_every_cell_is_predicted_once_by_a_model_that_has_not_seen_it(adata, tiny, tmp_path):
+    cross_validate(adata, tiny, key="cell_type", n_folds=3, run_dir=tmp_path, baseline=False, **FAST)
+    fold = adata.obs["cell_type_cv_fold"].astype(int).to_numpy()
+    assert np.bincount(fold).tolist() == [20, 20, 20]
+    for number in range(3):
+        cells = np.load(tmp_path / f"fold-{number}" / "cells.npz")
+        assert sorted([*cells["train"], *cells["validation"]]) == np.flatnonzero(fold != number).tolist()
+        # the same predictions as by hand, with the fold's model
+        test = adata[fold == number].copy()
+        classify(test, tmp_path / f"fold-{number}")
+        np.testing.assert_allclose(
+            test.obsm["scllm_label_probabilities"], test.obsm["cell_type_cv_probabilities"], atol=1e-5
+        )
+        assert test.obs["scllm_label"].astype(str).tolist() == test.obs["cell_type_cv"].astype(str).tolist()
+    assert adata.obs["cell_type_cv_prob"].tolist() == adata.obsm["cell_type_cv_probabilities"].max(axis=1).tolist()
+
+
+def test_planted_structure_is_learnt(adata, tiny):
+    table = cross_validate(
+        adata, tiny, key="cell_type", n_folds=2, epochs=12, lr=5e-3, batch_size=8,
+        config=TrainConfig(schedule="constant"),
+    )  # fmt: skip
+    assert table.loc["model", "accuracy"].mean() > 0.8
+    assert table.loc["baseline", "accuracy"].mean() > 0.9
+    assert settings_of(adata)["overall"].query("method == 'model' and metric == 'accuracy'")["low"].item() > 0.6
+
+
+def test_shuffled_labels_are_not_learnt(adata, tiny):
+    adata.obs["noise"] = np.random.default_rng(0).permutation(adata.obs["cell_type"].astype(str))
+    table = cross_validate(adata, tiny, key="noise", n_folds=2, epochs=4, lr=5e-3, batch_size=8)
+    assert (table.groupby("method")["accuracy"].mean() < 0.75).all()
+
+
+def test_scores_are_those_of_what_was_written(adata, tiny):
+    table = cross_validate(adata, tiny, key="cell_type", n_folds=3, **FAST)
+    assert list(table.index.names) == ["method", "repeat", "fold"]
+    assert table.index.tolist() == [(method, 0, fold) for method in ("baseline", "model") for fold in range(3)]
+    long = settings_of(adata)["table"]
+    for method, column in (("model", "cell_type_cv"), ("baseline", "cell_type_cv_baseline")):
+        for fold in range(3):
+            cells = adata.obs[adata.obs["cell_type_cv_fold"] == str(fold)]
+            truth, predicted = cells["cell_type"].astype(str), cells[column].astype(str)
+            assert table.loc[(method, 0, fold), "accuracy"] == pytest.approx(accuracy_score(truth, predicted))
+            of_b = long.query("method == @method and fold == @fold and metric == 'f1'").set_index("class").loc["B"]
+            assert of_b["value"] == pytest.approx(f1_score(truth, predicted, pos_label="B", zero_division=0))
+            assert of_b["n_cells"] == (truth == "B").sum()
+    overall = settings_of(adata)["overall"].set_index(["method", "metric"])
+    found = accuracy_score(adata.obs["cell_type"].astype(str), adata.obs["cell_type_cv_baseline"].astype(str))
+    assert overall.loc[("baseline", "accuracy"), "value"] == pytest.approx(found)
+    assert (overall["low"] <= overall["high"]).all()
+
+
+def test_the_baseline_is_logistic_regression_on_the_same_folds(adata, tiny):
+    cross_validate(adata, tiny, key="cell_type", n_folds=3, **FAST)
+    counts = adata.X.toarray()
+    logged = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
+    fold = adata.obs["cell_type_cv_fold"].astype(int).to_numpy()
+    for number in range(3):
+        probe = LogisticRegression(C=0.1, max_iter=1000).fit(
+            logged[fold != number], adata.obs["cell_type"][fold != number]
+        )
+        expected = probe.predict_proba(logged[fold == number])
+        found = adata.obsm["cell_type_cv_baseline_probabilities"][fold == number]
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_folds_and_predictions(adata, tiny):
+    first, again, other = (adata.copy() for _ in range(3))
+    cross_validate(first, tiny, key="cell_type", n_folds=2, random_state=3, **FAST)
+    cross_validate(again, tiny, key="cell_type", n_folds=2, config=TrainConfig(random_state=3), **FAST)
+    cross_validate(other, tiny, key="cell_type", n_folds=2, random_state=4, baseline=False, **FAST)
+    pd.testing.assert_frame_equal(first.obs, again.obs)
+    assert (first.obs["cell_type_cv_fold"] != other.obs["cell_type_cv_fold"]).any()
+    with pytest.raises(TypeError, match=r"random_state is given twice: 4 as an argument, 3 in config"):
+        cross_validate(adata, tiny, key="cell_type", random_state=4, config=TrainConfig(random_state=3), **FAST)
+
+
+def test_repeats_are_runs_with_the_next_seeds_and_the_first_is_written(adata, tiny, tmp_path):
+    table = cross_validate(adata, tiny, key="cell_type", n_folds=2, n_repeats=2, run_dir=tmp_path, **FAST)
+    assert table.index.tolist() == [(m, r, f) for m in ("baseline", "model") for r in (0, 1) for f in (0, 1)]
+    once = adata.copy()
+    alone = cross_validate(once, tiny, key="cell_type", n_folds=2, random_state=1, **FAST)
+    pd.testing.assert_frame_equal(
+        table.xs(1, level="repeat").reset_index(drop=True), alone.xs(0, level="repeat").reset_index(drop=True)
+    )
+    first = np.load(tmp_path / "fold-0" / "cells.npz")["train"]
+    second = np.load(tmp_path / "repeat-1" / "fold-0" / "cells.npz")["train"]
+    assert set(first) != set(second)
+    assert not set(first) & set(np.flatnonzero(adata.obs["cell_type_cv_fold"] == "0"))
+
+
+def test_groups_are_tested_whole_and_one_is_left_out_at_a_time(adata, tiny):
+    adata.obs["donor"] = np.repeat(["c", "a", "b"], 20)
+    cross_validate(adata, tiny, key="cell_type", n_folds=3, group_key="donor", **FAST)
+    assert adata.obs["cell_type_cv_fold"].astype(str).tolist() == ["2"] * 20 + ["0"] * 20 + ["1"] * 20
+    assert settings_of(adata)["params"]["group_key"] == "donor"
+
+
+def test_values_are_predicted_beside_ridge_regression(adata, tiny):
+    depth = np.asarray(adata.X[:, 20:26].sum(1)).ravel()
+    adata.obs["activity"] = np.where(np.arange(60) < 4, np.nan, np.log1p(depth))
+    with pytest.warns(UserWarning, match=r"4 of 60 cells have no value in obs\['activity'\]"):
+        table = cross_validate(adata, tiny, key="activity", n_folds=3, **FAST)
+    assert list(table.columns) == ["r2", "pearson", "mae"]
+    assert table.loc["baseline", "r2"].mean() > 0.3
+    assert adata.obs["activity_cv"].isna().tolist() == [True] * 4 + [False] * 56
+    cells = adata.obs[adata.obs["activity_cv_fold"] == "1"]
+    expected = (cells["activity"] - cells["activity_cv_baseline"]).abs().mean()
+    assert table.loc[("baseline", 0, 1), "mae"] == pytest.approx(expected, rel=1e-5)
+    assert "activity_cv_probabilities" not in adata.obsm
+    assert "classes" not in settings_of(adata)
+
+
+def test_cells_without_a_label_take_no_part_and_get_none(adata, tiny, tmp_path):
+    adata.obs["label"] = adata.obs["cell_type"].astype(object)
+    adata.obs.iloc[:6, adata.obs.columns.get_loc("label")] = None
+    with pytest.warns(UserWarning, match=r"6 of 60 cells have no label in obs\['label'\]") as warned:
+        cross_validate(adata, tiny, key="label", n_folds=2, run_dir=tmp_path, **FAST)
+    assert len(warned) == 1
+    for column in ("label_cv", "label_cv_prob", "label_cv_fold", "label_cv_baseline"):
+        assert adata.obs[column].isna().tolist() == [True] * 6 + [False] * 54
+    assert np.isnan(adata.obsm["label_cv_probabilities"][:6]).all()
+    cells = np.load(tmp_path / "fold-0" / "cells.npz")
+    assert min([*cells["train"], *cells["validation"]]) >= 6
+
+
+@pytest.mark.parametrize("validation", [0, 0.3])
+def test_the_share_for_validation_is_of_the_training_cells(adata, tiny, tmp_path, validation):
+    cross_validate(adata, tiny, key="cell_type", n_folds=2, run_dir=tmp_path, validation=validation, **FAST)
+    cells = np.load(tmp_path / "fold-0" / "cells.npz")
+    assert (len(cells["train"]), len(cells["validation"])) == ((30, 0) if not validation else (21, 9))
+
+
+def test_nothing_else_of_the_data_changes(adata, tiny):
+    adata.layers["counts"], adata.X = adata.X.copy(), adata.X.log1p()
+    adata.obs["keep"] = np.arange(60)
+    adata.uns["mine"] = {"a": 1}
+    before, matrix, layer = adata.copy(), adata.X, adata.layers["counts"]
+    cross_validate(adata, tiny, key="cell_type", n_folds=2, layer="counts", **FAST)
+    assert adata.X is matrix
+    assert adata.layers["counts"] is layer
+    assert (adata.X != before.X).nnz == (layer != before.layers["counts"]).nnz == 0
+    pd.testing.assert_frame_equal(adata.obs[before.obs.columns], before.obs)
+    pd.testing.assert_frame_equal(adata.var, before.var)
+    assert set(adata.obs) - set(before.obs) == {
+        f"cell_type_cv{end}" for end in ("", "_prob", "_fold", "_baseline", "_baseline_prob")
+    }
+    assert set(adata.obsm) == {"cell_type_cv_probabilities", "cell_type_cv_baseline_probabilities"}
+    assert set(adata.uns) == {"mine", "scllm"}
+    assert set(adata.uns["scllm"]) == {"cross_validate", "model"}
+    assert adata.uns["scllm"]["model"]["hash"] == tiny.hash()
+
+
+def test_the_matrix_is_shared_with_what_is_trained_on(adata):
+    from scllm.tl._cross_validate import _Cells
+    from scllm.tl._out_of_fold import find_target
+
+    cells = _Cells.of(adata, find_target(adata.obs, "cell_type"), baseline=False, layer=None)
+    assert np.shares_memory(cells.adata.X.data, adata.X.data)
+    cells.adata.obs["new"] = 1
+    assert "new" not in adata.obs
+
+
+@pytest.mark.parametrize("key", ["label", "activity"])
+def test_results_survive_files(adata, tiny, tmp_path, key):
+    adata.obs["label"] = pd.Categorical(np.where(adata.obs["cell_type"] == "A", "CD4+/CD25 T Reg", "B"))
+    adata.obs.loc["cell_3", "label"] = np.nan
+    adata.obs["activity"] = np.log1p(np.asarray(adata.X[:, 20:26].sum(1)).ravel())
+    if key == "label":
+        with pytest.warns(UserWarning, match="1 of 60 cells have no label"):
+            cross_validate(adata, tiny, key=key, n_folds=2, **FAST)
+    else:
+        cross_validate(adata, tiny, key=key, n_folds=2, **FAST)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    adata.write_zarr(tmp_path / "a.zarr")
+    for back in (ad.read_h5ad(tmp_path / "a.h5ad"), ad.read_zarr(tmp_path / "a.zarr")):
+        pd.testing.assert_frame_equal(back.obs, adata.obs)
+        for name in adata.obsm:
+            np.testing.assert_array_equal(back.obsm[name], adata.obsm[name])
+        for name in ("table", "overall"):
+            pd.testing.assert_frame_equal(
+                settings_of(back)[name].reset_index(drop=True), settings_of(adata)[name], check_index_type=False
+            )
+
+
+def test_a_finished_fold_is_not_trained_again(adata, tiny, tmp_path):
+    whole = adata.copy()
+    expected = cross_validate(whole, tiny, key="cell_type", n_folds=3, run_dir=tmp_path / "whole", **FAST)
+    # half-finished: one fold done, the next begun and stopped before its end
+    half = tmp_path / "half"
+    half.mkdir()
+    os.rename(tmp_path / "whole" / "fold-0", half / "fold-0")
+    stamp = (half / "fold-0" / "done").stat().st_mtime_ns
+    history = (half / "fold-0" / "history.jsonl").read_text()
+    found = cross_validate(adata, tiny, key="cell_type", n_folds=3, run_dir=half, **FAST)
+    assert ((half / "fold-0" / "done").stat().st_mtime_ns, (half / "fold-0" / "history.jsonl").read_text()) == (
+        stamp, history,
+    )  # fmt: skip
+    pd.testing.assert_frame_equal(found, expected)
+    pd.testing.assert_frame_equal(adata.obs, whole.obs)
+
+
+KILLED = """
+import sys
+import anndata, torch
+from scllm import models, tl
+torch.set_num_threads(1)
+adata = anndata.read_h5ad(sys.argv[1])
+options = {"key": "cell_type", "n_folds": 3, "epochs": 12, "batch_size": 4}
+tl.cross_validate(adata, sys.argv[2], run_dir=sys.argv[3], **options)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(adata, tiny, tmp_path):
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    tiny.save(tmp_path / "model")
+    run = tmp_path / "run"
+    call = [sys.executable, "-c", KILLED, str(tmp_path / "a.h5ad"), str(tmp_path / "model"), str(run)]
+    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not (run / "fold-1" / "last.pt").exists() and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (run / "fold-0" / "done").exists()
+    assert not (run / "fold-2" / "done").exists()
+    stamp = (run / "fold-0" / "done").stat().st_mtime_ns
+    options = {"key": "cell_type", "n_folds": 3, "epochs": 12, "batch_size": 4}
+    found = cross_validate(adata, tmp_path / "model", run_dir=run, **options)
+    assert (run / "fold-0" / "done").stat().st_mtime_ns == stamp
+    pd.testing.assert_frame_equal(found, cross_validate(adata.copy(), tmp_path / "model", **options))
+
+
+def test_runs_that_are_asked_for_or_not_wanted(adata, tiny, tmp_path):
+    with pytest.raises(ValueError, match="resume is 'yes', 'auto', True or False expected"):
+        cross_validate(adata, tiny, key="cell_type", n_folds=2, resume="yes", **FAST)
+    with pytest.raises(ValueError, match="resume=True is given and run_dir is not"):
+        cross_validate(adata, tiny, key="cell_type", n_folds=2, resume=True, **FAST)
+    with pytest.raises(ValueError, match="holds no fold to continue, one expected with resume=True"):
+        cross_validate(adata, tiny, key="cell_type", n_folds=2, run_dir=tmp_path, resume=True, **FAST)
+    cross_validate(adata, tiny, key="cell_type", n_folds=2, run_dir=tmp_path, resume=False, **FAST)
+    cross_validate(adata, tiny, key="cell_type", n_folds=2, run_dir=tmp_path, resume=True, **FAST)
+    with pytest.raises(ValueError, match="holds folds already, an empty directory expected with resume=False"):
+        cross_validate(adata, tiny, key="cell_type", n_folds=2, run_dir=tmp_path, resume=False, **FAST)
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(data\.cells"):
+        cross_validate(adata, tiny, key="cell_type", n_folds=2, run_dir=tmp_path, random_state=1, **FAST)
+
+
+BAD = {
+    "missing column": (
+        {"key": "celltype"}, KeyError, r"'celltype' is not a column of adata\.obs\. Did you mean 'cell_type'\?",
+    ),
+    "several columns": ({"key": ["cell_type", "batch"]}, TypeError, r"one column of obs expected.*for each column"),
+    "constant": ({"key": "constant"}, ValueError, r"obs\['constant'\] holds 1 classes \('x'\), at least 2"),
+    "constant value": ({"key": "flat"}, ValueError, r"obs\['flat'\] holds 1 distinct values, at least 2"),
+    "one cell a label": (
+        {"key": "names"}, ValueError, r"all 60 labels of obs\['names'\] have fewer cells than folds .*fewer labels",
+    ),
+    "numbers as text": (
+        {"key": "text"}, ValueError, r"all 60 labels of obs\['text'\] have fewer .*If they are values: .*float",
+    ),
+    "integers": ({"key": "n"}, ValueError, r"obs\['n'\] holds integers \(first: 0\).*astype\('category'\)"),
+    "no label": ({"key": "nothing"}, ValueError, r"obs\['nothing'\] holds 0 classes"),
+    "few groups": (
+        {"key": "cell_type", "group_key": "batch"}, ValueError,
+        r"obs\['batch'\] holds 2 groups, at least n_folds=5 expected.*Pass n_folds=2 to leave one group out",
+    ),
+    "one group": (
+        {"key": "cell_type", "group_key": "constant"}, ValueError, r"holds 1 groups.*Pass another group_key",
+    ),
+    "no group": (
+        {"key": "cell_type", "group_key": "gaps", "n_folds": 2}, ValueError,
+        r"1 cells with a label have no group in obs\['gaps'\] \(first: 'cell_0'\).*Fill them in",
+    ),
+    "missing group": ({"key": "cell_type", "group_key": "donor"}, KeyError, r"'donor' is not a column of adata\.obs"),
+    "groups that are the labels": (
+        {"key": "cell_type", "group_key": "cell_type", "n_folds": 2}, ValueError,
+        r"without fold 0 the cells hold fewer than 2 labels .*another group_key",
+    ),
+    "one fold": ({"key": "cell_type", "n_folds": 1}, ValueError, r"n_folds=1 and n_repeats=1, at least 2 and 1"),
+    "unknown option": ({"key": "cell_type", "epoch": 3}, TypeError, r"'epoch' is no option.*Did you mean 'epochs'\?"),
+    "split column": ({"key": "cell_type", "validation": "split"}, ValueError, r"validation is 'split', a share"),
+    "missing layer": ({"key": "cell_type", "layer": "count"}, KeyError, r"'count' is not in adata\.layers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_requests_that_cannot_be_met_write_nothing(adata, tiny, tmp_path, name):
+    options, error, message = BAD[name]
+    adata.obs["constant"], adata.obs["flat"], adata.obs["n"] = "x", 1.5, np.arange(60) % 3
+    adata.obs["names"] = [f"name {i}" for i in range(60)]
+    adata.obs["text"] = [f"{i / 7:.3f}" for i in range(60)]
+    adata.obs["nothing"] = pd.Categorical([None] * 60, categories=["a"])
+    adata.obs["gaps"] = [None, *["a", "b"] * 29, "a"]
+    columns = list(adata.obs)
+    with pytest.raises(error, match=message):
+        cross_validate(adata, tiny, run_dir=tmp_path / "run", **FAST, **options)
+    assert not (tmp_path / "run").exists()
+    assert list(adata.obs) == columns
+    assert not adata.uns
+
+
+def test_rare_labels_are_warned_of_and_scored_where_they_are(adata, tiny):
+    adata.obs["label"] = ["one", *["two"] * 2, *["A", "B"] * 28, "A"]
+    with pytest.warns(UserWarning, match="label") as warned:
+        table = cross_validate(adata, tiny, key="label", n_folds=3, **FAST)
+    messages = [str(warning.message) for warning in warned]
+    assert len(messages) == 2
+    assert "2 labels of obs['label'] have fewer cells than folds (first: 'one', 1), at least n_folds=3" in messages[0]
+    assert "1 labels of obs['label'] (first: 'one') are in one fold only" in messages[1]
+    assert np.isfinite(table["macro_f1"]).all()
+    rows = settings_of(adata)["table"].query("metric == 'f1' and `class` == 'one' and method == 'model'")
+    assert rows["value"].tolist() == [0]
+
+
+def test_labels_like_numbers_are_labels(adata, tiny):
+    adata.obs["leiden"] = np.where(adata.obs["cell_type"] == "A", "0", "1")
+    cross_validate(adata, tiny, key="leiden", n_folds=2, **FAST)
+    assert adata.obs["leiden_cv"].cat.categories.tolist() == ["0", "1"]
+
+
+def test_labels_that_a_query_has_and_the_reference_lacks_are_never_given(adata, tiny, tmp_path):
+    reference, query = adata[adata.obs["batch"] == "first"].copy(), adata[adata.obs["batch"] == "second"].copy()
+    query.obs["cell_type"] = query.obs["cell_type"].cat.add_categories("new")
+    query.obs.iloc[:10, query.obs.columns.get_loc("cell_type")] = "new"
+    tuned = finetune(reference, tiny, key="cell_type", epochs=1)
+    classify(query, tuned)
+    for data in (reference, query):
+        data.obsm["X"] = np.log1p(data.X.toarray())
+    transfer_labels(query, reference, key="cell_type", use_rep="X")
+    for column in ("scllm_label", "cell_type_transferred"):
+        assert query.obs[column].cat.categories.tolist() == ["A", "B"]
+        assert query.obs[column].notna().all()
+    assert query.obs["cell_type"].iloc[0] == "new"
+
+
+def test_data_on_disk_are_asked_into_memory(adata, tiny, tmp_path):
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    with pytest.raises(ValueError, match=r"adata is backed by a file, one in memory expected\. Pass adata\.to_memory"):
+        cross_validate(backed, tiny, key="cell_type")
+    backed.file.close()
+
+
+@pytest.mark.parametrize("form", ["dense", "csc"])
+def test_other_matrices_give_the_same(adata, tiny, form):
+    other = adata.copy()
+    other.X = adata.X.toarray() if form == "dense" else sparse.csc_matrix(adata.X)
+    expected = cross_validate(adata, tiny, key="cell_type", n_folds=2, **FAST)
+    pd.testing.assert_frame_equal(cross_validate(other, tiny, key="cell_type", n_folds=2, **FAST), expected)
+
+
+def test_each_fold_is_logged(adata, tiny, caplog):
+    with caplog.at_level(logging.INFO, logger="scllm"):
+        cross_validate(adata, tiny, key="cell_type", n_folds=2, **FAST)
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("fold ")]
+    assert len(lines) == 2
+    assert lines[0].startswith("fold 1 of 2: accuracy ")
+    assert json.dumps(lines[0]).count("(") == 2

@@ -1,0 +1,119 @@
+"""Labels of neighbours, against a slow way."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+from scllm.tl import embed, transfer_labels
+
+
+@pytest.fixture
+def reference() -> AnnData:
+    rng = np.random.default_rng(0)
+    labels = pd.Categorical(np.repeat(["T", "B", "CD4+/x"], 20), categories=["unused", "T", "B", "CD4+/x"])
+    where = rng.normal(size=(60, 4)) + 2.0 * np.repeat(np.eye(3, 4), 20, axis=0)
+    return AnnData(obs=pd.DataFrame({"kind": labels}, index=[f"r{i}" for i in range(60)]), obsm={"X_scllm": where})
+
+
+@pytest.fixture
+def query() -> AnnData:
+    where = np.random.default_rng(1).normal(size=(25, 4)) + 1
+    return AnnData(obs=pd.DataFrame(index=[f"q{i}" for i in range(25)]), obsm={"X_scllm": where})
+
+
+def shares_slowly(query, reference, labels, k) -> pd.DataFrame:
+    rows = []
+    for cell in query:
+        distance = np.linalg.norm(reference - cell, axis=1)
+        nearest = np.argsort(distance)[:k]
+        votes = pd.Series(1 / distance[nearest]).groupby(np.asarray(labels)[nearest]).sum()
+        rows.append(votes / votes.sum())
+    return pd.DataFrame(rows).fillna(0)
+
+
+@pytest.mark.parametrize("k", [1, 10])
+def test_labels_are_votes_of_the_nearest_weighted_by_nearness(query, reference, k) -> None:
+    transfer_labels(query, reference, key="kind", k=k)
+    expected = shares_slowly(query.obsm["X_scllm"], reference.obsm["X_scllm"], reference.obs["kind"].astype(str), k)
+    found = query.obsm["kind_transferred_probabilities"]
+    assert list(query.uns["scllm"]["transfer_labels"]["classes"]) == ["T", "B", "CD4+/x"]
+    np.testing.assert_allclose(found, expected[["T", "B", "CD4+/x"]], atol=1e-6)
+    assert query.obs["kind_transferred"].astype(str).tolist() == expected.idxmax(axis=1).tolist()
+    np.testing.assert_allclose(query.obs["kind_transferred_prob"], expected.max(axis=1), atol=1e-6)
+    assert query.obs["kind_transferred_prob"].dtype == found.dtype == np.float32
+
+
+def test_cells_of_the_reference_without_a_label_do_not_vote(query, reference) -> None:
+    reference.obs.iloc[::3, 0] = np.nan
+    known = reference[reference.obs["kind"].notna()].copy()
+    other = transfer_labels(query, known, key="kind", copy=True)
+    transfer_labels(query, reference, key="kind")
+    pd.testing.assert_frame_equal(query.obs, other.obs)
+
+
+def test_a_copy_and_another_name_leave_the_original_alone(query, reference) -> None:
+    copied = transfer_labels(query, reference, key="kind", key_added="mine", copy=True)
+    assert {"mine", "mine_prob"} == set(copied.obs)
+    assert "mine_probabilities" in copied.obsm
+    assert not set(query.obs)
+    assert not query.uns
+    assert not reference.uns
+
+
+def test_results_survive_files(query, reference, tmp_path) -> None:
+    transfer_labels(query, reference, key="kind")
+    query.write_h5ad(tmp_path / "q.h5ad")
+    query.write_zarr(tmp_path / "q.zarr")
+    for back in (ad.read_h5ad(tmp_path / "q.h5ad"), ad.read_zarr(tmp_path / "q.zarr")):
+        pd.testing.assert_frame_equal(back.obs, query.obs)
+        assert list(back.uns["scllm"]["transfer_labels"]["classes"]) == ["T", "B", "CD4+/x"]
+
+
+def test_planted_types_carry_over_to_another_batch(adata, tiny) -> None:
+    embed(adata, tiny)
+    reference, query = (adata[adata.obs["batch"] == name].copy() for name in ("first", "second"))
+    transfer_labels(query, reference, key="cell_type", k=5)  # no warning: one model
+    assert (query.obs["cell_type_transferred"] == query.obs["cell_type"]).mean() > 0.6
+
+
+def test_embeddings_of_two_models_are_warned_of(query, reference) -> None:
+    query.uns["scllm"], reference.uns["scllm"] = {"model": {"hash": "abc"}}, {"model": {"hash": "def"}}
+    with pytest.warns(UserWarning, match="used last with model abc, the reference with def, the same expected"):
+        transfer_labels(query, reference, key="kind")
+    for data in (query, reference):
+        data.obsm["X_pca"] = data.obsm["X_scllm"]
+    transfer_labels(query, reference, key="kind", use_rep="X_pca")  # of no model
+
+
+BAD = {
+    "no embedding": ({"use_rep": "X_scvi"}, KeyError, r"'X_scvi' is not in adata\.obsm.*tl\.embed\(reference, model"),
+    "no column": ({"key": "kinds"}, KeyError, r"'kinds' is not a column .* Did you mean 'kind'"),
+    "one class": ({"key": "one"}, ValueError, r"obs\['one'\] holds 1 classes"),
+    "numbers": ({"key": "n"}, ValueError, r"obs\['n'\] holds numbers .*astype\('category'\)"),
+    "large k": ({"k": 61}, ValueError, r"k is 61, 1 to 60 expected: the reference holds 60 cells with a label"),
+    "no k": ({"k": 0}, ValueError, r"k is 0, 1 to 60 expected"),
+    "other width": ({"use_rep": "wide"}, ValueError, r"has 3 columns in adata and 5 in the reference.*same model"),
+    "gaps": ({"use_rep": "gaps"}, ValueError, r"obsm\['gaps'\] is not finite in 1 of 25 cells \(first: 'q0'\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_requests_that_cannot_be_met_write_nothing(query, reference, name) -> None:
+    options, error, message = BAD[name]
+    reference.obs["one"], reference.obs["n"] = "x", np.arange(60)
+    reference.obsm["wide"], query.obsm["wide"] = np.ones((60, 5)), np.ones((25, 3))
+    reference.obsm["gaps"], query.obsm["gaps"] = np.ones((60, 2)), np.ones((25, 2))
+    query.obsm["gaps"][0, 0] = np.nan
+    with pytest.raises(error, match=message):
+        transfer_labels(query, reference, **({"key": "kind"} | options))
+    assert not set(query.obs)
+    assert not query.uns
+
+
+def test_a_reference_that_is_a_path_is_an_error(query) -> None:
+    with pytest.raises(TypeError, match=r"reference is of type str, an AnnData expected"):
+        transfer_labels(query, "atlas.h5ad", key="kind")
