@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from scllm import models
@@ -23,6 +24,7 @@ from scllm.data import genes
 from scllm.data.encode import Encoder
 from scllm.data.source import CellSource, open_source
 from scllm.engine import ranks
+from scllm.engine.calibrate import calibrate
 from scllm.engine.checkpoint import restore, save, writing
 from scllm.engine.collapse import warn_of_collapse
 from scllm.engine.config import TrainConfig
@@ -134,7 +136,7 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
                 from_start=spec["verb"] == "finetune", precision=precision, track=_watched(track),
             )  # fmt: skip
         if ranks.rank() == 0:
-            _finish(run, family)
+            _finish(run, family, chosen, validation, precision)
         ranks.wait_for_all()
 
 
@@ -191,7 +193,7 @@ def _cropping(model: CellModel, max_len: int | None) -> Encoder:
     return replace(encoder, max_len=max_len)  # type: ignore[type-var]
 
 
-def _finish(run: Run, family: str | None) -> None:
+def _finish(run: Run, family: str | None, device: torch.device, validation: Loader | None, precision: str) -> None:
     """Put the best weights into the model folder, and say that the run is done."""
     best = restore(run.best)
     assert best is not None
@@ -203,6 +205,9 @@ def _finish(run: Run, family: str | None) -> None:
         save(run.best, model.state_dict())
     else:
         model.load_state_dict(best)
+    if model.head_specs and validation is not None:
+        calibrate(model.to(device), replace(validation, keep_empty=False), precision)
+        model.cpu()
     model.history = run.table()
     fresh = run.path / ".model"
     with writing(run.model):

@@ -1,0 +1,41 @@
+"""Temperatures of a fine-tuned model's heads, from cells that were not trained on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from scllm.engine.device import autocast
+from scllm.engine.loader import Loader
+from scllm.metrics import temperature
+from scllm.models.base import CellModel
+
+__all__ = ["calibrate"]
+
+# a temperature from so many cells counts half of what it says: few cells, all of them right, say that nothing is unsure
+_HALF_TRUSTED = 50
+
+
+@torch.no_grad()
+def calibrate(model: CellModel, validation: Loader, precision: str) -> None:
+    """Set the temperature of each head of labels, in place (Guo et al. 2017)."""
+    model.eval()
+    logits: dict[str, list[torch.Tensor]] = {spec.key: [] for spec in model.head_specs}
+    labels: dict[str, list[torch.Tensor]] = {spec.key: [] for spec in model.head_specs}
+    for (batch,) in validation.epoch(0):
+        batch = batch.to(model.device)
+        with autocast(precision, model.device):
+            outputs = model.head_outputs(batch)
+        for key, output in outputs.items():
+            logits[key].append(output.float().cpu())
+            labels[key].append(batch.obs[f"label:{key}"].cpu())
+    specs = []
+    for spec in model.head_specs:
+        if spec.classes is not None:
+            known = torch.cat(labels[spec.key]).numpy()
+            found = temperature(torch.cat(logits[spec.key]).numpy(), known)
+            n_cells = int((known >= 0).sum())
+            spec = replace(spec, temperature=found ** (n_cells / (n_cells + _HALF_TRUSTED)))
+        specs.append(spec)
+    model.head_specs = tuple(specs)
