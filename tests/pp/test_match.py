@@ -85,7 +85,7 @@ def test_ids_of_another_kind_say_where_to_look(adata):
         match_genes(adata, ids)
     # there is such a dictionary, and it knows others
     vocab = Vocab(tuple(ids), None, None, None, aliases={"TP53": ids[0]})
-    with pytest.raises(ValueError, match="look like symbols .* Check species and gene names"):
+    with pytest.raises(ValueError, match=r"look like symbols .* Check species and gene names"):
         match_genes(adata, vocab)
     adata.var_names = ids
     with pytest.raises(ValueError, match=r"holds symbols .* look like Ensembl ids .* `gene_key=` in pp.match_genes\.$"):
