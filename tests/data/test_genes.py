@@ -50,6 +50,19 @@ def test_names_are_preferred_where_a_column_fits_no_better():
     assert match(var.index, Vocab.from_genes(SYMBOLS), var=var).column == "var_names"
 
 
+def test_names_of_the_vocabularys_own_kind_go_before_those_known_by_aliases():
+    ids = [f"ENSG{i:011d}" for i in range(6)]
+    symbols = [f"gene{i}" for i in range(6)]
+    vocab = Vocab(tuple(ids), None, None, None, aliases=dict(zip(symbols, ids, strict=True)))
+    assert match(symbols, vocab).token_ids.tolist() == list(range(6))
+    # by symbol all six are found, by Ensembl id four in another order
+    few = pd.DataFrame({"ensembl_id": [*ids[2:], "a", "b"]})
+    assert match(symbols, vocab, var=few).token_ids.tolist() == [2, 3, 4, 5, -1, -1]
+    # too few by Ensembl id
+    few = pd.DataFrame({"ensembl_id": [ids[3], *"abcde"]})
+    assert match(symbols, vocab, var=few).token_ids.tolist() == list(range(6))
+
+
 def test_gene_key_decides_and_a_wrong_one_offers_close_names():
     var = pd.DataFrame({"symbol": SYMBOLS, "alias": SYMBOLS[::-1]}, index=ENSEMBL)
     vocab = Vocab.from_genes(SYMBOLS)

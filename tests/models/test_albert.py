@@ -9,6 +9,7 @@ import torch
 from models.sentences import built, shuffled
 from transformers import AlbertConfig, AlbertForMaskedLM
 
+from scllm import models
 from scllm.engine.objectives import MaskedGene
 from scllm.engine.optim import freeze
 
@@ -79,3 +80,16 @@ def test_masked_networks_only():
     assert model.likelihood == "pseudo"
     assert model.head_name is None  # its head is three modules
     assert MaskedGene(p=0.5)(model, shuffled(model, 4, 10, 0), 0).sum.isfinite()
+
+
+def test_published_size():
+    published = AlbertConfig(
+        vocab_size=30_000, embedding_size=128, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+        intermediate_size=3072, max_position_embeddings=512,
+    )  # fmt: skip
+    with torch.device("meta"):
+        theirs = AlbertForMaskedLM(published).num_parameters()
+    model = models.build("albert", vocab=[f"g{i}" for i in range(100)], size="albert-base")
+    # a row and an output bias for each token, a row for each position: 103 and 1,024 here
+    assert model.n_parameters == theirs - (30_000 - 103) * 129 + (1024 - 512) * 128
+    assert model.n_parameters + (25_427 - 103) * 129 == 10_697_299

@@ -217,3 +217,12 @@ def test_checkpointing_gives_the_same_gradient(family, mixed):
         gradients.append(model.gene_table().grad.clone())
         model.speed_up(checkpointing=True)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("family", "n_tokens", "a_token", "n_weights"),
+    [("gpt2", 25_426, 512, 51_372_032), ("albert", 25_427, 129, 6_696_019), ("xlnet", 25_426, 513, 54_024_530)],
+)
+def test_weights_of_base_with_the_genes_of_geneformer(family, n_tokens, a_token, n_weights):
+    model = models.build(family, vocab=["a", "b"])
+    assert model.n_parameters + (n_tokens - len(model.vocab)) * a_token == n_weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import anndata as ad
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scllm import models, tl
+from scllm import models, pp, tl
 from scllm.data import genes
 from scllm.data.dictionaries import read_dictionary
 from scllm.data.source import open_source
@@ -246,9 +247,15 @@ def test_ids_in_small_letters_with_versions_and_mapped_ones_are_summed(parity, c
 
 
 @pytest.mark.parametrize(
-    ("size", "n_tokens"), [("v1-10m", 25_426), ("v1-40m", 25_426), ("v2-104m", 20_275), ("v2-316m", 20_275)]
+    ("size", "n_tokens", "n_weights"),
+    [
+        ("v1-10m", 25_426, 10_288_722),
+        ("v1-40m", 25_426, 39_591_250),
+        ("v2-104m", 20_275, 104_386_867),
+        ("v2-316m", 20_275, 316_354_867),
+    ],
 )
-def test_published_sizes_are_those_of_bert(size, n_tokens):
+def test_published_sizes_are_those_of_bert(size, n_tokens, n_weights):
     from transformers import BertConfig, BertForMaskedLM
 
     config = geneformer.Config(**geneformer.SIZES[size])
@@ -260,9 +267,7 @@ def test_published_sizes_are_those_of_bert(size, n_tokens):
     )  # fmt: skip
     with torch.device("meta"):
         n_parameters = geneformer.Model(config, vocab, config.encoder()).n_parameters
-        assert n_parameters == BertForMaskedLM(theirs).num_parameters()
-    if size == "v1-10m":
-        assert n_parameters == 10_288_722
+        assert n_parameters == BertForMaskedLM(theirs).num_parameters() == n_weights
 
 
 def tiny(n_genes=30, **config):
@@ -339,6 +344,62 @@ def test_reconstruction_is_the_probability_of_the_gene_in_its_place():
     expected = model.gene_logits(hidden, at).softmax(1)[torch.arange(3), batch.genes[at]]
     np.testing.assert_allclose(model.reconstruct(batch, at, hide=True), expected, rtol=1e-5)
     assert not torch.equal(model.reconstruct(batch, at, hide=False), expected)
+
+
+@pytest.fixture
+def published(shared, tmp_path):
+    """A tiny V1 model over the published tokens and medians, and what the published dictionary of symbols holds."""
+    folder = tmp_path / "published"
+    there = shared / "data" / "dictionaries"
+    vocab = Vocab.read(there / "geneformer_v1_token_dictionary.json.gz")
+    models.build("geneformer", vocab=vocab, size="tiny", specials=False).save(folder, format="geneformer")
+    medians = (there / "geneformer_v1_gene_median.json.gz").read_bytes()
+    (folder / "gene_median_dictionary.json.gz").write_bytes(medians)
+    return folder, read_dictionary(there / "geneformer_v1_gene_name_to_ensembl.json.gz")
+
+
+@pytest.mark.parametrize("form", ["json", "pkl"])
+def test_symbols_are_known_by_the_published_dictionary_beside_the_model(published, shared, tmp_path, form):
+    folder, symbols = published
+    adata = ad.read_h5ad(shared / "data" / "pbmc68k_reduced_counts.h5ad")[:20].copy()
+    adata.var = adata.var[[]]
+    without = models.load(folder, family="geneformer")
+    with pytest.raises(ValueError, match=r"lay the published dictionary of symbols \(gene_name_id_dict"):
+        tl.embed(adata, without)
+    raw = json.dumps(symbols).encode() if form == "json" else pickle.dumps(symbols)
+    (folder / f"gene_name_id_dict.{form}").write_bytes(raw)
+    model = models.load(folder, family="geneformer")
+    pp.match_genes(adata, model)
+    known = [symbols.get(name) for name in adata.var_names]
+    assert adata.var["token_id"].tolist() == [model.vocab.ids([gene])[0] if gene else -1 for gene in known]
+    assert adata.uns["scllm"]["match_genes"]["coverage"] > 0.9
+    tl.embed(adata, model)
+    # as if the ids stood in the data
+    named = adata[:, [gene in model.vocab for gene in known]].copy()
+    named.var_names = [symbols[name] for name in named.var_names]
+    tl.embed(named, without)
+    np.testing.assert_array_equal(adata.obsm["X_scllm"], named.obsm["X_scllm"])
+    for format in ("native", "geneformer"):
+        model.save(tmp_path / format, format=format)
+        again = models.load(tmp_path / format, family=None if format == "native" else "geneformer")
+        assert again.vocab == model.vocab
+        assert len(again.vocab.aliases) == 21_245
+
+
+def test_a_symbol_of_an_old_id_is_followed_to_the_new_one(parity, tmp_path):
+    for name in ("token_dictionary_v2.json", "gene_median.json"):
+        (tmp_path / name).write_text((parity / "dictionaries" / name).read_text())
+    first, second, *_ = Vocab.read(tmp_path / "token_dictionary_v2.json").genes
+    old = "ENSG99999999999"
+    (tmp_path / "ensembl_mapping_dict.json").write_text(json.dumps({old: first}))
+    (tmp_path / "gene_name_id_dict.json").write_text(json.dumps({"A1": old, "b2": second, "lost": "ENSG99999999998"}))
+    model = models.load(parity / "model_v2", family="geneformer", vocab=tmp_path / "token_dictionary_v2.json")
+    assert model.vocab.aliases == {"A1": first, "b2": second, old: first}
+    model.save(tmp_path / "written", format="geneformer")
+    assert models.load(tmp_path / "written", family="geneformer").vocab == model.vocab
+    (tmp_path / "gene_name_id_dict.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"2 dictionaries .* Keep that of this version there alone"):
+        models.load(parity / "model_v2", family="geneformer", vocab=tmp_path / "token_dictionary_v2.json")
 
 
 def test_dictionaries_that_are_missing_or_do_not_fit_are_named(parity, tmp_path):

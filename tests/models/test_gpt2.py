@@ -88,6 +88,7 @@ def test_published_size():
     model = models.build("gpt2", vocab=[f"g{i}" for i in range(100)], size="gpt2")
     without_tokens = network.num_parameters() - 50_257 * 768
     assert model.n_parameters == without_tokens + 102 * 768
+    assert model.n_parameters + (25_426 - 102) * 768 == 105_369_600
 
 
 def test_llama_in_place_of_gpt2(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from scllm import models
 from scllm.data.tokens import Tokens
 from scllm.engine import losses
+from scllm.engine.objectives import MaskedValue
 from scllm.models import scgpt, storage
 from scllm.models.base import Batch, HeadSpec
 from scllm.models.layers import CellToGenes
@@ -238,8 +239,30 @@ def test_weights_that_do_not_fit_are_named(model):
 
 
 def test_published_whole_human_size():
-    model = models.build("scgpt", vocab=[f"g{i}" for i in range(60_694)])
-    assert model.n_parameters == pytest.approx(51.3e6, rel=0.01)
+    with torch.device("meta"):
+        model = models.build("scgpt", vocab=[f"g{i}" for i in range(60_694)])
+    linear = 512 * 513
+    genes, values = 60_697 * 512 + 1024, 1024 + linear + 1024
+    blocks, decoders = 12 * (6 * linear + 2048), 2 * linear + 513 + linear + 512 * 512
+    assert model.n_parameters == genes + values + blocks + decoders == 51_329_025
+
+
+def test_eight_cells_are_learnt_by_heart():
+    torch.manual_seed(0)
+    model = models.build("scgpt", vocab=[f"g{i}" for i in range(24)], size="tiny", dropout=0.0)
+    rng = np.random.default_rng(0)
+    genes = np.concatenate([np.sort(rng.permutation(24)[:12]) for _ in range(8)])
+    counts = Tokens(np.arange(0, 97, 12), genes, rng.permutation(96).astype(np.float32) + 1)
+    batch = Batch.from_tokens(model.encoder(counts, model.vocab, measured=model.vocab.gene_ids), np.arange(8))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    found = []
+    for _ in range(200):
+        loss = MaskedValue((0.5,))(model, batch, 0)
+        found.append(loss.sum.item() / loss.count.item())
+        (loss.sum / loss.count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert found[-1] < found[0] / 10
 
 
 def test_category_style_hides_values_with_a_row_of_its_own():

@@ -10,6 +10,7 @@ import torch
 from models.sentences import built, sentences, shuffled
 from transformers import XLNetConfig, XLNetLMHeadModel
 
+from scllm import models
 from scllm.engine.objectives import PermutedGene, objective_from_dict
 from scllm.engine.objectives.permuted_gene import turns
 
@@ -97,3 +98,13 @@ def test_orders_are_keyed_by_cell_and_seed():
     assert first == again
     assert first != float(PermutedGene()(model, other, 0).sum)
     assert first != float(objective_from_dict({"kind": "PermutedGene", "seed": 1})(model, batch, 0).sum)
+
+
+def test_published_size():
+    published = XLNetConfig(vocab_size=32_000, d_model=768, n_layer=12, n_head=12, d_inner=3072)
+    with torch.device("meta"):
+        theirs = XLNetLMHeadModel(published).num_parameters()
+    model = models.build("xlnet", vocab=[f"g{i}" for i in range(100)], size="xlnet-base")
+    # a row and an output bias for each token
+    assert model.n_parameters == theirs - (32_000 - 102) * 769
+    assert model.n_parameters + (25_426 - 102) * 769 == 111_694_930

@@ -80,8 +80,16 @@ def test_coverage_below_the_least_one_is_an_error_and_writes_nothing(adata):
 
 
 def test_ids_of_another_kind_say_where_to_look(adata):
-    with pytest.raises(ValueError, match=r"vocabulary holds Ensembl ids .* look like symbols .* `gene_key=`"):
-        match_genes(adata, [f"ENSG{i:011d}" for i in range(40)])
+    ids = [f"ENSG{i:011d}" for i in range(40)]
+    with pytest.raises(ValueError, match=r"Ensembl ids .* look like symbols .* `gene_key=`.*gene_name_id_dict\.pkl"):
+        match_genes(adata, ids)
+    # there is such a dictionary, and it knows others
+    vocab = Vocab(tuple(ids), None, None, None, aliases={"TP53": ids[0]})
+    with pytest.raises(ValueError, match=r"look like symbols .* Check species and gene names"):
+        match_genes(adata, vocab)
+    adata.var_names = ids
+    with pytest.raises(ValueError, match=r"holds symbols .* look like Ensembl ids .* `gene_key=` in pp.match_genes\.$"):
+        match_genes(adata, ["TP53", "CD3E"])
 
 
 def test_later_verbs_take_the_settings_over(adata):

@@ -103,8 +103,9 @@ def match(
     """Find the column of gene names that fits a vocabulary best, and the token of each gene.
 
     Ensembl version suffixes are stripped, on both sides, and the vocabulary's aliases count as its names. Without
-    ``gene_key``, ``names`` and the usual columns of ``var`` are tried and the one with most matches is taken. Raises
-    ``ValueError`` where names are duplicated or coverage is too low.
+    ``gene_key``, ``names`` and the usual columns of ``var`` are tried and the one with most matches is taken; one with
+    names of the vocabulary's own kind goes before one that is known by aliases. Raises ``ValueError`` where names are
+    duplicated or coverage is too low.
     """
     names = pd.Index(names)
     check_unique(names)
@@ -116,14 +117,17 @@ def match(
         column: np.fromiter((id_of.get(name, -1) for name in strip_version(values)), np.int32)
         for column, values in candidates.items()
     }
-    column = max(known, key=lambda name: len(np.unique(known[name][known[name] >= 0])))
-    found = GeneMatch(known[column], column, id_type(candidates[column]), len(vocab.genes))
-    if found.n_matched == 0 or found.coverage < min_coverage:
-        raise ValueError(_too_few(found, candidates[column], vocab, min_coverage))
+    kind = id_type(vocab.genes)
+    matches = [GeneMatch(ids, column, id_type(candidates[column]), len(vocab.genes)) for column, ids in known.items()]
+    enough = [one for one in matches if one.n_matched and one.coverage >= min_coverage]
+    # an Ensembl id says more surely which gene it is than a symbol that a dictionary knows
+    found = max(enough or matches, key=lambda one: (bool(enough) and one.id_type == kind, one.n_matched))
+    if not enough:
+        raise ValueError(_too_few(found, candidates[found.column], vocab, min_coverage))
     n_summed = int((found.token_ids >= 0).sum()) - found.n_matched
     if n_summed:
         log.info("%d genes share a token with another gene and are summed with it", n_summed)
-    log.info("%d of %d genes matched by %s (%.0f %%)", found.n_matched, len(names), column, 100 * found.coverage)
+    log.info("%d of %d genes matched by %s (%.0f %%)", found.n_matched, len(names), found.column, 100 * found.coverage)
     return found
 
 
@@ -170,6 +174,12 @@ def _too_few(found: GeneMatch, names: list[str], vocab: Vocab, min_coverage: flo
         f"{what[theirs]} ({vocab.genes[0] if vocab.genes else ''!r}), {found.column} look like "
         f"{what[found.id_type]} ({names[0] if names else ''!r})."
     )
-    if theirs != found.id_type:
-        return f"{message} Pass the column of adata.var that holds {what[theirs]} with `gene_key=` in pp.match_genes."
+    if theirs != found.id_type and all(id_type([alias]) == theirs for alias in vocab.aliases):
+        message += f" Pass the column of adata.var that holds {what[theirs]} with `gene_key=` in pp.match_genes"
+        if theirs == "symbol":
+            return f"{message}."
+        return (
+            f"{message}; if there is none, lay the published dictionary of symbols (gene_name_id_dict.pkl or .json) "
+            "into the folder of the Geneformer model, or beside its token dictionary, and load it anew."
+        )
     return f"{message} Check species and gene names, or accept it with pp.match_genes(adata, model, min_coverage=...)."

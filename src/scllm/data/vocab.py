@@ -30,7 +30,8 @@ class Vocab:
     pad, mask, cls, eos
         Names of the special tokens; ``None`` where the vocabulary has no such token.
     aliases
-        Other names of tokens, such as old Ensembl ids; they count before the tokens themselves.
+        Other names of tokens, such as old Ensembl ids, or symbols of genes that are named by those; they count before
+        the tokens themselves.
 
     Examples
     --------

@@ -118,8 +118,8 @@ def load(
         Which published format it is; native folders say so themselves.
     vocab
         Vocabulary of a published checkpoint that comes without one, or that replaces its own: a :class:`Vocab`, gene
-        names in their order, ``{token: id}``, or the path of such a file (geneformer: medians and Ensembl mapping are
-        then looked for beside it too).
+        names in their order, ``{token: id}``, or the path of such a file (geneformer: medians, Ensembl mapping and
+        the dictionary of symbols are then looked for beside it too).
     medians
         Gene medians by name, or the path of such a dictionary (geneformer).
     part

@@ -17,6 +17,7 @@ from torch import Tensor
 from scllm._typing import FloatArray
 from scllm.data.dictionaries import read_dictionary
 from scllm.data.encode import RankEncoder
+from scllm.data.genes import id_type
 from scllm.data.vocab import Vocab
 from scllm.models.base import HeadSpec
 from scllm.models.storage import read_torch, renamed
@@ -48,7 +49,7 @@ _NAMES: tuple[tuple[str, str], ...] = (
 _PARTS = ("query", "key", "value")
 # copies of tied weights in pytorch_model.bin, and a table of 0, 1, 2, ... that older versions saved
 _UNUSED = ("cls.predictions.decoder.", "bert.embeddings.position_ids")
-_TOKENS, _MEDIANS, _MAPPING = "token_dictionary", "gene_median", "ensembl_mapping"
+_TOKENS, _MEDIANS, _MAPPING, _SYMBOLS = "token_dictionary", "gene_median", "ensembl_mapping", "gene_name_id"
 
 
 def read_folder(
@@ -125,8 +126,10 @@ def write(model: Model, path: Path) -> None:
     save_file(_theirs(model), path / "model.safetensors", metadata={"format": "pt"})
     vocab, medians = model.vocab, getattr(model.encoder, "medians", None)
     (path / f"{_TOKENS}.json").write_text(json.dumps({token: i for i, token in enumerate(vocab.tokens)}))
-    if vocab.aliases:
-        (path / f"{_MAPPING}_dict.json").write_text(json.dumps(dict(vocab.aliases)))
+    for name, kind in ((_MAPPING, "ensembl"), (_SYMBOLS, "symbol")):
+        aliases = {alias: gene for alias, gene in vocab.aliases.items() if id_type([alias]) == kind}
+        if aliases:
+            (path / f"{name}_dict.json").write_text(json.dumps(aliases))
     if medians is not None:
         known = {token: float(value) for token, value in zip(vocab.tokens, medians, strict=True) if np.isfinite(value)}
         (path / f"{_MEDIANS}_dictionary.json").write_text(json.dumps(known))
@@ -199,9 +202,10 @@ def _found(name: str, places: list[Path]) -> Path | None:
     for place in places:
         files = sorted(file for file in place.glob(f"{name}*") if file.name.endswith((".json", ".json.gz", ".pkl")))
         if len(files) > 1:
+            ways = {_TOKENS: "Pass the right one with vocab=.", _MEDIANS: "Pass the right one with medians=."}
             raise ValueError(
-                f"{place} holds {len(files)} dictionaries {[file.name for file in files]}, one expected. Pass the "
-                f"right one with {'vocab' if name == _TOKENS else 'medians'}=."
+                f"{place} holds {len(files)} dictionaries {[file.name for file in files]}, one expected. "
+                f"{ways.get(name, 'Keep that of this version there alone.')}"
             )
         if files:
             return files[0]
@@ -221,14 +225,20 @@ def _vocabulary(given: VocabLike | None, places: list[Path]) -> Vocab:
                 "the published dictionary of this version with vocab=."
             )
         vocab = Vocab.read(file)
-    mapping = _found(_MAPPING, places)
-    aliases = {} if mapping is None else read_dictionary(mapping)
+    mapping, symbols = _names(_MAPPING, places), _names(_SYMBOLS, places)
     # the original looks ids up in capitals
-    aliases |= {name.upper(): gene for name, gene in aliases.items()}
+    mapping |= {name.upper(): gene for name, gene in mapping.items()}
+    aliases = {symbol: mapping.get(gene, gene) for symbol, gene in symbols.items()} | mapping
     return Vocab(
         vocab.tokens, vocab.pad, vocab.mask, vocab.cls, vocab.eos,
-        {name: str(gene) for name, gene in aliases.items() if gene in vocab and name != gene},
+        {name: gene for name, gene in aliases.items() if gene in vocab and name != gene},
     )  # fmt: skip
+
+
+def _names(name: str, places: list[Path]) -> dict[str, str]:
+    """A dictionary of other names of genes; empty where there is none."""
+    file = _found(name, places)
+    return {} if file is None else {other: str(gene) for other, gene in read_dictionary(file).items()}
 
 
 def _medians(given: MedianLike | None, places: list[Path]) -> Mapping[str, float]:

@@ -40,8 +40,9 @@ def match_genes(
     """Align genes to a vocabulary, and say how much of the data it covers.
 
     Finds out whether names are symbols or Ensembl ids, strips version suffixes, and looks in the usual columns of
-    ``var``. Verbs that take a model do the same by themselves; call this to look at the result, or to choose
-    ``gene_key`` and ``min_coverage``, which later verbs take over.
+    ``var``. Symbols are found among Ensembl ids if the vocabulary has them as aliases, as a Geneformer model has that
+    was loaded with its dictionary of symbols. Verbs that take a model do the same by themselves; call this to look at
+    the result, or to choose ``gene_key`` and ``min_coverage``, which later verbs take over.
 
     Parameters
     ----------
