@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["warn_of_collapse"]
+__all__ = ["watching"]
 
 
-def warn_of_collapse(line: Mapping[str, Any]) -> None:
-    """Warn after the first epoch where one label was the answer to all validation cells; of other lines do nothing.
+def watching(track: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """``track``, and a warning after the first epoch where one label was the answer to all cells.
 
-    ``line`` is one of the history: ``commonest_answer`` is the share of cells that got the label given most often.
+    A line of the history has the share of cells that got the commonest answer; it must be all of the validation cells
+    and all of the last training step's, as a few cells may well be alike.
     """
-    if line["split"] != "validation" or line["epoch"] > 0 or not line["step"]:
-        return
-    for name, share in line.items():
-        if name.startswith("commonest_answer") and share == 1:
-            warnings.warn(
-                f"after the first epoch the model gives one label to all validation cells ({name} = 1), several "
-                "expected. Try a lower lr, upsample=True, class_weight='balanced', or loss={'ce': 1, 'dice': 1}.",
-                UserWarning,
-                stacklevel=2,
-            )
+    before: Mapping[str, Any] = {}
+
+    def watch(line: dict[str, Any]) -> None:
+        nonlocal before
+        track(line)
+        if line["split"] == "validation" and line["epoch"] == 0 and line["step"]:
+            for name in line:
+                if name.startswith("commonest_answer") and line[name] == before.get(name) == 1:
+                    _warn(name)
+        before = line
+
+    return watch
+
+
+def _warn(name: str) -> None:
+    warnings.warn(
+        f"after the first epoch the model gives one label to all cells ({name} = 1), several expected. Try a lower lr, "
+        "upsample=True, class_weight='balanced', or loss={'ce': 1, 'dice': 1}.",
+        UserWarning,
+        stacklevel=2,
+    )

@@ -75,6 +75,9 @@ class TrainConfig:
         Steps between two lines of the history.
     save_every
         Steps between two checkpoints; ``None``: one an epoch.
+    use_dropout
+        Whether the model's dropout is on in training. ``None``: in pretraining; not in fine-tuning, whose heads start
+        from states without that noise.
     label_smoothing
         Share of each label's target that is spread over all labels, in fine-tuning with ``loss="ce"``.
     patience
@@ -106,6 +109,7 @@ class TrainConfig:
     random_state: int | None = None
     log_every: int = 1
     save_every: int | None = None
+    use_dropout: bool | None = None
     label_smoothing: float = 0.0
     patience: int | None = None
     compile: bool = False

@@ -2,7 +2,8 @@
 
 A head that knows nothing pulls the model's states about before it has learnt anything (Kumar et al., "Fine-tuning can
 distort pretrained features and underperform out-of-distribution", *ICLR* 2022, arXiv:2202.10054). States of cells lie
-close together, so heads learn from standardised ones; the first linear layer takes the standardising over at the end.
+close together and vary along few directions, and what tells related types apart is not among those: heads learn from
+whitened states, and their first linear layer takes the whitening over at the end.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ __all__ = ["start_heads"]
 
 _MAX_CELLS = 100_000  # more cells do not change where a head of this size starts
 _EPOCHS, _MAX_STEPS = 50, 5_000
-_BATCH, _LR, _DECAY, _DROPOUT = 128, 1e-3, 0.1, 0.5
+_BATCH, _LR, _DECAY, _DROPOUT = 128, 1e-3, 0.1, 0.3
+_RIDGE = 0.1  # of the mean variance: directions far below it are noise
 
 
 def start_heads(
@@ -74,19 +76,28 @@ def start_heads(
         precision="fp32", desc="starting the heads: states",
     )  # fmt: skip
     states = torch.cat([values for _, values in parts])
-    mean, spread = states.mean(0), states.std(0, correction=0)
-    # a state that is the same in all cells says nothing
-    spread = torch.where(spread > 1e-6 * states.abs().max(), spread, torch.inf)
+    mean, whiten = _whitening(states)
     columns = {name: torch.from_numpy(column[rows[chosen]]) for name, column in targets.items()}
     probability = None if weights is None else weights[chosen] / weights[chosen].sum()
     with torch.random.fork_rng([]), torch.enable_grad():
         torch.default_generator.manual_seed(random_state)
-        _fit(model, (states - mean) / spread, columns, objective, probability, rng)
+        _fit(model, (states - mean) @ whiten, columns, objective, probability, rng)
     with torch.no_grad():
         for head in model.heads:
             first = next(layer for layer in head.modules() if isinstance(layer, nn.Linear))
-            first.weight /= spread
+            first.weight.copy_(first.weight @ whiten.T)
             first.bias -= first.weight @ mean
+
+
+def _whitening(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and the matrix ``(d, d)`` by which centred states get variances near one and no correlations."""
+    mean = states.mean(0)
+    centred = (states - mean).double()
+    variance, directions = torch.linalg.eigh(centred.T @ centred / len(states))
+    variance = variance.clamp(min=0)
+    # states that are the same in all cells say nothing
+    scale = (variance + _RIDGE * variance.mean().clamp(min=1e-12)).rsqrt()
+    return mean, ((directions * scale) @ directions.T).to(states.dtype)
 
 
 def _fit(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from scllm.data.source import CellSource, open_source
 from scllm.engine import ranks
 from scllm.engine.calibrate import calibrate
 from scllm.engine.checkpoint import restore, save, writing
-from scllm.engine.collapse import warn_of_collapse
+from scllm.engine.collapse import watching
 from scllm.engine.config import TrainConfig
 from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.loader import Loader
@@ -133,19 +133,11 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
         with tracker(config.logger if ranks.rank() == 0 else None, run) as track:
             fit(
                 model, training, objective, config, run=run, validation=validation,
-                from_start=spec["verb"] == "finetune", precision=precision, track=_watched(track),
+                from_start=spec["verb"] == "finetune", precision=precision, track=watching(track),
             )  # fmt: skip
         if ranks.rank() == 0:
             _finish(run, family, chosen, validation, precision)
         ranks.wait_for_all()
-
-
-def _watched(track: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
-    def watch(line: dict[str, Any]) -> None:
-        warn_of_collapse(line)
-        track(line)
-
-    return watch
 
 
 def _open(run: Run, spec: dict[str, Any]) -> CellSource:

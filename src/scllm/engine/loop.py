@@ -80,7 +80,7 @@ def fit(
             lr = learning_rate(step, epoch, n_steps, config)
             for group in optimise.param_groups:
                 group["lr"] = lr * group["scale"]
-            train_mode(model)
+            model.eval() if config.use_dropout is False else train_mode(model)
             model.at_step(step, config.random_state or 0)
             totals = _Totals(objective.logs(model), device)
             with _seeded(device, config.random_state or 0, step, rank):
