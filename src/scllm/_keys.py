@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 __all__ = [
-    "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "EMBEDDING", "GENES", "GENE_SYMBOL", "LABEL", "LOUVAIN", "MEDIANS",
-    "NATS", "PCA", "PERPLEXITY", "PROBABILITIES", "PROBABILITY", "RANKED", "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT",
-    "TOKENS", "TOKEN_ID",
-    "TOKEN_VALUES", "TOY", "UNS",
+    "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "EMBEDDING", "GENES", "GENE_LABEL", "GENE_SYMBOL", "LABEL", "LOUVAIN",
+    "MEDIANS", "NATS", "PCA", "PERPLEXITY", "PROBABILITIES", "PROBABILITY", "RANKED", "RECONSTRUCTED", "REGULATOR_LEVEL",
+    "SPLIT", "TOKENS", "TOKEN_ID", "TOKEN_VALUES", "TOY", "UNS",
 ]  # fmt: skip
 
 UNS = "scllm"
@@ -28,6 +27,7 @@ PROBABILITIES = "_probabilities"
 """Suffix: ``obsm["scllm_label_probabilities"]``."""
 
 GENES = "scllm_genes"
+GENE_LABEL = "gene_label"
 
 SPLIT = "split"
 LABEL = "scllm_label"
