@@ -103,6 +103,8 @@ class _Https(HTTPRedirectHandler):
     """Follows redirections to https only."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        if not newurl.startswith("https://"):
+            fp.close()
         _check_scheme(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

@@ -15,7 +15,7 @@ from scllm.engine.objectives.label import LossName
 
 __all__ = ["PENALTIES", "chosen_penalty", "fit_linear_head"]
 
-PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+PENALTIES = (10.0, 1.0, 0.1, 0.01)
 """Strengths of the penalty, from which inner folds choose."""
 
 
@@ -51,7 +51,10 @@ def fit_linear_head(
     x = (x - mean) / spread
     slope = torch.zeros(n_classes, x.shape[1], dtype=torch.float64, requires_grad=True)
     offset = torch.zeros(n_classes, dtype=torch.float64, requires_grad=True)
-    optimise = torch.optim.LBFGS([slope, offset], max_iter=200, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+    # losses are computed in float32: finer steps would be noise
+    optimise = torch.optim.LBFGS(
+        [slope, offset], max_iter=200, tolerance_grad=1e-5, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimise.zero_grad()

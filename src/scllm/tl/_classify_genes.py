@@ -51,7 +51,65 @@ def classify_genes(
     """Predict labels of genes from their states in cells: every gene by a model that has not seen its label.
 
     Which transcription factors are dosage-sensitive, which promoters are bivalent, where a gene stands in a network:
-    the labels are yours. DOC
+    the labels are yours. Genes are divided into folds that hold every label alike. In each, a linear head on gene
+    tokens is fitted to the labels of the other folds' genes, and by default trained on together with the model; genes
+    of the fold itself carry no label then. They are predicted from their states, averaged over the cells that express
+    them. Beside the model stands what it has to beat: a logistic regression on the mean, variance and share of cells of
+    each gene and on its loadings on 10 principal components, in the same cells and folds; and the most frequent label.
+
+    Parameters
+    ----------
+    adata
+        Cells by genes.
+    model
+        The model to start from in each fold, or its path; ``None`` is the one recorded on ``adata`` last.
+    labels
+        Label of each gene: a Series or mapping from gene to label, a table as :func:`scllm.datasets.gene_set` returns
+        (one column besides those that name genes), or a column of ``adata.var``. Genes may be symbols or Ensembl ids,
+        whichever ``adata.var_names`` or a column of ``adata.var`` has. Genes that the data, the model or all cells lack
+        are left out.
+    n_folds
+        Number of folds.
+    max_cells
+        Cells in which each gene is looked at, at most; drawn by the cells' names, so their order does not matter.
+    loss
+        ``"bce"`` (each label against the rest), ``"ce"``, ``"dice"``, ``"focal"``, or weights of several.
+    freeze
+        What stays as it is: the first n blocks, ``"encoder"`` (all but the head) or patterns of weight names. With
+        ``"encoder"`` states are computed once for all folds, which takes as long as embedding the cells.
+    baseline
+        Whether the logistic regression is fitted too.
+    key_added
+        Column of ``var`` to write.
+    **finetune_options
+        Of :func:`finetune`: ``epochs``, ``lr``, ``batch_size``, ``config``, ``lora``, ``layer``, ``run_dir`` (folds are
+        runs of their own in ``run_dir/fold-0``, ...), ``resume``, ``device``, ``precision``, ``n_gpus``, ``n_procs``
+        and ``random_state``. ``class_weight`` is ``"balanced"`` (labels weigh alike; the default) or ``None``, which gives
+        calibrated probabilities and prefers the frequent label. ``validation`` is the share of the *training genes*
+        that chooses the best epoch; none by default, and the last weights are taken.
+
+    Returns
+    -------
+    One row a fold, indexed by ``method`` (``"model"``, ``"baseline"``, ``"majority"``) and ``fold``: ``accuracy``,
+    ``macro_f1``, ``balanced_accuracy``, ``auroc``, and ``auprc`` (average precision), of two classes for the rarer one.
+
+    Writes
+    ------
+    ``adata.var[key_added]``, ``adata.var[key_added + "_prob"]``
+        Out-of-fold label (categorical) and its probability; missing for genes that were not labelled or not found.
+    ``adata.varm[key_added + "_probabilities"]``
+        Of each class, float32 ``(n_genes, n_classes)``.
+    ``adata.uns["scllm"]["classify_genes"]``
+        Settings, names of the ``classes``, and ``table``: one row a method, fold and metric.
+
+    Examples
+    --------
+    >>> adata = scllm.datasets.toy(n_cells=100)
+    >>> model = scllm.models.build("scgpt", vocab=adata.var_names, size="tiny")
+    >>> adata.var["marker"] = adata.var_names.isin([f"gene{i}" for i in range(60)])
+    >>> table = scllm.tl.classify_genes(adata, model, labels="marker", freeze="encoder")
+    >>> table.index.get_level_values("method").unique().tolist()
+    ['model', 'baseline', 'majority']
     """
     check_adata(adata)
     options = _checked(finetune_options)
