@@ -19,7 +19,7 @@ from scllm._log import log
 from scllm._results import record
 from scllm._typing import FloatArray, IntArray
 from scllm.data.source import open_source
-from scllm.engine.objectives import LossName
+from scllm.engine.objectives import GeneLabel, LossName
 from scllm.engine.optim import Freeze
 from scllm.engine.optim import freeze as check_freeze
 from scllm.models.base import CellModel
@@ -84,9 +84,9 @@ def classify_genes(
     **finetune_options
         Of :func:`finetune`: ``epochs``, ``lr``, ``batch_size``, ``config``, ``lora``, ``layer``, ``run_dir`` (folds are
         runs of their own in ``run_dir/fold-0``, ...), ``resume``, ``device``, ``precision``, ``n_gpus``, ``n_procs``
-        and ``random_state``. ``class_weight`` is ``"balanced"`` (labels weigh alike; the default) or ``None``, which gives
-        calibrated probabilities and prefers the frequent label. ``validation`` is the share of the *training genes*
-        that chooses the best epoch; none by default, and the last weights are taken.
+        and ``random_state``. ``class_weight`` is ``"balanced"`` (labels weigh alike; the default) or ``None``, which
+        gives calibrated probabilities and prefers the frequent label. ``validation`` is the share of the *training
+        genes* that chooses the best epoch; none by default, and the last weights are taken.
 
     Returns
     -------
@@ -114,6 +114,8 @@ def classify_genes(
     check_adata(adata)
     options = _checked(finetune_options)
     _check_numbers(n_folds, max_cells, options)
+    losses = {loss: 1.0} if isinstance(loss, str) else dict(loss)
+    GeneLabel((), (), loss=losses)  # knows which losses there are
     chosen = resolve(model, adata)
     _check_states(chosen)
     source = open_source(adata, layer=options.layer)
@@ -135,7 +137,6 @@ def classify_genes(
         "%d labelled genes in %d cells, %d to %d cells a gene",
         len(found.codes), cells.adata.n_obs, cells.n_cells.min(), cells.n_cells.max(),
     )  # fmt: skip
-    losses = {loss: 1.0} if isinstance(loss, str) else dict(loss)
     task = GeneTask(begun, cells, found.codes, found.classes, losses, freeze, options, config, key_added)
     fold = gene_folds(found.codes, n_folds, random_state=seed)
     probabilities = {"model": task.by_model(fold)}
