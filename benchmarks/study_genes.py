@@ -1,8 +1,8 @@
 """Dosage-sensitive transcription factors in blood cells: ``python -m benchmarks.study_genes FOLDER [FAMILY ...]``.
 
-Sorted blood cells with the 490 labelled factors and the 1,000 most variable genes. Pretrains ``size="tiny"`` on 1,000 of
-the cells in FOLDER (a run that is there is taken), and prints five-fold scores of ``tl.classify_genes`` on all of them
-beside its baseline, for several settings.
+Sorted blood cells with the 490 labelled factors and the 1,000 most variable genes. Pretrains ``size="tiny"`` on 1,000
+of the cells in FOLDER (a run that is there is taken), and prints five-fold scores of ``tl.classify_genes`` on all of
+them beside its baseline, for several settings.
 """
 
 from __future__ import annotations
