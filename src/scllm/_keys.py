@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 __all__ = [
-    "BASELINE", "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "CROSS_VALIDATED", "EMBEDDING", "FOLD",
-    "GENES", "GENE_SYMBOL", "LABEL", "LOUVAIN", "MEDIANS",
-    "NATS", "PCA", "PERPLEXITY", "PROBABILITIES", "PROBABILITY", "RANKED", "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT",
-    "TOKENS", "TOKEN_ID",
-    "TOKEN_VALUES", "TOY", "TRANSFERRED", "UNS",
+    "BASELINE", "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "CROSS_VALIDATED", "EMBEDDING", "FOLD", "GENES", "GENE_LABEL",
+    "GENE_SYMBOL", "LABEL", "LOUVAIN", "MEDIANS", "NATS", "PCA", "PERPLEXITY", "PROBABILITIES", "PROBABILITY", "RANKED",
+    "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT", "TOKENS", "TOKEN_ID", "TOKEN_VALUES", "TOY", "TRANSFERRED", "UNS",
 ]  # fmt: skip
 
 UNS = "scllm"
@@ -29,6 +27,7 @@ PROBABILITIES = "_probabilities"
 """Suffix: ``obsm["scllm_label_probabilities"]``."""
 
 GENES = "scllm_genes"
+GENE_LABEL = "gene_label"
 
 SPLIT = "split"
 LABEL = "scllm_label"

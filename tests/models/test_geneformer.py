@@ -178,8 +178,19 @@ def test_parity_geneformer_cell_classifier(parity, tmp_path):
 def test_parity_geneformer_gene_classifier(parity, tmp_path):
     model, batch, expected = classifier(parity, tmp_path, "gene")
     mask = expected["attention_mask"].astype(bool)
-    np.testing.assert_allclose(model.gene_outputs(batch), expected["logits"][mask], **CLOSE)
-    assert model.head_specs == ()
+    (spec,) = model.head_specs
+    assert (spec.key, spec.level, spec.n_outputs) == ("gene_class", "gene", expected["logits"].shape[-1])
+    np.testing.assert_allclose(model.gene_head_outputs(batch)["gene_class"], expected["logits"][mask], **CLOSE)
+    np.testing.assert_allclose(model(batch).heads["gene_class"], expected["logits"][mask], **CLOSE)
+    assert model.head_outputs(batch) == {}
+    # and through both formats
+    model.save(tmp_path / "native")
+    model.save(tmp_path / "original", format="geneformer")
+    assert "BertForTokenClassification" in (tmp_path / "original" / "config.json").read_text()
+    for folder, family in (("native", None), ("original", "geneformer")):
+        again = models.load(tmp_path / folder, family=family)
+        assert again.head_specs == model.head_specs
+        assert torch.equal(again.gene_head_outputs(batch)["gene_class"], model.gene_head_outputs(batch)["gene_class"])
 
 
 @pytest.mark.parametrize("version", VERSIONS)

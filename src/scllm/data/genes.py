@@ -19,12 +19,12 @@ from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
 from scllm.kernels.ragged import restrict
 
-__all__ = ["GeneMatch", "check_unique", "id_type", "match", "strip_version"]
+__all__ = ["USUAL_COLUMNS", "GeneMatch", "check_unique", "id_type", "match", "name_columns", "strip_version"]
 
 _ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{11}(\.\d+)?$", re.IGNORECASE)
 
 # columns in which AnnData files of the usual sources (scanpy, CELLxGENE, 10x, Seurat exports) keep the other names
-_USUAL_COLUMNS = (
+USUAL_COLUMNS = (
     "feature_name", "gene_symbol", "gene_symbols", "gene_name", "gene_names", "symbol", "gene_short_name",
     "ensembl_id", "feature_id", "gene_ids", "gene_id", "ensembl", "ensembl_ids",
 )  # fmt: skip
@@ -109,7 +109,7 @@ def match(
     """
     names = pd.Index(names)
     check_unique(names)
-    candidates = _candidates(names, var, gene_key)
+    candidates = name_columns(names, var, gene_key)
     # a vocabulary may hold versions too; of several of one gene the first is taken
     id_of = {token: i for i, token in reversed(list(enumerate(strip_version(vocab.tokens))))}
     id_of |= {alias: id_of[token] for alias, token in vocab.aliases.items() if token in id_of}
@@ -128,6 +128,18 @@ def match(
     if n_summed:
         log.info("%d genes share a token with another gene and are summed with it", n_summed)
     log.info("%d of %d genes matched by %s (%.0f %%)", found.n_matched, len(names), found.column, 100 * found.coverage)
+    return found
+
+
+def name_columns(names: pd.Index, var: pd.DataFrame | None = None, gene_key: str | None = None) -> dict[str, list[str]]:
+    """Where the names of genes may stand: ``names`` themselves and the usual columns of ``var``, or ``gene_key``."""
+    if gene_key is not None and gene_key != "var_names":
+        if var is None or gene_key not in var:
+            raise missing_key(gene_key, [] if var is None else var.columns, "a column of adata.var")
+        return {gene_key: var[gene_key].astype(str).tolist()}
+    found = {"var_names": names.astype(str).tolist()}
+    if gene_key is None and var is not None:
+        found |= {column: var[column].astype(str).tolist() for column in USUAL_COLUMNS if column in var}
     return found
 
 
@@ -152,17 +164,6 @@ def id_type(names: Iterable[str]) -> Literal["symbol", "ensembl"]:
     names = [str(name) for name in names]
     n_ensembl = sum(_ENSEMBL.match(name) is not None for name in names)
     return "ensembl" if 2 * n_ensembl > len(names) else "symbol"
-
-
-def _candidates(names: pd.Index, var: pd.DataFrame | None, gene_key: str | None) -> dict[str, list[str]]:
-    if gene_key is not None and gene_key != "var_names":
-        if var is None or gene_key not in var:
-            raise missing_key(gene_key, [] if var is None else var.columns, "a column of adata.var")
-        return {gene_key: var[gene_key].astype(str).tolist()}
-    candidates = {"var_names": names.astype(str).tolist()}
-    if gene_key is None and var is not None:
-        candidates |= {column: var[column].astype(str).tolist() for column in _USUAL_COLUMNS if column in var}
-    return candidates
 
 
 def _too_few(found: GeneMatch, names: list[str], vocab: Vocab, min_coverage: float) -> str:

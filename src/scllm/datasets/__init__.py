@@ -1,8 +1,10 @@
-"""Data to start with: real cells that need no network, and simulated ones whose structure is known."""
+"""Data to start with: real cells and gene sets, and simulated cells whose structure is known."""
 
 from __future__ import annotations
 
+from scllm.datasets._gene_sets import gene_set
+from scllm.datasets._pancreas import pancreas
 from scllm.datasets._pbmc import pbmc68k
 from scllm.datasets._toy import toy
 
-__all__ = ["pbmc68k", "toy"]
+__all__ = ["gene_set", "pancreas", "pbmc68k", "toy"]

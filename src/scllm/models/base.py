@@ -18,8 +18,9 @@ from scllm.data.vocab import Vocab
 from scllm.models.batch import Batch, Outputs
 from scllm.models.storage import write_native
 
-__all__ = ["Batch", "CellModel", "Checkpoint", "HeadSpec", "ModelConfig", "Outputs", "Pooling"]
+__all__ = ["Batch", "CellModel", "Checkpoint", "HeadSpec", "Level", "ModelConfig", "Outputs", "Pooling"]
 
+Level = Literal["cell", "gene"]
 Pooling = Literal["cls", "mean", "max", "all"]
 
 
@@ -51,7 +52,7 @@ class HeadSpec:
     Parameters
     ----------
     key
-        The ``obs`` column it was trained on.
+        The ``obs`` column it was trained on, or the name of the genes' labels.
     classes
         Its labels in the order of the outputs; ``None`` for a head that predicts a value.
     mean, std
@@ -60,6 +61,8 @@ class HeadSpec:
         What the head reads of a cell; ``None`` is what the family's published heads read.
     temperature
         What logits are divided by, so that probabilities are as often right as they say.
+    level
+        What it reads: the embedding of each cell, or the state of each gene token.
     """
 
     key: str
@@ -68,6 +71,7 @@ class HeadSpec:
     std: float = 1.0
     pooling: Pooling | None = None
     temperature: float = 1.0
+    level: Level = "cell"
 
     @property
     def n_outputs(self) -> int:
@@ -121,6 +125,8 @@ class CellModel(nn.Module):
     """Whether heads read one vector a cell, and not the states of all its tokens."""
     reads_depth: ClassVar[bool] = False
     """Whether the family can be asked for expression at another sequencing depth."""
+    reads_genes: ClassVar[bool] = True
+    """Whether the family's tokens are genes, so that each gene has a state in each cell."""
     likelihood: Literal["causal", "pseudo", "permutation"] | None = None
     """How the model says how likely a sentence is; ``None`` for models that predict no genes."""
 
@@ -190,6 +196,10 @@ class CellModel(nn.Module):
         """A fresh head of the family's own kind."""
         return nn.Linear(self.config.d_model, n_outputs)
 
+    def new_gene_head(self, n_outputs: int) -> nn.Module:
+        """A fresh head on gene tokens; linear, so that the mean of its outputs is its output of the mean state."""
+        return nn.Linear(self.config.d_model, n_outputs)
+
     # --- what all families share, unless one defines it otherwise ---
 
     def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
@@ -215,7 +225,9 @@ class CellModel(nn.Module):
     def set_heads(self, specs: Iterable[HeadSpec]) -> None:
         """Replace all heads by fresh ones."""
         self.head_specs = tuple(specs)
-        self.heads = nn.ModuleList(self.new_head(spec.n_outputs) for spec in self.head_specs)
+        self.heads = nn.ModuleList(
+            (self.new_gene_head if spec.level == "gene" else self.new_head)(spec.n_outputs) for spec in self.head_specs
+        )
 
     def is_expressed(self, batch: Batch) -> Tensor:
         """Which tokens are expressed genes, ``(t,)``: no specials and no zeros."""
@@ -262,12 +274,22 @@ class CellModel(nn.Module):
         return self.head_specs[0].pooling if self.head_specs else None
 
     def head_outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Logits (or values) of every head by its key."""
+        """Logits (or values) of every head on cells by its key."""
         return self.apply_heads(self.head_inputs(batch))
 
     def apply_heads(self, cell: Tensor) -> dict[str, Tensor]:
-        """Logits (or values) of every head by its key, from cell embeddings ``(b, d)``."""
-        return {spec.key: head(cell) for spec, head in zip(self.head_specs, self.heads, strict=True)}
+        """Logits (or values) of every head on cells by its key, from cell embeddings ``(b, d)``."""
+        return {key: head(cell) for key, head in self.heads_on("cell").items()}
+
+    def gene_head_outputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Logits of every head on genes by its key, from the states of all tokens: ``(t, k)``."""
+        hidden = self.hidden(batch)
+        return {key: head(hidden) for key, head in self.heads_on("gene").items()}
+
+    def heads_on(self, level: Level) -> dict[str, nn.Module]:
+        """Heads that read cells, or genes, by key."""
+        pairs = zip(self.head_specs, self.heads, strict=True)
+        return {spec.key: head for spec, head in pairs if spec.level == level}
 
     def forward_flops(self, n_tokens: float) -> float:
         """Floating-point operations of the blocks for a cell of ``n_tokens``.

@@ -58,8 +58,6 @@ class Config(ModelConfig):
         Whether heads read the first token (``<cls>``, or as the original does the highest gene); else the mean.
     lm_head
         Whether the model predicts hidden genes; fine-tuned checkpoints of the original do not.
-    n_gene_classes
-        Outputs of a head on every gene token; 0 for none.
     """
 
     n_layers: int = 6
@@ -71,7 +69,6 @@ class Config(ModelConfig):
     specials: bool = True
     classify_first: bool = True
     lm_head: bool = True
-    n_gene_classes: int = 0
 
     def objective(self) -> dict[str, Any]:
         """What the family is pretrained for by default."""
@@ -112,7 +109,6 @@ class Model(CellModel):
             for _ in range(config.n_layers)
         )
         self.predictor = GenePredictor(d, len(vocab)) if config.lm_head else None
-        self.gene_head = nn.Linear(d, config.n_gene_classes) if config.n_gene_classes else None
         self.apply(_initialise)
 
     @property
@@ -142,7 +138,7 @@ class Model(CellModel):
     def forward(self, batch: Batch) -> Outputs:
         """States of all tokens, embedding of each cell, and what the heads say."""
         hidden = self.hidden(batch)
-        heads = {} if self.gene_head is None else {"gene": self.gene_head(hidden)}
+        heads = {key: head(hidden) for key, head in self.heads_on("gene").items()}
         return Outputs(
             hidden, self.pool(hidden, batch, self.pooling), heads | self.apply_heads(self.head_state(hidden, batch))
         )
@@ -152,12 +148,6 @@ class Model(CellModel):
         if self._read_by_heads is None and self.config.classify_first and self.config.specials:
             return self.hidden(batch, first_only=True)
         return self.head_state(self.hidden(batch), batch)
-
-    def gene_outputs(self, batch: Batch) -> Tensor:
-        """What the head on genes says of every token, ``(t, k)``."""
-        if self.gene_head is None:
-            raise ValueError("this geneformer model has no head on genes. Build it with n_gene_classes=.")
-        return self.gene_head(self.hidden(batch))
 
     def gene_logits(self, batch: Batch, at: Tensor) -> Tensor:
         """Logits of the tokens at positions ``at``, ``(n, n_tokens)``, from all that the batch shows."""

@@ -67,7 +67,7 @@ def read_folder(
         )
     weights = _ours(original)
     is_gene = "classifier.weight" in original and "bert.pooler.dense.weight" not in original
-    classifier = "gene_head." if is_gene else "heads.0.out."
+    classifier = "heads.0." if is_gene else "heads.0.out."
     weights = {name.replace("classifier.", classifier, 1): value for name, value in weights.items()}
     n_classes = len(original.get("classifier.weight", ()))
     config = {
@@ -81,32 +81,34 @@ def read_folder(
         # the original's classifiers read the first token, also where it is a gene
         "classify_first": tokens.cls is not None or (n_classes > 0 and not is_gene),
         "lm_head": "predictor.bias" in weights,
-        "n_gene_classes": n_classes if is_gene else 0,
     }
     encoder = RankEncoder(
         config["max_len"], tokens.cls is not None, tokens.eos is not None, _aligned(_medians(medians, places), tokens)
     )
     names = settings.get("id2label") or {}
     classes = tuple(str(names.get(str(i), i)) for i in range(n_classes))
-    heads = (HeadSpec("cell_class", classes),) if n_classes and not is_gene else ()
-    return config, tokens, encoder, weights, heads
+    head = HeadSpec("gene_class", classes, level="gene") if is_gene else HeadSpec("cell_class", classes)
+    return config, tokens, encoder, weights, (head,) if n_classes else ()
 
 
 def write(model: Model, path: Path) -> None:
     """Write a directory that transformers (and :func:`read_folder`) reads."""
     config = model.config
-    if len(model.heads) > 1 or (model.heads and model.gene_head is not None):
+    if len(model.heads) > 1:
         raise ValueError(
-            f"Geneformer's directories have room for one head, the model has {len(model.heads)} on cells and "
-            f"{int(model.gene_head is not None)} on genes. Save it native."
+            f"Geneformer's directories have room for one head, the model has {len(model.heads)} "
+            f"({', '.join(spec.key for spec in model.head_specs)}). Save it native."
         )
-    if model.heads and (model.head_specs[0].pooling or ("cls" if config.classify_first else "mean")) != "cls":
+    spec = model.head_specs[0] if model.heads else None
+    on_cells = spec is not None and spec.level == "cell"
+    if on_cells and (spec.pooling or ("cls" if config.classify_first else "mean")) != "cls":
         raise ValueError(
             "the head reads the mean of a cell's genes, BertForSequenceClassification's reads the first token. Save "
             "it native."
         )
-    has_head = bool(model.heads) or model.gene_head is not None
-    kind = "ForSequenceClassification" if model.heads else "ForTokenClassification" if has_head else "ForMaskedLM"
+    kind = {None: "ForMaskedLM", "cell": "ForSequenceClassification", "gene": "ForTokenClassification"}[
+        None if spec is None else spec.level
+    ]
     settings: dict[str, Any] = {
         "architectures": [f"Bert{kind}"], "model_type": "bert", "hidden_act": "relu", "layer_norm_eps": 1e-12,
         "position_embedding_type": "absolute", "type_vocab_size": 2, "initializer_range": 0.02,
@@ -115,10 +117,8 @@ def write(model: Model, path: Path) -> None:
         "attention_probs_dropout_prob": config.dropout, "max_position_embeddings": config.max_len,
         "vocab_size": len(model.vocab), "pad_token_id": model.vocab.pad_id, "tie_word_embeddings": True,
     }  # fmt: skip
-    if has_head:
-        spec = model.head_specs[0] if model.heads else None
-        classes = spec.classes if spec is not None else tuple(map(str, range(config.n_gene_classes)))
-        classes = classes or ("value",)
+    if spec is not None:
+        classes = spec.classes or ("value",)
         settings["id2label"] = {str(i): name for i, name in enumerate(classes)}
         settings["label2id"] = {name: i for i, name in enumerate(classes)}
     path.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def _ours(original: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _theirs(model: Model) -> dict[str, Tensor]:
     table = [(ours, theirs) for theirs, ours in _NAMES]
-    table += [("heads.0.out.", "classifier."), ("gene_head.", "classifier.")]
+    table += [("heads.0.out.", "classifier."), ("heads.0.", "classifier.")]
     weights = {renamed(name, table): value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     for name in [name for name in weights if ".attention.qkv." in name]:
         _, layer, *_, what = name.split(".")

@@ -190,7 +190,7 @@ class Model(CellModel):
         return self._labels(self.hidden(batch), batch)
 
     def _labels(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return {spec.key: head(hidden, batch) for spec, head in zip(self.head_specs, self.heads, strict=True)}
+        return {key: head(hidden, batch) for key, head in self.heads_on("cell").items()}
 
 
 class PositionHead(nn.Module):

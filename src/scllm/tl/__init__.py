@@ -6,6 +6,7 @@ from scllm.engine.config import TrainConfig
 from scllm.engine.lora import LoraSettings
 from scllm.tl._benchmark import benchmark
 from scllm.tl._classify import classify
+from scllm.tl._classify_genes import classify_genes
 from scllm.tl._cross_validate import cross_validate
 from scllm.tl._embed import embed, embed_genes
 from scllm.tl._finetune import finetune
@@ -20,6 +21,7 @@ __all__ = [
     "benchmark",
     "classify",
     "cross_validate",
+    "classify_genes",
     "embed",
     "embed_genes",
     "finetune",

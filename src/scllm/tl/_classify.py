@@ -75,7 +75,7 @@ def classify(
     """
     check_adata(adata, copy)
     chosen = resolve(model, adata)
-    if not chosen.head_specs:
+    if not chosen.heads_on("cell"):
         path = f" in {chosen.path}" if chosen.path is not None else ""
         raise ValueError(
             f"the {chosen.family} model{path} has no head, a fine-tuned one expected. Call tl.finetune first."

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from scllm.engine.objectives.base import Loss, Objective
+from scllm.engine.objectives.gene_label import GeneLabel
 from scllm.engine.objectives.label import Label, LossName
 from scllm.engine.objectives.masked_expression import MaskedExpression
 from scllm.engine.objectives.masked_gene import MaskedGene
@@ -16,11 +17,11 @@ from scllm.engine.objectives.next_gene import NextGene
 from scllm.engine.objectives.permuted_gene import PermutedGene
 
 __all__ = [
-    "Label", "Loss", "LossName", "MaskedExpression", "MaskedGene", "MaskedLevel", "MaskedValue", "NextGene",
-    "Objective", "PermutedGene", "objective_from_dict", "objective_to_dict",
+    "GeneLabel", "Label", "Loss", "LossName", "MaskedExpression", "MaskedGene", "MaskedLevel", "MaskedValue",
+    "NextGene", "Objective", "PermutedGene", "objective_from_dict", "objective_to_dict",
 ]  # fmt: skip
 
-_ALL = (Label, MaskedExpression, MaskedGene, MaskedLevel, MaskedValue, NextGene, PermutedGene)
+_ALL = (GeneLabel, Label, MaskedExpression, MaskedGene, MaskedLevel, MaskedValue, NextGene, PermutedGene)
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in _ALL}
 
 

@@ -1,0 +1,97 @@
+"""Labels of genes, predicted from the states of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from scllm.engine import losses
+from scllm.engine.objectives.base import Loss
+from scllm.engine.objectives.label import LossName
+from scllm.models.base import Batch, CellModel
+
+__all__ = ["GeneLabel", "weighted_loss"]
+
+
+@dataclass(frozen=True)
+class GeneLabel:
+    """Predict labels of genes from the states of their tokens, in the context of each cell.
+
+    Tokens of all other genes carry no label. Only expressed genes count.
+
+    Parameters
+    ----------
+    genes
+        Token ids of the training genes of each class, in the order of the head's outputs.
+    weights
+        Of each token of those genes, in the same order: how rare its class is, and how rarely the gene is seen.
+    held_out
+        Token ids of other genes of each class, by which weights are chosen: they are labelled in evaluation only.
+    held_out_weights
+        Of each token of those.
+    loss
+        Weight of each loss: ``"ce"``, ``"bce"``, ``"dice"``, ``"focal"``.
+    """
+
+    genes: Sequence[Sequence[int]]
+    weights: Sequence[Sequence[float]]
+    held_out: Sequence[Sequence[int]] = ()
+    held_out_weights: Sequence[Sequence[float]] = ()
+    loss: Mapping[LossName, float] = field(default_factory=lambda: {"bce": 1.0})
+
+    def __post_init__(self) -> None:
+        known = get_args(LossName)
+        if not self.loss or set(self.loss) - set(known):
+            raise ValueError(f"loss is {dict(self.loss)}, names of {known} with weights expected. Use loss='bce'.")
+
+    def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
+        """Summed over labelled tokens and their weights."""
+        key = next(iter(model.heads_on("gene")))
+        label, weight = self._tables(len(model.vocab), batch.genes.device, model.training)
+        token_label = label[batch.genes]
+        there = (token_label >= 0) & model.is_expressed(batch)
+        target, factor = token_label[there], weight[batch.genes[there]]
+        predicted = model.gene_head_outputs(batch)[key][there]
+        right = (predicted.argmax(1) == target) * factor if len(target) else factor
+        return Loss(weighted_loss(predicted, target, factor, self.loss), factor.sum(), {"accuracy": right.sum()})
+
+    def _tables(self, n_tokens: int, device: torch.device, training: bool) -> tuple[Tensor, Tensor]:
+        """Label (-1: none) and weight of every token of the vocabulary."""
+        genes, weights = (self.genes, self.weights) if training else (self.held_out, self.held_out_weights)
+        label, weight = torch.full((n_tokens,), -1), torch.zeros(n_tokens)
+        for code, (ids, factors) in enumerate(zip(genes, weights, strict=True)):
+            label[list(ids)] = code
+            weight[list(ids)] = torch.tensor(list(factors))
+        return label.to(device), weight.to(device)
+
+    def logs(self, model: CellModel) -> tuple[str, ...]:
+        """Share of labelled tokens that are called right, by their weights."""
+        return ("accuracy",)
+
+    def report(self, means: dict[str, float], step: int) -> dict[str, float]:
+        """As logged."""
+        return means
+
+
+def weighted_loss(logits: Tensor, label: Tensor, weight: Tensor, loss: Mapping[LossName, float]) -> Tensor:
+    """Sum over rows ``(n, k)`` of weight times loss; of several losses by name, weighted in turn."""
+    total = torch.zeros((), device=logits.device)
+    if not len(label):
+        return total + 0 * logits.sum()
+    for name, factor in loss.items():
+        match name:
+            case "ce":
+                each = (losses.cross_entropy(logits, label) * weight).sum()
+            case "bce":
+                each = (losses.binary_cross_entropy(logits, label) * weight).sum()
+            case "focal":
+                each = (losses.focal(logits, label) * weight).sum()
+            case "dice":
+                # weighs classes alike by itself; does not add up over micro-batches
+                each = losses.dice(logits, label) * weight.sum()
+        total = total + factor * each
+    return total

@@ -1,0 +1,233 @@
+"""Labels of genes from their states in cells, out of fold, beside what simple statistics tell."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import StratifiedKFold
+
+from scllm import _keys, metrics
+from scllm._checks import check_adata
+from scllm._log import log
+from scllm._results import record
+from scllm._typing import FloatArray, IntArray
+from scllm.data.source import open_source
+from scllm.engine.objectives import GeneLabel, LossName
+from scllm.engine.optim import Freeze
+from scllm.engine.optim import freeze as check_freeze
+from scllm.models.base import CellModel
+from scllm.tl._gene_labels import GeneLabels, LabelLike, check_enough, read_labels
+from scllm.tl._gene_states import choose_cells
+from scllm.tl._gene_task import GeneTask, Options, gene_config
+from scllm.tl._inputs import check_layer
+from scllm.tl._model import ModelLike, gene_match, remember, resolve
+
+__all__ = ["classify_genes", "gene_folds"]
+
+
+METRICS = ("accuracy", "macro_f1", "balanced_accuracy", "auroc", "auprc")
+
+
+def classify_genes(
+    adata: AnnData,
+    model: ModelLike | None = None,
+    *,
+    labels: LabelLike,
+    n_folds: int = 5,
+    max_cells: int = 500,
+    loss: LossName | Mapping[LossName, float] = "bce",
+    freeze: Freeze = 0,
+    baseline: bool = True,
+    key_added: str = _keys.GENE_LABEL,
+    **finetune_options: Any,
+) -> pd.DataFrame:
+    """Predict labels of genes from their states in cells: every gene by a model that has not seen its label.
+
+    Which transcription factors are dosage-sensitive, which promoters are bivalent, where a gene stands in a network:
+    the labels are yours. Genes are divided into folds that hold every label alike. In each, a linear head on gene
+    tokens is fitted to the labels of the other folds' genes, and by default trained on together with the model; genes
+    of the fold itself carry no label then. They are predicted from their states, averaged over the cells that express
+    them. Beside the model stands what it has to beat: a logistic regression on the mean, variance and share of cells of
+    each gene and on its loadings on 10 principal components, in the same cells and folds; and the most frequent label.
+
+    Parameters
+    ----------
+    adata
+        Cells by genes.
+    model
+        The model to start from in each fold, or its path; ``None`` is the one recorded on ``adata`` last.
+    labels
+        Label of each gene: a Series or mapping from gene to label, a table as :func:`scllm.datasets.gene_set` returns
+        (one column besides those that name genes), or a column of ``adata.var``. Genes may be symbols or Ensembl ids,
+        whichever ``adata.var_names`` or a column of ``adata.var`` has. Genes that the data, the model or all cells lack
+        are left out.
+    n_folds
+        Number of folds.
+    max_cells
+        Cells in which each gene is looked at, at most; drawn by the cells' names, so their order does not matter.
+    loss
+        ``"bce"`` (each label against the rest), ``"ce"``, ``"dice"``, ``"focal"``, or weights of several.
+    freeze
+        What stays as it is: the first n blocks, ``"encoder"`` (all but the head) or patterns of weight names. With
+        ``"encoder"`` states are computed once for all folds, which takes as long as embedding the cells.
+    baseline
+        Whether the logistic regression is fitted too.
+    key_added
+        Column of ``var`` to write.
+    **finetune_options
+        Of :func:`finetune`: ``epochs``, ``lr``, ``batch_size``, ``config``, ``lora``, ``layer``, ``run_dir`` (folds are
+        runs of their own in ``run_dir/fold-0``, ...), ``resume``, ``device``, ``precision``, ``n_gpus``, ``n_procs``
+        and ``random_state``. ``class_weight`` is ``"balanced"`` (labels weigh alike; the default) or ``None``, which
+        gives calibrated probabilities and prefers the frequent label. ``validation`` is the share of the *training
+        genes* that chooses the best epoch; none by default, and the last weights are taken.
+
+    Returns
+    -------
+    One row a fold, indexed by ``method`` (``"model"``, ``"baseline"``, ``"majority"``) and ``fold``: ``accuracy``,
+    ``macro_f1``, ``balanced_accuracy``, ``auroc``, and ``auprc`` (average precision), of two classes for the rarer one.
+
+    Writes
+    ------
+    ``adata.var[key_added]``, ``adata.var[key_added + "_prob"]``
+        Out-of-fold label (categorical) and its probability; missing for genes that were not labelled or not found.
+    ``adata.varm[key_added + "_probabilities"]``
+        Of each class, float32 ``(n_genes, n_classes)``.
+    ``adata.uns["scllm"]["classify_genes"]``
+        Settings, names of the ``classes``, and ``table``: one row a method, fold and metric.
+
+    Examples
+    --------
+    >>> adata = scllm.datasets.toy(n_cells=100)
+    >>> model = scllm.models.build("scgpt", vocab=adata.var_names, size="tiny")
+    >>> adata.var["marker"] = adata.var_names.isin([f"gene{i}" for i in range(60)])
+    >>> table = scllm.tl.classify_genes(adata, model, labels="marker", freeze="encoder")
+    >>> table.index.get_level_values("method").unique().tolist()
+    ['model', 'baseline', 'majority']
+    """
+    check_adata(adata)
+    options = _checked(finetune_options)
+    _check_numbers(n_folds, max_cells, options)
+    losses = {loss: 1.0} if isinstance(loss, str) else dict(loss)
+    GeneLabel((), (), loss=losses)  # knows which losses there are
+    chosen = resolve(model, adata)
+    _check_states(chosen)
+    source = open_source(adata, layer=options.layer)
+    check_layer(source, chosen, options.layer, adata)
+    match = gene_match(adata, source, chosen)
+    found = read_labels(adata, labels, match.token_ids)
+    check_enough(found, n_folds)
+    begun = copy.deepcopy(chosen).cpu().eval()
+    begun.history, begun.report, begun.path = None, None, None
+    check_freeze(copy.deepcopy(begun), freeze)
+    config = gene_config(begun, options)
+    seed = config.random_state or 0
+
+    cells = choose_cells(adata, source, match, begun, found.tokens, max_cells=max_cells, random_state=seed)
+    seen = cells.n_cells > 0
+    found, cells = found.take(seen), cells.take(seen)
+    check_enough(found, n_folds)
+    log.info(
+        "%d labelled genes in %d cells, %d to %d cells a gene",
+        len(found.codes), cells.adata.n_obs, cells.n_cells.min(), cells.n_cells.max(),
+    )  # fmt: skip
+    task = GeneTask(begun, cells, found.codes, found.classes, losses, freeze, options, config, key_added)
+    fold = gene_folds(found.codes, n_folds, random_state=seed)
+    probabilities = {"model": task.by_model(fold)}
+    if baseline:
+        probabilities["baseline"] = task.by_baseline(fold)
+    probabilities["majority"] = task.by_majority(fold)
+    table = _table(found, fold, probabilities)
+    _write(adata, found, probabilities["model"], key_added)
+    params = {
+        "labels": labels if isinstance(labels, str) else None, "n_folds": n_folds, "max_cells": max_cells,
+        "loss": losses, "freeze": freeze, "baseline": baseline, "key_added": key_added, "n_genes": len(found.codes),
+        "n_cells": cells.adata.n_obs, "class_weight": options.class_weight, "validation": options.validation,
+        "layer": options.layer, "run_dir": task.run_dir, **config.to_dict(),
+    }  # fmt: skip
+    record(adata, "classify_genes", params, _long(table), classes=np.array(found.classes, dtype=object))
+    remember(adata, chosen)
+    return table
+
+
+def _checked(given: Mapping[str, Any]) -> Options:
+    """Options of ``finetune`` that go with genes; an error for others."""
+    known = list(Options.__dataclass_fields__)
+    for name in given:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            offer = f"Did you mean {close[0]!r}?" if close else "Leave it out."
+            raise TypeError(f"{name!r} is no option of classify_genes, one of {', '.join(known)} expected. {offer}")
+    return Options(**given)
+
+
+def _check_numbers(n_folds: int, max_cells: int, options: Options) -> None:
+    for name, value, least in (("n_folds", n_folds, 2), ("max_cells", max_cells, 1)):
+        if value < least:
+            raise ValueError(f"{name} is {value}, at least {least} expected. Leave it out for the default.")
+    if isinstance(options.validation, str) or not 0 <= (options.validation or 0) < 1:
+        raise ValueError(
+            f"validation is {options.validation!r}, a share from 0 up to below 1 of the training genes expected. Leave "
+            "it out to train for all epochs."
+        )
+    if options.class_weight not in ("balanced", None):
+        raise ValueError(f"class_weight is {options.class_weight!r}, 'balanced' or None expected. Leave it out.")
+
+
+def _check_states(model: CellModel) -> None:
+    if not model.reads_genes:
+        raise ValueError(
+            f"the {model.family} model has no states of genes, a model that reads genes expected. Pass a model of "
+            "another family, such as 'scgpt' or 'geneformer'."
+        )
+
+
+def gene_folds(codes: IntArray, n_folds: int, *, random_state: int = 0) -> IntArray:
+    """The fold of each gene, every class spread evenly, ``(g,)``."""
+    fold = np.empty(len(codes), np.int64)
+    folds = StratifiedKFold(n_folds, shuffle=True, random_state=random_state)
+    for number, (_, test) in enumerate(folds.split(codes, codes)):
+        fold[test] = number
+    return fold
+
+
+def _table(found: GeneLabels, fold: IntArray, probabilities: Mapping[str, FloatArray]) -> pd.DataFrame:
+    """Metrics of each method on the genes of each fold."""
+    names = np.array(found.classes)
+    rows = {}
+    for method, outputs in probabilities.items():
+        for number in range(fold.max() + 1):
+            at = fold == number
+            truth, output = names[found.codes[at]], outputs[at]
+            scores = metrics.classification_scores(truth, names[output.argmax(1)], output, names)
+            rows[method, number] = {**scores, "auprc": _average_precision(found.codes[at], output)}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(METRICS))
+    return table.rename_axis(["method", "fold"])
+
+
+def _average_precision(codes: IntArray, outputs: FloatArray) -> float:
+    """Of the rarer of two classes; of more, the mean over them."""
+    sizes = np.bincount(codes, minlength=outputs.shape[1])
+    classes = [int(sizes.argmin())] if len(sizes) == 2 else list(range(len(sizes)))
+    return float(np.mean([average_precision_score(codes == k, outputs[:, k]) for k in classes]))
+
+
+def _long(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a method, fold and metric."""
+    return table.reset_index().melt(["method", "fold"], var_name="metric")
+
+
+def _write(adata: AnnData, found: GeneLabels, outputs: FloatArray, key: str) -> None:
+    labelled = found.of_row >= 0
+    probabilities = np.full((adata.n_vars, len(found.classes)), np.nan, np.float32)
+    probabilities[labelled] = outputs[found.of_row[labelled]]
+    best = np.where(labelled, np.nan_to_num(probabilities).argmax(1), -1)
+    adata.var[key] = pd.Categorical.from_codes(best, categories=list(found.classes))
+    adata.var[key + _keys.PROBABILITY] = probabilities.max(1)
+    adata.varm[key + _keys.PROBABILITIES] = probabilities

@@ -1,0 +1,190 @@
+"""Labels of genes, however they are given, on the genes that data and model share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from scllm._checks import missing_key
+from scllm._typing import IntArray
+from scllm.data import genes
+
+__all__ = ["GeneLabels", "LabelLike", "check_enough", "read_labels"]
+
+LabelLike = str | pd.Series | pd.DataFrame | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class GeneLabels:
+    """Labelled genes in the order of their names, each a token of the model.
+
+    Parameters
+    ----------
+    classes
+        The labels.
+    names
+        Name of each gene, ``(g,)``.
+    tokens, codes
+        Its token and the place of its label in ``classes``, ``(g,)``.
+    of_row
+        Which of them each row of ``var`` is, -1 for rows without a label, ``(n_vars,)``.
+    """
+
+    classes: tuple[str, ...]
+    names: NDArray[np.object_]
+    tokens: IntArray
+    codes: IntArray
+    of_row: IntArray
+
+    def take(self, chosen: NDArray[np.bool_]) -> GeneLabels:
+        """Some of the genes; classes stay."""
+        place = np.where(chosen, np.cumsum(chosen) - 1, -1)
+        of_row = np.where(self.of_row >= 0, place[self.of_row], -1)
+        return GeneLabels(self.classes, self.names[chosen], self.tokens[chosen], self.codes[chosen], of_row)
+
+
+def read_labels(adata: AnnData, labels: LabelLike, tokens: IntArray) -> GeneLabels:
+    """Find the label of each row of ``var`` that has a token, and the genes that these rows are."""
+    column = _by_row(adata, labels)
+    classes = pd.Index(sorted(column.dropna().unique()))
+    codes = classes.get_indexer(column)
+    there = np.flatnonzero((codes >= 0) & (tokens >= 0))
+    if not len(there):
+        first = column.dropna().index[0]
+        raise ValueError(
+            f"none of the {int((codes >= 0).sum())} labelled genes of the data is in the model's vocabulary (first: "
+            f"{first!r}), all or most of them expected. Look at pp.match_genes(adata, model), or label other genes."
+        )
+    # in the order of names, so that neither the order of labels nor of var decides about folds
+    there = there[np.argsort(column.index.to_numpy().astype(str)[there], kind="stable")]
+    _, first, place = np.unique(tokens[there], return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))
+    of_row = np.full(adata.n_vars, -1)
+    of_row[there] = rank[place]
+    first = there[np.sort(first)]
+    twice = there[codes[first][of_row[there]] != codes[there]]
+    if len(twice):
+        one, other = first[of_row[twice[0]]], twice[0]
+        raise ValueError(
+            f"{column.index[one]!r} and {column.index[other]!r} are one gene to the model and are labelled "
+            f"{column.iloc[one]!r} and {column.iloc[other]!r}, one label a gene expected. Drop one of the labels."
+        )
+    return GeneLabels(tuple(classes), column.index.to_numpy(object)[first], tokens[first], codes[first], of_row)
+
+
+def check_enough(found: GeneLabels, n_folds: int) -> None:
+    """Raise unless every fold can hold every label."""
+    counts = np.bincount(found.codes, minlength=len(found.classes))
+    present = np.flatnonzero(counts)
+    if len(present) < 2:
+        raise ValueError(
+            f"the genes that data and model share hold {len(present)} class of labels "
+            f"({', '.join(repr(found.classes[i]) for i in present)}), at least 2 expected. Label genes of another "
+            "class too."
+        )
+    few = np.flatnonzero(counts < n_folds)
+    if len(few):
+        raise ValueError(
+            f"{counts[few[0]]} genes of class {found.classes[few[0]]!r} are in the data, the model and at least one "
+            f"cell; n_folds={n_folds} or more expected, one in each fold. Pass fewer folds, merge or drop the class, "
+            "or use data with more genes."
+        )
+
+
+def _by_row(adata: AnnData, labels: LabelLike) -> pd.Series:
+    """Label of each row of ``var`` as a string, NaN where there is none."""
+    genes.check_unique(adata.var_names)
+    match labels:
+        case str():
+            if labels not in adata.var:
+                raise missing_key(labels, adata.var.columns, "a column of adata.var")
+            return _as_labels(adata.var[labels], f"var[{labels!r}]")
+        case pd.DataFrame():
+            given, candidates = _label_column(labels)
+        case pd.Series():
+            given, candidates = labels, [labels.index]
+        case Mapping():
+            given = pd.Series(dict(labels), dtype=object)
+            candidates = [given.index]
+        case _:
+            raise TypeError(
+                f"labels is a {type(labels).__name__}, a Series or mapping from gene to label, a column of adata.var "
+                "or a table as datasets.gene_set returns expected. Pass one of those."
+            )
+    given = _as_labels(given, "labels")
+    missing = given.isna().to_numpy()
+    if missing.any():
+        warnings.warn(
+            f"{missing.sum()} of {len(given)} genes have no label (first: {candidates[0][missing.argmax()]!r}) and are "
+            "left out, a label for each expected. Drop them to silence this.",
+            UserWarning,
+            stacklevel=5,
+        )
+    values = given.to_numpy(object)[~missing]
+    found = [_found(adata, names[~missing]) for names in candidates]
+    names, place = max(found, key=lambda pair: len(np.unique(pair[1])))
+    if (place < 0).all():
+        raise ValueError(
+            f"none of the {len(values)} labelled genes is in the data (first: {names[0]!r}, adata.var_names begin with "
+            f"{adata.var_names[0]!r}), symbols or Ensembl ids that the data have expected. Add the other kind of names "
+            "as a column of adata.var, 'gene_symbol' or 'ensembl_id'."
+        )
+    _check_once(names, values, strict=not isinstance(labels, pd.DataFrame))
+    return pd.Series(np.where(place >= 0, values[place], np.nan), index=adata.var_names, dtype=object)
+
+
+def _as_labels(column: pd.Series, what: str) -> pd.Series:
+    """Labels as strings; numbers are an error."""
+    known = column.dropna()
+    inferred = pd.api.types.infer_dtype(known, skipna=True)
+    if inferred in ("floating", "integer", "mixed-integer-float", "decimal", "complex"):
+        raise ValueError(
+            f"{what} holds numbers (first: {known.iloc[0]}), labels expected. If they are classes, make them strings: "
+            ".astype(str) on those that are not missing."
+        )
+    if not len(known):
+        raise ValueError(f"{what} holds no label at all, at least two classes expected. Pass the labels of some genes.")
+    return column.astype(object).map(str, na_action="ignore")
+
+
+def _label_column(table: pd.DataFrame) -> tuple[pd.Series, list[pd.Index]]:
+    """The one column that does not name genes, and what may name them: the index and all other columns."""
+    is_name = [str(name) in genes.USUAL_COLUMNS for name in table.columns]
+    others = [name for name, named in zip(table.columns, is_name, strict=True) if not named]
+    if len(others) != 1:
+        raise ValueError(
+            f"labels is a table with {len(others)} columns beside gene names ({', '.join(map(repr, others[:5]))}), one "
+            "column of labels expected. Pass that column: labels=table['...']."
+        )
+    names = [pd.Index(table[name]) for name, named in zip(table.columns, is_name, strict=True) if named]
+    return table[others[0]], [table.index, *names]
+
+
+def _found(adata: AnnData, names: pd.Index) -> tuple[pd.Index, IntArray]:
+    """The names without versions, and which of them each row of ``var`` is (-1: none), by the column that has most."""
+    plain = pd.Index(genes.strip_version(names))
+    place_of = {name: i for i, name in reversed(list(enumerate(plain)))}
+    columns = genes.name_columns(adata.var_names, adata.var).values()
+    places = [np.array([place_of.get(name, -1) for name in genes.strip_version(values)]) for values in columns]
+    return plain, max(places, key=lambda place: len(np.unique(place)))
+
+
+def _check_once(names: pd.Index, values: NDArray[np.object_], *, strict: bool) -> None:
+    """Raise where a gene is labelled twice; two ids of one symbol in a table may share a label."""
+    pairs = pd.DataFrame({"name": names, "label": values})
+    twice = pairs if strict else pairs.drop_duplicates()
+    twice = twice[twice["name"].duplicated(keep=False)]
+    if len(twice):
+        name = twice["name"].iloc[0]
+        seen = ", ".join(map(repr, twice.loc[twice["name"] == name, "label"]))
+        raise ValueError(
+            f"{twice['name'].nunique()} genes are labelled more than once (first: {name!r}: {seen}), one label a gene "
+            "expected. Drop the repeats: labels[~labels.index.duplicated()]."
+        )

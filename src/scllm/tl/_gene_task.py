@@ -1,0 +1,222 @@
+"""Training heads on genes, fold by fold, and what they are held against."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from scllm import models, settings
+from scllm._typing import FloatArray, IntArray
+from scllm.data.split import split_cells
+from scllm.engine.config import Precision, TrainConfig
+from scllm.engine.linear_head import chosen_penalty, fit_linear_head
+from scllm.engine.lora import LoraSettings
+from scllm.engine.objectives import GeneLabel, LossName
+from scllm.engine.optim import Freeze
+from scllm.models.base import Batch, CellModel, HeadSpec
+from scllm.tl._gene_states import GeneCells, gene_statistics, pooled
+from scllm.tl._train import merged_config, processes, train
+
+__all__ = ["GeneTask", "Options", "gene_config"]
+
+_EPOCHS = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """What of the options of ``finetune`` goes with genes."""
+
+    class_weight: Literal["balanced"] | None = "balanced"
+    validation: float = 0.0
+    lora: int | LoraSettings | None = None
+    layer: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    n_gpus: int | None = None
+    n_procs: int | None = None
+    device: str = "auto"
+    run_dir: str | PathLike[str] | None = None
+    precision: Precision = "auto"
+    resume: Literal["auto"] | bool = "auto"
+    config: TrainConfig | None = None
+    random_state: int = 0
+
+
+def gene_config(model: CellModel, options: Options) -> TrainConfig:
+    """Training settings with nothing left open."""
+    defaults = {**models.family_module(model.family).FINETUNE, "epochs": _EPOCHS, "gene_init": "random"}
+    given = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
+    return merged_config(
+        options.config, given, defaults, precision=options.precision, random_state=options.random_state
+    )
+
+
+@dataclass(frozen=True)
+class GeneTask:
+    """Labelled genes in their cells, and how a model is trained on them.
+
+    Parameters
+    ----------
+    model
+        Where each fold begins; in evaluation mode, on the CPU.
+    cells
+        The genes and the cells they are looked at in.
+    codes, classes
+        Label of each gene.
+    loss
+        Weight of each loss.
+    freeze
+        What of the model stays as it is.
+    options, config
+        How it is trained.
+    key
+        Name of the head.
+    """
+
+    model: CellModel
+    cells: GeneCells
+    codes: IntArray
+    classes: tuple[str, ...]
+    loss: Mapping[LossName, float]
+    freeze: Freeze
+    options: Options
+    config: TrainConfig
+    key: str
+
+    @property
+    def seed(self) -> int:
+        """What everything random is a function of."""
+        return self.config.random_state or 0
+
+    @cached_property
+    def run_dir(self) -> Path | None:
+        """Where the folds' runs are; heads on frozen states need none."""
+        if self.freeze == "encoder":
+            return None
+        if self.options.run_dir is not None:
+            return Path(self.options.run_dir)
+        Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
+        stem = f"classify_genes-{time.strftime('%Y%m%d-%H%M%S')}-"
+        return Path(tempfile.mkdtemp(prefix=stem, dir=settings.run_dir))
+
+    def by_model(self, fold: IntArray) -> FloatArray:
+        """Out-of-fold probabilities of the model, ``(g, k)``."""
+        states = self.states(self.model, _hidden)
+        found = np.zeros((len(fold), len(self.classes)))
+        for number in range(fold.max() + 1):
+            training, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
+            training, held_out = self._divided(training)
+            head = self._fitted(states, training, self.loss)
+            if self.freeze == "encoder":
+                found[test] = self._probabilities(_applied(head, states[test]), self.loss)
+                continue
+            tuned = self._tuned(head, training, held_out, number)
+            logits = self.states(tuned, lambda replica, batch: replica.gene_head_outputs(batch)[self.key])
+            found[test] = self._probabilities(logits[test], self.loss)
+        return found
+
+    def by_baseline(self, fold: IntArray) -> FloatArray:
+        """Out-of-fold probabilities of a logistic regression on simple statistics of the same cells, ``(g, k)``."""
+        statistics = gene_statistics(self.cells, len(self.model.vocab), random_state=self.seed)
+        found, loss = np.zeros((len(fold), len(self.classes))), {"bce": 1.0}
+        for number in range(fold.max() + 1):
+            head = self._fitted(statistics, np.flatnonzero(fold != number), loss)
+            test = fold == number
+            found[test] = self._probabilities(_applied(head, statistics[test]), loss)
+        return found
+
+    def by_majority(self, fold: IntArray) -> FloatArray:
+        """Shares of the classes among the training genes, ``(g, k)``."""
+        counts = np.stack([np.bincount(self.codes[fold != f], minlength=len(self.classes)) for f in np.unique(fold)])
+        return (counts / counts.sum(1, keepdims=True))[fold]
+
+    def states(self, model: CellModel, of: Any) -> FloatArray:
+        """Mean over its cells of what ``of`` gives for each gene, ``(g, d)``."""
+        return pooled(self.cells, model, of, device=self.options.device, precision=self.options.precision)
+
+    def _divided(self, training: IntArray) -> tuple[IntArray, IntArray]:
+        """Genes to train on, and genes to choose weights by."""
+        share = self.options.validation
+        if not share:
+            return training, training[:0]
+        part = split_cells(
+            len(training), (1 - share, share), stratify=pd.Series(self.codes[training]), random_state=self.seed
+        )
+        return training[part == 0], training[part == 1]
+
+    def _class_weights(self, genes: IntArray) -> FloatArray:
+        """Weight of each of the genes: alike, or so that classes weigh alike."""
+        codes = self.codes[genes]
+        if self.options.class_weight is None:
+            return np.ones(len(genes))
+        counts = np.bincount(codes, minlength=len(self.classes))
+        return (len(genes) / (len(counts) * np.maximum(counts, 1)))[codes]
+
+    def _fitted(self, states: FloatArray, genes: IntArray, loss: Mapping[LossName, float]) -> nn.Linear:
+        """The head with the least loss on states that do not change."""
+        rows = states[genes], self.codes[genes], len(self.classes)
+        weights = self._class_weights(genes)
+        penalty = chosen_penalty(*rows, loss=loss, weights=weights, random_state=self.seed)
+        return fit_linear_head(*rows, loss=loss, weights=weights, penalty=penalty)
+
+    def _tuned(self, head: nn.Linear, training: IntArray, held_out: IntArray, number: int) -> CellModel:
+        """The model after training on some genes, begun with the head that fits its states."""
+        begun = copy.deepcopy(self.model)
+        begun.set_heads((HeadSpec(self.key, self.classes, level="gene"),))
+        begun.heads[0].load_state_dict(head.state_dict())
+        objective = GeneLabel(*self._labelled(training), *self._labelled(held_out), loss=self.loss)
+        lora = self.options.lora
+        return train(
+            "classify_genes", self.cells.adata, self.cells.source, begun, objective, self.config,
+            layer=None,
+            cells={"train": self._cells_with(training), "validation": self._cells_with(held_out)},
+            where=processes(self.options.n_gpus, self.options.n_procs, self.options.device),
+            run_dir=self.run_dir / f"fold-{number}", resume=self.options.resume, freeze=self.freeze,
+            lora=LoraSettings(r=lora) if isinstance(lora, int) else lora,
+            params={"class_weight": self.options.class_weight, "validation": self.options.validation},
+        )  # fmt: skip
+
+    def _labelled(self, genes: IntArray) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[float, ...], ...]]:
+        """Tokens of each class, and weights by which every gene counts as its class does, however many cells it has."""
+        n_tokens = self.cells.n_read[genes]
+        weights = self._class_weights(genes) / n_tokens
+        weights *= n_tokens.sum() / max((weights * n_tokens).sum(), 1e-12)
+        of_class = [self.codes[genes] == code for code in range(len(self.classes))]
+        return (
+            tuple(tuple(self.cells.tokens[genes][at].tolist()) for at in of_class),
+            tuple(tuple(weights[at].tolist()) for at in of_class),
+        )
+
+    def _cells_with(self, genes: IntArray) -> IntArray:
+        """Cells that hold one of the genes."""
+        return np.flatnonzero(np.diff(self.cells.used[:, genes].indptr))
+
+    def _probabilities(self, logits: FloatArray, loss: Mapping[LossName, float]) -> FloatArray:
+        """Of each class; with ``"bce"`` each class against the rest, normalised."""
+        logits = torch.from_numpy(logits)
+        if set(loss) != {"bce"}:
+            return logits.softmax(1).numpy()
+        each = logits.sigmoid()
+        return (each / each.sum(1, keepdim=True)).numpy()
+
+
+def _hidden(replica: CellModel, batch: Batch) -> Tensor:
+    return replica.hidden(batch)
+
+
+def _applied(head: nn.Linear, states: FloatArray) -> FloatArray:
+    with torch.no_grad():
+        return head.double()(torch.from_numpy(states)).numpy()

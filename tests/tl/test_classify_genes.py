@@ -1,0 +1,251 @@
+"""Labels of genes: what is learnt, from which genes, and what is written."""
+
+from __future__ import annotations
+
+import json
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scllm import models
+from scllm.data.source import open_source
+from scllm.engine.gene_init import start_from_data
+from scllm.models import CellModel
+from scllm.models.base import Batch, HeadSpec
+from scllm.tl import classify, classify_genes
+from scllm.tl._classify_genes import gene_folds
+from scllm.tl._gene_states import choose_cells, pooled
+from scllm.tl._model import gene_match
+
+METRICS = ["accuracy", "macro_f1", "balanced_accuracy", "auroc", "auprc"]
+
+
+@pytest.fixture
+def markers(adata) -> pd.Series:
+    """Which type the first twenty genes mark."""
+    return pd.Series(["marks A"] * 10 + ["marks B"] * 10, adata.var_names[:20])
+
+
+@pytest.fixture
+def begun(adata, tiny) -> CellModel:
+    """A model whose gene table starts from the data."""
+    source = open_source(adata)
+    start_from_data(tiny, source, gene_match(adata, source, tiny), np.arange(adata.n_obs))
+    return tiny
+
+
+def hidden(model: CellModel, batch: Batch) -> torch.Tensor:
+    return model.hidden(batch)
+
+
+@pytest.mark.parametrize("options", [{"freeze": "encoder"}, {"epochs": 2, "lr": 1e-3}], ids=["frozen", "trained"])
+def test_planted_markers_are_told_apart(adata, begun, markers, options):
+    before = begun.hash()
+    table = classify_genes(adata, begun, labels=markers, **options)
+    assert table.columns.tolist() == METRICS
+    assert table.index.names == ["method", "fold"]
+    assert table.index.tolist() == [(m, f) for m in ("model", "baseline", "majority") for f in range(5)]
+    means = table.groupby("method").mean()
+    assert means.loc["model", "auroc"] > 0.9
+    assert means.loc["baseline", "auroc"] > 0.9
+    assert means.loc["majority", ["accuracy", "auroc"]].tolist() == [0.5, 0.5]
+    # out of fold for the labelled genes, nothing for all others
+    assert adata.var["gene_label"].notna().tolist() == [True] * 20 + [False] * 20
+    right = adata.var["gene_label"][:20].astype(str) == markers
+    assert right.mean() == pytest.approx(means.loc["model", "accuracy"])
+    probabilities = adata.varm["gene_label_probabilities"]
+    assert (probabilities.dtype, probabilities.shape) == (np.float32, (40, 2))
+    np.testing.assert_allclose(probabilities[:20].sum(1), 1, atol=1e-6)
+    np.testing.assert_array_equal(adata.var["gene_label_prob"], probabilities.max(1))
+    # the model given is unchanged, and remembered
+    assert (begun.hash(), begun.head_specs, adata.uns["scllm"]["model"]["hash"]) == (before, (), before)
+
+
+def test_random_labels_are_not_learnt(adata, begun):
+    rng, found = np.random.default_rng(0), []
+    for _ in range(5):
+        drawn = pd.Series(rng.permutation(["x", "y"] * 20), adata.var_names)
+        table = classify_genes(adata, begun, labels=drawn, freeze="encoder", baseline=False)
+        found.append(table.loc["model", "auroc"].mean())
+    assert 0.3 < np.mean(found) < 0.7
+
+
+@given(
+    sizes=st.lists(st.integers(2, 30), min_size=2, max_size=5),
+    n_folds=st.integers(2, 6),
+    seed=st.integers(0, 2**31),
+)
+def test_folds_hold_every_gene_once_and_every_class_alike(sizes, n_folds, seed):
+    codes = np.repeat(np.arange(len(sizes)), np.maximum(sizes, n_folds))
+    fold = gene_folds(codes, n_folds, random_state=seed)
+    assert set(fold) == set(range(n_folds))
+    for code in np.unique(codes):
+        counts = np.bincount(fold[codes == code], minlength=n_folds)
+        assert counts.max() - counts.min() <= 1
+    np.testing.assert_array_equal(fold, gene_folds(codes, n_folds, random_state=seed))
+
+
+def test_genes_of_a_fold_carry_no_label_in_its_training(adata, begun, markers, tmp_path):
+    options = {"epochs": 1, "n_folds": 4, "baseline": False, "validation": 0.2, "run_dir": tmp_path / "run"}
+    classify_genes(adata, begun, labels=markers, **options)
+    seen = []
+    for number in range(4):
+        objective = json.loads((tmp_path / "run" / f"fold-{number}" / "spec.json").read_text())["objective"]
+        training, held_out = (set(np.concatenate(objective[name])) for name in ("genes", "held_out"))
+        assert len(training & held_out) == 0
+        assert len(held_out) == 3
+        seen.append(set(range(20)) - training - held_out)
+        # classes and genes weigh alike
+        weights = [sum(w) for w in objective["weights"]]
+        assert weights[0] > 0
+    assert sorted(np.concatenate([list(fold) for fold in seen])) == list(range(20))
+
+
+def test_pooled_states_are_those_of_each_cell_by_itself(adata, begun):
+    source = open_source(adata)
+    match = gene_match(adata, source, begun)
+    tokens = np.array([3, 17, 39, 25])
+    cells = choose_cells(adata, source, match, begun.eval(), tokens, max_cells=1000, random_state=0)
+    counts = adata.X.toarray()
+    expected = []
+    for token in tokens:
+        states = []
+        for cell in np.flatnonzero(counts[:, token]):
+            sentence = begun.encoder(match.tokens(adata.X[[cell]]), begun.vocab, None, measured=match.measured)
+            batch = Batch.from_tokens(sentence)
+            with torch.no_grad():
+                states.append(begun.hidden(batch)[batch.genes == token][0].numpy())
+        expected.append(np.mean(states, axis=0))
+    np.testing.assert_allclose(pooled(cells, begun, hidden), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_cells", [1, 7, 1000])
+def test_each_gene_is_looked_at_in_that_many_cells(adata, begun, max_cells):
+    source = open_source(adata)
+    tokens = np.arange(40)
+    cells = choose_cells(
+        adata, source, gene_match(adata, source, begun), begun, tokens, max_cells=max_cells, random_state=0
+    )
+    n_expressing = np.asarray((adata.X > 0).sum(0)).ravel()
+    np.testing.assert_array_equal(cells.n_cells, np.minimum(n_expressing, max_cells))
+    # every pair is one of a gene and a cell that expresses it
+    there = adata[cells.adata.obs_names].X > 0
+    assert (cells.used > there).nnz == 0
+
+
+@pytest.mark.parametrize("freeze", ["encoder", 1])
+def test_the_order_of_cells_and_labels_does_not_matter(adata, begun, markers, freeze):
+    options = {"freeze": freeze, "epochs": 1, "max_cells": 5, "n_folds": 2, "baseline": False}
+    classify_genes(adata, begun, labels=markers, **options)
+    shuffled = adata[np.random.default_rng(0).permutation(60)].copy()
+    classify_genes(shuffled, begun, labels=markers[::-1], **options)
+    np.testing.assert_array_equal(shuffled.varm["gene_label_probabilities"], adata.varm["gene_label_probabilities"])
+
+
+def test_the_same_run_directory_continues(adata, begun, markers, tmp_path):
+    options = {"epochs": 1, "n_folds": 2, "baseline": False, "run_dir": tmp_path / "run"}
+    first = classify_genes(adata, begun, labels=markers, **options)
+    done = [(tmp_path / "run" / f"fold-{k}" / "done").stat().st_mtime_ns for k in range(2)]
+    pd.testing.assert_frame_equal(classify_genes(adata, begun, labels=markers, **options), first)
+    assert done == [(tmp_path / "run" / f"fold-{k}" / "done").stat().st_mtime_ns for k in range(2)]
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        classify_genes(adata, begun, labels=dict(zip(markers.index, markers[::-1], strict=True)), **options)
+
+
+def test_a_head_on_genes_is_saved_and_loaded(adata, begun, markers, tmp_path):
+    classify_genes(adata, begun, labels=markers, epochs=1, n_folds=2, baseline=False, run_dir=tmp_path / "run")
+    tuned = models.load(tmp_path / "run" / "fold-0")
+    assert tuned.head_specs == (HeadSpec("gene_label", ("marks A", "marks B"), level="gene"),)
+    tuned.save(tmp_path / "saved")
+    again = models.load(tmp_path / "saved")
+    match = gene_match(adata, open_source(adata), begun)
+    batch = Batch.from_tokens(begun.encoder(match.tokens(adata.X), begun.vocab, None, measured=match.measured))
+    with torch.no_grad():
+        logits = tuned.gene_head_outputs(batch)["gene_label"]
+        assert logits.shape == (len(batch.genes), 2)
+        assert torch.equal(again.gene_head_outputs(batch)["gene_label"], logits)
+        assert again.head_outputs(batch) == {}
+    with pytest.raises(ValueError, match="has no head, a fine-tuned one expected"):
+        classify(adata, again)
+
+
+@pytest.mark.parametrize("family", models.families())
+def test_every_family_has_states_of_genes(adata, markers, family):
+    if family == "spatial":
+        pytest.skip("reads images")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = models.build(family, vocab=adata.var_names, size="tiny")
+    table = classify_genes(adata, model, labels=markers, n_folds=2, max_cells=3, freeze="encoder", baseline=False)
+    assert table.loc["model"].notna().all(axis=None)
+    assert adata.var["gene_label"].notna().sum() == 20
+    model.set_heads((HeadSpec("kind", ("a", "b", "c"), level="gene"), HeadSpec("type", ("d", "e"))))
+    assert list(model.heads_on("gene")) == ["kind"]
+    assert list(model.heads_on("cell")) == ["type"]
+
+
+@pytest.mark.parametrize("how", ["mapping", "table", "symbols in a table", "column", "booleans", "versions"])
+def test_labels_come_in_several_forms(adata, begun, markers, how):
+    options = {"freeze": "encoder", "n_folds": 2, "baseline": False}
+    classify_genes(adata, begun, labels=markers, **options)
+    expected = adata.varm["gene_label_probabilities"].copy()
+    ids = pd.Series([f"ENSG{i:011d}" for i in range(40)], adata.var_names)
+    labels: object = markers
+    match how:
+        case "mapping":
+            labels = dict(markers)
+        case "table":
+            labels = pd.DataFrame({"marks": markers})
+        case "symbols in a table":
+            labels = pd.DataFrame({"gene_symbol": markers.index, "marks": markers.to_numpy()}, ids[:20])
+        case "column":
+            adata.var["marks"] = markers.reindex(adata.var_names).astype("category")
+            labels = "marks"
+        case "booleans":
+            labels = markers == "marks B"
+        case "versions":
+            adata.var["ensembl_id"] = ids + ".7"
+            labels = markers.set_axis(ids[:20])
+    classify_genes(adata, begun, labels=labels, **options)
+    np.testing.assert_allclose(adata.varm["gene_label_probabilities"], expected, atol=1e-6)
+
+
+def test_labels_may_be_of_genes_that_the_data_do_not_have(adata, begun, markers):
+    more = pd.concat([markers, pd.Series("marks A", ["elsewhere_1", "elsewhere_2"])])
+    # a gene without any count has no state
+    adata.X.data[adata.X.indices == 0] = 0
+    adata.X.eliminate_zeros()
+    classify_genes(adata, begun, labels=more, freeze="encoder", n_folds=3, baseline=False)
+    assert adata.var["gene_label"].notna().tolist() == [False] + [True] * 19 + [False] * 20
+    assert adata.uns["scllm"]["classify_genes"]["params"]["n_genes"] == 19
+
+
+@pytest.mark.parametrize("format", ["h5ad", "zarr"])
+def test_what_is_written_goes_into_files(adata, begun, markers, tmp_path, format):
+    table = classify_genes(adata, begun, labels=markers, freeze="encoder", n_folds=2)
+    path = tmp_path / f"cells.{format}"
+    getattr(adata, f"write_{format}")(path)
+    again: AnnData = getattr(ad, f"read_{format}")(path)
+    assert again.var["gene_label"].equals(adata.var["gene_label"])
+    entry = again.uns["scllm"]["classify_genes"]
+    assert list(entry["classes"]) == ["marks A", "marks B"]
+    long = entry["table"]
+    assert len(long) == table.size
+    row = long[(long["method"] == "baseline") & (long["fold"] == 1) & (long["metric"] == "auroc")]
+    assert row["value"].item() == table.loc[("baseline", 1), "auroc"]
+
+
+def test_class_weights_find_the_rare_label(adata, begun, markers):
+    rare = markers.iloc[[*range(10), *range(10, 13)]].map({"marks A": "common", "marks B": "rare"})
+    options = {"freeze": "encoder", "n_folds": 3, "baseline": False}
+    found = {}
+    for weight in ("balanced", None):
+        classify_genes(adata, begun, labels=rare, class_weight=weight, **options)
+        found[weight] = adata.varm["gene_label_probabilities"][:13, 1].mean()
+    assert found["balanced"] > found[None]
