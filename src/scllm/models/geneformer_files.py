@@ -100,8 +100,8 @@ def write(model: Model, path: Path) -> None:
             f"({', '.join(spec.key for spec in model.head_specs)}). Save it native."
         )
     spec = model.head_specs[0] if model.heads else None
-    on_cells = spec is not None and spec.level == "cell"
-    if on_cells and (spec.pooling or ("cls" if config.classify_first else "mean")) != "cls":
+    read = "cls" if config.classify_first else "mean"
+    if spec is not None and spec.level == "cell" and (spec.pooling or read) != "cls":
         raise ValueError(
             "the head reads the mean of a cell's genes, BertForSequenceClassification's reads the first token. Save "
             "it native."
