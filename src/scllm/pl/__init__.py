@@ -1,10 +1,19 @@
-"""Plots: training, tokens, labels, benchmarks. Embeddings are plotted by scanpy."""
+"""Plots: training, tokens, labels, benchmarks, smaller models. Embeddings are plotted by scanpy."""
 
 from __future__ import annotations
 
 from scllm.pl._benchmark import benchmark_table
 from scllm.pl._classify import confusion_matrix
+from scllm.pl._compress import compression
 from scllm.pl._loss import loss_curves
 from scllm.pl._tokens import bin_distribution, gene_coverage, reconstruction
 
-__all__ = ["benchmark_table", "bin_distribution", "confusion_matrix", "gene_coverage", "loss_curves", "reconstruction"]
+__all__ = [
+    "benchmark_table",
+    "bin_distribution",
+    "compression",
+    "confusion_matrix",
+    "gene_coverage",
+    "loss_curves",
+    "reconstruction",
+]

@@ -10,6 +10,8 @@ from scllm.tl._embed import embed, embed_genes
 from scllm.tl._finetune import finetune
 from scllm.tl._perplexity import perplexity
 from scllm.tl._pretrain import pretrain
+from scllm.tl._prune import prune
+from scllm.tl._quantize import quantize
 from scllm.tl._reconstruct import reconstruct
 
 __all__ = [
@@ -22,5 +24,7 @@ __all__ = [
     "finetune",
     "perplexity",
     "pretrain",
+    "prune",
+    "quantize",
     "reconstruct",
 ]
