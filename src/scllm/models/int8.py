@@ -173,8 +173,9 @@ def to_float(model: nn.Module) -> None:
             _replace(model, name, plain.train(module.training))
         elif type(module).__name__ == "ParametrizedXLNetRelativeAttention":
             for which in _XLNET:
-                parametrize.remove_parametrizations(module, which)
-                module.register_parameter(which, nn.Parameter(getattr(module, which).detach().clone()))
+                floats = nn.Parameter(getattr(module, which).detach())
+                parametrize.remove_parametrizations(module, which, leave_parametrized=False)
+                setattr(module, which, floats)
     model.weight_dtype = "float32"  # type: ignore[assignment]
     model.layers_changed()  # type: ignore[operator]
 

@@ -8,12 +8,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from scllm.data.run_files import read_report
-from scllm.pl._axes import GREY, AxesArray, axis_grid, colors, show_or_return, tidy
+from scllm.pl._axes import AxesArray, axis_grid, colors, show_or_return, tidy
 
 __all__ = ["compression"]
 
@@ -93,7 +92,7 @@ def compression(
     for axis, panel in zip(axes, panels, strict=True):
         _draw(axis, panel, reports)
         axis.set_yticks(range(len(reports)), names if axis is axes[0] else [""] * len(reports))
-        axis.set_title(panel.title, fontsize="medium")
+        axis.set_title(panel.title, fontsize="medium", loc="left")
         axis.set_ylim(len(reports) - 0.4, -0.6)
         axis.tick_params(axis="y", length=0)
         tidy(axis)
@@ -146,20 +145,23 @@ def _draw(ax: Axes, panel: _Panel, reports: Sequence[pd.DataFrame]) -> None:
             _write(ax, before, row - 0.19, f"{before:.3g}")
             _write(ax, after, row + 0.19, _with_ratio(panel, before, after))
         highest = max(highest, before, after)
-    ax.set_xlim(0, 1.0 if panel.is_agreement else 1.05 * highest)
+    # room for the numbers beside the bars
+    ax.set_xlim(0, 1.5 if panel.is_agreement else 2.0 * highest)
     ax.set_xticks([0, 1] if panel.is_agreement else [])
+    ax.spines["bottom"].set_bounds(0, 1)
     ax.spines["bottom"].set_visible(panel.is_agreement)
 
 
 def _with_ratio(panel: _Panel, before: float, after: float) -> str:
-    """The value, and how many times smaller (or faster) it is."""
+    """The value, and what it is of the original's."""
     if panel.column == "accuracy" or not before or not after:
         return f"{after:.3g}"
-    ratio = after / before if panel.column == "cells_per_s" else before / after
-    word = "faster" if panel.column == "cells_per_s" else "less"
-    return f"{after:.3g} ({ratio:.2g}x {word})" if np.isfinite(ratio) else f"{after:.3g}"
+    if abs(after / before - 1) < 0.005:
+        return f"{after:.3g}"
+    return f"{after:.3g} ({after / before:.2f}x)"
 
 
 def _write(ax: Axes, x: float, y: float, text: str) -> None:
-    """Inside the bar's beginning, where it never runs out of the panel."""
-    ax.annotate(text, (0, y), (4, 0), textcoords="offset points", va="center_baseline", fontsize="small", color=GREY)
+    """Beside the bar's end."""
+    place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center_baseline"}
+    ax.annotate(text, (x, y), fontsize="small", color="#333333", **place)
