@@ -206,7 +206,7 @@ def test_a_file_of_unknown_numbers_is_an_error(adata, tmp_path):
     after.save(tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"weight_dtype": "int2"}))
-    with pytest.raises(ValueError, match="weights are stored as 'int2', one of .* Update scllm"):
+    with pytest.raises(ValueError, match=r"weights are stored as 'int2', one of .* Update scllm"):
         models.load(tmp_path / "model")
 
 

@@ -172,7 +172,7 @@ def test_networks_whose_heads_are_not_known_are_an_error(adata):
     config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                          max_position_embeddings=64)  # fmt: skip
     model = built("gpt2", adata.var_names, hf_config=config, max_len=64, size="tiny")
-    with pytest.raises(ValueError, match="blocks are of type 'LlamaDecoderLayer'.* Use structured=False"):
+    with pytest.raises(ValueError, match=r"blocks are of type 'LlamaDecoderLayer'.* Use structured=False"):
         prune_structured(model, 0.3)
 
 

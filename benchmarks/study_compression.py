@@ -1,0 +1,150 @@
+"""Smaller models beside their originals: ``python -m benchmarks.study_compression [MODEL ...]``.
+
+Models: ``scgpt-base`` (12 x 8 x 512, 60,697 genes), ``geneformer-v1-10m`` (6 x 4 x 256, 25,424 genes), both with fresh
+blocks and a gene table of the data's singular vectors; ``scgpt-small`` and ``geneformer-small``, fine-tuned on sorted
+blood cells (some minutes each), labels scored on cells they have not seen. Embeddings are of blood cells
+(``pbmc_zheng2017_facs.h5ad`` below ``SCLLM_SHARED``), products are counted by torch's ``FlopCounterMode``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import scllm
+from benchmarks.study_blood import KEY, sorted_cells
+from scllm.data.source import open_source
+from scllm.engine.gene_init import start_from_data
+from scllm.engine.predict import predict
+from scllm.models import CellModel
+from scllm.models.storage import bytes_on_disk
+from scllm.tl._model import gene_match
+
+N_CELLS, N_TIMED = 300, 32
+MAX_LEN = {"scgpt-base": 257}  # of 12 blocks on one core; sorted cells have 500 genes in the mean
+VARIANTS: dict[str, Callable[[CellModel], CellModel]] = {
+    "original": lambda model: model,
+    "int8": scllm.tl.quantize,
+    "int8_dynamic": lambda model: scllm.tl.quantize(model, dtype="int8_dynamic"),
+    "30 % of weights zero": scllm.tl.prune,
+    "without 30 % of heads and neurons": lambda model: scllm.tl.prune(model, structured=True),
+    "the same, int8": lambda model: scllm.tl.quantize(scllm.tl.prune(model, structured=True)),
+}
+
+
+def main(names: list[str]) -> None:
+    adata = sorted_cells()
+    rng = np.random.default_rng(0)
+    # every type alike, held out from training
+    chosen = np.concatenate([rng.permutation(at)[: N_CELLS // 10] for at in adata.obs.groupby(KEY, observed=True).indices.values()])
+    cells, rest = adata[np.sort(chosen)].copy(), adata[np.setdiff1d(np.arange(adata.n_obs), chosen)].copy()
+    for name in names:
+        model = MODELS[name](rest)
+        if name in MAX_LEN:
+            model.encoder = replace(model.encoder, max_len=MAX_LEN[name])
+        print(f"\n{name}", flush=True)
+        print(table(model, cells).to_string(), flush=True)
+
+
+def table(model: CellModel, cells: AnnData) -> pd.DataFrame:
+    """One row a variant."""
+    smaller = {name: make(model) for name, make in VARIANTS.items()}
+    speed = cells_per_s(smaller, cells[:N_TIMED].copy())
+    rows, reference = {}, None
+    for name, one in smaller.items():
+        embedding = scllm.tl.embed(cells, one, copy=True).obsm["X_scllm"]
+        reference = embedding if reference is None else reference
+        rows[name] = {
+            "MB": bytes_on_disk(one) / 1e6,
+            "weights": one.n_parameters,
+            "GFLOP": counted_flops(one, cells[:8].copy()) / 8e9,
+            "cells/s": speed[name],
+            **scllm.metrics.agreement(embedding, reference),
+        }
+        if one.head_specs:
+            labelled = scllm.tl.classify(cells, one, key_added="label", copy=True)
+            rows[name]["accuracy"] = float((labelled.obs["label"].astype(str) == cells.obs[KEY].astype(str)).mean())
+    found = pd.DataFrame.from_dict(rows, orient="index")
+    found["x smaller"] = found["MB"].iloc[0] / found["MB"]
+    found["x faster"] = found["cells/s"] / found["cells/s"].iloc[0]
+    return found.round(4)
+
+
+def cells_per_s(smaller: dict[str, CellModel], cells: AnnData) -> dict[str, float]:
+    """The best of three, all variants in turn."""
+    source, best = open_source(cells), dict.fromkeys(smaller, np.inf)
+    for _ in range(3):
+        for name, model in smaller.items():
+            began = time.process_time()  # other programs may share the cores
+            for _part in predict(model, source, gene_match(cells, source, model), lambda m, b: m.embed(b)):
+                pass
+            best[name] = min(best[name], time.process_time() - began)
+    return {name: cells.n_obs / seconds for name, seconds in best.items()}
+
+
+def counted_flops(model: CellModel, cells: AnnData) -> float:
+    """Products of matrices in all blocks, for all tokens."""
+    source = open_source(cells)
+    # the fused kernel of a CPU is not counted
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for _part in predict(
+            model, source, gene_match(cells, source, model), lambda m, b: m.hidden(b)[b.first.clamp(max=0)]
+        ):
+            pass
+    return float(counter.get_total_flops())
+
+
+def started(family: str, n_genes: int, size: str) -> Callable[[AnnData], CellModel]:
+    """Fresh blocks; the gene table starts from the data, genes that the data lack fill up the vocabulary."""
+
+    def make(adata: AnnData) -> CellModel:
+        others = [f"unmeasured{i}" for i in range(n_genes - adata.n_vars)]
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            model = scllm.models.build(family, vocab=[*adata.var_names, *others], size=size).eval()
+        source = open_source(adata)
+        start_from_data(model, source, gene_match(adata, source, model), np.arange(adata.n_obs))
+        return model
+
+    return make
+
+
+def tuned(family: str, **settings) -> Callable[[AnnData], CellModel]:
+    """Fine-tuned from a start of the data's singular vectors."""
+
+    def make(adata: AnnData) -> CellModel:
+        model = started(family, adata.n_vars, "small")(adata)
+        with tempfile.TemporaryDirectory() as folder:
+            return scllm.tl.finetune(
+                adata, model, key=KEY, run_dir=Path(folder) / "run",
+                config=scllm.tl.TrainConfig(max_len=129, warmup=30, schedule="cosine"), **settings,
+            )  # fmt: skip
+
+    return make
+
+
+MODELS: dict[str, Callable[[AnnData], CellModel]] = {
+    "geneformer-v1-10m": started("geneformer", 25_424, "v1-10m"),
+    "scgpt-base": started("scgpt", 60_694, "base"),
+    "geneformer-small": tuned("geneformer", epochs=3, lr=1e-3),
+    "scgpt-small": tuned("scgpt", epochs=3, lr=1e-3),
+}
+
+
+if __name__ == "__main__":
+    pd.set_option("display.width", 250)
+    pd.set_option("display.max_columns", 20)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(sys.argv[1:] or list(MODELS))
