@@ -32,8 +32,8 @@ from scllm.models import CellModel
 from scllm.models.storage import bytes_on_disk
 from scllm.tl._model import gene_match
 
-N_CELLS, N_TIMED = 300, 32
-MAX_LEN = {"scgpt-base": 257}  # of 12 blocks on one core; sorted cells have 500 genes in the mean
+N_CELLS, N_TIMED = 200, 16
+MAX_LEN = {"scgpt-base": 129}  # 12 blocks on one core; sorted cells have some 500 genes
 VARIANTS: dict[str, Callable[[CellModel], CellModel]] = {
     "original": lambda model: model,
     "int8": scllm.tl.quantize,

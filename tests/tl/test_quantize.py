@@ -36,8 +36,8 @@ def test_the_report_has_a_row_before_and_one_after(tiny):
     report = tl.quantize(tiny).report
     assert list(report.index) == ["before", "after"]
     assert list(report.columns) == [
-        "bytes_on_disk", "bytes_in_memory", "n_parameters", "flops_per_cell", "cells_per_s", "cosine_mean", "cosine_min",
-        "knn_overlap",
+        "bytes_on_disk", "bytes_in_memory", "n_parameters", "flops_per_cell", "cells_per_s", "cosine_mean",
+        "cosine_min", "knn_overlap",
     ]  # fmt: skip
     assert report.loc["before", ["cosine_mean", "cosine_min", "knn_overlap"]].to_numpy() == pytest.approx(1)
     assert 0.99 < report.loc["after", "cosine_min"] < 1
@@ -75,12 +75,13 @@ def test_what_is_not_trained_is_int8_and_heads_are_trained(adata, tiny, tmp_path
     with pytest.raises(ValueError, match="int8 weights, which cannot be trained"):
         tl.pretrain(adata, small, epochs=1)
     assert not (settings.run_dir / "finetune").exists()
-    tuned = tl.finetune(adata, small, key="cell_type", freeze="encoder", epochs=12, lr=1e-2)
+    heads = {"key": "cell_type", "freeze": "encoder", "epochs": 4, "lr": 1e-2}
+    tuned, of_floats = tl.finetune(adata, small, **heads), tl.finetune(adata, tiny, **heads)
+    np.testing.assert_allclose(tuned.history["loss"], of_floats.history["loss"], rtol=0.01)
+    assert tuned.history["loss"].nunique() > 2
     assert tuned.weight_dtype == "int8"
     assert torch.equal(tuned.gene_embedding.weight_int8, small.gene_embedding.weight_int8)
     assert tuned.heads[0].out.weight.dtype == torch.float32
-    tl.classify(adata, tuned, key_added="label")
-    assert (adata.obs["label"].astype(str) == adata.obs["cell_type"].astype(str)).mean() > 0.8
     # floats that were trained on top of int8 weights come back as they are
     tuned.save(tmp_path / "model")
     assert models.load(tmp_path / "model").hash() == tuned.hash()
