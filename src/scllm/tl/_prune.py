@@ -30,9 +30,9 @@ def prune(model: ModelLike, *, amount: float = 0.3, structured: bool = False) ->
         arXiv:1506.02626). The model keeps its shape, and is no faster and no smaller. ``True``: heads and neurons with
         the smallest norms (Li et al. 2017, arXiv:1608.08710) are taken out for good, so that the model has fewer
         weights and computes less. Heads of all blocks are compared, each with the mean of its block, and each block
-        keeps one at least; of the neurons every block loses the share. In albert all layers share the block that loses
-        them; in scfoundation the decoder shrinks too. Networks given as ``hf_config`` need to be GPT-2's, ALBERT's or
-        XLNet's own.
+        keeps one at least; of the neurons every block loses the share, in eights. In albert all layers share the block
+        that loses them; in scfoundation the decoder shrinks too. Networks given as ``hf_config`` need to be GPT-2's,
+        ALBERT's or XLNet's own.
 
     Returns
     -------
