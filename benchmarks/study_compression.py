@@ -1,9 +1,10 @@
 """Smaller models beside their originals: ``python -m benchmarks.study_compression [MODEL ...]``.
 
-Models: ``scgpt-base`` (12 x 8 x 512, 60,697 genes), ``geneformer-v1-10m`` (6 x 4 x 256, 25,424 genes), both with fresh
-blocks and a gene table of the data's singular vectors; ``scgpt-small`` and ``geneformer-small``, fine-tuned on sorted
-blood cells (some minutes each), labels scored on cells they have not seen. Embeddings are of blood cells
-(``pbmc_zheng2017_facs.h5ad`` below ``SCLLM_SHARED``), products are counted by torch's ``FlopCounterMode``.
+Models: folders, such as those that ``study_blood`` and ``scllm demo`` leave; ``scgpt-base`` (12 x 8 x 512, 60,697 tokens)
+and ``geneformer-v1-10m`` (6 x 4 x 256, 25,426 tokens), both with fresh blocks and a gene table of the data's singular
+vectors; ``scgpt-small`` and ``geneformer-small``, fine-tuned on 1,500 sorted blood cells (minutes each). Embedded and
+labelled are other blood cells (``pbmc_zheng2017_facs.h5ad`` below ``SCLLM_SHARED``; those of ``scllm demo`` for its
+model). Products are counted by torch's ``FlopCounterMode``, seconds are those of the process.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def main(names: list[str]) -> None:
     held_out, rest = adata[order[:N_HELD_OUT]].copy(), adata[order[N_HELD_OUT : N_HELD_OUT + N_TRAINING]].copy()
     for name in names:
         cells = held_out[: N_CELLS.get(name, N_HELD_OUT)].copy()
-        model = MODELS[name](rest)
+        model = MODELS[name](rest) if name in MODELS else scllm.models.load(name)
+        if model.head_specs and not set(cells.obs[KEY]) <= set(model.head_specs[0].classes or ()):
+            cells = scllm.datasets.pbmc68k()  # what `scllm demo` fine-tunes on
         if name in MAX_LEN:
             model.encoder = replace(model.encoder, max_len=MAX_LEN[name])
         print(f"\n{name}", flush=True)
@@ -79,6 +82,8 @@ def table(model: CellModel, cells: AnnData) -> pd.DataFrame:
             "cells/s": speed[name],
             **scllm.metrics.agreement(embedding, reference),
         }
+        probed = scllm.metrics.logistic_regression_scores(embedding, cells.obs[KEY].astype(str))
+        rows[name]["linear probe"] = probed["accuracy"]
         if one.head_specs:
             labelled = scllm.tl.classify(cells, one, key_added="label", copy=True)
             rows[name]["accuracy"] = float((labelled.obs["label"].astype(str) == cells.obs[KEY].astype(str)).mean())

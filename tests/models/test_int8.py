@@ -84,6 +84,7 @@ def test_products_of_integers_are_those_of_rounded_activations(linear):
     found = int8(x).numpy()
     assert np.mean(np.abs(found - by_hand) < 1e-4) > 0.99  # a number on the edge of two steps may fall either way
     np.testing.assert_allclose(found, linear(x), atol=0.1)
+    assert int8(x[:0]).shape == (0, 10)
     # whatever else is in the batch
     np.testing.assert_array_equal(int8(x[255:258]), found[255:258])
     np.testing.assert_array_equal(int8(x.view(3, 200, 24)), found.reshape(3, 200, 10))

@@ -82,7 +82,7 @@ class Int8Linear(_Int8Weight, nn.Linear):  # type: ignore[override]
     def _integer_product(self, x: Tensor) -> Tensor:
         found = x.new_empty(len(x), self.out_features)
         transposed, scale = self.weight_int8.t(), self.scale.t().float()
-        for part, out in zip(x.split(_ROWS), found.split(_ROWS), strict=True):
+        for part, out in zip(x.split(_ROWS), found.split(_ROWS), strict=True) if len(x) else ():
             step = part.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
             product = torch._int_mm((part / step).round().to(torch.int8), transposed)
             product = product.float().mul_(step).mul_(scale)
