@@ -1,6 +1,6 @@
 """Smaller models beside their originals: ``python -m benchmarks.study_compression [MODEL ...]``.
 
-Models: folders, such as those that ``study_blood`` and ``scllm demo`` leave; ``scgpt-base`` (12 x 8 x 512, 60,697 tokens)
+Models: folders, such as ``study_blood`` and ``scllm demo`` leave them; ``scgpt-base`` (12 x 8 x 512, 60,697 tokens)
 and ``geneformer-v1-10m`` (6 x 4 x 256, 25,426 tokens), both with fresh blocks and a gene table of the data's singular
 vectors; ``scgpt-small`` and ``geneformer-small``, fine-tuned on 1,500 sorted blood cells (minutes each). Embedded and
 labelled are other blood cells (``pbmc_zheng2017_facs.h5ad`` below ``SCLLM_SHARED``; those of ``scllm demo`` for its
