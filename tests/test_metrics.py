@@ -280,3 +280,27 @@ def test_mean_roc_is_the_mean_of_the_classes_curves(guesses) -> None:
         rates.append(np.interp(0.25, at, rate))
     assert true[np.flatnonzero(false == 0.25)[0]] == pytest.approx(np.mean(rates))
     assert (false[0], true[0], true[-1]) == (0, 0, 1)
+
+
+def test_agreement_is_that_of_a_slow_count():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(40, 6))
+    b = a + rng.normal(size=a.shape) * 0.5
+    found = metrics.agreement(a, b, k=5)
+    cosine = [x @ y / (np.sqrt(x @ x) * np.sqrt(y @ y)) for x, y in zip(a, b)]
+    assert found["cosine_mean"] == pytest.approx(np.mean(cosine))
+    assert found["cosine_min"] == pytest.approx(min(cosine))
+    shared = 0
+    for cell in range(40):
+        near = []
+        for x in (a, b):
+            distance = [np.inf if other == cell else ((x[other] - x[cell]) ** 2).sum() for other in range(40)]
+            near.append(set(np.argsort(distance)[:5]))
+        shared += len(near[0] & near[1])
+    assert found["knn_overlap"] == pytest.approx(shared / 200)
+    assert metrics.agreement(a, a) == pytest.approx({"cosine_mean": 1, "cosine_min": 1, "knn_overlap": 1})
+
+
+def test_agreement_needs_the_same_cells():
+    with pytest.raises(ValueError, match=r"of shape \(3, 2\) and \(4, 2\), two of one shape"):
+        metrics.agreement(np.ones((3, 2)), np.ones((4, 2)))

@@ -28,7 +28,7 @@ from sklearn.metrics import (
     silhouette_score,
 )
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -40,6 +40,7 @@ __all__ = [
     "BATCH_METRICS",
     "BIO_METRICS",
     "BIO_WEIGHT",
+    "agreement",
     "batch_mixing",
     "bootstrap_interval",
     "class_f1",
@@ -254,6 +255,42 @@ def batch_mixing(graph: CSR, batches: ArrayLike) -> float:
     counts = counts[counts.sum(axis=1) > 0]
     around = _entropy(counts / counts.sum(axis=1, keepdims=True)).mean()
     return float(min(1.0, around / _entropy(is_batch.mean(axis=0, keepdims=True))[0]))
+
+
+def agreement(embedding: FloatArray, reference: FloatArray, *, k: int = 15) -> dict[str, float]:
+    """How alike two embeddings of the same cells are, such as those of a model and of its int8 form.
+
+    Parameters
+    ----------
+    embedding, reference
+        ``(n, d)``, rows in the same order.
+    k
+        Neighbours of a cell that are compared; fewer where there are fewer cells.
+
+    Returns
+    -------
+    ``cosine_mean`` and ``cosine_min`` over cells, and ``knn_overlap``: the mean share of the ``k`` nearest neighbours
+    (Euclidean) in one embedding that are among the ``k`` nearest in the other.
+
+    Examples
+    --------
+    >>> reference = np.random.default_rng(0).normal(size=(50, 8))
+    >>> agreement(2 * reference, reference)["knn_overlap"]
+    1.0
+    """
+    a, b = (np.asarray(x, np.float64) for x in (embedding, reference))
+    if a.shape != b.shape or len(a) < 2:
+        raise ValueError(
+            f"the embeddings are of shape {a.shape} and {b.shape}, two of one shape and of at least two cells "
+            "expected. Embed the same cells with both models."
+        )
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = (a * b).sum(1) / np.where(lengths > 0, lengths, 1)
+    k = min(k, len(a) - 1)
+    near, of_reference = (NearestNeighbors(n_neighbors=k).fit(x).kneighbors(return_distance=False) for x in (a, b))
+    shared = [len(np.intersect1d(*pair)) / k for pair in zip(near, of_reference)]
+    found = {"cosine_mean": cosine.mean(), "cosine_min": cosine.min(), "knn_overlap": np.mean(shared)}
+    return {name: float(value) for name, value in found.items()}
 
 
 def knn_accuracy(

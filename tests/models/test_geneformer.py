@@ -20,6 +20,7 @@ from scllm.data.vocab import Vocab
 from scllm.engine.objectives import MaskedGene
 from scllm.models import geneformer
 from scllm.models.base import Batch
+from scllm.models.int8 import to_int8
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-4}
 VERSIONS = ["v1", "v2"]
@@ -172,6 +173,16 @@ def test_parity_geneformer_cell_classifier(parity, tmp_path):
     np.testing.assert_allclose(model(batch).heads["cell_class"], expected["logits"], **CLOSE)
     with pytest.raises(ValueError, match="does not predict genes"):
         model.gene_loss(batch, torch.arange(len(batch.genes)), batch.genes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["int8", "int8_dynamic"])
+def test_parity_geneformer_labels_are_those_of_int8_weights(parity, tmp_path, dtype):
+    model, batch, expected = classifier(parity, tmp_path, "cell")
+    to_int8(model, dtype)
+    logits = model.head_outputs(batch)["cell_class"].numpy()
+    assert (logits.argmax(1) == expected["logits"].argmax(1)).all()
+    assert np.abs(logits - expected["logits"]).max() < 0.05 * np.ptp(expected["logits"])
 
 
 @torch.no_grad()

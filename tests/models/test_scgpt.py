@@ -15,6 +15,7 @@ from scllm.engine import losses
 from scllm.engine.objectives import MaskedValue
 from scllm.models import scgpt, storage
 from scllm.models.base import Batch, HeadSpec
+from scllm.models.int8 import to_int8
 from scllm.models.layers import CellToGenes
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-4}
@@ -122,6 +123,17 @@ def test_parity_scgpt_variants(parity, model, arrays, name):
     np.testing.assert_allclose(outputs.cell, expected["cell_emb"], **CLOSE)
     if "cls_output" in expected:
         np.testing.assert_allclose(outputs.heads["cls"], expected["cls_output"], **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["int8", "int8_dynamic"])
+def test_parity_scgpt_labels_are_those_of_int8_weights(parity, model, arrays, dtype):
+    built, _ = variant(parity, model, "annotation")
+    to_int8(built, dtype)
+    expected, padding = np.load(parity / "out_annotation.npz")["cls_output"], arrays["src_key_padding_mask"]
+    logits = built(packed(arrays["src"], arrays["target_values"], padding)).heads["cls"].numpy()
+    assert (logits.argmax(1) == expected.argmax(1)).all()
+    assert np.abs(logits - expected).max() < 0.05 * np.ptp(expected)
 
 
 @torch.no_grad()

@@ -9,7 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["append_history", "cut_history", "read_history", "read_json", "write_json", "write_text"]
+__all__ = [
+    "append_history", "cut_history", "read_history", "read_json", "read_report", "write_json", "write_report",
+    "write_text",
+]  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:
@@ -51,6 +54,20 @@ def read_history(path: Path) -> pd.DataFrame | None:
         return None
     lines = _whole_lines(path)
     return pd.DataFrame(lines) if lines else None
+
+
+def write_report(path: Path, report: pd.DataFrame) -> None:
+    """Write what compression did to a model; what was not measured is ``null``."""
+    rows = report.astype(object).where(report.notna(), None)
+    write_json(path, rows.to_dict("index"))
+
+
+def read_report(path: Path) -> pd.DataFrame | None:
+    """What compression did to a model, one row before and one after; ``None`` where nothing says so."""
+    if not path.is_file():
+        return None
+    report = pd.DataFrame.from_dict(read_json(path), orient="index")
+    return report.astype({name: float for name in report if report[name].dtype == object})
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -23,9 +23,10 @@ from scllm.data.encode import (
     ValueEncoder,
     encoder_from_dict,
 )
-from scllm.data.run_files import read_history
+from scllm.data.run_files import read_history, read_report
 from scllm.data.vocab import Vocab
 from scllm.models.base import CellModel, Checkpoint, HeadSpec
+from scllm.models.int8 import prepare_int8
 from scllm.models.storage import HUB, from_hub, is_native, load_weights, read_native
 
 __all__ = [
@@ -209,16 +210,25 @@ def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> Cel
         weights,
         heads,
     )
-    model = _filled(module, checkpoint, checkpoint.vocab, folder, ignore)
+    model = _filled(module, checkpoint, checkpoint.vocab, folder, ignore, config.get("weight_dtype", "float32"))
+    model.report = read_report(folder / "report.json")
     model.history = read_history(folder / "history.jsonl")
     model.path = folder.absolute()
     return model
 
 
-def _filled(module: ModuleType, checkpoint: Checkpoint, vocab: Vocab, folder: Path, ignore: Iterable[str]) -> CellModel:
+def _filled(
+    module: ModuleType,
+    checkpoint: Checkpoint,
+    vocab: Vocab,
+    folder: Path,
+    ignore: Iterable[str],
+    weight_dtype: str = "float32",
+) -> CellModel:
     """A model with the weights of a checkpoint; the caller's random state stays as it was."""
     with torch.random.fork_rng([]):
         model: CellModel = module.Model(checkpoint.config, vocab, checkpoint.encoder)
         model.set_heads(checkpoint.heads)
+        prepare_int8(model, weight_dtype, checkpoint.weights)
     load_weights(model, checkpoint.weights, source=folder, ignore=ignore)
     return model.eval()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from scllm.data.encode import Encoder
 from scllm.data.vocab import Vocab
 from scllm.models.batch import Batch, Outputs
+from scllm.models.int8 import WeightDtype, to_float
+from scllm.models.pruning import compression
 from scllm.models.storage import write_native
 
 __all__ = ["Batch", "CellModel", "Checkpoint", "HeadSpec", "Level", "ModelConfig", "Outputs", "Pooling"]
@@ -26,12 +29,21 @@ Pooling = Literal["cls", "mean", "max", "all"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture; each family adds its own fields."""
+    """The architecture; each family adds its own fields.
+
+    Parameters
+    ----------
+    block_heads, block_hidden
+        Heads and width of the feed-forward layer of each block, where pruning has left other numbers than the model was
+        built with; heads keep their width.
+    """
 
     n_layers: int = 12
     n_heads: int = 8
     d_model: int = 512
     dropout: float = 0.1
+    block_heads: tuple[int, ...] | None = None
+    block_hidden: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads:
@@ -39,6 +51,26 @@ class ModelConfig:
                 f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; every head needs the same width. "
                 "Change one of them."
             )
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        """Blocks of their own size come in pairs of numbers; JSON makes lists of them."""
+        for field in fields(self):
+            sizes = getattr(self, field.name)
+            if "block_" not in field.name or sizes is None:
+                continue
+            if not len(sizes) or min(sizes) < 1:
+                raise ValueError(
+                    f"{field.name} is {list(sizes)}, at least one head or neuron in each block expected. Leave it out "
+                    "for blocks of one size."
+                )
+            object.__setattr__(self, field.name, tuple(sizes))
+
+    def block_sizes(self) -> list[tuple[int, int]]:
+        """Heads and width of the feed-forward layer of each block, first to last."""
+        hidden = getattr(self, "d_hidden", None) or 4 * self.d_model
+        heads = self.block_heads or (self.n_heads,) * self.n_layers
+        return list(zip(heads, self.block_hidden or (hidden,) * len(heads), strict=True))
 
     def vocab(self, genes: Iterable[str]) -> Vocab:
         """The vocabulary of a model from scratch."""
@@ -106,7 +138,9 @@ class CellModel(nn.Module):
     history
         Training history (a DataFrame), ``None`` for a model that was not trained here.
     report
-        Sizes, speed and agreement after :func:`scllm.tl.quantize` or :func:`scllm.tl.prune`.
+        Sizes, speed and agreement before and after :func:`scllm.tl.quantize` or :func:`scllm.tl.prune`.
+    weight_dtype
+        What the weights are stored as: ``"float32"``, or what :func:`scllm.tl.quantize` made of them.
     path
         Where the model was saved or loaded last.
     head_specs
@@ -141,6 +175,7 @@ class CellModel(nn.Module):
         self.history: pd.DataFrame | None = None
         self.report: pd.DataFrame | None = None
         self.path: Path | None = None
+        self.weight_dtype: WeightDtype = "float32"
         self.head_specs: tuple[HeadSpec, ...] = ()
         self.heads = nn.ModuleList()
         special = torch.zeros(len(vocab), dtype=torch.bool)
@@ -199,6 +234,13 @@ class CellModel(nn.Module):
     def new_gene_head(self, n_outputs: int) -> nn.Module:
         """A fresh head on gene tokens; linear, so that the mean of its outputs is its output of the mean state."""
         return nn.Linear(self.config.d_model, n_outputs)
+
+    def prunable(self) -> dict[str, Sequence[Any]]:
+        """Blocks whose heads and neurons can be taken out, by the beginning of their fields in the configuration."""
+        return {"block": self.blocks}
+
+    def layers_changed(self) -> None:
+        """Called after layers were replaced by others."""
 
     # --- what all families share, unless one defines it otherwise ---
 
@@ -294,11 +336,14 @@ class CellModel(nn.Module):
     def forward_flops(self, n_tokens: float) -> float:
         """Floating-point operations of the blocks for a cell of ``n_tokens``.
 
-        A token costs ``2 L (4 d^2 + 2 d f) + 4 L S d``; the embedding table is looked up, not multiplied.
+        A token costs ``2 (4 d e + 2 d f) + 4 S e`` a block, where heads are ``e`` wide together (``d``, unless some
+        were pruned); the embedding table is looked up, not multiplied.
         """
-        d, layers = self.config.d_model, self.config.n_layers
-        f = getattr(self.config, "d_hidden", 4 * d)
-        return n_tokens * (2 * layers * (4 * d * d + 2 * d * f) + 4 * layers * n_tokens * d)
+        d, sizes = self.config.d_model, self.config.block_sizes()
+        repeats = self.config.n_layers / len(sizes)  # layers may share a block
+        inner = sum(heads for heads, _ in sizes) * (d // self.config.n_heads) * repeats
+        hidden = sum(width for _, width in sizes) * repeats
+        return n_tokens * (2 * (4 * d * inner + 2 * d * hidden) + 4 * n_tokens * inner)
 
     @property
     def n_parameters(self) -> int:
@@ -331,13 +376,26 @@ class CellModel(nn.Module):
         if format == "native":
             write_native(self, Path(path))
         elif format == self.family:
-            self.write_original(Path(path))
+            self._with_floats().write_original(Path(path))
         else:
             raise ValueError(
                 f"format is {format!r}, 'native' or the model's own family {self.family!r} expected. "
                 "A model cannot be written in the format of another family."
             )
         self.path = Path(path).absolute()
+
+    def _with_floats(self) -> CellModel:
+        """The model as published formats can hold it."""
+        if self.config.block_heads is not None:
+            raise ValueError(
+                f"the model was pruned to blocks of different sizes (heads: {list(self.config.block_heads)}), blocks "
+                f"of one size expected: the format of {self.family} holds no others. Use format='native'."
+            )
+        if self.weight_dtype == "float32":
+            return self
+        model = copy.deepcopy(self)
+        to_float(model)
+        return model
 
     def __repr__(self) -> str:
         config, heads = (
@@ -353,6 +411,9 @@ class CellModel(nn.Module):
             f"  vocabulary  {self.vocab!r}",
             f"  encoder     {self.encoder!r}",
         ]
+        smaller = compression(self)
+        if smaller:
+            lines.append(f"  compressed  {smaller}")
         if heads:
             lines.append(f"  heads       {heads}")
         if self.history is not None and len(self.history):

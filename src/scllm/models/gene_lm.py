@@ -20,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from scllm.data.encode import Encoder, RankEncoder
 from scllm.data.vocab import Vocab
 from scllm.models.base import Batch, CellModel, ModelConfig, Outputs
+from scllm.models.int8 import has_plain_weights
 from scllm.models.layers import linear_cross_entropy
+from scllm.models.pruning import shrink
 
 __all__ = ["GeneLM", "Likelihood", "SentenceConfig"]
 
@@ -130,11 +132,24 @@ class GeneLM(CellModel):
                 f"the encoder makes sentences of up to {encoder.max_len} tokens, at most {limit} expected: the network "
                 "has no further positions. Pass max_len= to the model, or an encoder with a smaller one."
             )
-        first: dict[int, str] = {}
-        named = [(name, id(weight)) for name, weight in self.named_parameters(remove_duplicate=False)]
-        self.tied = {name: first[which] for name, which in named if first.setdefault(which, name) != name}
+        if config.block_heads is not None:
+            for block, (n_heads, hidden) in zip(self.prunable()["block"], config.block_sizes(), strict=True):
+                shrink(block, (torch.arange(n_heads), torch.arange(hidden)))
+        self.tied: dict[str, str] = {}
         """Weights that stand under two names, which are stored once."""
+        self.layers_changed()
         self.head_name = self._checked()
+
+    def layers_changed(self) -> None:
+        """Find again which weights stand under two names."""
+        first: dict[int, str] = {}
+        weights = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
+        self.tied = {name: first[id(w)] for name, w in weights if first.setdefault(id(w), name) != name}
+
+    def prunable(self) -> dict[str, Sequence[Any]]:
+        """The network's blocks; ALBERT's lie in groups."""
+        within = [module for block in self.blocks for module in block.modules()]
+        return {"block": [layer for layer in within if type(layer).__name__ == "AlbertLayer"] or self.blocks}
 
     def _checked(self) -> str | None:
         """The module that alone makes logits of states, if there is one; an error where a network sees too much.
@@ -234,7 +249,7 @@ class GeneLM(CellModel):
     def gene_loss(self, batch: Batch, at: Tensor, genes: Tensor) -> Tensor:
         """Summed cross-entropy (nats) of ``genes`` ``(n,)`` at positions ``at``, from what the network may see."""
         head = None if self.head_name is None else getattr(self.network, self.head_name)
-        if self.likelihood != "causal" or type(head) is not nn.Linear:
+        if self.likelihood != "causal" or head is None or not has_plain_weights(head):
             return super().gene_loss(batch, at, genes)
         return linear_cross_entropy(self.hidden(batch)[at - 1], head.weight, head.bias, genes)
 

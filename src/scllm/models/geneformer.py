@@ -105,8 +105,8 @@ class Model(CellModel):
         self.norm = nn.LayerNorm(d, 1e-12)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
-            Block(d, config.n_heads, config.d_hidden, config.dropout, norm_eps=1e-12, inner=False)
-            for _ in range(config.n_layers)
+            Block(d, heads, hidden, config.dropout, norm_eps=1e-12, inner=False, d_head=d // config.n_heads)
+            for heads, hidden in config.block_sizes()
         )
         self.predictor = GenePredictor(d, len(vocab)) if config.lm_head else None
         self.apply(_initialise)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from scllm.models.base import Batch
+from scllm.models.int8 import has_plain_weights
 
 try:  # there is no packed attention before torch 2.10, and none on a CPU
     from torch.nn.attention.varlen import varlen_attn
@@ -68,40 +69,36 @@ def _attend_cell(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention with one ``qkv`` and one ``out`` projection.
 
-    Attention weights are not dropped out: the fused kernels have no dropout, and cells are short.
+    Attention weights are not dropped out: the fused kernels have no dropout, and cells are short. Where heads were
+    pruned, ``n_heads * d_head`` is smaller than ``d_model``.
     """
 
-    def __init__(self, d_model: int, n_heads: int) -> None:
+    def __init__(self, d_model: int, n_heads: int, d_head: int | None = None) -> None:
         super().__init__()
-        self.n_heads = n_heads
-        self.qkv = nn.Linear(d_model, 3 * d_model)
-        self.out = nn.Linear(d_model, d_model)
+        self.n_heads, self.d_head = n_heads, d_head or d_model // n_heads
+        width = n_heads * self.d_head
+        self.qkv = nn.Linear(d_model, 3 * width)
+        self.out = nn.Linear(width, d_model)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """``(t, d)`` to ``(t, d)``."""
-        query, key, value = self.qkv(x).view(len(x), 3, self.n_heads, x.shape[1] // self.n_heads).unbind(1)
-        return self.out(attend(query, key, value, batch).reshape(x.shape))
+        query, key, value = self.qkv(x).view(len(x), 3, self.n_heads, self.d_head).unbind(1)
+        return self.out(attend(query, key, value, batch).flatten(1))
 
     def first(self, x: Tensor, batch: Batch) -> Tensor:
         """What the first token of each cell gathers, ``(t, d)`` to ``(b, d)``."""
-        d = x.shape[1]
-        if type(self.qkv) is not nn.Linear:  # an adapter or int8 weights stand in its place
-            query, key, value = self.qkv(x).view(len(x), 3, self.n_heads, x.shape[1] // self.n_heads).unbind(1)
+        if not has_plain_weights(self.qkv):
+            query, key, value = self.qkv(x).view(len(x), 3, self.n_heads, self.d_head).unbind(1)
             attended = attend(query[batch.first], key, value, batch, first_only=True)
-            return self.out(attended.reshape(batch.n_cells, d))
-        query = F.linear(x[batch.first], self.qkv.weight[:d], self.qkv.bias[:d]).view(
-            batch.n_cells, self.n_heads, d // self.n_heads
-        )
-        key, value = (
-            F.linear(x, self.qkv.weight[d:], self.qkv.bias[d:])
-            .view(len(x), 2, self.n_heads, d // self.n_heads)
-            .unbind(1)
-        )
-        return self.out(attend(query, key, value, batch, first_only=True).reshape(batch.n_cells, d))
+            return self.out(attended.flatten(1))
+        weight, bias, width = self.qkv.weight, self.qkv.bias, self.out.in_features
+        query = F.linear(x[batch.first], weight[:width], bias[:width]).view(batch.n_cells, self.n_heads, self.d_head)
+        key, value = F.linear(x, weight[width:], bias[width:]).view(len(x), 2, self.n_heads, self.d_head).unbind(1)
+        return self.out(attend(query, key, value, batch, first_only=True).flatten(1))
 
     def weights(self, x: Tensor, batch: Batch) -> list[Tensor]:
         """Attention weights of each cell, ``(h, l, l)``."""
-        query, key, _ = self.qkv(x).view(len(x), 3, self.n_heads, x.shape[1] // self.n_heads).unbind(1)
+        query, key, _ = self.qkv(x).view(len(x), 3, self.n_heads, self.d_head).unbind(1)
         lengths = list(batch.lengths)
         pairs = zip(query.split(lengths), key.split(lengths), strict=True)
         return [(torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5).softmax(-1) for q, k in pairs]
@@ -111,10 +108,11 @@ class Block(nn.Module):
     """Post-norm transformer block (Vaswani et al. 2017) with ReLU; BERT's has no dropout inside the feed-forward."""
 
     def __init__(
-        self, d_model: int, n_heads: int, d_hidden: int, dropout: float, norm_eps: float = 1e-5, inner: bool = True
-    ) -> None:
+        self, d_model: int, n_heads: int, d_hidden: int, dropout: float, norm_eps: float = 1e-5, inner: bool = True,
+        d_head: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.attention = Attention(d_model, n_heads)
+        self.attention = Attention(d_model, n_heads, d_head)
         self.norm1 = nn.LayerNorm(d_model, norm_eps)
         self.up = nn.Linear(d_model, d_hidden)
         self.down = nn.Linear(d_hidden, d_model)

@@ -75,6 +75,7 @@ class Config(ModelConfig):
             raise ValueError(
                 f"key_maximum is {self.key_maximum!r}, 'cell' or 'batch' expected. 'cell' keeps cells independent."
             )
+        self._check_blocks()
 
     def vocab(self, genes: Any) -> Vocab:
         """The genes in the order given, then ``<eos>``: the extra token at the end of every cell."""
@@ -106,9 +107,9 @@ class Model(CellModel):
         self.gene_embedding.requires_grad_(not config.frozen_genes)
         self.layers = nn.ModuleList(
             PerformerBlock(
-                d, config.n_heads, config.d_head, 4 * d, config.dropout, qkv_bias=False, key_maximum=config.key_maximum
+                d, heads, config.d_head, hidden, config.dropout, qkv_bias=False, key_maximum=config.key_maximum
             )
-            for _ in range(config.n_layers)
+            for heads, hidden in config.block_sizes()
         )
         self.norm = nn.LayerNorm(d)
         self.decoder = nn.Linear(d, config.n_levels + 1) if config.predicts_levels else None

@@ -60,6 +60,8 @@ class Config(ModelConfig):
         The Performer that reads all genes.
     decoder_qkv_bias
         Whether its queries, keys and values have a bias.
+    decoder_block_heads, decoder_block_hidden
+        As ``block_heads`` and ``block_hidden``, of the Performer.
     key_maximum
         ``"cell"``: each cell as if it were alone. ``"batch"``: as the original computes batches, where predictions of a
         cell depend on its neighbours.
@@ -81,6 +83,8 @@ class Config(ModelConfig):
     d_decoder: int = 512
     decoder_d_head: int = 64
     decoder_qkv_bias: bool = True
+    decoder_block_heads: tuple[int, ...] | None = None
+    decoder_block_hidden: tuple[int, ...] | None = None
     key_maximum: KeyMaximum = "cell"
     redraw_every: int | None = 1000
 
@@ -90,6 +94,11 @@ class Config(ModelConfig):
             raise ValueError(
                 f"key_maximum is {self.key_maximum!r}, 'cell' or 'batch' expected. 'cell' keeps cells independent."
             )
+
+    def decoder_block_sizes(self) -> list[tuple[int, int]]:
+        """Heads and width of the feed-forward layer of each block of the decoder."""
+        heads = self.decoder_block_heads or (self.decoder_heads,) * self.decoder_layers
+        return list(zip(heads, self.decoder_block_hidden or (4 * self.d_decoder,) * len(heads), strict=True))
 
     def vocab(self, genes: Iterable[str]) -> Vocab:
         """The genes in the order given, then the target depth, the sequenced depth, and padding."""
@@ -152,16 +161,17 @@ class Model(CellModel):
         self.value_embedding = SoftBins(config)
         self.gene_embedding = nn.Embedding(len(vocab), d)
         self.layers = nn.ModuleList(
-            Block(d, config.n_heads, config.d_hidden, config.dropout) for _ in range(config.n_layers)
+            Block(d, heads, hidden, config.dropout, d_head=d // config.n_heads)
+            for heads, hidden in config.block_sizes()
         )
         self.encoder_norm = nn.LayerNorm(d)
         self.to_decoder = nn.Linear(d, config.d_decoder)
         self.decoder_layers = nn.ModuleList(
             PerformerBlock(
-                config.d_decoder, config.decoder_heads, config.decoder_d_head, 4 * config.d_decoder, 0.0,
-                qkv_bias=config.decoder_qkv_bias, key_maximum=config.key_maximum,
+                config.d_decoder, heads, config.decoder_d_head, hidden, 0.0, qkv_bias=config.decoder_qkv_bias,
+                key_maximum=config.key_maximum,
             )
-            for _ in range(config.decoder_layers)
+            for heads, hidden in config.decoder_block_sizes()
         )  # fmt: skip
         self.decoder_norm = nn.LayerNorm(config.d_decoder)
         self.norm = nn.LayerNorm(config.d_decoder)
@@ -171,6 +181,10 @@ class Model(CellModel):
     def blocks(self) -> Sequence[Any]:
         """The encoder's blocks, first to last."""
         return list(self.layers)
+
+    def prunable(self) -> dict[str, Sequence[Any]]:
+        """The blocks of the encoder and those of the decoder."""
+        return {"block": self.blocks, "decoder_block": list(self.decoder_layers)}
 
     @property
     def n_positions(self) -> int:

@@ -132,7 +132,8 @@ class Model(CellModel):
                 nn.BatchNorm1d(d, eps=6.1e-5, affine=False) for _ in range(config.n_batches)
             )
         self.layers = nn.ModuleList(
-            Block(d, config.n_heads, config.d_hidden, config.dropout) for _ in range(config.n_layers)
+            Block(d, heads, hidden, config.dropout, d_head=d // config.n_heads)
+            for heads, hidden in config.block_sizes()
         )
         d_seen = 2 * d if config.batch_labels else d
         self.decoder = mlp(d_seen, d)

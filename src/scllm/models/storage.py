@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scllm.data.encode import encoder_to_dict
-from scllm.data.run_files import append_history
+from scllm.data.run_files import append_history, write_report
 from scllm.data.vocab import Vocab
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "gene_list",
     "HUB",
+    "bytes_on_disk",
     "from_hub",
     "is_native",
     "load_weights",
@@ -45,7 +46,8 @@ __all__ = [
 HUB = "hf://"
 _FORMAT = 1
 _ARRAYS = "extras.npz"
-_FILES = ("config.json", "vocab.json", "weights.safetensors", "history.jsonl", _ARRAYS)
+_REPORT = "report.json"
+_FILES = ("config.json", "vocab.json", "weights.safetensors", "history.jsonl", _REPORT, _ARRAYS)
 
 
 def write_native(model: CellModel, path: Path) -> None:
@@ -61,6 +63,7 @@ def write_native(model: CellModel, path: Path) -> None:
             "config": asdict(model.config),
             "encoder": encoder_to_dict(model.encoder),
             "heads": [asdict(spec) for spec in model.head_specs],
+            "weight_dtype": model.weight_dtype,
         }
         (fresh / "config.json").write_text(json.dumps(config, indent=1))
         (fresh / "vocab.json").write_text(json.dumps(model.vocab.to_dict()))
@@ -72,6 +75,8 @@ def write_native(model: CellModel, path: Path) -> None:
             # what a line does not have is NaN in the table
             lines = [{k: v for k, v in line.items() if v == v} for line in model.history.to_dict("records")]
             append_history(fresh / "history.jsonl", lines)
+        if model.report is not None:
+            write_report(fresh / _REPORT, model.report)
         for file in fresh.iterdir():
             _flush(file)
         fresh.chmod(0o755)
@@ -79,6 +84,13 @@ def write_native(model: CellModel, path: Path) -> None:
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def bytes_on_disk(model: CellModel) -> int:
+    """Size of the folder that a model is saved in: written, measured, and removed."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_native(model, Path(folder) / "model")
+        return sum(file.stat().st_size for file in (Path(folder) / "model").iterdir())
 
 
 def _check_target(path: Path) -> None:

@@ -12,6 +12,8 @@ from scllm.tl._embed import embed, embed_genes
 from scllm.tl._finetune import finetune
 from scllm.tl._perplexity import perplexity
 from scllm.tl._pretrain import pretrain
+from scllm.tl._prune import prune
+from scllm.tl._quantize import quantize
 from scllm.tl._reconstruct import reconstruct
 from scllm.tl._transfer import transfer_labels
 
@@ -27,6 +29,8 @@ __all__ = [
     "finetune",
     "perplexity",
     "pretrain",
+    "prune",
+    "quantize",
     "reconstruct",
     "transfer_labels",
 ]

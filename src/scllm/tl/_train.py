@@ -168,6 +168,7 @@ def train(
         )
     if lora is not None:
         check_peft()
+    _check_trainable(model, freeze)
     match = gene_match(data, source, model)
     spec = {
         "verb": verb,
@@ -210,6 +211,15 @@ def train(
         record(data, verb, {**params, **config.to_dict(), "run_dir": run.path}, trained.history)
         remember(data, trained)
     return trained
+
+
+def _check_trainable(model: CellModel, freeze: Freeze) -> None:
+    """Raise where int8 weights would have to be trained."""
+    if model.weight_dtype != "float32" and freeze != "encoder":
+        raise ValueError(
+            f"the model has {model.weight_dtype} weights, which cannot be trained, float ones expected. Train the "
+            "heads alone with tl.finetune(freeze='encoder'), or train the model that was given to tl.quantize."
+        )
 
 
 def _set_up(

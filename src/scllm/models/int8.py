@@ -1,0 +1,205 @@
+"""Weights in eight bits: one int8 matrix and one scale a row, for linear layers and embedding tables.
+
+A row ``w`` is stored as ``round(w / s)`` with ``s = max|w| / 127``, which is exact to half a step of the row. Symmetric
+scales of output rows are what LLM.int8() (Dettmers et al., NeurIPS 2022, arXiv:2208.07339) and torchao use.
+``weight`` is still there, in floats: code that reads weights directly, such as tied output tables, goes on working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+__all__ = [
+    "Int8Embedding", "Int8Linear", "WeightDtype", "has_plain_weights", "prepare_int8", "round_rows", "to_float",
+    "to_int8",
+]  # fmt: skip
+
+WeightDtype = Literal["float32", "int8", "int8_dynamic"]
+
+# shorter rows would hardly shrink: each has a scale of four bytes
+_SHORTEST = 8
+# rows of activations at a time: they stay in the caches, where rounding them costs little beside the product
+_ROWS = 256
+_STORED = (".weight_int8", ".original")
+# of XLNet's attention, whose weights are no linear layers: (d, h, e), one scale for each output; `o` is the way back
+_XLNET = {"q": (0,), "k": (0,), "v": (0,), "r": (0,), "o": (1, 2)}
+
+
+def round_rows(weight: Tensor, dims: tuple[int, ...] = (1,)) -> tuple[Tensor, Tensor]:
+    """The int8 weights and their scales, which are alike along ``dims``; a row of zeros has scale 1."""
+    largest = weight.detach().float().abs().amax(dims, keepdim=True)
+    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    return (weight.detach().float() / scale).round().to(torch.int8), scale.to(weight.dtype)
+
+
+class _Int8Weight(nn.Module):
+    """What linear layers and tables share: the matrix, its scales, and the floats they stand for."""
+
+    weight_int8: nn.Parameter
+    scale: Tensor
+
+    def _store(self, weight: Tensor) -> None:
+        rounded, scale = round_rows(weight)
+        self.weight_int8 = nn.Parameter(rounded, requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights in floats, made anew each time."""
+        return self.weight_int8.to(self.scale.dtype) * self.scale
+
+
+class Int8Linear(_Int8Weight, nn.Linear):  # type: ignore[override]
+    """A linear layer with int8 weights, one scale an output.
+
+    Parameters
+    ----------
+    linear
+        The layer to take over.
+    dynamic
+        Whether activations are rounded too, each token by its own largest value, where that helps: on a CPU and
+        without gradients. The product is then one of integers, which is exact and does not depend on other tokens.
+    """
+
+    def __init__(self, linear: nn.Linear, dynamic: bool) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.dynamic = linear.in_features, linear.out_features, dynamic
+        self._store(linear.weight)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., d_in)`` to ``(..., d_out)``."""
+        if not self.dynamic or x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
+            return F.linear(x, self.weight, self.bias)
+        return self._integer_product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+
+    def _integer_product(self, x: Tensor) -> Tensor:
+        found = x.new_empty(len(x), self.out_features)
+        transposed, scale = self.weight_int8.t(), self.scale.t().float()
+        for part, out in zip(x.split(_ROWS), found.split(_ROWS), strict=True) if len(x) else ():
+            step = part.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+            product = torch._int_mm((part / step).round().to(torch.int8), transposed)
+            product = product.float().mul_(step).mul_(scale)
+            out.copy_(product if self.bias is None else product.add_(self.bias))
+        return found
+
+
+class Int8Embedding(_Int8Weight, nn.Embedding):  # type: ignore[override]
+    """A table with int8 rows, one scale each; only the rows that are looked up become floats."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
+        self.padding_idx, self.max_norm = table.padding_idx, None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self._store(table.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids of any shape to ``(..., d)``."""
+        return self.weight_int8[input].to(self.scale.dtype) * self.scale[input]
+
+
+class _Floats(nn.Module):
+    """The floats that an int8 weight stands for, wherever a module reads it."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, rounded: Tensor) -> Tensor:
+        return rounded.to(self.scale.dtype) * self.scale
+
+
+def to_int8(model: nn.Module, dtype: WeightDtype, names: Iterable[str] | None = None) -> None:
+    """Round the weights of linear layers and tables, in place.
+
+    Parameters
+    ----------
+    model
+        Layers of subclasses stay as they are: their forward pass may differ.
+    dtype
+        ``"int8_dynamic"`` rounds activations too.
+    names
+        Which modules (or ``module.parametrizations.weight``); ``None`` is all whose rows are long enough.
+    """
+    chosen = None if names is None else set(names)
+    tied: dict[int, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None):
+            is_long = module.weight.shape[1] >= _SHORTEST
+            # a file names weights that two layers share once
+            if is_long if chosen is None else name in chosen or id(module.weight) in tied:
+                _replace(model, name, _rounded(module, dtype, tied))
+        elif type(module).__name__ == "XLNetRelativeAttention":
+            for which, dims in _XLNET.items():
+                if chosen is None or f"{name}.parametrizations.{which}" in chosen:
+                    _round_in_place(module, which, dims)
+    model.weight_dtype = dtype  # type: ignore[assignment]
+    model.layers_changed()  # type: ignore[operator]
+
+
+def prepare_int8(model: nn.Module, dtype: str, names: Iterable[str]) -> None:
+    """Make room for the int8 weights ``names`` of a file, in place."""
+    if dtype not in get_args(WeightDtype):
+        raise ValueError(
+            f"the weights are stored as {dtype!r}, one of {get_args(WeightDtype)} expected. Update scllm, or copy the "
+            "model again."
+        )
+    if dtype != "float32":
+        modules = [name.removesuffix(end) for name in names for end in _STORED if name.endswith(end)]
+        to_int8(model, dtype, modules)  # type: ignore[arg-type]
+
+
+def to_float(model: nn.Module) -> None:
+    """Put float weights, as far as they are still known, in the place of int8 ones, in place."""
+    tied: dict[int, nn.Parameter] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, _Int8Weight):
+            plain: Any
+            if isinstance(module, Int8Linear):
+                plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+                plain.bias = module.bias
+            else:
+                plain = nn.Embedding(*module.weight_int8.shape, device="meta")  # type: ignore[misc]
+            plain.weight = tied.setdefault(id(module.weight_int8), nn.Parameter(module.weight))
+            _replace(model, name, plain.train(module.training))
+        elif type(module).__name__ == "ParametrizedXLNetRelativeAttention":
+            for which in _XLNET:
+                floats = nn.Parameter(getattr(module, which).detach())
+                parametrize.remove_parametrizations(module, which, leave_parametrized=False)
+                setattr(module, which, floats)
+    model.weight_dtype = "float32"  # type: ignore[assignment]
+    model.layers_changed()  # type: ignore[operator]
+
+
+def has_plain_weights(module: nn.Module) -> bool:
+    """Whether a layer is the product with its ``weight`` alone: no adapter, and no rounding of activations."""
+    return type(module) is nn.Linear or (type(module) is Int8Linear and not module.dynamic)
+
+
+def _rounded(module: nn.Module, dtype: WeightDtype, tied: dict[int, nn.Module]) -> nn.Module:
+    """The layer in int8; weights that two layers share are shared again."""
+    new = Int8Linear(module, dtype == "int8_dynamic") if isinstance(module, nn.Linear) else Int8Embedding(module)  # type: ignore[arg-type]
+    first = tied.setdefault(id(module.weight), new)
+    new.weight_int8, new.scale = first.weight_int8, first.scale  # type: ignore[assignment]
+    return new.train(module.training)
+
+
+def _round_in_place(module: nn.Module, name: str, dims: tuple[int, ...]) -> None:
+    """Store one weight of a module as int8; whoever reads it gets floats."""
+    rounded, scale = round_rows(getattr(module, name), dims)
+    setattr(module, name, nn.Parameter(rounded, requires_grad=False))
+    parametrize.register_parametrization(module, name, _Floats(scale), unsafe=True)
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, new)

@@ -1,0 +1,218 @@
+"""Taking weights out: the smallest ones to zero, or whole heads and neurons for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from scllm.models.base import CellModel
+
+__all__ = ["Kept", "compression", "heads", "keep", "neurons", "prune_structured", "prune_weights", "shrink"]
+
+
+@dataclass(frozen=True)
+class Units:
+    """Where a block keeps the weights of its heads, or of its feed-forward neurons.
+
+    Parameters
+    ----------
+    places
+        Module, name of the weight, its axis of units, and how often all units follow each other along that axis
+        (three times where queries, keys and values are one matrix).
+    n
+        Number of units.
+    """
+
+    places: tuple[tuple[nn.Module, str, int, int], ...]
+    n: int
+
+    def norms(self) -> Tensor:
+        """Root of the summed squares of each unit's weights, biases left out, ``(n,)``."""
+        squares = torch.zeros(self.n, dtype=torch.float64)
+        for module, name, axis, repeats in self.places:
+            weight = getattr(module, name)
+            if weight is not None and name != "bias":
+                by_unit = weight.detach().double().cpu().movedim(axis, 0).reshape(repeats, self.n, -1)
+                squares += by_unit.square().sum((0, 2))
+        return squares.sqrt()
+
+    def keep(self, kept: Tensor) -> None:
+        """Leave only some units, in place."""
+        for module, name, axis, repeats in self.places:
+            weight = getattr(module, name)
+            if weight is None:
+                continue
+            width = weight.shape[axis] // (repeats * self.n)  # entries of one unit
+            start = torch.arange(repeats)[:, None] * self.n + kept.cpu()
+            index = (start.reshape(-1, 1) * width + torch.arange(width)).reshape(-1)
+            left = weight.detach().index_select(axis, index.to(weight.device))
+            setattr(module, name, nn.Parameter(left, requires_grad=weight.requires_grad))
+            if isinstance(module, nn.Linear) and name == "weight":
+                module.out_features, module.in_features = left.shape
+
+
+Kept = tuple[Tensor, Tensor]
+"""Heads and neurons that stay in a block."""
+
+
+def heads(block: Any) -> Units:
+    """The attention heads of a block: what makes their queries, keys and values, and what reads them."""
+    match type(block).__name__:
+        case "Block":
+            inner = block.attention
+            return Units((*_rows(inner.qkv, 3), (inner.out, "weight", 1, 1)), inner.n_heads)
+        case "PerformerBlock":
+            inner = block.attention
+            rows = (*_rows(inner.query), *_rows(inner.key), *_rows(inner.value))
+            return Units((*rows, (inner.out, "weight", 1, 1)), inner.n_heads)
+        case "GPT2Block":
+            return Units((*_rows(block.attn.c_attn, 3), (block.attn.c_proj, "weight", 1, 1)), block.attn.num_heads)
+        case "AlbertLayer":
+            inner = block.attention
+            rows = (*_rows(inner.query), *_rows(inner.key), *_rows(inner.value))
+            return Units((*rows, (inner.dense, "weight", 1, 1)), inner.num_attention_heads)
+        case "XLNetLayer":
+            inner = block.rel_attn
+            matrices = tuple((inner, name, 1, 1) for name in ("q", "k", "v", "o", "r", "seg_embed"))
+            biases = tuple((inner, name, 0, 1) for name in ("r_r_bias", "r_s_bias", "r_w_bias"))
+            return Units((*matrices, *biases), inner.n_head)
+    raise _unknown(block)
+
+
+def neurons(block: Any) -> Units:
+    """The neurons of a block's feed-forward layer: what they read, and what reads them."""
+    match type(block).__name__:
+        case "Block" | "PerformerBlock":
+            up, down = block.up, block.down
+        case "GPT2Block":
+            up, down = block.mlp.c_fc, block.mlp.c_proj
+        case "AlbertLayer":
+            up, down = block.ffn, block.ffn_output
+        case "XLNetLayer":
+            up, down = block.ff.layer_1, block.ff.layer_2
+        case _:
+            raise _unknown(block)
+    return Units((*_rows(up), (down, "weight", 1, 1)), up.out_features)
+
+
+def shrink(block: Any, kept: Kept) -> None:
+    """Take out all heads and neurons of a block but those kept, in place."""
+    kept_heads, kept_neurons = kept
+    neurons(block).keep(kept_neurons)
+    heads(block).keep(kept_heads)
+    n = len(kept_heads)
+    match type(block).__name__:
+        case "GPT2Block":
+            block.attn.num_heads, block.attn.split_size = n, n * block.attn.head_dim
+        case "AlbertLayer":
+            inner = block.attention
+            inner.num_attention_heads, inner.all_head_size = n, n * inner.attention_head_size
+        case "XLNetLayer":
+            block.rel_attn.n_head = n
+        case _:
+            block.attention.n_heads = n
+
+
+def keep(blocks: Sequence[Any], amount: float) -> list[Kept]:
+    """Which heads and neurons stay in each block when a share ``amount`` of both goes.
+
+    A unit counts as much as the norm of its weights (Li et al., ICLR 2017, arXiv:1608.08710). Heads of all blocks are
+    compared, each with the mean of its block, since blocks differ in scale; every block keeps its largest at least.
+    Neurons go block by block, so that all blocks stay about as wide; in eights, which is what matrix units read.
+    """
+    norms = [heads(block).norms() for block in blocks]
+    relative = torch.cat([norm / norm.mean().clamp(min=1e-30) for norm in norms])
+    largest = torch.cat([torch.arange(len(norm)) == norm.argmax() for norm in norms])
+    relative[largest] = torch.inf
+    gone = torch.zeros(len(relative), dtype=torch.bool)
+    n_gone = min(round(amount * len(relative)), len(relative) - len(blocks))
+    gone[relative.argsort(stable=True)[:n_gone]] = True
+    parts = gone.split([len(norm) for norm in norms])
+    return [((~part).nonzero().flatten(), _kept_neurons(block, amount)) for block, part in zip(blocks, parts)]
+
+
+def prune_structured(model: CellModel, amount: float) -> None:
+    """Take heads and neurons out of all blocks, in place; the configuration says what is left."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for name, blocks in model.prunable().items():
+        kept = keep(blocks, amount)
+        for block, left in zip(blocks, kept, strict=True):
+            shrink(block, left)
+        sizes[f"{name}_heads"] = tuple(len(left) for left, _ in kept)
+        sizes[f"{name}_hidden"] = tuple(len(left) for _, left in kept)
+    model.config = replace(model.config, **sizes)  # type: ignore[arg-type]
+    model.layers_changed()
+
+
+def prune_weights(model: nn.Module, amount: float) -> None:
+    """Set the smallest weights of each linear layer to zero, in place: the same share of every matrix.
+
+    Magnitude pruning (Han et al., NeurIPS 2015, arXiv:1506.02626). Matrix by matrix, since a threshold for all would
+    empty those that are small as a whole.
+    """
+    with torch.no_grad():
+        for weight in _linear_weights(model):
+            n = round(amount * weight.numel())
+            smallest = weight.abs().flatten().argsort(stable=True)[:n]
+            weight.view(-1)[smallest] = 0
+
+
+def compression(model: CellModel) -> str:
+    """In words, what was done to make a model smaller; empty if nothing."""
+    said = [f"{model.weight_dtype} weights"] if model.weight_dtype != "float32" else []
+    sized = [field.name for field in fields(model.config) if field.name.endswith("block_heads")]
+    for name in sized:
+        n_heads, hidden = getattr(model.config, name), getattr(model.config, name.replace("heads", "hidden"))
+        if n_heads is not None and hidden is not None:
+            what = name.removesuffix("_heads").replace("_", " ")
+            said.append(f"pruned to {_range(n_heads)} heads and {_range(hidden)} neurons a {what}")
+    zeros = _share_of_zeros(model)
+    return ", ".join([*said, f"pruned: {zeros:.0%} of the linear weights are zero"] if zeros > 0.01 else said)
+
+
+def _rows(linear: nn.Module, repeats: int = 1) -> tuple[tuple[nn.Module, str, int, int], ...]:
+    """The places of units that are outputs of a linear layer."""
+    return (linear, "weight", 0, repeats), (linear, "bias", 0, repeats)
+
+
+def _unknown(block: Any) -> ValueError:
+    return ValueError(
+        f"the blocks are of type {type(block).__name__!r}, those of a family of scllm (or of GPT-2, ALBERT or XLNet) "
+        "expected: which weights make a head is not known of others. Use structured=False."
+    )
+
+
+def _kept_neurons(block: Any, amount: float) -> Tensor:
+    """Those with the largest norms, in their order."""
+    norms = neurons(block).norms()
+    n = len(norms)
+    step = 8 if n % 8 == 0 and n >= 64 else 1
+    left = max(step, step * round((1 - amount) * n / step))
+    return norms.argsort(descending=True, stable=True)[:left].sort().values
+
+
+def _linear_weights(model: nn.Module) -> Iterator[Tensor]:
+    """The matrices of linear layers and of XLNet's attention, but for those of heads and of tables of genes."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and id(module.weight) not in tables and not name.startswith("heads."):
+            yield module.weight
+        elif type(module).__name__ == "XLNetRelativeAttention":
+            yield from (getattr(module, which) for which in ("q", "k", "v", "o", "r"))
+
+
+def _share_of_zeros(model: nn.Module) -> float:
+    """Of the weights of linear layers."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    stored: list[Any] = [getattr(linear, "weight_int8", linear._parameters.get("weight")) for linear in linears]
+    n_used = sum(int(weight.count_nonzero()) for weight in stored)
+    return 1 - n_used / max(1, sum(weight.numel() for weight in stored))
+
+
+def _range(sizes: Sequence[int]) -> str:
+    return str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"

@@ -1,0 +1,121 @@
+"""What a smaller model is beside the one it was made of: sizes, operations, speed, agreement."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from numpy.random import Generator
+from scipy import sparse
+from torch import Tensor
+
+from scllm._log import log
+from scllm._typing import FloatArray
+from scllm.data.source import open_source
+from scllm.engine.predict import predict
+from scllm.metrics import agreement
+from scllm.models.base import Batch, CellModel
+from scllm.models.storage import bytes_on_disk
+from scllm.tl._model import gene_match
+
+__all__ = ["report"]
+
+# planted cells: of toy data, but over the model's own genes
+_N_GENES, _N_TYPES = 200, 4
+_MARKER_FOLD, _COUNTS_PER_GENE = 12.0, 0.8
+_FEWEST, _MOST = 8, 96
+_MAX_LEN = 1024
+# floating-point operations that looking at one model may cost: some seconds on one core
+_BUDGET = 3e11
+_REPEATS = 3
+
+
+def report(before: CellModel, after: CellModel) -> pd.DataFrame:
+    """Sizes, operations, speed and agreement on planted cells, one row ``before`` and one ``after``.
+
+    Cells are Poisson counts of four types with markers over 200 genes spread evenly over the vocabulary, as
+    :func:`scllm.datasets.toy` makes them: 96 cells, fewer where a model takes long; at most 1,024 tokens of each.
+    """
+    adata = _planted(before, np.random.default_rng(0))
+    k = min(15, adata.n_obs // 6)  # of few cells nearly all are neighbours
+    probes = {"before": _shortened(before), "after": _shortened(after)}
+    found = {name: _looked_at(adata, probe) for name, probe in probes.items()}
+    speed = _cells_per_s(adata[: max(2, adata.n_obs // 4)], probes)
+    labels, n_tokens = found["before"]["label"], found["before"]["n_tokens"].mean()
+    rows = {}
+    for name, model in (("before", before), ("after", after)):
+        rows[name] = {
+            "bytes_on_disk": bytes_on_disk(model),
+            "bytes_in_memory": sum(x.nbytes for x in (*model.parameters(), *model.buffers())),
+            "n_parameters": model.n_parameters,
+            "flops_per_cell": model.forward_flops(float(n_tokens)),
+            "cells_per_s": speed[name],
+            **agreement(found[name]["embedding"], found["before"]["embedding"], k=max(1, k)),
+        }
+        if labels.min() >= 0:
+            rows[name]["same_label"] = float((found[name]["label"] == labels).mean())
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    ratio = table.loc["before"] / table.loc["after"]
+    log.info(
+        "%.1f times smaller on disk, %.2f times the speed, cosine to the original's embedding of planted cells %.4f",
+        ratio["bytes_on_disk"], 1 / ratio["cells_per_s"], table.loc["after", "cosine_mean"],
+    )  # fmt: skip
+    return table
+
+
+def _shortened(model: CellModel) -> CellModel:
+    """The model itself with sentences of limited length; weights are shared."""
+    probe = copy.copy(model)
+    probe.encoder = replace(model.encoder, max_len=min(model.encoder.max_len, _MAX_LEN))  # type: ignore[type-var]
+    return probe
+
+
+def _planted(model: CellModel, rng: Generator) -> AnnData:
+    """Cells whose markers are known, over genes of the model's vocabulary."""
+    genes = list(model.vocab.genes)
+    genes = genes[:: max(1, len(genes) // _N_GENES)][:_N_GENES]
+    flops = _shortened(model).forward_flops(_N_GENES)
+    n_cells = int(np.clip(_BUDGET / max(flops, 1.0), _FEWEST, _MOST))
+    level = rng.lognormal(0, 0.8, len(genes))
+    fold = np.where(rng.integers(0, 2 * _N_TYPES, len(genes)) == np.arange(_N_TYPES)[:, None], _MARKER_FOLD, 1.0)
+    rates = fold[np.arange(n_cells) % _N_TYPES] * level / level.mean() * _COUNTS_PER_GENE
+    counts = rng.poisson(rates * rng.lognormal(0, 0.3, (n_cells, 1))).astype(np.float32)
+    counts[:, 0] += counts.sum(1) == 0  # a cell without any gene would say nothing
+    return AnnData(sparse.csr_matrix(counts), var=pd.DataFrame(index=pd.Index(genes, dtype=str)))
+
+
+def _looked_at(adata: AnnData, model: CellModel) -> dict[str, FloatArray]:
+    """Embedding, label (of the first head that has classes; -1 without) and length of each cell."""
+    key = next((spec.key for spec in model.head_specs if spec.classes is not None), None)
+
+    def forward(replica: CellModel, batch: Batch) -> Tensor:
+        embedding = replica.embed(batch).float()
+        label = embedding.new_full((batch.n_cells,), -1)
+        if key is not None:
+            label = replica.head_outputs(batch)[key].argmax(1).float()
+        lengths = batch.cu_seqlens.diff().float()
+        return torch.cat([embedding, label[:, None], lengths[:, None]], dim=1)
+
+    source = open_source(adata)
+    parts = predict(model, source, gene_match(adata, source, model), forward, desc="comparing")
+    found = torch.cat([part for _, part in parts]).numpy()
+    return {"embedding": found[:, :-2], "label": found[:, -2], "n_tokens": found[:, -1]}
+
+
+def _cells_per_s(adata: AnnData, models: dict[str, CellModel]) -> dict[str, float]:
+    """Cells embedded a second; both in turn, since a machine is not equally fast all the time, and the best counts."""
+    source, best = open_source(adata), dict.fromkeys(models, np.inf)
+    for _ in range(_REPEATS):
+        for name, model in models.items():
+            began = time.perf_counter()
+            for _part in predict(
+                model, source, gene_match(adata, source, model), lambda m, b: m.embed(b), desc="timing"
+            ):
+                pass
+            best[name] = min(best[name], time.perf_counter() - began)
+    return {name: adata.n_obs / seconds for name, seconds in best.items()}

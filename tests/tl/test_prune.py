@@ -1,0 +1,57 @@
+"""Pruned models through the verbs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scllm import models, tl
+
+
+def test_the_model_really_shrinks(adata, tiny, tmp_path):
+    before = tiny.hash()
+    small = tl.prune(tiny, amount=0.5, structured=True)
+    assert small.config.block_heads == (1, 1)
+    assert small.config.block_hidden == (8, 8)
+    ratio = small.report.loc["after"] / small.report.loc["before"]
+    assert ratio["n_parameters"] < 0.9
+    assert ratio["bytes_on_disk"] < 0.9
+    assert ratio["flops_per_cell"] == pytest.approx(0.5, abs=0.01)
+    assert tiny.hash() == before
+    assert tiny.config.block_heads is None
+    small.save(tmp_path / "model")
+    assert models.load(tmp_path / "model").report.equals(small.report)
+
+
+def test_zeros_leave_the_shape(tiny):
+    small = tl.prune(tiny, amount=0.4)
+    assert small.config == tiny.config
+    assert (small.layers[0].up.weight == 0).float().mean() == pytest.approx(0.4, abs=0.01)
+    assert small.report["n_parameters"].nunique() == 1
+
+
+def test_pruned_models_are_trained_on(adata, tiny):
+    small = tl.prune(tiny, amount=0.5, structured=True)
+    tuned = tl.finetune(adata, small, key="cell_type", epochs=12, lr=1e-2)
+    assert tuned.config.block_heads == (1, 1)
+    assert tuned.report is None
+    losses = tuned.history.query("split == 'train'")["loss"]
+    assert losses.iloc[-2:].mean() < 0.9 * losses.iloc[:2].mean()
+    assert not torch.equal(tuned.layers[0].attention.out.weight, small.layers[0].attention.out.weight)
+
+
+def test_prune_then_quantize(tiny, tmp_path):
+    small = tl.quantize(tl.prune(tiny, amount=0.5, structured=True))
+    small.save(tmp_path / "model")
+    again = models.load(tmp_path / "model")
+    assert again.hash() == small.hash()
+    assert (again.weight_dtype, again.config.block_heads) == ("int8", (1, 1))
+    assert again.layers[0].attention.qkv.weight_int8.dtype == torch.int8
+    with pytest.raises(ValueError, match=r"has int8 weights, float ones expected.* Prune first, then quantize"):
+        tl.prune(again)
+
+
+@pytest.mark.parametrize("amount", [0, 1, -0.1, 30])
+def test_amounts_are_shares(tiny, amount):
+    with pytest.raises(ValueError, match=f"amount is {amount}, a share between 0 and 1 expected"):
+        tl.prune(tiny, amount=amount)
