@@ -29,7 +29,7 @@ from scllm.models.base import CellModel
 __all__ = ["start_heads"]
 
 _MAX_CELLS = 100_000  # more cells do not change where a head of this size starts
-_EPOCHS, _MAX_STEPS = 50, 5_000
+_EPOCHS, _MIN_STEPS, _MAX_STEPS = 50, 600, 5_000
 _BATCH, _LR, _DECAY, _DROPOUT = 128, 1e-3, 0.1, 0.3
 _RIDGE = 0.1  # of the mean variance: directions far below it are noise
 
@@ -109,7 +109,7 @@ def _fit(
     rng: np.random.Generator,
 ) -> None:
     n_cells = len(states)
-    n_steps = min(_MAX_STEPS, _EPOCHS * math.ceil(n_cells / _BATCH))
+    n_steps = min(_MAX_STEPS, max(_MIN_STEPS, _EPOCHS * math.ceil(n_cells / _BATCH)))
     optimise = torch.optim.AdamW(model.heads.parameters(), lr=_LR, weight_decay=_DECAY)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimise, n_steps)
     model.heads.train()

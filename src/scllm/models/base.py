@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from scllm.data.encode import Encoder
 from scllm.data.vocab import Vocab
 from scllm.models.batch import Batch, Outputs
+from scllm.models.heads import PooledHead
 from scllm.models.int8 import WeightDtype, to_float
 from scllm.models.pruning import compression
 from scllm.models.storage import write_native
@@ -90,7 +91,7 @@ class HeadSpec:
     mean, std
         Of the values a value head was trained on: its output times ``std`` plus ``mean`` is the value.
     pooling
-        What the head reads of a cell; ``None`` is what the family's published heads read.
+        What the head, of one hidden layer, reads of a cell; ``None``: it is like the family's published heads.
     temperature
         What logits are divided by, so that probabilities are as often right as they say.
     level
@@ -154,7 +155,7 @@ class CellModel(nn.Module):
     unit_length: ClassVar[bool] = False
     """Whether the family's own cell embedding is scaled to length one."""
     head_pooling: ClassVar[Pooling | None] = None
-    """What fresh heads read of a cell; ``None`` is what the family's published heads read."""
+    """What fresh heads, of one hidden layer, read of a cell; ``None``: they are like the published ones."""
     heads_read_cells: ClassVar[bool] = True
     """Whether heads read one vector a cell, and not the states of all its tokens."""
     reads_depth: ClassVar[bool] = False
@@ -228,7 +229,7 @@ class CellModel(nn.Module):
         raise ValueError(f"{self.family} has no published format that scllm writes. Use format='native'.")
 
     def new_head(self, n_outputs: int) -> nn.Module:
-        """A fresh head of the family's own kind."""
+        """A fresh head of the kind that the family's published checkpoints have."""
         return nn.Linear(self.config.d_model, n_outputs)
 
     def new_gene_head(self, n_outputs: int) -> nn.Module:
@@ -267,9 +268,15 @@ class CellModel(nn.Module):
     def set_heads(self, specs: Iterable[HeadSpec]) -> None:
         """Replace all heads by fresh ones."""
         self.head_specs = tuple(specs)
-        self.heads = nn.ModuleList(
-            (self.new_gene_head if spec.level == "gene" else self.new_head)(spec.n_outputs) for spec in self.head_specs
-        )
+        self.heads = nn.ModuleList(self._new_head(spec) for spec in self.head_specs)
+
+    def _new_head(self, spec: HeadSpec) -> nn.Module:
+        if spec.level == "gene":
+            return self.new_gene_head(spec.n_outputs)
+        # what a published head reads is known to the family alone
+        if spec.pooling is None:
+            return self.new_head(spec.n_outputs)
+        return PooledHead(self.config.d_model, spec.n_outputs, self.config.dropout)
 
     def is_expressed(self, batch: Batch) -> Tensor:
         """Which tokens are expressed genes, ``(t,)``: no specials and no zeros."""

@@ -15,6 +15,7 @@ from scllm.data.encode import Encoder, RankEncoder
 from scllm.data.vocab import Vocab
 from scllm.models.base import Batch, CellModel, Checkpoint, ModelConfig, Outputs, Pooling
 from scllm.models.geneformer_files import MedianLike, VocabLike, read_folder, write
+from scllm.models.heads import PooledHead
 from scllm.models.layers import Block, linear_cross_entropy
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "read"]
@@ -214,20 +215,6 @@ class GenePredictor(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """``(n, d)`` to ``(n, d)``."""
         return self.norm(F.relu(self.dense(states)))
-
-
-class PooledHead(nn.Module):
-    """BERT's classifier: pooler, dropout, one linear."""
-
-    def __init__(self, d_model: int, n_outputs: int, dropout: float) -> None:
-        super().__init__()
-        self.pooler = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(d_model, n_outputs)
-
-    def forward(self, cell: Tensor) -> Tensor:
-        """``(b, d)`` to ``(b, k)``."""
-        return self.out(self.dropout(torch.tanh(self.pooler(cell))))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,0 +1,142 @@
+"""Heads that start from the states of the training cells, their temperatures, and the watch for collapse."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from scllm import datasets, models, tl
+from scllm.data.source import open_source
+from scllm.engine.head_start import start_heads
+from scllm.engine.objectives import Label
+from scllm.engine.predict import predict
+from scllm.models.base import HeadSpec
+from scllm.tl._model import gene_match
+
+FAMILIES = ("scgpt", "geneformer", "scfoundation", "gpt2")
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return datasets.toy(n_cells=400)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, cells):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        built = models.build(request.param, vocab=cells.var_names, size="tiny").eval()
+        labels = cells.obs["cell_type"].cat
+        built.set_heads([HeadSpec("cell_type", tuple(labels.categories), pooling=built.head_pooling)])
+    return built
+
+
+def started(model, cells, rows, **changed):
+    tuned = copy.deepcopy(model)
+    source = open_source(cells)
+    targets = {"label:cell_type": cells.obs["cell_type"].cat.codes.to_numpy().astype(np.int64)}
+    options = {"weights": None, "device": "cpu", "random_state": 0} | changed
+    start_heads(tuned, source, gene_match(cells, source, tuned), rows, Label(), targets, **options)
+    return tuned
+
+
+def outputs(model, cells, forward) -> np.ndarray:
+    source = open_source(cells)
+    parts = predict(model, source, gene_match(cells, source, model), forward, device="cpu")
+    return torch.cat([values for _, values in parts]).numpy()
+
+
+def test_a_started_head_says_what_a_probe_of_the_same_states_says(model, cells):
+    rows, tested = np.arange(0, 400, 2), np.arange(1, 400, 2)
+    tuned = started(model, cells, rows)
+    codes = cells.obs["cell_type"].cat.codes.to_numpy()
+    answers = outputs(tuned, cells, lambda replica, batch: replica.head_outputs(batch)["cell_type"]).argmax(1)
+    states = outputs(model, cells, lambda replica, batch: replica.head_inputs(batch))
+    scaler = StandardScaler().fit(states[rows])
+    probe = LogisticRegression(max_iter=2000).fit(scaler.transform(states[rows]), codes[rows])
+    by_probe = (probe.predict(scaler.transform(states[tested])) == codes[tested]).mean()
+    assert (answers[tested] == codes[tested]).mean() > by_probe - 0.08
+    assert by_probe > 0.5  # of four types
+
+
+def test_only_heads_are_changed_and_nothing_global_is_drawn(model, cells):
+    states = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    tuned = started(model, cells, np.arange(100))
+    again = started(model, cells, np.arange(100))
+    assert torch.equal(states[0], torch.random.get_rng_state())
+    np.testing.assert_array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
+    for (name, weight), other in zip(tuned.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(weight, other)
+        assert torch.equal(weight, model.state_dict()[name]) != name.startswith("heads.")
+
+
+def test_cells_that_are_drawn_more_often_count_more(model, cells):
+    rows = np.arange(200)
+    codes = cells.obs["cell_type"].cat.codes.to_numpy()[rows]
+    weights = np.where(codes == 0, 50.0, 1.0)
+    forward = lambda replica, batch: replica.head_outputs(batch)["cell_type"]  # noqa: E731
+    alike, weighted = (outputs(started(model, cells, rows, weights=w), cells, forward) for w in (None, weights))
+    assert (weighted.argmax(1) == 0).sum() > (alike.argmax(1) == 0).sum()
+
+
+def test_fine_tuning_ends_no_worse_than_it_starts_and_is_calibrated(cells, tmp_path):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = models.build("scgpt", vocab=cells.var_names, size="tiny")
+    tuned = tl.finetune(cells, model, key="cell_type", epochs=2, validation=0.3, run_dir=tmp_path / "run")
+    validation = tuned.history.query("split == 'validation'")
+    assert validation["step"].iloc[0] == 0
+    held = np.load(tmp_path / "run" / "cells.npz")["validation"]
+    codes = cells.obs["cell_type"].cat.codes.to_numpy()[held]
+    logits = outputs(tuned, cells, lambda replica, batch: replica.head_outputs(batch)["cell_type"])[held]
+    before, after = (
+        -log_softmax(logits / t, axis=1)[np.arange(len(held)), codes].mean() for t in (1.0, _temperature(tuned))
+    )
+    # the best epoch's weights: their loss is the lowest of the history, the start among them
+    assert before == pytest.approx(validation["loss"].min(), rel=1e-4)
+    assert after <= before
+    tl.classify(cells, tuned)
+    expected = torch.from_numpy(logits / _temperature(tuned)).softmax(1).numpy()
+    np.testing.assert_allclose(cells.obsm["scllm_label_probabilities"][held], expected, atol=1e-5)
+    assert _temperature(models.load(tuned.path)) == _temperature(tuned) != 1
+
+
+def _temperature(model) -> float:
+    return model.head_specs[0].temperature
+
+
+def test_a_model_that_answers_one_label_is_noticed(cells, tmp_path):
+    adata = cells.copy()
+    # no gene says which cell is which, and one label is rare
+    adata.obs["chance"] = np.random.default_rng(0).choice(["rare", "common"], 400, p=[0.04, 0.96])
+    model = models.build("scgpt", vocab=adata.var_names, size="tiny")
+    with pytest.warns(UserWarning, match="gives one label to all cells.*upsample=True"):
+        tl.finetune(adata, model, key="chance", epochs=1, run_dir=tmp_path / "run", batch_size=8)
+
+
+def test_accuracy_of_several_heads_is_per_labelled_cell():
+    heads = (HeadSpec("a", ("x", "y")), HeadSpec("depth:b", None))
+    outputs = {"a": torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]]), "depth:b": torch.full((4, 1), 3.0)}
+    targets = {"label:a": torch.tensor([0, 0, -1, 0]), "label:depth:b": torch.tensor([1.0, np.nan, np.nan, np.nan])}
+    objective = Label()
+    loss = objective.of(heads, outputs, targets)
+    means = {name: float(value) / int(loss.count) for name, value in {"loss": loss.sum, **loss.logged}.items()}
+    reported = objective.report(means, 0)
+    assert reported["accuracy_a"] == pytest.approx(2 / 3)
+    assert reported["commonest_answer_a"] == pytest.approx(2 / 3)
+    assert reported["mse_depth:b"] == pytest.approx(4)
+    assert set(reported) == {"loss", "accuracy_a", "commonest_answer_a", "mse_depth:b"}
+
+
+@pytest.mark.parametrize("family", ["scgpt", "geneformer"])
+def test_heads_that_published_formats_have_no_room_for_are_not_written(family, tmp_path):
+    model = models.build(family, vocab=[f"g{i}" for i in range(9)], size="tiny")
+    model.set_heads([HeadSpec("cell_type", ("a", "b"), pooling=model.head_pooling)])
+    with pytest.raises(ValueError, match=r"the head reads .*mean.* native"):
+        model.save(tmp_path / "m", format=family)
