@@ -41,6 +41,7 @@ class TrainConfig:
         Steps over which the learning rate rises from zero.
     schedule
         ``"step"`` (times ``gamma`` each epoch), ``"cosine"`` or ``"linear"`` (down to zero at the end), ``"constant"``.
+        ``None``: step in pretraining, linear in fine-tuning.
     gamma
         Factor of the learning rate an epoch with ``schedule="step"``.
     weight_decay
@@ -93,7 +94,7 @@ class TrainConfig:
     epochs: int | None = None
     steps: int | None = None
     warmup: int = 0
-    schedule: Schedule = "step"
+    schedule: Schedule | None = None
     gamma: float = 0.9
     weight_decay: float = 0.0
     layer_decay: float = 1.0

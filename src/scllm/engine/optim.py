@@ -89,7 +89,7 @@ def learning_rate(step: int, epoch: int, n_steps: int, config: TrainConfig) -> f
     rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     after = min(1.0, max(0, step - config.warmup) / max(1, n_steps - config.warmup))
     match config.schedule:
-        case "step":
+        case "step" | None:
             fall = config.gamma**epoch
         case "cosine":
             fall = 0.5 * (1 + math.cos(math.pi * after))

@@ -17,7 +17,7 @@ SIZES = {
 }
 
 PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 5e-4}
-FINETUNE = {"epochs": 10, "batch_size": 32, "lr": 1e-4}
+FINETUNE = {"epochs": 5, "batch_size": 32, "lr": 1e-4}
 
 
 @dataclass(frozen=True)

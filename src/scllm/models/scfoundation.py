@@ -39,7 +39,7 @@ SIZES = {
 
 # the decoder predicts every gene of the vocabulary: few cells a step
 PRETRAIN = {"epochs": 6, "batch_size": 16, "lr": 1e-4, "downsample": 0.8}
-FINETUNE = {"epochs": 10, "batch_size": 32, "lr": 1e-4}
+FINETUNE = {"epochs": 5, "batch_size": 32, "lr": 1e-4}
 
 Part = Literal["cell", "rde", "gene"]
 

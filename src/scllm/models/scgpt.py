@@ -36,7 +36,7 @@ SIZES = {
 
 # scGPT-style pretraining on 300,000 blood cells; the annotation recipe of the scGPT package
 PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 1e-4}
-FINETUNE = {"epochs": 10, "batch_size": 32, "lr": 1e-4}
+FINETUNE = {"epochs": 5, "batch_size": 32, "lr": 1e-4}
 
 ValueStyle = Literal["continuous", "category", "scaling"]
 
