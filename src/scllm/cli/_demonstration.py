@@ -36,7 +36,7 @@ _MEASURES = {
 }
 
 
-def demonstrate(out: Path, *, device: str = "auto", pretrain_epochs: int = 12, finetune_epochs: int = 20) -> str:
+def demonstrate(out: Path, *, device: str = "auto", pretrain_epochs: int = 12, finetune_epochs: int = 10) -> str:
     """Pretrain, embed, fine-tune and classify; write pictures and data into ``out`` and return the table of scores.
 
     The same call continues what an earlier one left in ``out``.
@@ -96,10 +96,8 @@ def _pretrain(adata: AnnData, run_dir: Path, epochs: int, device: str) -> CellMo
 
 def _finetune(adata: AnnData, model: CellModel, run_dir: Path, epochs: int, device: str) -> CellModel:
     return tl.finetune(
-        adata, model, key=_KEY, run_dir=run_dir, epochs=epochs, batch_size=8, lr=1e-3, validation="split",
-        device=device, n_gpus=1 if _uses_gpu(device) else None,
-        # without thinned counts it knows the 490 training cells by heart after twelve epochs
-        config=tl.TrainConfig(schedule="cosine", warmup=30, weight_decay=0.05, downsample=0.3),
+        adata, model, key=_KEY, run_dir=run_dir, epochs=epochs, validation="split", device=device,
+        n_gpus=1 if _uses_gpu(device) else None,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,99 +17,13 @@ from torch import Tensor, nn
 from scllm.data.encode import Encoder
 from scllm.data.vocab import Vocab
 from scllm.models.batch import Batch, Outputs
-from scllm.models.heads import PooledHead
+from scllm.models.config import ModelConfig
+from scllm.models.heads import HeadSpec, Level, PooledHead, Pooling
 from scllm.models.int8 import WeightDtype, to_float
 from scllm.models.pruning import compression
 from scllm.models.storage import write_native
 
 __all__ = ["Batch", "CellModel", "Checkpoint", "HeadSpec", "Level", "ModelConfig", "Outputs", "Pooling"]
-
-Level = Literal["cell", "gene"]
-Pooling = Literal["cls", "mean", "max", "all"]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The architecture; each family adds its own fields.
-
-    Parameters
-    ----------
-    block_heads, block_hidden
-        Heads and width of the feed-forward layer of each block, where pruning has left other numbers than the model was
-        built with; heads keep their width.
-    """
-
-    n_layers: int = 12
-    n_heads: int = 8
-    d_model: int = 512
-    dropout: float = 0.1
-    block_heads: tuple[int, ...] | None = None
-    block_hidden: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.d_model % self.n_heads:
-            raise ValueError(
-                f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; every head needs the same width. "
-                "Change one of them."
-            )
-        self._check_blocks()
-
-    def _check_blocks(self) -> None:
-        """Blocks of their own size come in pairs of numbers; JSON makes lists of them."""
-        for field in fields(self):
-            sizes = getattr(self, field.name)
-            if "block_" not in field.name or sizes is None:
-                continue
-            if not len(sizes) or min(sizes) < 1:
-                raise ValueError(
-                    f"{field.name} is {list(sizes)}, at least one head or neuron in each block expected. Leave it out "
-                    "for blocks of one size."
-                )
-            object.__setattr__(self, field.name, tuple(sizes))
-
-    def block_sizes(self) -> list[tuple[int, int]]:
-        """Heads and width of the feed-forward layer of each block, first to last."""
-        hidden = getattr(self, "d_hidden", None) or 4 * self.d_model
-        heads = self.block_heads or (self.n_heads,) * self.n_layers
-        return list(zip(heads, self.block_hidden or (hidden,) * len(heads), strict=True))
-
-    def vocab(self, genes: Iterable[str]) -> Vocab:
-        """The vocabulary of a model from scratch."""
-        return Vocab.from_genes(genes)
-
-
-@dataclass(frozen=True)
-class HeadSpec:
-    """What a prediction head answers.
-
-    Parameters
-    ----------
-    key
-        The ``obs`` column it was trained on, or the name of the genes' labels.
-    classes
-        Its labels in the order of the outputs; ``None`` for a head that predicts a value.
-    mean, std
-        Of the values a value head was trained on: its output times ``std`` plus ``mean`` is the value.
-    pooling
-        What the head, of one hidden layer, reads of a cell; ``None``: it is like the family's published heads.
-    temperature
-        What logits are divided by, so that probabilities are as often right as they say.
-    level
-        What it reads: the embedding of each cell, or the state of each gene token.
-    """
-
-    key: str
-    classes: tuple[str, ...] | None
-    mean: float = 0.0
-    std: float = 1.0
-    pooling: Pooling | None = None
-    temperature: float = 1.0
-    level: Level = "cell"
-
-    @property
-    def n_outputs(self) -> int:
-        """Width of the head's output."""
-        return 1 if self.classes is None else len(self.classes)
 
 
 @dataclass

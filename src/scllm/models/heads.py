@@ -1,11 +1,51 @@
-"""What reads a cell's embedding and says a label or a value."""
+"""Prediction heads: what they answer and what they read."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PooledHead"]
+__all__ = ["HeadSpec", "Level", "PooledHead", "Pooling"]
+
+Level = Literal["cell", "gene"]
+Pooling = Literal["cls", "mean", "max", "all"]
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a prediction head answers.
+
+    Parameters
+    ----------
+    key
+        The ``obs`` column it was trained on, or the name of the genes' labels.
+    classes
+        Its labels in the order of the outputs; ``None`` for a head that predicts a value.
+    mean, std
+        Of the values a value head was trained on: its output times ``std`` plus ``mean`` is the value.
+    pooling
+        What the head, of one hidden layer, reads of a cell; ``None``: it is like the family's published heads.
+    temperature
+        What logits are divided by, so that probabilities are as often right as they say.
+    level
+        What it reads: the embedding of each cell, or the state of each gene token.
+    """
+
+    key: str
+    classes: tuple[str, ...] | None
+    mean: float = 0.0
+    std: float = 1.0
+    pooling: Pooling | None = None
+    temperature: float = 1.0
+    level: Level = "cell"
+
+    @property
+    def n_outputs(self) -> int:
+        """Width of the head's output."""
+        return 1 if self.classes is None else len(self.classes)
 
 
 class PooledHead(nn.Module):

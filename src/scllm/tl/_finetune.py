@@ -58,6 +58,11 @@ def finetune(
 ) -> CellModel:
     """Train a head that predicts ``obs[key]``, together with the model below it.
 
+    Heads first learn alone, from the states that the model gives the training cells (in seconds); then all that is not
+    frozen trains on, without dropout. The best weights by validation loss are kept, those of the start among them, and
+    their probabilities are calibrated on the validation cells. scbert, whose head reads every position, has no such
+    start.
+
     Parameters
     ----------
     data
@@ -85,11 +90,11 @@ def finetune(
     layer
         Layer to read; ``None`` is ``X``.
     epochs
-        Passes over the cells; ``None`` is the family's own (scgpt, geneformer: 10).
+        Passes over the cells; ``None`` is the family's own (5; scbert: 10).
     batch_size
         Cells of one optimiser step, over all processes (scgpt, geneformer: 32).
     lr
-        Highest learning rate (scgpt: 1e-4, geneformer: 5e-4).
+        Highest learning rate (1e-4), which falls to zero.
     n_gpus
         GPUs, one process each; ``None``: all there are, else one CPU process.
     n_procs
