@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from scllm.engine.device import autocast
@@ -15,11 +16,15 @@ __all__ = ["calibrate"]
 
 # a temperature from so many cells counts half of what it says: few cells, all of them right, say that nothing is unsure
 _HALF_TRUSTED = 50
+_MAX_CELLS = 10_000  # other processes wait meanwhile
 
 
 @torch.no_grad()
 def calibrate(model: CellModel, validation: Loader, precision: str) -> None:
     """Set the temperature of each head of labels, in place (Guo et al. 2017)."""
+    if len(validation.rows) > _MAX_CELLS:
+        chosen = np.random.default_rng(validation.seed).choice(validation.rows, _MAX_CELLS, replace=False)
+        validation = replace(validation, rows=np.sort(chosen))
     model.eval()
     logits: dict[str, list[torch.Tensor]] = {spec.key: [] for spec in model.head_specs}
     labels: dict[str, list[torch.Tensor]] = {spec.key: [] for spec in model.head_specs}

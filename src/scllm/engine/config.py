@@ -38,7 +38,7 @@ class TrainConfig:
     steps
         Optimiser steps, in place of ``epochs``.
     warmup
-        Steps over which the learning rate rises from zero.
+        Steps over which the learning rate rises from zero. ``None``: 20 in fine-tuning, else none.
     schedule
         ``"step"`` (times ``gamma`` each epoch), ``"cosine"`` or ``"linear"`` (down to zero at the end), ``"constant"``.
         ``None``: step in pretraining, linear in fine-tuning.
@@ -77,8 +77,8 @@ class TrainConfig:
     save_every
         Steps between two checkpoints; ``None``: one an epoch.
     use_dropout
-        Whether the model's dropout is on in training. ``None``: in pretraining; not in fine-tuning, whose heads start
-        from states without that noise.
+        Whether the model's dropout is on in training. ``None``: yes, but for :func:`finetune`, whose heads start from
+        states without that noise.
     label_smoothing
         Share of each label's target that is spread over all labels, in fine-tuning with ``loss="ce"``.
     patience
@@ -93,7 +93,7 @@ class TrainConfig:
     lr: float | None = None
     epochs: int | None = None
     steps: int | None = None
-    warmup: int = 0
+    warmup: int | None = None
     schedule: Schedule | None = None
     gamma: float = 0.9
     weight_decay: float = 0.0
@@ -124,7 +124,7 @@ class TrainConfig:
             if value is not None and not isinstance(value, Integral):
                 raise TypeError(f"{name} is {value!r}, a whole number expected. Pass a whole {name}=.")
         for name in ("warmup", "weight_decay", "max_restarts"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, 0 or more expected. 0 leaves it off.")
         for name in ("lr", "gamma", "layer_decay", "clip"):
             value = getattr(self, name)

@@ -32,7 +32,7 @@ from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.loader import Loader
 from scllm.engine.loop import fit
 from scllm.engine.lora import LoraSettings, add_adapters, merge_adapters
-from scllm.engine.objectives import Objective, objective_from_dict
+from scllm.engine.objectives import Label, Objective, objective_from_dict
 from scllm.engine.optim import freeze
 from scllm.engine.run import Run
 from scllm.engine.sharding import shard
@@ -136,7 +136,7 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
                 from_start=spec["verb"] == "finetune", precision=precision, track=watching(track),
             )  # fmt: skip
         if ranks.rank() == 0:
-            _finish(run, family, chosen, validation, precision)
+            _finish(run, family, chosen, validation if isinstance(objective, Label) else None, precision)
         ranks.wait_for_all()
 
 
@@ -197,7 +197,7 @@ def _finish(run: Run, family: str | None, device: torch.device, validation: Load
         save(run.best, model.state_dict())
     else:
         model.load_state_dict(best)
-    if model.head_specs and validation is not None:
+    if validation is not None:
         calibrate(model.to(device), replace(validation, keep_empty=False), precision)
         model.cpu()
     model.history = run.table()

@@ -18,7 +18,7 @@ from scllm.engine.config import TrainConfig
 from scllm.engine.device import autocast
 from scllm.engine.loader import Loader
 from scllm.engine.objectives import Loss, Objective
-from scllm.engine.optim import learning_rate, optimizer, train_mode
+from scllm.engine.optim import learning_rate, optimizer, train_mode, without_dropout
 from scllm.engine.run import Run
 from scllm.kernels.draws import mix
 from scllm.models.base import Batch, CellModel
@@ -65,6 +65,8 @@ def fit(
     per_epoch = batches.n_batches()
     n_steps = config.steps or per_epoch * (config.epochs or 1)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
+    if config.use_dropout is False:
+        without_dropout(model)
     optimise = optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     step, best, since_best = _resume(run, model, optimise, scaler)
@@ -80,7 +82,7 @@ def fit(
             lr = learning_rate(step, epoch, n_steps, config)
             for group in optimise.param_groups:
                 group["lr"] = lr * group["scale"]
-            model.eval() if config.use_dropout is False else train_mode(model)
+            train_mode(model)
             model.at_step(step, config.random_state or 0)
             totals = _Totals(objective.logs(model), device)
             with _seeded(device, config.random_state or 0, step, rank):

@@ -12,7 +12,7 @@ from torch import nn
 from scllm.engine.config import TrainConfig
 from scllm.models.base import CellModel
 
-__all__ = ["Freeze", "freeze", "learning_rate", "optimizer", "train_mode"]
+__all__ = ["Freeze", "freeze", "learning_rate", "optimizer", "train_mode", "without_dropout"]
 
 Freeze = int | str | tuple[str, ...]
 
@@ -60,6 +60,17 @@ def train_mode(model: nn.Module) -> None:
             train_mode(child)
 
 
+def without_dropout(model: nn.Module) -> None:
+    """Set every probability of dropout to zero, in place."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # attention of transformers drops out by a number of its own
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def optimizer(model: CellModel, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW; matrices decay, vectors and tables of embeddings do not; earlier blocks may learn more slowly."""
     assert config.lr is not None
@@ -86,8 +97,9 @@ def optimizer(model: CellModel, config: TrainConfig) -> torch.optim.Optimizer:
 def learning_rate(step: int, epoch: int, n_steps: int, config: TrainConfig) -> float:
     """Learning rate of a step (counted from 0)."""
     assert config.lr is not None
-    rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    after = min(1.0, max(0, step - config.warmup) / max(1, n_steps - config.warmup))
+    warmup = config.warmup or 0
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    after = min(1.0, max(0, step - warmup) / max(1, n_steps - warmup))
     match config.schedule:
         case "step" | None:
             fall = config.gamma**epoch

@@ -82,11 +82,12 @@ def classify_genes(
     key_added
         Column of ``var`` to write.
     **finetune_options
-        Of :func:`finetune`: ``epochs``, ``lr``, ``batch_size``, ``config``, ``lora``, ``layer``, ``run_dir`` (folds are
-        runs of their own in ``run_dir/fold-0``, ...), ``resume``, ``device``, ``precision``, ``n_gpus``, ``n_procs``
-        and ``random_state``. ``class_weight`` is ``"balanced"`` (labels weigh alike; the default) or ``None``, which
-        gives calibrated probabilities and prefers the frequent label. ``validation`` is the share of the *training
-        genes* that chooses the best epoch; none by default, and the last weights are taken.
+        Of :func:`finetune`: ``epochs`` (3 by default), ``lr``, ``batch_size``, ``config``, ``lora``, ``layer``,
+        ``run_dir`` (folds are runs of their own in ``run_dir/fold-0``, ...), ``resume``, ``device``, ``precision``,
+        ``n_gpus``, ``n_procs`` and ``random_state``. ``class_weight`` is ``"balanced"`` (labels weigh alike; the
+        default) or ``None``, which gives calibrated probabilities and prefers the frequent label. ``validation`` is the
+        share of the *training genes* that chooses the best epoch; none by default, and the last weights are taken.
+        With ``freeze="encoder"`` there are no epochs, and what is said of them has no meaning.
 
     Returns
     -------

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import tempfile
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +14,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from scllm import _keys, settings
+from scllm import _keys
 from scllm._checks import check_adata, missing_key
 from scllm._log import log
 from scllm._results import record
@@ -26,7 +24,7 @@ from scllm.models.base import CellModel
 from scllm.tl._baseline import label_baseline, log_normalised, value_baseline
 from scllm.tl._classify import classify
 from scllm.tl._finetune import finetune
-from scllm.tl._folds import fold_cells
+from scllm.tl._folds import fold_cells, folds_directory
 from scllm.tl._model import ModelLike, remember, resolve
 from scllm.tl._out_of_fold import METHODS, Target, check_folds, find_groups, find_target, fold_scores, overall_scores
 
@@ -118,7 +116,7 @@ def cross_validate(
     chosen = resolve(model, adata)
     folds = [_folds(target, groups, n_folds, seed + repeat) for repeat in range(n_repeats)]
     target.check_coverage(folds[0])
-    run_dir = _run_directory(options.pop("run_dir", None), options.pop("resume", "auto"))
+    run_dir = folds_directory("cross_validate", options.pop("run_dir", None), options.pop("resume", "auto"))
     methods = METHODS if baseline else METHODS[:1]
     cells = _Cells.of(adata, target, baseline, options.get("layer"))
     tables, first = [], {method: np.full((adata.n_obs, target.n_outputs), np.nan, np.float32) for method in methods}
@@ -259,27 +257,6 @@ def _folds(target: Target, groups: IntArray | None, n_folds: int, seed: int) -> 
     return fold
 
 
-def _run_directory(given: Any, resume: Any) -> Path:
-    """Where the folds' runs go; finished and half-finished ones that are there are continued."""
-    if resume not in ("auto", True, False):
-        raise ValueError(f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues what is there.")
-    if given is None and resume is True:
-        raise ValueError("resume=True is given and run_dir is not, both expected. Pass the run_dir to continue.")
-    if given is None:
-        Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
-        stem = f"cross_validate-{time.strftime('%Y%m%d-%H%M%S')}-"
-        return Path(tempfile.mkdtemp(prefix=stem, dir=settings.run_dir))
-    path = Path(given)
-    begun = (path / "fold-0").exists()
-    if resume is True and not begun:
-        raise ValueError(f"{path} holds no fold to continue, one expected with resume=True. Pass resume='auto'.")
-    if resume is False and begun:
-        raise ValueError(
-            f"{path} holds folds already, an empty directory expected with resume=False. Pass another one."
-        )
-    return path
-
-
 def _say(tables: list[pd.DataFrame], number: int, n: int) -> None:
     """Log what came out of a fold, the first metric of each method."""
     scores = [table.iloc[0] for table in tables]
@@ -295,7 +272,11 @@ def _wide(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _write(adata: AnnData, target: Target, fold: IntArray, outputs: Mapping[str, FloatArray]) -> None:
-    """Predictions of the first repeat, and its folds."""
+    """Predictions of the first repeat, and its folds, in place of an earlier call's."""
+    for method in METHODS:
+        name = target.key + _keys.CROSS_VALIDATED + ("" if method == METHODS[0] else _keys.BASELINE)
+        adata.obs = adata.obs.drop(columns=[name, name + _keys.PROBABILITY], errors="ignore")
+        adata.obsm.pop(name + _keys.PROBABILITIES, None)
     for method, found in outputs.items():
         name = target.key + _keys.CROSS_VALIDATED + ("" if method == METHODS[0] else _keys.BASELINE)
         if target.classes is None:

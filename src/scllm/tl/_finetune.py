@@ -94,7 +94,7 @@ def finetune(
     batch_size
         Cells of one optimiser step, over all processes (scgpt, geneformer: 32).
     lr
-        Highest learning rate (1e-4), which falls to zero.
+        Highest learning rate (1e-4), reached after 20 steps, which falls to zero.
     n_gpus
         GPUs, one process each; ``None``: all there are, else one CPU process.
     n_procs
@@ -142,7 +142,7 @@ def finetune(
     check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample or 0.0)
     module = models.family_module(begun.family)
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
-    defaults = {**module.FINETUNE, "gene_init": "random", "use_dropout": False, "schedule": "linear"}
+    defaults = {**module.FINETUNE, "gene_init": "random", "use_dropout": False, "schedule": "linear", "warmup": 20}
     settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
     seed = settings.random_state or 0
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 import warnings
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 
+from scllm import settings
 from scllm._typing import IntArray
 
-__all__ = ["fold_cells"]
+__all__ = ["fold_cells", "folds_directory"]
 
 
 def fold_cells(
@@ -61,3 +66,24 @@ def _without_empty_folds(fold: IntArray, groups: IntArray, n_folds: int) -> IntA
         fullest = np.flatnonzero(fold_of == np.bincount(fold_of).argmax())
         fold_of[fullest[sizes[fullest].argmin()]] = empty[0]
     return fold_of[groups]
+
+
+def folds_directory(verb: str, given: Any, resume: Any) -> Path:
+    """Where the folds' runs go; finished and half-finished ones that are there are continued."""
+    if resume not in ("auto", True, False):
+        raise ValueError(f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues what is there.")
+    if given is None and resume is True:
+        raise ValueError("resume=True is given and run_dir is not, both expected. Pass the run_dir to continue.")
+    if given is None:
+        Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
+        stem = f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-"
+        return Path(tempfile.mkdtemp(prefix=stem, dir=settings.run_dir))
+    path = Path(given)
+    begun = (path / "fold-0").exists()
+    if resume is True and not begun:
+        raise ValueError(f"{path} holds no fold to continue, one expected with resume=True. Pass resume='auto'.")
+    if resume is False and begun:
+        raise ValueError(
+            f"{path} holds folds already, an empty directory expected with resume=False. Pass another one."
+        )
+    return path

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from scllm import models, settings
+from scllm import models
 from scllm._typing import FloatArray, IntArray
 from scllm.data.split import split_cells
 from scllm.engine.config import Precision, TrainConfig
@@ -26,6 +24,7 @@ from scllm.engine.lora import LoraSettings
 from scllm.engine.objectives import GeneLabel, LossName
 from scllm.engine.optim import Freeze
 from scllm.models.base import Batch, CellModel, HeadSpec
+from scllm.tl._folds import folds_directory
 from scllm.tl._gene_states import GeneCells, gene_statistics, pooled
 from scllm.tl._train import merged_config, processes, train
 
@@ -106,11 +105,7 @@ class GeneTask:
         """Where the folds' runs are; heads on frozen states need none."""
         if self.freeze == "encoder":
             return None
-        if self.options.run_dir is not None:
-            return Path(self.options.run_dir)
-        Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
-        stem = f"classify_genes-{time.strftime('%Y%m%d-%H%M%S')}-"
-        return Path(tempfile.mkdtemp(prefix=stem, dir=settings.run_dir))
+        return folds_directory("classify_genes", self.options.run_dir, self.options.resume)
 
     def by_model(self, fold: IntArray) -> FloatArray:
         """Out-of-fold probabilities of the model, ``(g, k)``."""
@@ -184,7 +179,7 @@ class GeneTask:
             layer=None,
             cells={"train": self._cells_with(training), "validation": self._cells_with(held_out)},
             where=processes(self.options.n_gpus, self.options.n_procs, self.options.device),
-            run_dir=self.run_dir / f"fold-{number}", resume=self.options.resume, freeze=self.freeze,
+            run_dir=self.run_dir / f"fold-{number}", resume="auto", freeze=self.freeze,
             lora=LoraSettings(r=lora) if isinstance(lora, int) else lora,
             params={"class_weight": self.options.class_weight, "validation": self.options.validation},
         )  # fmt: skip

@@ -91,7 +91,7 @@ def _planted(model: CellModel, rng: Generator) -> AnnData:
 
 def _looked_at(adata: AnnData, model: CellModel) -> dict[str, FloatArray]:
     """Embedding, label (of the first head that has classes; -1 without) and length of each cell."""
-    key = next((spec.key for spec in model.head_specs if spec.classes is not None), None)
+    key = next((spec.key for spec in model.head_specs if spec.classes is not None and spec.level == "cell"), None)
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
         embedding = replica.embed(batch).float()

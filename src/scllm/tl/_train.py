@@ -93,7 +93,14 @@ def merged_config(
         raise TypeError(f"steps={config.steps} and epochs={config.epochs} are both given, one of them expected.")
     if config.steps is not None:
         defaults = {name: value for name, value in defaults.items() if name != "epochs"}
-    general = {"downsample": 0.0, "use_dropout": True, "schedule": "step", "precision": "auto", "random_state": 0}
+    general = {
+        "downsample": 0.0,
+        "use_dropout": True,
+        "schedule": "step",
+        "warmup": 0,
+        "precision": "auto",
+        "random_state": 0,
+    }
     return config.resolved({**general, **defaults})
 
 
