@@ -36,7 +36,7 @@ def spec_of(model) -> dict:
 
 def test_a_head_is_trained_and_the_model_given_stays_as_it_was(adata, tiny, tune):
     before = tiny.hash()
-    tuned = tune()
+    tuned = tune(validation=0)  # the last weights, not the best
     assert tuned.head_specs[0].classes == ("A", "B")
     assert (tiny.hash(), tiny.head_specs, tiny.history, tiny.path) == (before, (), None, None)
     assert {"loss", "accuracy"} <= set(tuned.history)

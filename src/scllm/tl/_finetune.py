@@ -142,7 +142,13 @@ def finetune(
     check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample or 0.0)
     module = models.family_module(begun.family)
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
-    defaults = {**module.FINETUNE, "gene_init": "random", "use_dropout": False, "schedule": "linear", "warmup": 20}
+    defaults = {
+        **module.FINETUNE,
+        "gene_init": "random",
+        "use_dropout": not begun.heads_read_cells,
+        "schedule": "linear",
+        "warmup": 20,
+    }
     settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
     seed = settings.random_state or 0
 
