@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 import scllm
 from benchmarks.study_blood import KEY, sorted_cells
 
-EPOCHS, LR = 4, 5e-4
+EPOCHS = 4
 
 
 def main(model: str, n_folds: int) -> None:
@@ -47,8 +47,8 @@ def labelled(model: str, training: sc.AnnData, test: sc.AnnData) -> np.ndarray:
     """Labels of cells that the fine-tuned model has not seen."""
     with tempfile.TemporaryDirectory() as folder:
         tuned = scllm.tl.finetune(
-            training, model, key=KEY, epochs=EPOCHS, lr=LR, run_dir=Path(folder) / "run",
-            config=scllm.tl.TrainConfig(schedule="cosine", warmup=30, max_len=301, weight_decay=0.05),
+            training, model, key=KEY, epochs=EPOCHS, run_dir=Path(folder) / "run",
+            config=scllm.tl.TrainConfig(max_len=301),
         )  # fmt: skip
         scllm.tl.classify(test, tuned)
     return test.obs["scllm_label"].to_numpy(dtype=object)

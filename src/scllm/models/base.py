@@ -292,7 +292,8 @@ class CellModel(nn.Module):
         path
             The folder; made if it is not there.
         format
-            ``"native"`` (weights, vocabulary, encoder, heads), or the published format of the model's own family.
+            ``"native"`` (weights, vocabulary, encoder, heads), or the published format of the model's own family, which
+            has no room for heads that :func:`scllm.tl.finetune` made.
         """
         if format == "native":
             write_native(self, Path(path))
