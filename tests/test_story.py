@@ -19,7 +19,7 @@ def story(tmp_path_factory):
     )
     scllm.tl.embed(adata)
     tuned = scllm.tl.finetune(
-        adata, key="cell_type", epochs=10, lr=2e-3, batch_size=16, validation="split", run_dir=folder / "tuned"
+        adata, key="cell_type", epochs=10, lr=3e-4, batch_size=16, validation="split", run_dir=folder / "tuned"
     )
     scllm.tl.classify(adata)
     return adata, model, tuned
