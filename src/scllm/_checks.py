@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from scllm._log import warn
 from scllm._typing import FloatArray
 
-__all__ = ["check_adata", "embedding", "groups", "labels", "missing_key", "obs_column"]
+__all__ = ["check_adata", "embedding", "groups", "labels", "missing_key", "obs_column", "warn_of_unknown_labels"]
 
 _SHOWN = 8
 
@@ -75,6 +76,19 @@ def labels(obs: pd.DataFrame, key: str) -> pd.Series:
             "expected. Pass a column with several labels with `key=`."
         )
     return classes
+
+
+def warn_of_unknown_labels(obs: pd.DataFrame, key: str, known: Iterable[str], advice: str) -> None:
+    """Where cells are labelled already, and with labels that they cannot get again."""
+    if key not in obs:
+        return
+    known, column = list(known), obs[key].dropna().astype(str)
+    others = column[~column.isin(known)]
+    if len(others):
+        warn(
+            f"{len(others)} of {len(obs)} cells have labels in obs[{key!r}] that were not learnt (first: "
+            f"{others.iloc[0]!r}), {_cut(known)} expected. They get one of those; {advice}."
+        )
 
 
 def embedding(adata: AnnData, use_rep: str, *, advice: str = "") -> FloatArray:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm.auto import tqdm
 
 from scllm import settings
 
-__all__ = ["is_first_rank", "log", "progress", "show_progress"]
+__all__ = ["is_first_rank", "log", "progress", "show_progress", "warn"]
 
 T = TypeVar("T")
 log = logging.getLogger("scllm")
+_PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
 def is_first_rank() -> bool:
@@ -40,3 +43,11 @@ def show_progress() -> bool:
 def progress(items: Iterable[T], *, desc: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
     """Iterate with a progress bar where :func:`show_progress` allows one."""
     return iter(tqdm(items, desc=desc, total=total, unit=unit, disable=not show_progress(), leave=False))
+
+
+def warn(message: str) -> None:
+    """A ``UserWarning`` that points at the line outside of this package from which the way leads here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

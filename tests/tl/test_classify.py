@@ -54,6 +54,12 @@ def test_the_most_probable_label_and_all_probabilities_are_written(adata, labell
     assert adata.obs["scllm_label"].cat.categories.tolist() == ["A", "B", "C"]
 
 
+def test_labels_that_the_model_cannot_give_are_warned_of(adata, labelled):
+    adata.obs["cell_type"] = ["A", "ductal", "ductal", *["B"] * 56, None]
+    with pytest.warns(UserWarning, match=r"2 of 60 .* not learnt \(first: 'ductal'\), 'A', 'B', 'C' expected"):
+        classify(adata, labelled)
+
+
 def test_doubtful_cells_are_unknown(adata, labelled):
     classify(adata, labelled, key_added="sure")
     threshold = float(adata.obs["sure_prob"].median())

@@ -58,7 +58,7 @@ BAD = {
                    "Leave it out"),
     "an option": ({"upsample": True}, TypeError, "'upsample' is no option of classify_genes", "expected", "Leave it"),
     "a misspelt option": ({"epoch": 1}, TypeError, "'epoch' is no option", "expected", "Did you mean 'epochs'"),
-    "a loss": ({"loss": "mse"}, ValueError, "loss is {'mse': 1.0}", "expected", "Use loss='bce'"),
+    "a loss": ({"loss": "mse"}, ValueError, "loss is {'mse': 1.0}", "expected", "Use loss='ce'"),
     "blocks": ({"freeze": 9}, ValueError, "freeze is 9", "0 to 2 blocks expected", "The model has 2 blocks"),
 }  # fmt: skip
 

@@ -183,7 +183,7 @@ def test_nothing_else_of_the_data_changes(adata, tiny):
 
 def test_the_matrix_is_shared_with_what_is_trained_on(adata):
     from scllm.tl._cross_validate import _Cells
-    from scllm.tl._out_of_fold import find_target
+    from scllm.tl._target import find_target
 
     cells = _Cells.of(adata, find_target(adata.obs, "cell_type"), baseline=False, layer=None)
     assert np.shares_memory(cells.adata.X.data, adata.X.data)
@@ -356,10 +356,15 @@ def test_labels_that_a_query_has_and_the_reference_lacks_are_never_given(adata, 
     query.obs["cell_type"] = query.obs["cell_type"].cat.add_categories("new")
     query.obs.iloc[:10, query.obs.columns.get_loc("cell_type")] = "new"
     tuned = finetune(reference, tiny, key="cell_type", epochs=1)
-    classify(query, tuned)
+    unknown = (
+        r"10 of 30 cells have labels in obs\['cell_type'\] that were not learnt \(first: 'new'\), 'A', 'B' expected"
+    )
+    with pytest.warns(UserWarning, match=unknown + ".*pass threshold="):
+        classify(query, tuned)
     for data in (reference, query):
         data.obsm["X"] = np.log1p(data.X.toarray())
-    transfer_labels(query, reference, key="cell_type", use_rep="X")
+    with pytest.warns(UserWarning, match=unknown + ".*cell_type_transferred_prob"):
+        transfer_labels(query, reference, key="cell_type", use_rep="X")
     for column in ("scllm_label", "cell_type_transferred"):
         assert query.obs[column].cat.categories.tolist() == ["A", "B"]
         assert query.obs[column].notna().all()

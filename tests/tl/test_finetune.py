@@ -116,6 +116,22 @@ def test_a_label_of_one_cell_is_warned_of(adata, tune):
         tune("label")
 
 
+def test_labels_of_validation_cells_alone_are_warned_of(adata, tune):
+    adata.obs["part"] = ["validation"] * 6 + ["train"] * 54
+    adata.obs["label"] = ["rare"] * 6 + ["A", "B"] * 27
+    with pytest.warns(
+        UserWarning, match=r"1 labels of obs\['label'\] \(first: 'rare'\) are among the validation cells"
+    ):
+        tune("label", validation="part")
+
+
+def test_a_warning_points_at_the_line_that_called(adata, tiny, tmp_path):
+    adata.obs["label"] = ["rare", *["A", "B"] * 29, "A"]
+    with pytest.warns(UserWarning, match="have one cell only") as warned:
+        finetune(adata, tiny, key="label", epochs=1, run_dir=tmp_path / "run")
+    assert warned[0].filename == __file__
+
+
 @pytest.mark.filterwarnings("ignore:after the first epoch the model gives one label")
 def test_rare_labels_are_drawn_as_often_as_common_ones(adata, tune):
     adata.obs["label"] = ["rare"] * 6 + ["common"] * 54
@@ -135,7 +151,7 @@ def test_rare_labels_weigh_more_where_asked(adata, tune):
     assert balanced == {"label": pytest.approx([60 / (2 * 50), 60 / (2 * 10)])}  # common, rare
     given = spec_of(tune("label", class_weight={"rare": 3}))["objective"]["class_weight"]
     assert given == {"label": [1.0, 3.0]}
-    with pytest.raises(KeyError, match="'rar' is no label"):
+    with pytest.raises(KeyError, match=r"'rar' is not a label of obs.*Did you mean 'rare'"):
         tune("label", class_weight={"rar": 3})
     with pytest.raises(ValueError, match="class_weight is 'equal'"):
         tune("label", class_weight="equal")
@@ -208,7 +224,18 @@ def test_down_sampling_needs_counts(adata, tune):
         ({"key": "celltype"}, KeyError, "'celltype' is not a column of adata.obs. Did you mean 'cell_type'"),
         ({"key": "one"}, ValueError, r"obs\['one'\] holds 1 classes \('x'\), at least 2"),
         ({"key": "n"}, ValueError, r"obs\['n'\] holds integers \(first: 4\), labels .*astype\('category'\)"),
-        ({"key": "flat"}, ValueError, r"1 distinct values of obs\['flat'\], at least 2"),
+        ({"key": "flat"}, ValueError, r"obs\['flat'\] holds 1 distinct values, at least 2"),
+        (
+            {"key": "text"},
+            ValueError,
+            r"all 60 labels of obs\['text'\] have one cell only .*If they are values: .*float",
+        ),
+        ({"key": "names"}, ValueError, r"all 60 labels of obs\['names'\] have one cell only .*or merge them"),
+        ({"class_weight": {"A": -1}}, ValueError, r"class_weight of 'A' is -1, 0 or more expected"),
+        ({"class_weight": {"a": 1}}, KeyError, r"'a' is not a label of obs\['cell_type'\]. .*Mend class_weight"),
+        ({"key": "depth", "class_weight": "balanced"}, TypeError, r"class_weight needs labels, obs\['depth'\] holds"),
+        ({"loss": {"ce": 1, "dice": -1}}, ValueError, r"weights of 0 or more expected, one above 0"),
+        ({"loss": "mse"}, ValueError, r"names of \('ce', 'bce', 'dice', 'focal'\) with weights expected"),
         ({"key": []}, ValueError, r"key is \[\]"),
         ({"key": ["batch", "batch"]}, ValueError, "Name each once"),
         ({"key": "depth", "upsample": True}, TypeError, r"upsample=True needs labels, obs\['depth'\] holds values"),
@@ -218,6 +245,8 @@ def test_down_sampling_needs_counts(adata, tune):
 )
 def test_requests_that_cannot_be_met_write_nothing(adata, tune, tmp_path, options, error, message):
     adata.obs["one"], adata.obs["n"], adata.obs["flat"] = "x", 4, 1.5
+    adata.obs["text"] = [f"{i / 7:.3f}" for i in range(60)]
+    adata.obs["names"] = [f"name {i}" for i in range(60)]
     adata.obs["depth"] = np.asarray(adata.X.sum(1)).ravel()
     with pytest.raises(error, match=message):
         tune(**options)

@@ -83,17 +83,18 @@ def pretrain(
     """Train a model on cells without labels. The same command continues after a crash."""
     from scllm import tl
     from scllm.cli._estimate import what_would_run
+    from scllm.tl._pretrain import prepare
 
     options = {
-        "size": size, "n_gpus": n_gpus, "n_procs": n_procs, "device": device, "run_dir": run_dir, "epochs": epochs,
+        "size": size, "n_gpus": n_gpus, "n_procs": n_procs, "device": device, "epochs": epochs,
         "batch_size": batch_size, "lr": lr, "mask_ratio": mask_ratio or None, "left_out": left_out, "dropout": dropout,
         "validation": read_validation(validation), "group_key": group_key, "layer": layer, "precision": precision,
         "config": read_config(config), "random_state": random_state,
     }  # fmt: skip
     if dry_run:
-        typer.echo(what_would_run(one_or_all(data), model, **options))
+        typer.echo(what_would_run(one_or_all(data), prepare(one_or_all(data), model, **options), run_dir))
         return
-    typer.echo(tl.pretrain(one_or_all(data), model, resume=read_resume(resume), **options))
+    typer.echo(tl.pretrain(one_or_all(data), model, run_dir=run_dir, resume=read_resume(resume), **options))
 
 
 def finetune(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from anndata import AnnData
 
+from scllm._log import warn
 from scllm._typing import CSR, IntArray
 from scllm.data.source import CellSource, open_source
 
@@ -58,11 +59,9 @@ def check_source(
             f"raw counts expected. {advice}"
         )
     if n_odd:
-        warnings.warn(
+        warn(
             f"{_name(layer)} holds {n_odd:,} values that are no integers (first: {first_odd}), raw counts are "
-            "expected. They are used as they are; pass the layer with raw counts with `layer=` if there is one.",
-            UserWarning,
-            stacklevel=3,
+            "expected. They are used as they are; pass the layer with raw counts with `layer=` if there is one."
         )
 
 
@@ -104,11 +103,9 @@ def layer_with_counts(data: object, takes_layer: bool = True) -> str:
 def warn_of_empty_cells(n_empty: int, n_cells: int) -> None:
     """Count the cells that express no gene of the vocabulary: they get ``<cls>`` alone."""
     if n_empty:
-        warnings.warn(
+        warn(
             f"{n_empty} of {n_cells} cells express no gene of the model's vocabulary, at least one expected. They are "
-            "kept and read as `<cls>` alone; leave them out if that is not meant.",
-            UserWarning,
-            stacklevel=3,
+            "kept and read as `<cls>` alone; leave them out if that is not meant."
         )
 
 

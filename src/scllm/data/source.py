@@ -212,6 +212,12 @@ class ConcatenatedCells:
         var = pd.concat([part.var for part in self.parts])
         self.var: pd.DataFrame = var[~var.index.duplicated()]
         self.genes = self.var.index
+        n_lacking = max(len(self.genes) - len(part.genes) for part in self.parts)
+        if n_lacking:
+            log.info(
+                "up to %d of %d genes are missing from a part of the data: what was not measured is read as zero",
+                n_lacking, len(self.genes),
+            )  # fmt: skip
         self.layer = self.parts[0].layer
         self._columns = [self.genes.get_indexer(part.genes).astype(np.int32) for part in self.parts]
         self._ends = np.cumsum([part.n_obs for part in self.parts])

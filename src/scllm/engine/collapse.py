@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from scllm._log import warn
 
 __all__ = ["watching"]
 
@@ -30,9 +31,7 @@ def watching(track: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any
 
 
 def _warn(name: str) -> None:
-    warnings.warn(
+    warn(
         f"after the first epoch the model gives one label to all cells ({name} = 1), several expected. Try a lower lr, "
-        "upsample=True, class_weight='balanced', or loss={'ce': 1, 'dice': 1}.",
-        UserWarning,
-        stacklevel=2,
+        "upsample=True, class_weight='balanced', or loss={'ce': 1, 'dice': 1}."
     )

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from scllm import models
-from scllm._log import log, show_progress
+from scllm._log import log, show_progress, warn
 from scllm.data import genes
 from scllm.data.encode import Encoder
 from scllm.data.source import CellSource, open_source
@@ -231,11 +230,9 @@ def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None,
     if run.is_done:
         if process.returncode:
             # workers have been seen to abort while exiting, after all work was saved
-            warnings.warn(
+            warn(
                 f"the processes of {run.path} ended with exit status {process.returncode} after the run was done and "
-                f"saved; the result is whole. What they printed is in {run.log}.",
-                UserWarning,
-                stacklevel=2,
+                f"saved; the result is whole. What they printed is in {run.log}."
             )
         return
     raise RuntimeError(

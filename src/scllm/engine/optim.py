@@ -12,37 +12,43 @@ from torch import nn
 from scllm.engine.config import TrainConfig
 from scllm.models.base import CellModel
 
-__all__ = ["Freeze", "freeze", "learning_rate", "optimizer", "train_mode", "without_dropout"]
+__all__ = ["Freeze", "check_freeze", "freeze", "learning_rate", "optimizer", "train_mode", "without_dropout"]
 
 Freeze = int | str | tuple[str, ...]
 
 
+def check_freeze(model: CellModel, what: Freeze) -> None:
+    """Raise where ``what`` names no part of the model."""
+    if isinstance(what, int):
+        n_blocks = len(list(model.blocks))
+        if not 0 <= what <= n_blocks:
+            raise ValueError(f"freeze is {what}, 0 to {n_blocks} blocks expected. The model has {n_blocks} blocks.")
+    elif what != "encoder":
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in _patterns(what):
+            if not any(fnmatch(name, pattern) for name in names):
+                raise ValueError(
+                    f"freeze: no weight is called {pattern!r}; names such as {names[:3]} expected. Use patterns like "
+                    "'layers.0.*'."
+                )
+
+
 def freeze(model: CellModel, what: Freeze) -> None:
     """Keep weights as they are: the first n blocks, ``"encoder"`` (all but the heads), or name patterns."""
-    blocks = list(model.blocks)
+    check_freeze(model, what)
     if isinstance(what, int):
-        if not 0 <= what <= len(blocks):
-            raise ValueError(
-                f"freeze is {what}, 0 to {len(blocks)} blocks expected. The model has {len(blocks)} blocks."
-            )
-        for block in blocks[:what]:
+        for block in list(model.blocks)[:what]:
             block.requires_grad_(False)
         return
-    if what == "encoder":
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(name.startswith("heads."))
-        return
-    patterns = (what,) if isinstance(what, str) else what
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(
-                f"freeze: no weight is called {pattern!r}; names such as {names[:3]} expected. Use patterns like "
-                "'layers.0.*'."
-            )
     for name, weight in model.named_parameters():
-        if any(fnmatch(name, pattern) for pattern in patterns):
+        if what == "encoder":
+            weight.requires_grad_(name.startswith("heads."))
+        elif any(fnmatch(name, pattern) for pattern in _patterns(what)):
             weight.requires_grad_(False)
+
+
+def _patterns(what: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (what,) if isinstance(what, str) else what
 
 
 def train_mode(model: nn.Module) -> None:

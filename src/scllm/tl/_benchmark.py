@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from scllm import _keys, metrics
 from scllm._checks import check_adata, embedding, groups, labels
-from scllm._log import log
+from scllm._log import log, warn
 from scllm._results import record
 from scllm._typing import FloatArray
 from scllm.tl._baseline import is_log_like
@@ -99,18 +98,14 @@ def _scored_cells(classes: pd.Series, batches: pd.Series | None, key: str) -> ND
     small = sizes.index[(sizes > 0) & (sizes < _N_FOLDS)]
     cells = known & ~classes.isin(small).to_numpy()
     if not known.all():
-        warnings.warn(
+        warn(
             f"{(~known).sum()} of {len(known)} cells have no label in obs[{key!r}], or no batch, and are left out. "
-            "Subset adata to the labelled cells to silence this.",
-            UserWarning,
-            stacklevel=3,
+            "Subset adata to the labelled cells to silence this."
         )
     if len(small):
-        warnings.warn(
+        warn(
             f"{len(small)} classes of obs[{key!r}] have fewer than {_N_FOLDS} cells (as {small[0]!r}) and are left "
-            "out: they cannot be in every fold. Subset adata, or merge small classes, to silence this.",
-            UserWarning,
-            stacklevel=3,
+            "out: they cannot be in every fold. Subset adata, or merge small classes, to silence this."
         )
     return cells
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scllm import _keys
-from scllm._checks import check_adata
+from scllm._checks import check_adata, warn_of_unknown_labels
 from scllm._results import record
 from scllm._typing import FloatArray
 from scllm.data.source import open_source
@@ -82,6 +82,11 @@ def classify(
         )
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}, a probability from 0 to 1 expected.")
+    for spec in chosen.head_specs:
+        if spec.classes is not None:
+            warn_of_unknown_labels(
+                adata.obs, spec.key, spec.classes, "pass threshold= to have doubtful cells called 'unknown'"
+            )
     source = open_source(adata, layer=layer)
     check_layer(source, chosen, layer, adata)
     match = gene_match(adata, source, chosen)

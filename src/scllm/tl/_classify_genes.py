@@ -19,15 +19,16 @@ from scllm._log import log
 from scllm._results import record
 from scllm._typing import FloatArray, IntArray
 from scllm.data.source import open_source
-from scllm.engine.objectives import GeneLabel, LossName
-from scllm.engine.optim import Freeze
-from scllm.engine.optim import freeze as check_freeze
+from scllm.engine.objectives import LossName, check_loss
+from scllm.engine.optim import Freeze, check_freeze
 from scllm.models.base import CellModel
+from scllm.tl._folds import folds_directory
 from scllm.tl._gene_labels import GeneLabels, LabelLike, check_enough, read_labels
 from scllm.tl._gene_states import choose_cells
 from scllm.tl._gene_task import GeneTask, Options, gene_config
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
+from scllm.tl._train import check_trainable, processes
 
 __all__ = ["classify_genes", "gene_folds"]
 
@@ -116,7 +117,7 @@ def classify_genes(
     options = _checked(finetune_options)
     _check_numbers(n_folds, max_cells, options)
     losses = {loss: 1.0} if isinstance(loss, str) else dict(loss)
-    GeneLabel((), (), loss=losses)  # knows which losses there are
+    check_loss(losses)
     chosen = resolve(model, adata)
     _check_states(chosen)
     source = open_source(adata, layer=options.layer)
@@ -126,9 +127,14 @@ def classify_genes(
     check_enough(found, n_folds)
     begun = copy.deepcopy(chosen).cpu().eval()
     begun.history, begun.report, begun.path = None, None, None
-    check_freeze(copy.deepcopy(begun), freeze)
+    check_freeze(begun, freeze)
     config = gene_config(begun, options)
     seed = config.random_state or 0
+    where = processes(options.n_gpus, options.n_procs, options.device)
+    run_dir = None
+    if freeze != "encoder":  # heads on frozen states need no runs
+        check_trainable(begun, freeze)
+        run_dir = folds_directory("classify_genes", options.run_dir, options.resume)
 
     cells = choose_cells(adata, source, match, begun, found.tokens, max_cells=max_cells, random_state=seed)
     seen = cells.n_cells > 0
@@ -138,7 +144,9 @@ def classify_genes(
         "%d labelled genes in %d cells, %d to %d cells a gene",
         len(found.codes), cells.adata.n_obs, cells.n_cells.min(), cells.n_cells.max(),
     )  # fmt: skip
-    task = GeneTask(begun, cells, found.codes, found.classes, losses, freeze, options, config, key_added)
+    task = GeneTask(
+        begun, cells, found.codes, found.classes, losses, freeze, options, config, where, run_dir, key_added
+    )  # fmt: skip
     fold = gene_folds(found.codes, n_folds, random_state=seed)
     probabilities = {"model": task.by_model(fold)}
     if baseline:
@@ -150,7 +158,7 @@ def classify_genes(
         "labels": labels if isinstance(labels, str) else None, "n_folds": n_folds, "max_cells": max_cells,
         "loss": losses, "freeze": freeze, "baseline": baseline, "key_added": key_added, "n_genes": len(found.codes),
         "n_cells": cells.adata.n_obs, "class_weight": options.class_weight, "validation": options.validation,
-        "layer": options.layer, "run_dir": task.run_dir, **config.to_dict(),
+        "layer": options.layer, "run_dir": run_dir, **config.to_dict(),
     }  # fmt: skip
     record(adata, "classify_genes", params, _long(table), classes=np.array(found.classes, dtype=object))
     remember(adata, chosen)

@@ -26,7 +26,8 @@ from scllm.tl._classify import classify
 from scllm.tl._finetune import finetune
 from scllm.tl._folds import fold_cells, folds_directory
 from scllm.tl._model import ModelLike, remember, resolve
-from scllm.tl._out_of_fold import METHODS, Target, check_folds, find_groups, find_target, fold_scores, overall_scores
+from scllm.tl._out_of_fold import METHODS, check_coverage, check_folds, find_groups, fold_scores, overall_scores
+from scllm.tl._target import Target, find_target
 
 __all__ = ["cross_validate"]
 
@@ -109,13 +110,15 @@ def cross_validate(
     check_adata(adata)
     if adata.isbacked:
         raise ValueError("adata is backed by a file, one in memory expected. Pass adata.to_memory().")
+    if not isinstance(key, str):
+        raise TypeError(f"key is {key!r}, the name of one column of obs expected. Call cross_validate for each column.")
     target = find_target(adata.obs, key)
     groups = find_groups(adata.obs, group_key, target)
     options, seed = _checked(finetune_options, adata)
     check_folds(target, groups, n_folds, n_repeats, group_key)
     chosen = resolve(model, adata)
     folds = [_folds(target, groups, n_folds, seed + repeat) for repeat in range(n_repeats)]
-    target.check_coverage(folds[0])
+    check_coverage(target, folds[0])
     run_dir = folds_directory("cross_validate", options.pop("run_dir", None), options.pop("resume", "auto"))
     methods = METHODS if baseline else METHODS[:1]
     cells = _Cells.of(adata, target, baseline, options.get("layer"))
@@ -180,7 +183,8 @@ class _Cells:
         share = options.pop("validation", _OPTIONS["validation"].default)
         with warnings.catch_warnings():
             # said once for all folds
-            warnings.filterwarnings("ignore", message=r".* (have no (label|value)|have one cell only)")
+            said = r"have no (label|value)|have one cell only|are among the validation cells"
+            warnings.filterwarnings("ignore", message=rf".* ({said})")
             if share:
                 part = f"{self.target.key}_{_keys.SPLIT}"
                 self.adata.obs[part] = self._parts(training, share, options["random_state"])
@@ -189,6 +193,7 @@ class _Cells:
                 data, options["validation"] = self.adata[training].copy(), share
             tuned = finetune(data, model, key=self.target.key, run_dir=run_dir, **options)
         test = self.adata[tested].copy()
+        del test.obs[self.target.key]  # nothing to be warned of: labels that the fold tests alone were named before
         classify(test, tuned, **{name: options[name] for name in _OF_CLASSIFY if name in options})
         if self.target.classes is None:
             return test.obs[[_keys.LABEL]].to_numpy()

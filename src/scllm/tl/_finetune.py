@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -16,16 +15,18 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from scllm import models
-from scllm._checks import labels, obs_column
+from scllm._checks import missing_key
+from scllm._log import warn
+from scllm._typing import IntArray
 from scllm.data.source import CellSource, open_source
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.lora import LoraSettings
 from scllm.engine.objectives import Label, LossName
-from scllm.engine.optim import Freeze
-from scllm.engine.optim import freeze as check_freeze
+from scllm.engine.optim import Freeze, check_freeze
 from scllm.models.base import CellModel, HeadSpec
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, resolve
+from scllm.tl._target import Target, find_target
 from scllm.tl._train import Data, divide, merged_config, processes, train
 
 __all__ = ["finetune"]
@@ -135,7 +136,7 @@ def finetune(
     if not keys or len(set(keys)) < len(keys):
         raise ValueError(f"key is {keys}, one column of obs or several different ones expected. Name each once.")
     source = open_source(data, layer=layer)
-    heads, columns = zip(*(_target(source, name) for name in keys), strict=True)
+    targets = [_target(source, name) for name in keys]
     where = processes(n_gpus, n_procs, device)
     begun = copy.deepcopy(resolve(model, adata)).cpu()
     begun.history, begun.report, begun.path = None, None, None
@@ -152,25 +153,28 @@ def finetune(
     settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
     seed = settings.random_state or 0
 
-    there = np.any([_is_there(column) for column in columns], axis=0)
-    stratify = pd.Series(columns[0][there]) if heads[0].classes is not None else None
+    there = np.any([target.is_there for target in targets], axis=0)
+    stratify = pd.Series(targets[0].column[there]) if targets[0].classes is not None else None
     training, held_out = divide(
         source, validation, group_key=group_key, stratify=stratify, rows=np.flatnonzero(there), random_state=seed
     )
-    specs = [_scaled(head, column[training]) for head, column in zip(heads, columns, strict=True)]
+    specs = [_head(target, training, held_out) for target in targets]
     cells: dict[str, NDArray[Any]] = {"train": training, "validation": held_out}
-    cells |= {f"obs:label:{spec.key}": column for spec, column in zip(specs, columns, strict=True)}
+    cells |= {
+        f"obs:label:{target.key}": target.column.astype(np.float32) if target.classes is None else target.column
+        for target in targets
+    }
     if upsample:
-        cells["weights"] = _balancing(specs[0], columns[0][training])
+        cells["weights"] = _balancing(targets[0], training)
     objective = Label(
         loss={loss: 1.0} if isinstance(loss, str) else dict(loss),
-        class_weight=_class_weights(class_weight, specs, columns, training),
+        class_weight=_class_weights(class_weight, targets, training),
         label_smoothing=settings.label_smoothing,
     )
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)  # of the CPU alone: GPUs keep their state
         begun.set_heads(replace(spec, pooling=begun.head_pooling) for spec in specs)
-    check_freeze(copy.deepcopy(begun), freeze)
+    check_freeze(begun, freeze)
     return train(
         "finetune", data, source, begun, objective, settings,
         layer=layer, cells=cells, where=where, run_dir=run_dir, resume=resume, freeze=freeze,
@@ -182,93 +186,79 @@ def finetune(
     )  # fmt: skip
 
 
-def _target(source: CellSource, key: str) -> tuple[HeadSpec, NDArray[Any]]:
-    """The head for a column, not scaled yet, and its codes (-1: missing) or values (NaN: missing)."""
-    obs = source.obs([key] if key in source.obs_columns else list(source.obs_columns))
-    column = obs_column(obs, key)
-    if pd.api.types.is_float_dtype(column):
-        values = column.to_numpy(np.float32, na_value=np.nan)
-        _warn_of_missing(key, ~np.isfinite(values), "value")
-        return HeadSpec(key, None), values
-    if pd.api.types.is_integer_dtype(column):
-        raise ValueError(
-            f"obs[{key!r}] holds integers (first: {column.iloc[0]}), labels or float values expected. If they are "
-            f"labels: adata.obs[{key!r}] = adata.obs[{key!r}].astype('category'); if they are values: .astype(float)."
-        )
-    classes = labels(obs, key)
-    codes = classes.cat.codes.to_numpy().astype(np.int64)
-    _warn_of_missing(key, codes < 0, "label")
-    single = [name for name, n in zip(classes.cat.categories, np.bincount(codes[codes >= 0])) if n == 1]
-    if single:
-        warnings.warn(
-            f"{len(single)} labels of obs[{key!r}] have one cell only (first: {single[0]!r}), at least 2 expected: "
-            "they cannot be validated. Merge or drop them.",
-            UserWarning,
-            stacklevel=3,
-        )
-    return HeadSpec(key, tuple(classes.cat.categories)), codes
+def _target(source: CellSource, key: str) -> Target:
+    """The column to predict; an error where no label has two cells, a warning where some have not."""
+    target = find_target(source.obs([key] if key in source.obs_columns else list(source.obs_columns)), key)
+    if target.classes is not None:
+        single = np.flatnonzero(target.counts(np.arange(source.n_obs)) == 1)
+        if len(single) == len(target.classes):
+            raise ValueError(
+                f"all {len(single)} labels of obs[{key!r}] have one cell only (first: {target.classes[0]!r}), labels "
+                f"with several cells expected. {target.advice}"
+            )
+        if len(single):
+            warn(
+                f"{len(single)} labels of obs[{key!r}] have one cell only (first: {target.classes[single[0]]!r}), at "
+                "least 2 expected: they cannot be validated. Merge or drop them."
+            )
+    return target
 
 
-def _warn_of_missing(key: str, missing: NDArray[np.bool_], what: str) -> None:
-    if missing.any():
-        warnings.warn(
-            f"{missing.sum()} of {len(missing)} cells have no {what} in obs[{key!r}] and are left out. Drop them to "
-            "silence this.",
-            UserWarning,
-            stacklevel=4,
-        )
-
-
-def _is_there(column: NDArray[Any]) -> NDArray[np.bool_]:
-    return column >= 0 if np.issubdtype(column.dtype, np.integer) else np.isfinite(column)
-
-
-def _scaled(head: HeadSpec, training: NDArray[Any]) -> HeadSpec:
-    """The head with mean and spread of the training values alone; an error where they, or the labels, are all alike."""
-    seen = training[_is_there(training)]
+def _head(target: Target, training: IntArray, held_out: IntArray) -> HeadSpec:
+    """The head, with mean and spread of the training values; an error where they, or the labels, are all alike."""
+    seen = target.column[training][target.is_there[training]]
     if len(np.unique(seen)) < 2:
-        what = "values" if head.classes is None else "labels"
+        what = "values" if target.classes is None else "labels"
         raise ValueError(
-            f"the training cells hold {len(np.unique(seen))} distinct {what} of obs[{head.key!r}], at least 2 "
+            f"the training cells hold {len(np.unique(seen))} distinct {what} of obs[{target.key!r}], at least 2 "
             "expected. Pass another column, hold out other groups, or a smaller share."
         )
-    if head.classes is not None:
-        return head
-    return replace(head, mean=float(seen.mean(dtype=np.float64)), std=float(seen.std(dtype=np.float64)))
+    if target.classes is not None:
+        unseen = np.flatnonzero((target.counts(training) == 0) & (target.counts(held_out) > 0))
+        if len(unseen):
+            warn(
+                f"{len(unseen)} labels of obs[{target.key!r}] (first: {target.classes[unseen[0]]!r}) are among the "
+                "validation cells and not among the training cells, training cells of each expected: all count as "
+                "missed. Hold out other cells or groups."
+            )
+        return HeadSpec(target.key, target.classes)
+    return HeadSpec(target.key, None, mean=float(seen.mean()), std=float(seen.std()))
 
 
-def _balancing(spec: HeadSpec, codes: NDArray[Any]) -> NDArray[np.float64]:
-    """Probability of drawing each cell, so that labels come equally often."""
-    if spec.classes is None:
-        raise TypeError(f"upsample=True needs labels, obs[{spec.key!r}] holds values. Leave it out.")
-    counts = np.bincount(codes[codes >= 0], minlength=len(spec.classes))
+def _balancing(target: Target, training: IntArray) -> NDArray[np.float64]:
+    """Probability of drawing each training cell, so that labels come equally often."""
+    if target.classes is None:
+        raise TypeError(f"upsample=True needs labels, obs[{target.key!r}] holds values. Leave it out.")
+    codes, counts = target.column[training], target.counts(training)
     weights = np.where(codes >= 0, 1 / np.maximum(counts[codes], 1), 0)
     return weights / weights.sum()
 
 
 def _class_weights(
-    given: Literal["balanced"] | Mapping[str, float] | None,
-    specs: Sequence[HeadSpec],
-    columns: Sequence[NDArray[Any]],
-    training: NDArray[Any],
+    given: Literal["balanced"] | Mapping[str, float] | None, targets: Sequence[Target], training: IntArray
 ) -> dict[str, tuple[float, ...]]:
+    """Weights of the labels, by the column that holds them."""
     if given is None:
         return {}
-    found = {}
-    for spec, column in zip(specs, columns, strict=True):
-        if spec.classes is None:
-            continue
-        if given == "balanced":
-            codes = column[training]
-            counts = np.bincount(codes[codes >= 0], minlength=len(spec.classes))
-            found[spec.key] = tuple((counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist())
-        elif isinstance(given, Mapping):
-            unknown = set(given) - set(spec.classes)
-            if unknown:
-                raise KeyError(
-                    f"class_weight: {sorted(unknown)[0]!r} is no label of obs[{spec.key!r}]: {spec.classes}."
-                )
-            found[spec.key] = tuple(float(given.get(name, 1.0)) for name in spec.classes)
-        else:
-            raise ValueError(f"class_weight is {given!r}, 'balanced' or a weight for each label expected.")
-    return found
+    if given != "balanced" and not isinstance(given, Mapping):
+        raise ValueError(f"class_weight is {given!r}, 'balanced' or a weight for each label expected. Leave it out.")
+    labelled = [target for target in targets if target.classes is not None]
+    if not labelled:
+        raise TypeError(f"class_weight needs labels, obs[{targets[0].key!r}] holds values. Leave it out.")
+    return {target.key: _weights_of(given, target, training) for target in labelled}
+
+
+def _weights_of(
+    given: Literal["balanced"] | Mapping[str, float], target: Target, training: IntArray
+) -> tuple[float, ...]:
+    assert target.classes is not None
+    if not isinstance(given, Mapping):
+        counts = target.counts(training)
+        return tuple((counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist())
+    unknown = sorted(set(given) - set(target.classes))
+    if unknown:
+        raise missing_key(unknown[0], target.classes, f"a label of obs[{target.key!r}]", "Mend class_weight.")
+    for name, weight in given.items():
+        if not (np.isfinite(weight) and weight >= 0):
+            raise ValueError(f"class_weight of {name!r} is {weight}, 0 or more expected. 1 is the weight of the rest.")
+    return tuple(float(given.get(name, 1.0)) for name in target.classes)

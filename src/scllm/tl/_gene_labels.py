@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from scllm._checks import missing_key
+from scllm._log import warn
 from scllm._typing import IntArray
 from scllm.data import genes
 
@@ -121,11 +121,9 @@ def _by_row(adata: AnnData, labels: LabelLike) -> pd.Series:
     given = _as_labels(given, "labels")
     missing = given.isna().to_numpy()
     if missing.any():
-        warnings.warn(
+        warn(
             f"{missing.sum()} of {len(given)} genes have no label (first: {candidates[0][missing.argmax()]!r}) and are "
-            "left out, a label for each expected. Drop them to silence this.",
-            UserWarning,
-            stacklevel=5,
+            "left out, a label for each expected. Drop them to silence this."
         )
     values = given.to_numpy(object)[~missing]
     found = [_found(adata, names[~missing]) for names in candidates]

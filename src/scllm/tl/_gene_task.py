@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +23,8 @@ from scllm.engine.lora import LoraSettings
 from scllm.engine.objectives import GeneLabel, LossName
 from scllm.engine.optim import Freeze
 from scllm.models.base import Batch, CellModel, HeadSpec
-from scllm.tl._folds import folds_directory
 from scllm.tl._gene_states import GeneCells, gene_statistics, pooled
-from scllm.tl._train import merged_config, processes, train
+from scllm.tl._train import Processes, merged_config, train
 
 __all__ = ["GeneTask", "Options", "gene_config"]
 
@@ -79,8 +77,10 @@ class GeneTask:
         Weight of each loss.
     freeze
         What of the model stays as it is.
-    options, config
+    options, config, where
         How it is trained.
+    run_dir
+        Where the folds' runs are; ``None`` with ``freeze="encoder"``, which needs none.
     key
         Name of the head.
     """
@@ -93,19 +93,14 @@ class GeneTask:
     freeze: Freeze
     options: Options
     config: TrainConfig
+    where: Processes
+    run_dir: Path | None
     key: str
 
     @property
     def seed(self) -> int:
         """What everything random is a function of."""
         return self.config.random_state or 0
-
-    @cached_property
-    def run_dir(self) -> Path | None:
-        """Where the folds' runs are; heads on frozen states need none."""
-        if self.freeze == "encoder":
-            return None
-        return folds_directory("classify_genes", self.options.run_dir, self.options.resume)
 
     def by_model(self, fold: IntArray) -> FloatArray:
         """Out-of-fold probabilities of the model, ``(g, k)``."""
@@ -115,10 +110,10 @@ class GeneTask:
             training, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
             training, held_out = self._divided(training)
             head = self._fitted(states, training, self.loss)
-            if self.freeze == "encoder":
+            if self.run_dir is None:
                 found[test] = self._probabilities(_applied(head, states[test]), self.loss)
                 continue
-            tuned = self._tuned(head, training, held_out, number)
+            tuned = self._tuned(head, training, held_out, self.run_dir / f"fold-{number}")
             logits = self.states(tuned, lambda replica, batch: replica.gene_head_outputs(batch)[self.key])
             found[test] = self._probabilities(logits[test], self.loss)
         return found
@@ -167,7 +162,7 @@ class GeneTask:
         penalty = chosen_penalty(*rows, loss=loss, weights=weights, random_state=self.seed)
         return fit_linear_head(*rows, loss=loss, weights=weights, penalty=penalty)
 
-    def _tuned(self, head: nn.Linear, training: IntArray, held_out: IntArray, number: int) -> CellModel:
+    def _tuned(self, head: nn.Linear, training: IntArray, held_out: IntArray, run_dir: Path) -> CellModel:
         """The model after training on some genes, begun with the head that fits its states."""
         begun = copy.deepcopy(self.model)
         begun.set_heads((HeadSpec(self.key, self.classes, level="gene"),))
@@ -178,8 +173,8 @@ class GeneTask:
             "classify_genes", self.cells.adata, self.cells.source, begun, objective, self.config,
             layer=None,
             cells={"train": self._cells_with(training), "validation": self._cells_with(held_out)},
-            where=processes(self.options.n_gpus, self.options.n_procs, self.options.device),
-            run_dir=self.run_dir / f"fold-{number}", resume="auto", freeze=self.freeze,
+            where=self.where,
+            run_dir=run_dir, resume="auto", freeze=self.freeze,
             lora=LoraSettings(r=lora) if isinstance(lora, int) else lora,
             params={"class_weight": self.options.class_weight, "validation": self.options.validation},
         )  # fmt: skip

@@ -1,97 +1,21 @@
-"""What is predicted out of fold, whether folds can tell, and the scores."""
+"""Whether folds can tell how well something is predicted, and the scores."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from scllm import metrics
-from scllm._checks import labels, missing_key, obs_column
+from scllm._checks import missing_key
+from scllm._log import warn
 from scllm._typing import FloatArray, IntArray
+from scllm.tl._target import Target
 
-__all__ = ["METHODS", "Target", "check_folds", "find_groups", "find_target", "fold_scores", "overall_scores"]
+__all__ = ["METHODS", "check_coverage", "check_folds", "find_groups", "fold_scores", "overall_scores"]
 
 METHODS = ("model", "baseline")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A column of ``obs``: codes of ``classes`` (-1: missing), or with ``classes=None`` values (NaN: missing)."""
-
-    key: str
-    classes: tuple[str, ...] | None
-    column: NDArray
-
-    @property
-    def is_there(self) -> NDArray[np.bool_]:
-        """Which cells have a label or value."""
-        return np.isfinite(self.column) if self.classes is None else self.column >= 0
-
-    @property
-    def n_outputs(self) -> int:
-        """Numbers that a method says of each cell."""
-        return 1 if self.classes is None else len(self.classes)
-
-    def names(self, codes: IntArray) -> NDArray[np.object_]:
-        """Classes by their codes."""
-        return np.array(self.classes, dtype=object)[codes]
-
-    def check_coverage(self, fold: IntArray) -> None:
-        """Raise where a fold leaves one label to train on; warn of labels that a fold tests and no other fold has."""
-        if self.classes is None:
-            return
-        there = fold >= 0
-        counts = np.zeros((fold.max() + 1, len(self.classes)), np.int64)
-        np.add.at(counts, (fold[there], self.column[there]), 1)
-        trained = counts.sum(axis=0) - counts
-        if ((trained > 0).sum(axis=1) < 2).any():
-            raise ValueError(
-                f"without fold {int((trained > 0).sum(axis=1).argmin())} the cells hold fewer than 2 labels of "
-                f"obs[{self.key!r}], at least 2 to train on expected. Pass another group_key: "
-                "groups of this one hold one label each."
-            )
-        lost = [name for k, name in enumerate(self.classes) if ((trained[:, k] == 0) & (counts[:, k] > 0)).any()]
-        if lost:
-            _warn(
-                f"{len(lost)} labels of obs[{self.key!r}] (first: {lost[0]!r}) are in one fold only, two expected: "
-                "they are tested where no training cell has them, and all count as missed. Merge or drop them."
-            )
-
-
-def find_target(obs: pd.DataFrame, key: str) -> Target:
-    """The column to predict; an error where it is neither labels nor values."""
-    if not isinstance(key, str):
-        raise TypeError(f"key is {key!r}, the name of one column of obs expected. Call cross_validate for each column.")
-    column = obs_column(obs, key)
-    if pd.api.types.is_integer_dtype(column):
-        raise ValueError(
-            f"obs[{key!r}] holds integers (first: {column.iloc[0]}), labels or float values expected. If they are "
-            f"labels: adata.obs[{key!r}] = adata.obs[{key!r}].astype('category'); if they are values: .astype(float)."
-        )
-    if pd.api.types.is_float_dtype(column):
-        values = column.to_numpy(np.float64, na_value=np.nan)
-        target = Target(key, None, values)
-        if len(np.unique(values[target.is_there])) < 2:
-            raise ValueError(
-                f"obs[{key!r}] holds {len(np.unique(values[target.is_there]))} distinct values, at least 2 expected. "
-                "Pass another column with `key=`."
-            )
-    else:
-        classes = labels(obs, key)
-        target = Target(key, tuple(classes.cat.categories), classes.cat.codes.to_numpy().astype(np.int64))
-    n_missing = int((~target.is_there).sum())
-    if n_missing:
-        what = "value" if target.classes is None else "label"
-        _warn(
-            f"{n_missing} of {len(obs)} cells have no {what} in obs[{key!r}] and are left out. Drop them to "
-            "silence this."
-        )
-    return target
 
 
 def find_groups(obs: pd.DataFrame, group_key: str | None, target: Target) -> IntArray | None:
@@ -127,18 +51,40 @@ def check_folds(target: Target, groups: IntArray | None, n_folds: int, n_repeats
         if n_cells < n_folds:
             raise ValueError(f"{n_cells} cells have a value, at least n_folds={n_folds} expected. Pass fewer folds.")
         return
-    sizes = np.bincount(target.column[target.is_there], minlength=len(target.classes))
+    sizes = target.counts(np.arange(len(target.column)))
     rare = np.flatnonzero(sizes < n_folds)
     if len(rare) == len(sizes):
         raise ValueError(
             f"all {len(sizes)} labels of obs[{target.key!r}] have fewer cells than folds (first: "
-            f"{target.classes[0]!r}, {sizes[0]}), at least n_folds={n_folds} expected. {_advice(target)}"
+            f"{target.classes[0]!r}, {sizes[0]}), at least n_folds={n_folds} expected. {target.advice}"
         )
     if len(rare):
-        _warn(
+        warn(
             f"{len(rare)} labels of obs[{target.key!r}] have fewer cells than folds (first: "
             f"{target.classes[rare[0]]!r}, {sizes[rare[0]]}), at least n_folds={n_folds} expected: they are not in "
             "every fold, and scores of folds are means over the labels that are there. Merge or drop them."
+        )
+
+
+def check_coverage(target: Target, fold: IntArray) -> None:
+    """Raise where a fold leaves one label to train on; warn of labels that a fold tests and no other fold has."""
+    if target.classes is None:
+        return
+    there = fold >= 0
+    counts = np.zeros((fold.max() + 1, len(target.classes)), np.int64)
+    np.add.at(counts, (fold[there], target.column[there]), 1)
+    trained = counts.sum(axis=0) - counts
+    if ((trained > 0).sum(axis=1) < 2).any():
+        raise ValueError(
+            f"without fold {int((trained > 0).sum(axis=1).argmin())} the cells hold fewer than 2 labels of "
+            f"obs[{target.key!r}], at least 2 to train on expected. Pass another group_key: "
+            "groups of this one hold one label each."
+        )
+    lost = [name for k, name in enumerate(target.classes) if ((trained[:, k] == 0) & (counts[:, k] > 0)).any()]
+    if lost:
+        warn(
+            f"{len(lost)} labels of obs[{target.key!r}] (first: {lost[0]!r}) are in one fold only, two expected: "
+            "they are tested where no training cell has them, and all count as missed. Merge or drop them."
         )
 
 
@@ -176,15 +122,3 @@ def _rows(scores: Iterable[tuple[str, float]], n_cells: int) -> pd.DataFrame:
     names, values = zip(*scores, strict=True)
     missing = pd.Series([None] * len(names), dtype=object)
     return pd.DataFrame({"metric": names, "class": missing, "n_cells": n_cells, "value": values})
-
-
-def _advice(target: Target) -> str:
-    """Numbers that were read as text look like labels that no two cells share."""
-    numbers = pd.to_numeric(pd.Series(target.classes), errors="coerce").notna().all()
-    if numbers:
-        return f"If they are values: adata.obs[{target.key!r}] = adata.obs[{target.key!r}].astype(float)."
-    return "Pass a column with fewer labels with `key=`, or fewer folds."
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)

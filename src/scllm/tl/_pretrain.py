@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from torch import nn
 
 from scllm import models
 from scllm._results import match_settings
+from scllm._typing import IntArray
 from scllm.data import genes
 from scllm.data.encode import RankEncoder
 from scllm.data.medians import token_medians
@@ -25,9 +26,9 @@ from scllm.engine.objectives import Objective, objective_from_dict
 from scllm.models.base import CellModel
 from scllm.tl._inputs import check_layer, take_medians
 from scllm.tl._model import ModelLike, gene_match, resolve
-from scllm.tl._train import Data, divide, merged_config, processes, train
+from scllm.tl._train import Data, Processes, divide, merged_config, processes, train
 
-__all__ = ["pretrain"]
+__all__ = ["Prepared", "prepare", "pretrain"]
 
 
 def pretrain(
@@ -127,6 +128,57 @@ def pretrain(
     >>> adata = scllm.datasets.toy()
     >>> model = scllm.tl.pretrain(adata, size="tiny", epochs=1)  # doctest: +SKIP
     """
+    begun = prepare(
+        data, model, size=size, n_gpus=n_gpus, n_procs=n_procs, device=device, epochs=epochs, batch_size=batch_size,
+        lr=lr, mask_ratio=mask_ratio, left_out=left_out, dropout=dropout, validation=validation, group_key=group_key,
+        layer=layer, precision=precision, config=config, random_state=random_state,
+    )  # fmt: skip
+    encoder = begun.model.encoder
+    if isinstance(encoder, RankEncoder) and encoder.medians is None:
+        match = gene_match(data, begun.source, begun.model)
+        medians = token_medians(begun.source, match, begun.cells["train"], len(begun.model.vocab))
+        begun.model.encoder = replace(encoder, medians=medians)
+    return train(
+        "pretrain", data, begun.source, begun.model, begun.objective, begun.config,
+        layer=layer, cells=begun.cells, where=begun.where, run_dir=run_dir, resume=resume,
+        params={"validation": validation, "group_key": group_key, "layer": layer},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pretraining with nothing left open, before anything is written."""
+
+    source: CellSource
+    model: CellModel
+    objective: Objective
+    config: TrainConfig
+    cells: Mapping[str, IntArray]
+    where: Processes
+
+
+def prepare(
+    data: Data,
+    model: ModelLike,
+    *,
+    size: str,
+    n_gpus: int | None,
+    n_procs: int | None,
+    device: str,
+    epochs: int | None,
+    batch_size: int | None,
+    lr: float | None,
+    mask_ratio: float | Sequence[float] | None,
+    left_out: float | None,
+    dropout: float | None,
+    validation: float | str,
+    group_key: str | None,
+    layer: str | None,
+    precision: Precision,
+    config: TrainConfig | None,
+    random_state: int,
+) -> Prepared:
+    """Check everything that :func:`pretrain` was given, and settle what was left open."""
     source = open_source(data, layer=layer)
     where = processes(n_gpus, n_procs, device)
     genes.check_unique(source.genes)
@@ -135,23 +187,14 @@ def pretrain(
     adata = data if isinstance(data, AnnData) else None
     take_medians(source, begun)
     check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample or 0.0)
-    module = models.family_module(begun.family)
     # a trained table is not started again, unless config says so
     gene_init = "svd" if isinstance(model, str) and _is_family(model) else "random"
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
-    settings = merged_config(
-        config, given, {"gene_init": gene_init, **module.PRETRAIN}, precision=precision, random_state=random_state
-    )
+    defaults = {"gene_init": gene_init, **models.family_module(begun.family).PRETRAIN}
+    settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
     objective = _objective(begun, settings.random_state or 0, mask_ratio, left_out)
     training, held_out = divide(source, validation, group_key=group_key, random_state=seed)
-    if isinstance(begun.encoder, RankEncoder) and begun.encoder.medians is None:
-        medians = token_medians(source, gene_match(data, source, begun), training, len(begun.vocab))
-        begun.encoder = replace(begun.encoder, medians=medians)
-    return train(
-        "pretrain", data, source, begun, objective, settings,
-        layer=layer, cells={"train": training, "validation": held_out}, where=where, run_dir=run_dir, resume=resume,
-        params={"validation": validation, "group_key": group_key, "layer": layer},
-    )  # fmt: skip
+    return Prepared(source, begun, objective, settings, {"train": training, "validation": held_out}, where)
 
 
 def _names(data: Data, source: CellSource) -> list[str]:

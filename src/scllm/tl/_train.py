@@ -43,7 +43,7 @@ from scllm.models.base import CellModel
 from scllm.models.storage import is_native
 from scllm.tl._model import gene_match, remember
 
-__all__ = ["Data", "Processes", "divide", "merged_config", "processes", "train"]
+__all__ = ["Data", "Processes", "check_trainable", "divide", "mean_length", "merged_config", "processes", "train"]
 
 Data = AnnData | str | PathLike[str] | CellSource | Sequence[str | PathLike[str]]
 
@@ -176,7 +176,7 @@ def train(
         )
     if lora is not None:
         check_peft()
-    _check_trainable(model, freeze)
+    check_trainable(model, freeze)
     match = gene_match(data, source, model)
     spec = {
         "verb": verb,
@@ -221,7 +221,7 @@ def train(
     return trained
 
 
-def _check_trainable(model: CellModel, freeze: Freeze) -> None:
+def check_trainable(model: CellModel, freeze: Freeze) -> None:
     """Raise where int8 weights would have to be trained."""
     if model.weight_dtype != "float32" and freeze != "encoder":
         raise ValueError(
@@ -242,7 +242,7 @@ def _set_up(
     where: Processes,
 ) -> None:
     """Say what the run costs, and write down all that another process needs to train it."""
-    n_tokens = _mean_length(source, match, model, cells["train"])
+    n_tokens = mean_length(source, match, model, cells["train"])
     seed = config.random_state or 0
     if config.gene_init == "svd":
         start_from_data(model, source, match, cells["train"], random_state=seed)
@@ -340,7 +340,7 @@ def _is_left_over(entry: Path) -> bool:
     return entry.name == "cells.npz" or entry.name.startswith(".")
 
 
-def _mean_length(source: CellSource, match: GeneMatch, model: CellModel, rows: IntArray) -> float:
+def mean_length(source: CellSource, match: GeneMatch, model: CellModel, rows: IntArray) -> float:
     """Mean tokens a cell, from cells spread over the data; in memory all are looked at for empty ones too."""
     step = 1 if not source.chunked else max(1, len(rows) // 2048)
     lengths = []

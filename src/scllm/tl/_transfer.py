@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from sklearn.neighbors import KNeighborsClassifier
 
 from scllm import _keys
-from scllm._checks import check_adata, embedding, labels
+from scllm._checks import check_adata, embedding, labels, warn_of_unknown_labels
+from scllm._log import warn
 from scllm._results import record
 from scllm._typing import FloatArray
 
@@ -82,9 +81,11 @@ def transfer_labels(
             f"k is {k}, 1 to {len(there)} expected: the reference holds {len(there)} cells with a label in "
             f"obs[{key!r}]. Pass fewer neighbours, or a larger reference."
         )
+    name = key + _keys.TRANSFERRED if key_added is None else key_added
+    advice = f"obs[{name + _keys.PROBABILITY!r}] says how sure that is"
+    warn_of_unknown_labels(adata.obs, key, classes.cat.categories, advice)
     votes = KNeighborsClassifier(k, weights="distance").fit(known[there], codes[there]).predict_proba(new)
     adata = adata.copy() if copy else adata
-    name = key + _keys.TRANSFERRED if key_added is None else key_added
     adata.obs[name] = pd.Categorical.from_codes(votes.argmax(axis=1), categories=classes.cat.categories)
     adata.obs[name + _keys.PROBABILITY] = votes.max(axis=1).astype(np.float32)
     adata.obsm[name + _keys.PROBABILITIES] = votes.astype(np.float32)
@@ -104,12 +105,10 @@ def _embeddings(adata: AnnData, reference: AnnData, use_rep: str) -> tuple[Float
         )
     ours, theirs = (data.uns.get(_keys.UNS, {}).get("model", {}).get("hash") for data in (adata, reference))
     if use_rep != _keys.PCA and ours is not None and theirs is not None and ours != theirs:
-        warnings.warn(
+        warn(
             f"adata was used last with model {ours}, the reference with {theirs}, the same expected: distances between "
             f"embeddings of different models say nothing. If obsm[{use_rep!r}] is of one model, embed both with it "
-            "again to silence this.",
-            UserWarning,
-            stacklevel=3,
+            "again to silence this."
         )
     return known, new
 

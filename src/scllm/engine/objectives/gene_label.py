@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from scllm.engine import losses
 from scllm.engine.objectives.base import Loss
-from scllm.engine.objectives.label import LossName
+from scllm.engine.objectives.label import LossName, check_loss
 from scllm.models.base import Batch, CellModel
 
 __all__ = ["GeneLabel", "weighted_loss"]
@@ -44,9 +43,7 @@ class GeneLabel:
     loss: Mapping[LossName, float] = field(default_factory=lambda: {"bce": 1.0})
 
     def __post_init__(self) -> None:
-        known = get_args(LossName)
-        if not self.loss or set(self.loss) - set(known):
-            raise ValueError(f"loss is {dict(self.loss)}, names of {known} with weights expected. Use loss='bce'.")
+        check_loss(self.loss)
 
     def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
         """Summed over labelled tokens and their weights."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,9 +15,20 @@ from scllm.engine import losses
 from scllm.engine.objectives.base import Loss
 from scllm.models.base import Batch, CellModel, HeadSpec
 
-__all__ = ["Label", "LossName"]
+__all__ = ["Label", "LossName", "check_loss"]
 
 LossName = Literal["ce", "bce", "dice", "focal"]
+
+
+def check_loss(loss: Mapping[LossName, float]) -> None:
+    """Raise where losses are unknown, or their weights none."""
+    known = get_args(LossName)
+    if not loss or set(loss) - set(known):
+        raise ValueError(f"loss is {dict(loss)}, names of {known} with weights expected. Use loss='ce'.")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in loss.values()) or not any(loss.values()):
+        raise ValueError(
+            f"loss is {dict(loss)}, weights of 0 or more expected, one above 0. Use loss={{'ce': 1.0, 'dice': 1.0}}."
+        )
 
 
 @dataclass(frozen=True)
@@ -40,9 +52,7 @@ class Label:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        known = ("ce", "bce", "dice", "focal")
-        if not self.loss or set(self.loss) - set(known):
-            raise ValueError(f"loss is {dict(self.loss)}, names of {known} with weights expected. Use loss='ce'.")
+        check_loss(self.loss)
 
     def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
         """Summed over labelled cells and heads."""

@@ -1,0 +1,106 @@
+"""Labels out of five folds, on five data sets: ``python -m benchmarks.study_labels FOLDER FAMILY [SET ...]``.
+
+``size="small"`` is pretrained on all cells of a set, without labels, and fine-tuned in each fold with the settings that
+are the default; beside it stand logistic regressions on the same folds, on all genes (``tl.cross_validate``'s own
+baseline) and on 50 components of an SVD. What is finished in ``FOLDER`` is not done again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import pandas as pd
+import scanpy as sc
+import torch
+from sklearn.decomposition import TruncatedSVD
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import scllm
+
+KEY = "cell_type"
+# at most 300 genes of a cell are drawn in each epoch of training; cells to be labelled are read whole
+CONFIG = scllm.tl.TrainConfig(max_len=301)
+PRETRAINING = {
+    "scgpt": {"left_out": 0.25, "mask_ratio": 0.5, "dropout": 0.1, "lr": 5e-4},
+    "geneformer": {"dropout": 0.1, "lr": 5e-4},
+}
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """A file of ``data/``, how long to pretrain on it, and the folds: by cell (``None``) or by whole groups."""
+
+    file: str
+    epochs: int
+    group_keys: tuple[str | None, ...] = (None,)
+
+
+SETS = {
+    "pbmc68k": LabelledSet("pbmc68k_reduced_counts", epochs=10),
+    "kang": LabelledSet("pbmc_kang2018_ifnb_labelled", epochs=8),
+    "celllines": LabelledSet("celllines_scmixology_celseq2_5lines", epochs=8),
+    "pancreas": LabelledSet("pancreas_2studies", epochs=6, group_keys=(None, "donor", "study")),
+    "zheng": LabelledSet("pbmc_zheng2017_facs", epochs=4),
+}
+
+
+def main(folder: Path, family: str, names: list[str]) -> None:
+    rows = {}
+    for name in names:
+        chosen = SETS[name]
+        adata = read(chosen)
+        model = pretrained(folder, name, family, adata)
+        for group_key in chosen.group_keys:
+            n_folds = 5 if group_key is None else adata.obs[group_key].nunique()
+            scllm.tl.cross_validate(
+                adata, model, key=KEY, n_folds=n_folds, group_key=group_key, config=CONFIG,
+                run_dir=folder / f"{name}-{family}-{group_key or 'cells'}",
+            )  # fmt: skip
+            table = adata.uns["scllm"]["cross_validate"]["table"]
+            scores = table[table["class"].isna()].pivot_table(index="method", columns="metric", values="value")
+            scores.loc["SVD-50"] = svd_scores(adata, n_folds)
+            for method, found in scores[["accuracy", "macro_f1"]].iterrows():
+                rows[name, group_key or "cells", method] = found
+            print(pd.DataFrame.from_dict(rows, orient="index").round(3).to_string(), flush=True)
+
+
+def pretrained(folder: Path, name: str, family: str, adata: ad.AnnData) -> scllm.models.CellModel:
+    """``size="small"``, pretrained on all cells of a set without labels."""
+    return scllm.tl.pretrain(
+        adata, family, size="small", epochs=SETS[name].epochs, config=CONFIG, run_dir=folder / f"{name}-{family}",
+        **PRETRAINING[family],
+    )  # fmt: skip
+
+
+def read(chosen: LabelledSet) -> ad.AnnData:
+    """Cells with a label of their own (no doublets), and genes with at least three counts."""
+    shared = Path(os.environ.get("SCLLM_SHARED", Path(__file__).parents[2] / "shared"))
+    adata = ad.read_h5ad(shared / "data" / f"{chosen.file}.h5ad")
+    if "demuxlet_class" in adata.obs:
+        adata = adata[adata.obs["demuxlet_class"] == "SNG"].copy()
+    sc.pp.filter_genes(adata, min_counts=3)
+    return adata
+
+
+def svd_scores(adata: ad.AnnData, n_folds: int) -> pd.Series:
+    """Mean scores of a logistic regression on 50 components, on the folds that ``cross_validate`` left behind."""
+    logged = sc.pp.log1p(sc.pp.normalize_total(adata, target_sum=1e4, inplace=False)["X"])
+    truth, fold = adata.obs[KEY].to_numpy(dtype=object), adata.obs[f"{KEY}_cv_fold"].astype(int).to_numpy()
+    found = []
+    for number in range(n_folds):
+        training, test = fold != number, fold == number
+        linear = make_pipeline(TruncatedSVD(50, random_state=0), StandardScaler(), LogisticRegression(max_iter=2000))
+        predicted = linear.fit(logged[training], truth[training]).predict(logged[test])
+        found.append(scllm.metrics.classification_scores(truth[test], predicted))
+    return pd.DataFrame(found)[["accuracy", "macro_f1"]].mean()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or list(SETS))

@@ -1,0 +1,44 @@
+"""How to fine-tune: freezing, upsampling, losses, adapters: ``python -m benchmarks.study_recipe FOLDER [SET]``.
+
+Five folds of one of the sets of ``study_labels``, whose pretrained scgpt is in ``FOLDER`` (or is made there), with
+every combination of settings on the same folds. What is finished in ``FOLDER`` is not done again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import scllm
+from benchmarks.study_labels import CONFIG, KEY, SETS, pretrained, read
+
+FREEZE = {"nothing": 0, "half of the blocks": 2, "all but the head": "encoder"}
+LOSSES = ("ce", "bce", "dice", "focal")
+
+
+def main(folder: Path, name: str) -> None:
+    adata = read(SETS[name])
+    model = pretrained(folder, name, "scgpt", adata)
+    rows = []
+    for (frozen, freeze), lora, upsample, loss in product(FREEZE.items(), (None, 8), (False, True), LOSSES):
+        if freeze == "encoder" and lora:
+            continue  # nothing that adapters could change
+        scores = scllm.tl.cross_validate(
+            adata, model, key=KEY, baseline=False, freeze=freeze, lora=lora, upsample=upsample, loss=loss,
+            config=CONFIG, run_dir=folder / f"{name}-recipe" / f"{freeze}-{lora}-{upsample}-{loss}",
+        )  # fmt: skip
+        rows.append({
+            "frozen": frozen, "LoRA": lora or "", "upsampled": "yes" if upsample else "", "loss": loss,
+            **scores[["accuracy", "macro_f1", "balanced_accuracy", "ece"]].mean(),
+        })  # fmt: skip
+        print(pd.DataFrame(rows).round(3).to_string(index=False), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "pbmc68k")

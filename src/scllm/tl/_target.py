@@ -1,0 +1,78 @@
+"""A column of ``obs`` as what a model is trained to predict: labels or values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from scllm._checks import labels, obs_column
+from scllm._log import warn
+from scllm._typing import IntArray
+
+__all__ = ["Target", "find_target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A column of ``obs``: codes of ``classes`` (-1: missing), or with ``classes=None`` values (NaN: missing)."""
+
+    key: str
+    classes: tuple[str, ...] | None
+    column: NDArray
+
+    @property
+    def is_there(self) -> NDArray[np.bool_]:
+        """Which cells have a label or value."""
+        return np.isfinite(self.column) if self.classes is None else self.column >= 0
+
+    @property
+    def n_outputs(self) -> int:
+        """Numbers that a method says of each cell."""
+        return 1 if self.classes is None else len(self.classes)
+
+    @property
+    def advice(self) -> str:
+        """What to do where labels have too few cells: numbers that were read as text look like such labels."""
+        if pd.to_numeric(pd.Series(self.classes), errors="coerce").notna().all():
+            return f"If they are values: adata.obs[{self.key!r}] = adata.obs[{self.key!r}].astype(float)."
+        return "Pass a column with fewer labels with `key=`, or merge them."
+
+    def counts(self, cells: IntArray) -> IntArray:
+        """Of some cells, how many have each label."""
+        codes = self.column[cells]
+        return np.bincount(codes[codes >= 0], minlength=self.n_outputs)
+
+    def names(self, codes: IntArray) -> NDArray[np.object_]:
+        """Classes by their codes."""
+        return np.array(self.classes, dtype=object)[codes]
+
+
+def find_target(obs: pd.DataFrame, key: str) -> Target:
+    """The column to predict; an error where it is neither labels nor values, a warning where cells have none."""
+    column = obs_column(obs, key)
+    if pd.api.types.is_integer_dtype(column):
+        raise ValueError(
+            f"obs[{key!r}] holds integers (first: {column.iloc[0]}), labels or float values expected. If they are "
+            f"labels: adata.obs[{key!r}] = adata.obs[{key!r}].astype('category'); if they are values: .astype(float)."
+        )
+    if pd.api.types.is_float_dtype(column):
+        target = Target(key, None, column.to_numpy(np.float64, na_value=np.nan))
+        n_values = len(np.unique(target.column[target.is_there]))
+        if n_values < 2:
+            raise ValueError(
+                f"obs[{key!r}] holds {n_values} distinct values, at least 2 expected. Pass another column with `key=`."
+            )
+    else:
+        classes = labels(obs, key)
+        target = Target(key, tuple(classes.cat.categories), classes.cat.codes.to_numpy().astype(np.int64))
+    n_missing = int((~target.is_there).sum())
+    if n_missing:
+        what = "value" if target.classes is None else "label"
+        warn(
+            f"{n_missing} of {len(obs)} cells have no {what} in obs[{key!r}] and are left out. Drop them to silence "
+            "this."
+        )
+    return target
