@@ -15,6 +15,7 @@ from scllm.data.genes import match
 from scllm.data.tokens import Tokens
 from scllm.kernels.binning import bin_rows
 from scllm.models.base import Batch
+from scllm.models.rank_weights import rank_weights
 from scllm.tl import embed, embed_genes
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -130,7 +131,7 @@ def test_bfloat16_points_the_same_way(embedded, tiny):
 
 
 @pytest.mark.parametrize("layer", [-1, -2, -3])
-@pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "ranked", "max"])
 def test_pooling_and_layer_are_those_of_one_cell_at_a_time(adata, tiny, pooling, layer):
     embed(adata, tiny, pooling=pooling, hidden_layer=layer)
     for cell, batch in enumerate(sentences(adata, tiny)[:12]):
@@ -139,7 +140,9 @@ def test_pooling_and_layer_are_those_of_one_cell_at_a_time(adata, tiny, pooling,
             for block in list(tiny.layers)[: 3 + layer]:
                 states = block(states, batch)
         genes = states[1:]  # <cls> is first, and no gene
-        expected = {"cls": states[0], "mean": genes.mean(0), "max": genes.amax(0)}[pooling]
+        weights = rank_weights(torch.zeros(len(genes), dtype=torch.long), batch.values[1:], 1)
+        ranked = (genes * weights[:, None]).sum(0)
+        expected = {"cls": states[0], "mean": genes.mean(0), "ranked": ranked, "max": genes.amax(0)}[pooling]
         np.testing.assert_allclose(adata.obsm["X_scllm"][cell], expected, **CLOSE)
 
 

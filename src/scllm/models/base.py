@@ -21,6 +21,7 @@ from scllm.models.config import ModelConfig
 from scllm.models.heads import HeadSpec, Level, PooledHead, Pooling
 from scllm.models.int8 import WeightDtype, to_float
 from scllm.models.pruning import compression
+from scllm.models.rank_weights import rank_weights
 from scllm.models.storage import write_native
 
 __all__ = ["Batch", "CellModel", "Checkpoint", "HeadSpec", "Level", "ModelConfig", "Outputs", "Pooling"]
@@ -64,7 +65,7 @@ class CellModel(nn.Module):
 
     family: ClassVar[str]
     pooling: Pooling = "cls"
-    poolings: tuple[Pooling, ...] = ("cls", "mean", "max")
+    poolings: tuple[Pooling, ...] = ("cls", "mean", "ranked", "max")
     """Ways of making one vector of a cell's states that the family has."""
     unit_length: ClassVar[bool] = False
     """Whether the family's own cell embedding is scaled to length one."""
@@ -198,7 +199,10 @@ class CellModel(nn.Module):
         return gene if batch.values is None else gene & (batch.values > 0)
 
     def pool(self, hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
-        """One vector a cell, ``(b, d)``; means and maxima leave special tokens out."""
+        """One vector a cell, ``(b, d)``; means and maxima leave special tokens out.
+
+        ``"ranked"`` is a mean in which genes weigh less the lower they rank in their cell, see :func:`rank_weights`.
+        """
         if pooling == "cls":
             return hidden[batch.first]
         gene = ~self.is_special[batch.genes]
@@ -208,6 +212,9 @@ class CellModel(nn.Module):
         if pooling == "max":
             highest = hidden.new_zeros(shape)
             return highest.scatter_reduce(0, index, hidden[gene], "amax", include_self=False)
+        if pooling == "ranked":
+            weight = rank_weights(cell, None if batch.values is None else batch.values[gene], batch.n_cells)
+            return hidden.new_zeros(shape).index_add(0, cell, hidden[gene] * weight[:, None].to(hidden.dtype))
         total = hidden.new_zeros(shape).index_add(0, cell, hidden[gene])
         return total / torch.bincount(cell, minlength=batch.n_cells).clamp(min=1)[:, None]
 

@@ -114,7 +114,7 @@ class GeneLM(CellModel):
     """
 
     pooling = "mean"
-    head_pooling = "mean"
+    head_pooling = "ranked"
 
     def __init__(self, config: SentenceConfig, vocab: Vocab, encoder: Encoder) -> None:
         super().__init__(config, vocab, encoder)

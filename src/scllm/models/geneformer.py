@@ -90,7 +90,7 @@ class Model(CellModel):
     """BERT (Devlin et al. 2019): learnt positions, post-norm blocks, the table tied to the output."""
 
     family = "geneformer"
-    head_pooling = "mean"
+    head_pooling = "ranked"
     likelihood = "pseudo"
     config: Config
 
@@ -98,7 +98,7 @@ class Model(CellModel):
         super().__init__(config, vocab, encoder)
         # V1 has no <cls>: its embedding is the mean over the genes
         self.pooling: Pooling = "cls" if config.specials else "mean"
-        self.poolings = ("cls", "mean", "max") if config.specials else ("mean", "max")
+        self.poolings = ("cls", "mean", "ranked", "max") if config.specials else ("mean", "ranked", "max")
         d = config.d_model
         self.token_embedding = nn.Embedding(len(vocab), d)
         self.position_embedding = nn.Embedding(config.max_len, d)

@@ -103,7 +103,7 @@ def write(model: Model, path: Path) -> None:
     read = "cls" if config.classify_first else "mean"
     if spec is not None and spec.level == "cell" and (spec.pooling or read) != "cls":
         raise ValueError(
-            "the head reads the mean of a cell's genes, BertForSequenceClassification's reads the first token. Save "
+            "the head reads a mean over a cell's genes, BertForSequenceClassification's reads the first token. Save "
             "it native."
         )
     kind = {None: "ForMaskedLM", "cell": "ForSequenceClassification", "gene": "ForTokenClassification"}[

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 __all__ = ["HeadSpec", "Level", "PooledHead", "Pooling"]
 
 Level = Literal["cell", "gene"]
-Pooling = Literal["cls", "mean", "max", "all"]
+Pooling = Literal["cls", "mean", "ranked", "max", "all"]
 
 
 @dataclass(frozen=True)

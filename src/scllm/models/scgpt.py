@@ -112,7 +112,7 @@ class Model(CellModel):
 
     family = "scgpt"
     unit_length = True
-    head_pooling = "mean"
+    head_pooling = "ranked"
 
     def __init__(self, config: Config, vocab: Vocab, encoder: Encoder) -> None:
         super().__init__(config, vocab, encoder)
@@ -307,10 +307,7 @@ def write(model: Model, path: Path) -> None:
             f"scGPT has room for one classification head, the model has {len(model.heads)}. Save it native."
         )
     if model.heads and model.head_specs[0].pooling not in (None, "cls"):
-        raise ValueError(
-            f"the head reads the {model.head_specs[0].pooling!r} of a cell's genes, scGPT's reads <cls>. Save it "
-            "native."
-        )
+        raise ValueError("the head reads a mean over a cell's genes, scGPT's reads <cls>. Save it native.")
     args: dict[str, Any] = {
         "embsize": config.d_model, "nheads": config.n_heads, "d_hid": config.d_hidden, "nlayers": config.n_layers,
         "n_layers_cls": config.class_layers, "dropout": config.dropout, "pad_token": "<pad>",

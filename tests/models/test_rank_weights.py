@@ -1,0 +1,58 @@
+"""Weights that fall with the rank of a gene in its cell."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scllm.models.rank_weights import rank_weights
+
+cells_of_values = st.lists(st.lists(st.integers(0, 9), max_size=30), min_size=1, max_size=5)
+
+
+def slowly(values: list[float]) -> np.ndarray:
+    """One rank at a time: each of equal values gets the mean over all ranks that they span."""
+    order = np.argsort([-value for value in values], kind="stable")
+    edges = 100 * np.arange(len(values) + 1) / (100 + np.arange(len(values) + 1))  # the integral of (1 + r / 100)^-2
+    by_rank = dict(zip(order, np.diff(edges), strict=True))
+    alike = {value: np.mean([by_rank[i] for i, other in enumerate(values) if other == value]) for value in set(values)}
+    found = np.array([alike[value] for value in values])
+    return found / found.sum()
+
+
+def weights(cells: list[list[float]]) -> list[np.ndarray]:
+    cell = torch.repeat_interleave(torch.arange(len(cells)), torch.tensor([len(values) for values in cells]))
+    found = rank_weights(cell, torch.tensor([value for values in cells for value in values]).float(), len(cells))
+    return [found[cell == i].numpy() for i in range(len(cells))]
+
+
+@given(cells_of_values)
+def test_equal_values_share_the_weights_of_their_ranks(cells):
+    for values, found in zip(cells, weights(cells), strict=True):
+        if values:
+            np.testing.assert_allclose(found, slowly(values), rtol=1e-5)
+
+
+@given(cells_of_values, st.randoms(use_true_random=False))
+def test_neither_the_order_of_genes_nor_other_cells_matter(cells, random):
+    for values, together in zip(cells, weights(cells), strict=True):
+        order = list(range(len(values)))
+        random.shuffle(order)
+        (alone,) = weights([[values[i] for i in order]])
+        np.testing.assert_allclose(alone, together[order], rtol=1e-6)
+
+
+def test_without_values_genes_stand_in_falling_order():
+    cell = torch.tensor([0, 0, 0, 2, 2])
+    found = rank_weights(cell, None, 3)
+    np.testing.assert_allclose(found[:3], slowly([3, 2, 1]), rtol=1e-6)
+    np.testing.assert_allclose(found[3:], slowly([2, 1]), rtol=1e-6)
+
+
+def test_genes_that_only_a_deeper_cell_shows_hardly_count():
+    shallow, deep = weights([list(range(1000, 500, -1)), list(range(1000, -1000, -1))])
+    # of an equal mean the first 500 genes would be a quarter
+    assert deep[:500].sum() > 0.85
+    np.testing.assert_allclose(deep[:500] / deep[:500].sum(), shallow, rtol=1e-5)
