@@ -1,6 +1,6 @@
-"""Labels out of five folds, on five data sets: ``python -m benchmarks.study_labels FOLDER FAMILY [SET ...]``.
+"""Labels out of five folds, on five data sets: ``python -m benchmarks.study_labels FOLDER FAMILY SIZE [SET ...]``.
 
-``size="small"`` is pretrained on all cells of a set, without labels, and fine-tuned in each fold with the settings that
+The model is pretrained on all cells of a set, without labels, and fine-tuned in each fold with the settings that
 are the default; beside it stand logistic regressions on the same folds, on all genes (``tl.cross_validate``'s own
 baseline) and on 50 components of an SVD. What is finished in ``FOLDER`` is not done again.
 """
@@ -50,17 +50,17 @@ SETS = {
 }
 
 
-def main(folder: Path, family: str, names: list[str]) -> None:
+def main(folder: Path, family: str, size: str, names: list[str]) -> None:
     rows = {}
     for name in names:
         chosen = SETS[name]
         adata = read(chosen)
-        model = pretrained(folder, name, family, adata)
+        model = pretrained(folder, name, family, size, adata)
         for group_key in chosen.group_keys:
             n_folds = 5 if group_key is None else adata.obs[group_key].nunique()
             scllm.tl.cross_validate(
                 adata, model, key=KEY, n_folds=n_folds, group_key=group_key, config=CONFIG,
-                run_dir=folder / f"{name}-{family}-{group_key or 'cells'}",
+                run_dir=folder / f"{name}-{family}-{size}-{group_key or 'cells'}",
             )  # fmt: skip
             table = adata.uns["scllm"]["cross_validate"]["table"]
             scores = table[table["class"].isna()].pivot_table(index="method", columns="metric", values="value")
@@ -70,10 +70,10 @@ def main(folder: Path, family: str, names: list[str]) -> None:
             print(pd.DataFrame.from_dict(rows, orient="index").round(3).to_string(), flush=True)
 
 
-def pretrained(folder: Path, name: str, family: str, adata: ad.AnnData) -> scllm.models.CellModel:
-    """``size="small"``, pretrained on all cells of a set without labels."""
+def pretrained(folder: Path, name: str, family: str, size: str, adata: ad.AnnData) -> scllm.models.CellModel:
+    """A model pretrained on all cells of a set without labels."""
     return scllm.tl.pretrain(
-        adata, family, size="small", epochs=SETS[name].epochs, config=CONFIG, run_dir=folder / f"{name}-{family}",
+        adata, family, size=size, epochs=SETS[name].epochs, config=CONFIG, run_dir=folder / f"{name}-{family}-{size}",
         **PRETRAINING[family],
     )  # fmt: skip
 
@@ -103,4 +103,4 @@ def svd_scores(adata: ad.AnnData, n_folds: int) -> pd.Series:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or list(SETS))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:] or list(SETS))

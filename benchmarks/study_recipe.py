@@ -1,7 +1,7 @@
 """How to fine-tune: freezing, upsampling, losses, adapters: ``python -m benchmarks.study_recipe FOLDER [SET]``.
 
-Five folds of one of the sets of ``study_labels``, whose pretrained scgpt is in ``FOLDER`` (or is made there), with
-every combination of settings on the same folds. What is finished in ``FOLDER`` is not done again.
+Five folds of one of the sets of ``study_labels``, whose pretrained scgpt of ``size="tiny"`` is in ``FOLDER`` (or
+is made there), with every combination of settings on the same folds. What is finished in ``FOLDER`` is not done again.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 import scllm
 from benchmarks.study_labels import CONFIG, KEY, SETS, pretrained, read
 
-FREEZE = {"nothing": 0, "half of the blocks": 2, "all but the head": "encoder"}
+FREEZE = {"nothing": 0, "half of the blocks": 1, "all but the head": "encoder"}
 LOSSES = ("ce", "bce", "dice", "focal")
 
 
 def main(folder: Path, name: str) -> None:
     adata = read(SETS[name])
-    model = pretrained(folder, name, "scgpt", adata)
+    model = pretrained(folder, name, "scgpt", "tiny", adata)
     rows = []
     for (frozen, freeze), lora, upsample, loss in product(FREEZE.items(), (None, 8), (False, True), LOSSES):
         if freeze == "encoder" and lora:

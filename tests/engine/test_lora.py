@@ -13,14 +13,43 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def test_lora_changes_linear_weights_of_the_blocks_and_heads_alone(tmp_path):
-    cells = datasets.toy(n_cells=120)
-    model = models.build("scgpt", vocab=list(cells.var_names), size="tiny")
+@pytest.fixture(scope="module")
+def cells():
+    return datasets.toy(n_cells=120)
+
+
+@pytest.fixture(scope="module")
+def model(cells):
+    return models.build("scgpt", vocab=list(cells.var_names), size="tiny")
+
+
+def tuned(cells, model, run_dir, **options):
     config = tl.TrainConfig(lr=1e-2)
-    tuned = tl.finetune(
-        cells, model, key="cell_type", lora=4, epochs=1, validation=0, run_dir=tmp_path / "run", config=config
-    )
-    before, after = model.state_dict(), tuned.state_dict()
+    return tl.finetune(cells, model, key="cell_type", epochs=1, validation=0, run_dir=run_dir, config=config, **options)
+
+
+def test_frozen_blocks_get_no_adapters(cells, model, tmp_path):
+    before, after = model.state_dict(), tuned(cells, model, tmp_path / "run", lora=2, freeze=1).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("layers.1.") for name in changed)
+    with pytest.raises(TypeError, match=r"freeze='encoder' keeps it as it is, one of them expected\. Leave one out"):
+        tuned(cells, model, tmp_path / "other", lora=2, freeze="encoder")
+    assert not (tmp_path / "other").exists()
+
+
+def test_adapters_start_alike_whatever_was_drawn_before(cells, model, tmp_path):
+    hashes = []
+    for name in "ab":
+        torch.rand(3)
+        state = torch.get_rng_state()
+        hashes.append(tuned(cells, model, tmp_path / name, lora=2).hash())
+        assert torch.equal(torch.get_rng_state(), state)
+    assert hashes[0] == hashes[1]
+
+
+def test_lora_changes_linear_weights_of_the_blocks_and_heads_alone(cells, model, tmp_path):
+    before, after = model.state_dict(), tuned(cells, model, tmp_path / "run", lora=4).state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     linear = ("attention.qkv.weight", "attention.out.weight", "up.weight", "down.weight")
     assert changed == {name for name in before if name.startswith("layers.") and name.endswith(linear)}

@@ -123,6 +123,20 @@ def test_a_run_goes_on_when_its_data_were_moved(toy, tmp_path):
     assert Run(run_dir).spec["data_reference"] == str(tmp_path / "moved.h5ad")
 
 
+def test_a_run_does_not_go_on_with_other_cells(toy, tmp_path):
+    run_dir, path = tmp_path / "run", tmp_path / "toy.h5ad"
+    toy.write_h5ad(path)
+    process = start(run_dir, data=path, **LONG)
+    wait_for_step(run_dir, 5)
+    process.kill()
+    process.communicate()
+    toy[::-1].copy().write_h5ad(path)
+    again = subprocess.run([sys.executable, "-m", "scllm", "run", run_dir], capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "holds other cells, genes or values than when the run" in again.stderr
+    assert not Run(run_dir).is_done
+
+
 def test_the_command_line_continues_a_run(expected, toy, tmp_path):
     run_dir = tmp_path / "run"
     interrupted(toy, run_dir, 5, **LONG)

@@ -249,3 +249,11 @@ def test_class_weights_find_the_rare_label(adata, begun, markers):
         classify_genes(adata, begun, labels=rare, class_weight=weight, **options)
         found[weight] = adata.varm["gene_label_probabilities"][:13, 1].mean()
     assert found["balanced"] > found[None]
+
+
+def test_genes_are_not_held_out_where_no_epoch_is_chosen_and_nothing_is_drawn(adata, begun, markers):
+    state = torch.get_rng_state()
+    options = {"labels": markers, "freeze": "encoder", "n_folds": 3, "baseline": False}
+    everything = classify_genes(adata, begun, **options)
+    assert classify_genes(adata, begun, validation=0.9, **options).equals(everything)
+    assert torch.equal(torch.get_rng_state(), state)

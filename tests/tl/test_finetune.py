@@ -192,6 +192,37 @@ def test_every_loss_trains(tune, loss):
 
 
 @pytest.mark.filterwarnings("ignore:after the first epoch the model gives one label")
+def test_a_column_that_divides_a_group_is_an_error(adata, tune):
+    split(adata, fractions=(0.8, 0.2), stratify="cell_type")
+    with pytest.raises(ValueError, match=r"obs\['split'\] has cells of 'first' .* in training and in validation"):
+        tune(validation="split", group_key="batch")
+    adata.obs["split"] = np.where(adata.obs["batch"] == "first", "train", "validation")
+    tune(validation="split", group_key="batch")
+
+
+@pytest.mark.filterwarnings("ignore:.* cells have no label")
+def test_with_several_heads_cells_of_the_second_alone_are_drawn_too(adata, tune):
+    adata.obs["first"] = [*["a"] * 20, *["b"] * 10, *[None] * 30]
+    adata.obs["second"] = [*[None] * 20, *["c", "d"] * 20]
+    weights = cells_of(tune(["first", "second"], upsample=True, validation=0))["weights"]
+    np.testing.assert_allclose(weights.sum(), 1)
+    assert weights[:20].sum() == pytest.approx(weights[20:30].sum())
+    np.testing.assert_allclose(weights[30:], weights[:30].mean())
+
+
+def test_weights_of_labels_may_be_of_any_head(adata, tune):
+    adata.obs["second"] = ["c", "d"] * 30
+    found = spec_of(tune(["cell_type", "second"], class_weight={"A": 2, "d": 3}))["objective"]["class_weight"]
+    assert found == {"cell_type": [2.0, 1.0], "second": [1.0, 3.0]}
+
+
+def test_settings_that_are_no_training_settings_are_recorded_too(adata, tune):
+    tune(loss={"ce": 1, "dice": 0.5}, freeze=1)
+    params = adata.uns["scllm"]["finetune"]["params"]
+    assert params["freeze"] == 1
+    assert dict(zip(params["loss"]["keys"], params["loss"]["values"], strict=True)) == {"ce": 1, "dice": 0.5}
+
+
 def test_labels_are_held_out_alike_and_groups_whole(adata, tune):
     adata.obs["label"] = ["A"] * 40 + ["B"] * 20
     held = cells_of(tune("label", validation=0.2))["validation"]

@@ -108,3 +108,11 @@ def test_a_model_that_changed_since_it_was_recorded_is_an_error(adata, tiny, tmp
     other.save(tmp_path / "model")
     with pytest.raises(ValueError, match=r"has changed since it was recorded.*Pass the model that is meant"):
         embed(adata)
+
+
+def test_a_file_cannot_have_a_module_imported(adata, tmp_path):
+    adata.uns["scllm"] = {"model": {"path": str(tmp_path), "family": "xml.dom.expatbuilder", "hash": "x"}}
+    sys.modules.pop("xml.dom.expatbuilder", None)
+    with pytest.raises(ValueError, match=r"is of family 'xml\.dom\.expatbuilder', one of .* pass it"):
+        embed(adata)
+    assert "xml.dom.expatbuilder" not in sys.modules

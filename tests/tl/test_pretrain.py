@@ -175,6 +175,17 @@ def test_data_may_lie_in_files_and_layers(adata, train, tmp_path, kind):
     assert "scllm" not in ad.read_h5ad(path).uns
 
 
+def test_genes_that_were_renamed_in_memory_keep_their_names(adata, train, tmp_path):
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    backed.var_names = [f"renamed_{i}" for i in range(40)]
+    model = train(data=backed, n_procs=2, device="cpu")
+    assert model.vocab.genes == tuple(backed.var_names)
+    view = backed[:50]
+    with pytest.raises(ValueError, match=r"adata is a view of a backed AnnData, one in memory expected"):
+        train(data=view)
+
+
 def test_odd_columns_of_obs_do_not_stand_in_the_way(adata, train):
     adata.obs["mixed"] = [1, "a", None] * 20
     adata.obs["nullable"] = adata.obs["batch"].cat.codes.astype("Float64").where(adata.obs["batch"] == "first")

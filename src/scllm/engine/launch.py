@@ -21,7 +21,7 @@ from scllm import models
 from scllm._log import log, show_progress, warn
 from scllm.data import genes
 from scllm.data.encode import Encoder
-from scllm.data.source import CellSource, open_source
+from scllm.data.source import CellSource, fingerprint, open_source
 from scllm.engine import ranks
 from scllm.engine.calibrate import calibrate
 from scllm.engine.checkpoint import restore, save, writing
@@ -116,10 +116,7 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
         if source is None:
             source = _open(run, spec)
         model = models.load(run.model, family=family)
-        if spec["freeze"]:
-            freeze(model, tuple(spec["freeze"]) if isinstance(spec["freeze"], list) else spec["freeze"])
-        if spec["lora"]:
-            add_adapters(model, LoraSettings(**spec["lora"]))
+        _choose_trained(model, spec)
         model.to(chosen)
         objective = objective_from_dict(spec["objective"])
         training, validation = _loaders(run, spec, config, source, model, objective)
@@ -139,6 +136,14 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
         ranks.wait_for_all()
 
 
+def _choose_trained(model: CellModel, spec: dict[str, Any]) -> None:
+    """Freeze what shall stay as it is, and put adapters beside the rest where they are asked for."""
+    if spec["freeze"]:
+        freeze(model, tuple(spec["freeze"]) if isinstance(spec["freeze"], list) else spec["freeze"])
+    if spec["lora"]:
+        add_adapters(model, LoraSettings(**spec["lora"]), random_state=spec["train"]["random_state"] or 0)
+
+
 def _open(run: Run, spec: dict[str, Any]) -> CellSource:
     reference = spec["data_reference"]
     if reference is None:
@@ -148,7 +153,14 @@ def _open(run: Run, spec: dict[str, Any]) -> CellSource:
                 "the same data and the same run_dir."
             )
         return open_source(run.data)
-    return open_source(reference, layer=spec["data"]["layer"])
+    source = open_source(reference, layer=spec["data"]["layer"])
+    seen, expected = fingerprint(source), spec["data"]["fingerprint"]
+    if seen != expected:
+        raise ValueError(
+            f"{reference} holds other cells, genes or values than when the run in {run.path} began (fingerprint "
+            f"{seen}, {expected} expected): parts and labels are kept by row. Put the data back, or start another run."
+        )
+    return source
 
 
 def _loaders(
@@ -190,7 +202,7 @@ def _finish(run: Run, family: str | None, device: torch.device, validation: Load
     assert best is not None
     model = models.load(run.model, family=family)
     if any(".lora_" in name for name in best):
-        add_adapters(model, LoraSettings(**run.spec["lora"]))
+        _choose_trained(model, run.spec)
         model.load_state_dict(best)
         merge_adapters(model)
         save(run.best, model.state_dict())

@@ -65,7 +65,7 @@ def fit_linear_head(
         return value
 
     optimise.step(closure)
-    head = nn.Linear(x.shape[1], n_classes)
+    head = nn.utils.skip_init(nn.Linear, x.shape[1], n_classes)
     with torch.no_grad():
         head.weight.copy_(slope / spread)
         head.bias.copy_(offset - (slope / spread) @ mean)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+import torch
 from torch import nn
 
 from scllm.models.base import CellModel
@@ -41,18 +42,32 @@ def check_peft() -> None:
         raise ImportError('lora= needs the package peft, which is not installed. Run: pip install "scllm-tools[peft]"')
 
 
-def add_adapters(model: CellModel, settings: LoraSettings) -> None:
-    """Put adapters beside the blocks' linear layers, in place; only they and the heads are trained."""
+def add_adapters(model: CellModel, settings: LoraSettings, *, random_state: int = 0) -> None:
+    """Put adapters beside the blocks' linear layers that are not frozen, in place; only they and the heads are trained.
+
+    Where adapters start is a function of ``random_state``.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     within = {id(module) for block in model.blocks for module in block.modules()}
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in within]
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in within and module.weight.requires_grad
+    ]
+    if not names:
+        raise ValueError("lora= adapts linear layers of the blocks, and all of them are frozen. Freeze fewer blocks.")
+    heads = [weight for name, weight in model.named_parameters() if name.startswith("heads.") and weight.requires_grad]
     config = LoraConfig(
         r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=names, bias="none"
     )
-    inject_adapter_in_model(config, model)
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(random_state)  # of the CPU alone: GPUs keep their state
+        inject_adapter_in_model(config, model)
     for name, weight in model.named_parameters():
-        weight.requires_grad_(".lora_" in name or name.startswith("heads."))
+        weight.requires_grad_(".lora_" in name)
+    for weight in heads:
+        weight.requires_grad_(True)
 
 
 def merge_adapters(model: CellModel) -> None:

@@ -118,7 +118,7 @@ def cross_validate(
     check_folds(target, groups, n_folds, n_repeats, group_key)
     chosen = resolve(model, adata)
     folds = [_folds(target, groups, n_folds, seed + repeat) for repeat in range(n_repeats)]
-    check_coverage(target, folds[0])
+    check_coverage(target, folds)
     run_dir = folds_directory("cross_validate", options.pop("run_dir", None), options.pop("resume", "auto"))
     methods = METHODS if baseline else METHODS[:1]
     cells = _Cells.of(adata, target, baseline, options.get("layer"))

@@ -15,7 +15,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from scllm import models
-from scllm._checks import missing_key
+from scllm._checks import check_adata, missing_key
 from scllm._log import warn
 from scllm._typing import IntArray
 from scllm.data.source import CellSource, open_source
@@ -132,6 +132,8 @@ def finetune(
     >>> tuned = scllm.tl.finetune(adata, model, key="cell_type", epochs=1)  # doctest: +SKIP
     """
     adata = data if isinstance(data, AnnData) else None
+    if adata is not None:
+        check_adata(adata)
     keys = [key] if isinstance(key, str) else list(key)
     if not keys or len(set(keys)) < len(keys):
         raise ValueError(f"key is {keys}, one column of obs or several different ones expected. Name each once.")
@@ -230,7 +232,8 @@ def _balancing(target: Target, training: IntArray) -> NDArray[np.float64]:
     if target.classes is None:
         raise TypeError(f"upsample=True needs labels, obs[{target.key!r}] holds values. Leave it out.")
     codes, counts = target.column[training], target.counts(training)
-    weights = np.where(codes >= 0, 1 / np.maximum(counts[codes], 1), 0)
+    weights = np.where(codes >= 0, 1 / np.maximum(counts[codes], 1), np.nan)
+    weights[codes < 0] = np.nanmean(weights)  # cells that are labelled for another head alone
     return weights / weights.sum()
 
 
@@ -245,6 +248,11 @@ def _class_weights(
     labelled = [target for target in targets if target.classes is not None]
     if not labelled:
         raise TypeError(f"class_weight needs labels, obs[{targets[0].key!r}] holds values. Leave it out.")
+    known = {name for target in labelled for name in target.classes or ()}
+    unknown = [] if given == "balanced" else sorted(set(given) - known)
+    if unknown:
+        where = " or ".join(f"obs[{target.key!r}]" for target in labelled)
+        raise missing_key(unknown[0], sorted(known), f"a label of {where}", "Mend class_weight.")
     return {target.key: _weights_of(given, target, training) for target in labelled}
 
 
@@ -255,9 +263,6 @@ def _weights_of(
     if not isinstance(given, Mapping):
         counts = target.counts(training)
         return tuple((counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist())
-    unknown = sorted(set(given) - set(target.classes))
-    if unknown:
-        raise missing_key(unknown[0], target.classes, f"a label of obs[{target.key!r}]", "Mend class_weight.")
     for name, weight in given.items():
         if not (np.isfinite(weight) and weight >= 0):
             raise ValueError(f"class_weight of {name!r} is {weight}, 0 or more expected. 1 is the weight of the rest.")

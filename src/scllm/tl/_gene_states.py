@@ -130,7 +130,6 @@ def pooled(
     batch_size: int | None = None,
     device: str = "auto",
     precision: Precision = "auto",
-    n_gpus: int = 1,
 ) -> FloatArray:
     """Mean over its cells of what ``state`` gives for each gene's token ``(t, d)``: ``(g, d)`` float64."""
     gene_of, n_genes = _gene_of(model, cells.tokens), len(cells.tokens)
@@ -144,7 +143,7 @@ def pooled(
     total: Tensor | None = None
     for rows, found in predict(
         model, cells.source, cells.match, forward, batch_size=batch_size, device=device, precision=precision,
-        n_gpus=n_gpus, desc="looking at genes in",
+        desc="looking at genes in",
     ):  # fmt: skip
         gene, cell = found[:, 0].long(), found[:, 1].long() + rows.start
         kept = torch.from_numpy(_is_in(cells.used, rows, cell.numpy(), gene.numpy()))

@@ -108,7 +108,9 @@ class GeneTask:
         found = np.zeros((len(fold), len(self.classes)))
         for number in range(fold.max() + 1):
             training, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-            training, held_out = self._divided(training)
+            held_out = training[:0]
+            if self.run_dir is not None:  # epochs are to be chosen
+                training, held_out = self._divided(training)
             head = self._fitted(states, training, self.loss)
             if self.run_dir is None:
                 found[test] = self._probabilities(_applied(head, states[test]), self.loss)
@@ -165,7 +167,8 @@ class GeneTask:
     def _tuned(self, head: nn.Linear, training: IntArray, held_out: IntArray, run_dir: Path) -> CellModel:
         """The model after training on some genes, begun with the head that fits its states."""
         begun = copy.deepcopy(self.model)
-        begun.set_heads((HeadSpec(self.key, self.classes, level="gene"),))
+        with torch.random.fork_rng([]):  # weights are set on the next line
+            begun.set_heads((HeadSpec(self.key, self.classes, level="gene"),))
         begun.heads[0].load_state_dict(head.state_dict())
         objective = GeneLabel(*self._labelled(training), *self._labelled(held_out), loss=self.loss)
         lora = self.options.lora

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from anndata import AnnData
 
@@ -50,14 +52,24 @@ def recorded_model(adata: AnnData | None) -> CellModel:
             f"the model recorded in adata.uns['scllm']['model'] is gone: {path} is not there. Pass a model or its new "
             "path."
         )
-    family = str(entry["family"])
-    found = models.load(path, family=None if models.storage.is_native(Path(path)) else family)
+    found = models.load(path, family=None if models.storage.is_native(Path(path)) else _known_family(entry))
     if found.hash() != entry["hash"]:
         raise ValueError(
             f"the model in {path} has changed since it was recorded in adata.uns['scllm']['model'] (weights "
             f"{found.hash()}, {entry['hash']} expected). Pass the model that is meant."
         )
     return found
+
+
+def _known_family(entry: Mapping[str, Any]) -> str:
+    """The family that was recorded; one of another package would be imported, which no file may ask for."""
+    family = str(entry["family"])
+    if family not in models.families():
+        raise ValueError(
+            f"the model recorded in adata.uns['scllm']['model'] is of family {family!r}, one of {models.families()} "
+            "expected. Load a model of another package with models.load(path, family=...) and pass it."
+        )
+    return family
 
 
 def remember(adata: AnnData | CellSource, model: CellModel) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -66,10 +66,24 @@ def check_folds(target: Target, groups: IntArray | None, n_folds: int, n_repeats
         )
 
 
-def check_coverage(target: Target, fold: IntArray) -> None:
-    """Raise where a fold leaves one label to train on; warn of labels that a fold tests and no other fold has."""
+def check_coverage(target: Target, folds: Sequence[IntArray]) -> None:
+    """Raise where a fold leaves one label to train on; warn of labels that a fold tests and no other fold has.
+
+    ``folds`` has one array a repeat.
+    """
     if target.classes is None:
         return
+    lost = {name for fold in folds for name in _lost(target, fold)}
+    if lost:
+        warn(
+            f"{len(lost)} labels of obs[{target.key!r}] (first: {min(lost)!r}) are in one fold only, two expected: "
+            "they are tested where no training cell has them, and all count as missed. Merge or drop them."
+        )
+
+
+def _lost(target: Target, fold: IntArray) -> list[str]:
+    """Labels that a fold tests and no other fold has."""
+    assert target.classes is not None
     there = fold >= 0
     counts = np.zeros((fold.max() + 1, len(target.classes)), np.int64)
     np.add.at(counts, (fold[there], target.column[there]), 1)
@@ -80,12 +94,7 @@ def check_coverage(target: Target, fold: IntArray) -> None:
             f"obs[{target.key!r}], at least 2 to train on expected. Pass another group_key: "
             "groups of this one hold one label each."
         )
-    lost = [name for k, name in enumerate(target.classes) if ((trained[:, k] == 0) & (counts[:, k] > 0)).any()]
-    if lost:
-        warn(
-            f"{len(lost)} labels of obs[{target.key!r}] (first: {lost[0]!r}) are in one fold only, two expected: "
-            "they are tested where no training cell has them, and all count as missed. Merge or drop them."
-        )
+    return [name for k, name in enumerate(target.classes) if ((trained[:, k] == 0) & (counts[:, k] > 0)).any()]
 
 
 def fold_scores(target: Target, cells: IntArray, outputs: FloatArray) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from anndata import AnnData
 from torch import nn
 
 from scllm import models
+from scllm._checks import check_adata
 from scllm._results import match_settings
 from scllm._typing import IntArray
 from scllm.data import genes
@@ -141,7 +142,7 @@ def pretrain(
     return train(
         "pretrain", data, begun.source, begun.model, begun.objective, begun.config,
         layer=layer, cells=begun.cells, where=begun.where, run_dir=run_dir, resume=resume,
-        params={"validation": validation, "group_key": group_key, "layer": layer},
+        params={"size": size, "dropout": dropout, "validation": validation, "group_key": group_key, "layer": layer},
     )  # fmt: skip
 
 
@@ -179,6 +180,8 @@ def prepare(
     random_state: int,
 ) -> Prepared:
     """Check everything that :func:`pretrain` was given, and settle what was left open."""
+    if isinstance(data, AnnData):
+        check_adata(data)
     source = open_source(data, layer=layer)
     where = processes(n_gpus, n_procs, device)
     genes.check_unique(source.genes)

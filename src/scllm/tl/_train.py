@@ -26,7 +26,7 @@ from scllm._typing import IntArray
 from scllm.data.checks import warn_of_empty_cells
 from scllm.data.encode import encoder_to_dict
 from scllm.data.genes import GeneMatch
-from scllm.data.source import CellSource, fingerprint, write_arrays
+from scllm.data.source import CellSource, fingerprint, open_source, write_arrays
 from scllm.data.split import split_cells
 from scllm.engine.config import TrainConfig
 from scllm.engine.device import check_gpus, resolve_device, resolve_precision
@@ -123,7 +123,10 @@ def divide(
                 f"obs[{validation!r}] holds {sorted(found)[:5]}, 'train' and 'validation' (and 'test') expected. "
                 "Make it with pp.split(adata)."
             )
-        return rows[column == "train"], rows[column == "validation"]
+        training, held_out = rows[column == "train"], rows[column == "validation"]
+        if group_key is not None:
+            _check_whole(source, group_key, validation, training, held_out)
+        return training, held_out
     if not validation:
         return rows, rows[:0]
     if not 0 < validation < 1:
@@ -139,6 +142,17 @@ def divide(
         random_state=random_state,
     )  # fmt: skip
     return rows[part == 0], rows[part == 1]
+
+
+def _check_whole(source: CellSource, group_key: str, validation: str, training: IntArray, held_out: IntArray) -> None:
+    """Raise where a column that says train and validation divides a group."""
+    groups = obs_column(source.obs(_present(source, group_key)), group_key).astype(str).to_numpy()
+    divided = sorted(set(groups[training]) & set(groups[held_out]))
+    if divided:
+        raise ValueError(
+            f"obs[{validation!r}] has cells of {divided[0]!r} of obs[{group_key!r}] in training and in validation, "
+            f"whole groups expected. Make it with pp.split(adata, group_key={group_key!r}), or leave group_key= out."
+        )
 
 
 def _present(source: CellSource, key: str) -> list[str]:
@@ -176,6 +190,10 @@ def train(
         )
     if lora is not None:
         check_peft()
+        if freeze == "encoder":
+            raise TypeError(
+                "lora= adapts the encoder and freeze='encoder' keeps it as it is, one of them expected. Leave one out."
+            )
     check_trainable(model, freeze)
     match = gene_match(data, source, model)
     spec = {
@@ -191,7 +209,7 @@ def train(
         "lora": None if lora is None else asdict(lora),
         "params": {name: str(value) for name, value in params.items()},
         "data": {"fingerprint": fingerprint(source), "layer": layer, "cells": _hash(cells), **match_settings(data)},
-        "data_reference": _reference(data),
+        "data_reference": _reference(data, layer),
         "processes": asdict(where),
         "versions": {"scllm": version("scllm-tools"), "torch": torch.__version__},
     }
@@ -216,7 +234,8 @@ def train(
     trained = launch(run, n_procs=where.n, device=where.device, source=source, family=family)
     shutil.rmtree(run.data, ignore_errors=True)  # the run is done: nothing reads the copy again
     if isinstance(data, AnnData):
-        record(data, verb, {**params, **config.to_dict(), "run_dir": run.path}, trained.history)
+        settings = {**objective_to_dict(objective), "freeze": freeze, "lora": lora, **params, **config.to_dict()}
+        record(data, verb, {**settings, "run_dir": run.path}, trained.history)
         remember(data, trained)
     return trained
 
@@ -297,10 +316,14 @@ def _hash(cells: Mapping[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _reference(data: Data) -> str | list[str] | None:
+def _reference(data: Data, layer: str | None) -> str | list[str] | None:
     """Where another process finds the data; ``None`` for data in memory."""
     if isinstance(data, AnnData):
-        return str(Path(data.filename).absolute()) if data.isbacked and not data.is_view else None
+        # the matrix of a backed AnnData is that of its file; tables and layers may have been changed since
+        if not data.isbacked or data.is_view or layer is not None:
+            return None
+        path = str(Path(data.filename).absolute())
+        return path if open_source(path).var.equals(data.var) else None
     if isinstance(data, (str, PathLike)):
         return data if "://" in str(data) else str(Path(data).absolute())
     if isinstance(data, (list, tuple)) and all(isinstance(part, (str, PathLike)) for part in data):
