@@ -17,8 +17,13 @@ __all__ = ["check_adata", "embedding", "groups", "labels", "missing_key", "obs_c
 _SHOWN = 8
 
 
-def check_adata(adata: object, copy: bool = False) -> None:
-    """Raise where a verb could not write its result in the end: no AnnData, or one whose file is in the way."""
+def check_adata(adata: object, copy: bool = False, key_added: str | None = None) -> None:
+    """Raise where a verb could not write its result: no AnnData, its file in the way, a key that no file can have."""
+    if key_added is not None and "/" in key_added:
+        raise ValueError(
+            f"key_added is {key_added!r}, a name without '/' expected: in a file it would be a folder, which cannot be "
+            "read back. Use '_'."
+        )
     if not isinstance(adata, AnnData):
         seen = f"{adata!r:.60}" if isinstance(adata, str) else f"of type {type(adata).__name__}"
         raise TypeError(

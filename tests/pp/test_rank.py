@@ -113,3 +113,12 @@ def test_views_backed_data_and_copies(adata, tmp_path):
     np.testing.assert_allclose(backed.var["median_expression"], medians, rtol=1 / 128)
     rank_expression(backed, key_added="again")
     np.testing.assert_array_equal(backed.layers["again"].toarray(), expected)
+
+
+def test_medians_may_be_a_column_that_gene_medians_wrote(adata):
+    gene_medians(adata)
+    rank_expression(adata, medians="median_expression", key_added="by_column")
+    rank_expression(adata, key_added="by_itself")
+    assert (adata.layers["by_column"] != adata.layers["by_itself"]).nnz == 0
+    with pytest.raises(KeyError, match=r"'medians' is not a column of adata\.var"):
+        rank_expression(adata, medians="medians")

@@ -130,3 +130,9 @@ def test_parity_scgpt_logged_values(shared):
     np.testing.assert_array_equal(expected["pre_normed"], expected["pre_log1p"])
     fixed = expected["pre_digit_lo"] == expected["pre_digit_hi"]
     np.testing.assert_array_equal(adata.layers["binned"].toarray()[fixed], expected["pre_binned"][fixed])
+
+
+def test_duplicated_genes_are_an_error(adata):
+    adata.var_names = ["same", "same", *adata.var_names[2:]]
+    with pytest.raises(ValueError, match="'same'"):
+        recipe_scgpt(adata, n_top_genes=20)

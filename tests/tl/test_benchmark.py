@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -9,6 +11,7 @@ import pytest
 import scanpy as sc
 
 from scllm import metrics
+from scllm.tl import embed, finetune
 from scllm.tl._benchmark import benchmark
 
 BIO = list(metrics.BIO_METRICS)
@@ -134,3 +137,16 @@ def test_batches_confounded_with_types_are_scored_without_the_silhouette(embedde
     row = benchmark(embedded.copy(), use_rep="X_good", key="cell_type", batch_key="cell_type").loc["X_good"]
     assert np.isnan(row["silhouette_batch"])
     assert row["batch"] == pytest.approx(row[["graph_connectivity", "batch_mixing"]].mean())
+
+
+def test_an_embedding_that_was_trained_on_the_labels_is_warned_of(adata, tiny, tmp_path):
+    tuned = finetune(adata, tiny, key="cell_type", epochs=1, run_dir=tmp_path / "run")
+    embed(adata, tuned)
+    with pytest.warns(
+        UserWarning, match=r"obsm\['X_scllm'\] is of a model that was fine-tuned on a column 'cell_type'"
+    ):
+        benchmark(adata, use_rep="X_scllm", key="cell_type")
+    embed(adata, tiny)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        benchmark(adata, use_rep="X_scllm", key="cell_type")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import anndata as ad
 import numpy as np
@@ -394,3 +395,12 @@ def test_each_fold_is_logged(adata, tiny, caplog):
     assert len(lines) == 2
     assert lines[0].startswith("fold 1 of 2: accuracy ")
     assert json.dumps(lines[0]).count("(") == 2
+
+
+def test_a_model_that_was_tuned_on_the_labels_is_warned_of(adata, tiny, tmp_path):
+    tuned = finetune(adata, tiny, key="cell_type", epochs=1, run_dir=tmp_path / "run")
+    with pytest.warns(UserWarning, match="fine-tuned on a column 'cell_type' before.*Pass the pretrained model"):
+        cross_validate(adata, tuned, key="cell_type", n_folds=2, **FAST)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cross_validate(adata, tuned, key="batch", n_folds=2, **FAST)

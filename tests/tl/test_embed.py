@@ -317,3 +317,9 @@ def test_data_are_never_replaced_by_their_embedding(adata, tiny, tmp_path):
     for _ in range(2):
         embed(tmp_path / "cells.zarr", tiny, out=tmp_path / "embedding.zarr")
     assert zarr.open_array(tmp_path / "embedding.zarr").shape[0] == adata.n_obs
+
+
+def test_a_key_that_no_file_can_have_is_an_error(adata, tiny):
+    with pytest.raises(ValueError, match="key_added is 'a/b', a name without '/' expected"):
+        embed(adata, tiny, key_added="a/b")
+    assert not adata.obsm

@@ -218,3 +218,26 @@ def test_files_of_others_in_the_run_directory_are_left_alone(train, tmp_path):
         ):
             train(run_dir=run)
         assert (run / name / "precious.csv").read_text() == "1"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"config": {"warmup": 2}}, TypeError, r"config is \{'warmup': 2\}, a TrainConfig expected"),
+        ({"dropout": 2}, ValueError, "dropout is 2, a share from 0 up to below 1 expected"),
+        ({"model": "scGPT"}, ValueError, "Did you mean 'scgpt'"),
+    ],
+)
+def test_slips_are_named(train, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        train(**options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_directory_that_cannot_be_made_is_named(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(
+            ValueError, match=r"run_dir is '.*', and '.*file' is no directory, one to write to expected"
+        ):
+            train(run_dir=path)

@@ -59,9 +59,10 @@ def split_cells(
 
 def check_fractions(fractions: Sequence[float]) -> None:
     """Raise unless there are two or three positive shares that add up to one."""
-    if len(fractions) not in (2, 3) or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+    shares = np.atleast_1d(fractions)
+    if len(shares) not in (2, 3) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(
-            f"fractions are {tuple(fractions)}, two or three positive shares that add up to 1 expected (train, "
+            f"fractions are {fractions}, two or three positive shares that add up to 1 expected (train, "
             "validation and test). Pass for example fractions=(0.8, 0.1, 0.1)."
         )
 

@@ -40,7 +40,7 @@ def check_gpus(n_gpus: int) -> None:
     if n_gpus < 1:
         raise ValueError(f"n_gpus is {n_gpus}, at least 1 expected. Leave it out to have it chosen.")
     if n_gpus > there:
-        advice = "Use device='cpu' with n_procs=, or leave n_gpus out." if there == 0 else f"Use n_gpus={there}."
+        advice = "Leave n_gpus out, and pass device='cpu'." if there == 0 else f"Use n_gpus={there}."
         raise ValueError(f"n_gpus is {n_gpus}, this machine has {there}. {advice}")
 
 

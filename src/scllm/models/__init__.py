@@ -60,7 +60,12 @@ def family_module(family: str) -> ModuleType:
 
 
 def build(
-    family: str, *, vocab: Vocab | Iterable[str], encoder: Encoder | None = None, size: str = "base", **config: Any
+    family: str,
+    *,
+    vocab: Vocab | Iterable[str] | str | PathLike[str],
+    encoder: Encoder | None = None,
+    size: str = "base",
+    **config: Any,
 ) -> CellModel:
     """Build a model with fresh weights.
 
@@ -69,7 +74,7 @@ def build(
     family
         One of :func:`families`, or the module of your own family (``"mylab.model"``).
     vocab
-        The vocabulary, or gene names to make one of.
+        The vocabulary, or gene names to make one of; or the path of a vocabulary file.
     encoder
         How counts become sentences; ``None`` is the family's own.
     size
@@ -95,6 +100,8 @@ def build(
     if unknown:
         raise TypeError(f"{family} has no setting {unknown[0]!r}, one of {sorted(known)} expected.")
     settings = module.Config(**{**module.SIZES[size], **config})
+    if isinstance(vocab, (str, PathLike)):
+        vocab = Vocab.read(vocab)
     vocab = vocab if isinstance(vocab, Vocab) else settings.vocab(vocab)
     return module.Model(settings, vocab, encoder if encoder is not None else settings.encoder())
 
@@ -171,7 +178,8 @@ def _vocab(names: Vocab | Iterable[str] | str | PathLike[str]) -> Vocab:
 def _folder(path: Path) -> Path:
     """The model folder itself, also where a run directory was given."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there, a model folder or run directory expected. Check the path.")
+        advice = f"Train a {path} model with tl.pretrain first." if str(path) in families() else "Check the path."
+        raise FileNotFoundError(f"{path} is not there, a model folder or run directory expected. {advice}")
     if (path / "spec.json").is_file():
         if not (path / "done").exists():
             raise ValueError(

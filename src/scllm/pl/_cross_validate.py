@@ -62,7 +62,7 @@ def cv_scores(
             raise missing_key(name, table.columns, "a metric of the table")
     # an error has the unit of the values, and an axis of its own
     panels = [part for part in ([n for n in names if n != _MAE], [n for n in names if n == _MAE]) if part]
-    width = [0.5 + 0.95 * len(part) for part in panels]
+    width = [0.5 + 1.25 * len(part) for part in panels]
     axes = axis_grid(ax, len(panels), (1.2 + sum(width), 3.4), width_ratios=width)
     for panel, part in zip(axes, panels, strict=True):
         _draw_folds(panel, table, part)

@@ -30,7 +30,7 @@ class HasHistory(Protocol):
 
 Source: TypeAlias = str | PathLike[str] | AnnData | pd.DataFrame | HasHistory
 
-_NOT_A_LOSS = frozenset({"step", "epoch", "split", "lr", "mask_ratio", "cells_per_s"})
+_NO_LOSSES = ("step", "epoch", "split", "lr", "mask_ratio", "cells_per_s", "commonest_answer")
 _TRAINED_BY = ("pretrain", "finetune")
 _MAX_EPOCH_MARKS = 12
 _POINTS_PER_WINDOW = 25
@@ -170,7 +170,9 @@ def _read_run(path: Path) -> pd.DataFrame | None:
 
 def _loss_terms(curves: Sequence[_Curve]) -> list[str]:
     """The loss and its terms; a single term that is the loss is not drawn twice."""
-    columns = dict.fromkeys(name for curve in curves for name in curve.history.columns if name not in _NOT_A_LOSS)
+    columns = dict.fromkeys(
+        name for curve in curves for name in curve.history.columns if not name.startswith(_NO_LOSSES)
+    )
     terms = [name for name in columns if all(name in curve.history for curve in curves) and name != "loss"]
     told = [name for name in terms if not all(_same(curve.history, name) for curve in curves)]
     return ["loss", *told]

@@ -60,6 +60,8 @@ def gene_coverage(
     axes[1].set(xlabel="mean expression", title="most expressed genes lost" if len(lost) else "no gene is lost")
     axes[1].tick_params(axis="y", length=0, labelsize="small")
     tidy(axes[1], grid="x")
+    if not len(lost):
+        axes[1].set(xticks=[], yticks=[], xlabel="")
     return show_or_return(axes, show)
 
 

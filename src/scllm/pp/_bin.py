@@ -66,7 +66,7 @@ def bin_expression(
     >>> int(adata.layers["binned"].max())
     10
     """
-    check_adata(adata, copy)
+    check_adata(adata, copy, key_added)
     check_n_bins(n_bins)
     check_ties(ties)
     source = open_source(adata, layer=layer)

@@ -10,7 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scllm import _keys
-from scllm._checks import check_adata
+from scllm._checks import check_adata, missing_key
 from scllm._results import record
 from scllm._typing import FloatArray
 from scllm.data.checks import check_source, layer_with_counts
@@ -25,7 +25,7 @@ __all__ = ["rank_expression"]
 def rank_expression(
     adata: AnnData,
     *,
-    medians: Mapping[str, float] | pd.Series | None = None,
+    medians: Mapping[str, float] | pd.Series | str | None = None,
     layer: str | None = None,
     key_added: str = _keys.RANKED,
     copy: bool = False,
@@ -40,8 +40,8 @@ def rank_expression(
     adata
         Cells by genes, raw counts.
     medians
-        Non-zero median of each gene's normalised counts, by its name in ``var_names``; ``None`` takes those of this
-        data, see :func:`gene_medians`. Genes without one are left out.
+        Non-zero median of each gene's normalised counts, by its name in ``var_names``, or a column of ``var`` with
+        them; ``None`` takes those of this data, see :func:`gene_medians`. Genes without one are left out.
     layer
         Layer to read; ``None`` is ``X``.
     key_added
@@ -61,12 +61,12 @@ def rank_expression(
     >>> bool(adata.layers["ranked"][0].max() == (adata.X[0] > 0).sum())
     True
     """
-    check_adata(adata, copy)
+    check_adata(adata, copy, key_added)
     source = open_source(adata, layer=layer)
     check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(adata))
     adata = adata.copy() if copy else adata
     matrix = stored_rows(adata, source, layer)
-    scale = exact_medians(matrix, target_sum=1e4) if medians is None else _aligned(medians, adata.var_names)
+    scale = exact_medians(matrix, target_sum=1e4) if medians is None else _aligned(medians, adata)
     if np.isnan(scale[matrix.indices]).any():
         matrix = sparse.csr_matrix(matrix.multiply(np.isfinite(scale)))
         matrix.eliminate_zeros()
@@ -77,8 +77,13 @@ def rank_expression(
     return adata if copy else None
 
 
-def _aligned(medians: Mapping[str, float] | pd.Series, names: pd.Index) -> FloatArray:
+def _aligned(medians: Mapping[str, float] | pd.Series | str, adata: AnnData) -> FloatArray:
     """The median of each gene, NaN where there is none."""
+    names = adata.var_names
+    if isinstance(medians, str):
+        if medians not in adata.var:
+            raise missing_key(medians, adata.var.columns, "a column of adata.var", "Call pp.gene_medians(adata) first.")
+        medians = adata.var[medians]
     found = pd.Series(medians, dtype=np.float64).reindex(names).to_numpy()
     if not np.isfinite(found).any():
         first = next(iter(medians.keys()), None)

@@ -14,6 +14,7 @@ from scllm._log import log
 from scllm._results import record
 from scllm.data.checks import check_source
 from scllm.data.encode.bins import check_n_bins
+from scllm.data.genes import check_unique
 from scllm.data.source import open_source
 from scllm.pp._bin import bin_expression
 
@@ -87,6 +88,7 @@ def recipe_scgpt(
         )
     if batch_key is not None:
         obs_column(adata.obs, batch_key)
+    check_unique(adata.var_names)
     check_source(open_source(adata), needs_counts=True, layer=None, hint=lambda: _hint(adata))
     cells, genes = _kept(adata, n_top_genes, batch_key, flavor, min_gene_counts, min_genes, target_sum)
     adata = adata.copy() if copy else adata

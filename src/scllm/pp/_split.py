@@ -57,7 +57,7 @@ def split(
     >>> round(float((adata.obs["split"] == "train").mean()), 2)
     0.8
     """
-    check_adata(adata, copy)
+    check_adata(adata, copy, key_added)
     if group_key is not None and stratify is not None:
         raise ValueError(
             f"group_key={group_key!r} and stratify={stratify!r} are both given, one of them expected: whole groups "

@@ -79,7 +79,7 @@ def tokenize(
     >>> adata.obsm["tokens"].shape[0] == adata.n_obs
     True
     """
-    check_adata(adata, copy)
+    check_adata(adata, copy, key_added)
     if model is not None:
         encoder, vocab = model.encoder, model.vocab
     vocab = Vocab.from_genes(adata.var_names) if vocab is None else vocab

@@ -78,6 +78,13 @@ def benchmark(
     truth = classes.to_numpy(dtype=object)[cells]
     origin = None if batches is None else batches.to_numpy(dtype=object)[cells]
     _check_classes(truth, origin, key, batch_key)
+    embedded = adata.uns.get(_keys.UNS, {}).get("embed", {}).get("params", {})
+    if embedded.get("key_added") in names and key in embedded.get("heads", ()):
+        warn(
+            f"obsm[{embedded['key_added']!r}] is of a model that was fine-tuned on a column {key!r}, one that has not "
+            "seen these labels expected: if it learnt them from these cells, its scores are too high. Embed with the "
+            "pretrained model, or score cells that were held out."
+        )
     embeddings = {name: _embedding(adata, name)[cells] for name in dict.fromkeys(names)}
     rows = {}
     for name, values in embeddings.items():

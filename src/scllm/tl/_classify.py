@@ -73,7 +73,7 @@ def classify(
     --------
     >>> scllm.tl.classify(adata, tuned)  # doctest: +SKIP
     """
-    check_adata(adata, copy)
+    check_adata(adata, copy, key_added)
     chosen = resolve(model, adata)
     if not chosen.heads_on("cell"):
         path = f" in {chosen.path}" if chosen.path is not None else ""

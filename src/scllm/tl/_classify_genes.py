@@ -113,7 +113,7 @@ def classify_genes(
     >>> table.index.get_level_values("method").unique().tolist()
     ['model', 'baseline', 'majority']
     """
-    check_adata(adata)
+    check_adata(adata, key_added=key_added)
     options = _checked(finetune_options)
     _check_numbers(n_folds, max_cells, options)
     losses = {loss: 1.0} if isinstance(loss, str) else dict(loss)

@@ -16,7 +16,7 @@ from anndata import AnnData
 
 from scllm import _keys
 from scllm._checks import check_adata, missing_key
-from scllm._log import log
+from scllm._log import log, warn
 from scllm._results import record
 from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.split import PARTS, split_cells
@@ -59,7 +59,7 @@ def cross_validate(
         Cells by genes, in memory. Only what is named below is written; the matrix is shared, not copied.
     model
         The model to start from in each fold, or its path; ``None`` is the one recorded on ``adata`` last. If it has
-        seen the labels of these cells before, the folds are of no use.
+        seen the labels of these cells before, the folds are of no use: a warning where it has a head on ``key``.
     key
         Column of ``obs``: categories, strings and booleans are labels, floats are values. Rows without one are left
         out.
@@ -117,6 +117,11 @@ def cross_validate(
     options, seed = _checked(finetune_options, adata)
     check_folds(target, groups, n_folds, n_repeats, group_key)
     chosen = resolve(model, adata)
+    if key in chosen.heads_on("cell"):
+        warn(
+            f"the model was fine-tuned on a column {key!r} before, one that has not seen the labels of these cells "
+            "expected: if they are the same cells, every score is too high. Pass the pretrained model."
+        )
     folds = [_folds(target, groups, n_folds, seed + repeat) for repeat in range(n_repeats)]
     check_coverage(target, folds)
     run_dir = folds_directory("cross_validate", options.pop("run_dir", None), options.pop("resume", "auto"))

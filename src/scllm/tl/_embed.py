@@ -102,7 +102,7 @@ def embed(
     """
     adata = data if isinstance(data, AnnData) else None
     if adata is not None:
-        check_adata(adata, copy)
+        check_adata(adata, copy, key_added)
     if adata is None and copy:
         raise TypeError("copy=True goes with an AnnData, a path was given: the embedding is returned, or goes to out=.")
     if adata is not None and out is not None:
@@ -140,6 +140,7 @@ def embed(
         "hidden_layer": hidden_layer,
         "layer": layer,
         "key_added": key_added,
+        "heads": list(chosen.heads_on("cell")) or None,
     }
     record(adata, "embed", params)
     remember(adata, chosen)
@@ -188,7 +189,7 @@ def embed_genes(
     >>> adata.varm["scllm_genes"].shape == (adata.n_vars, 64)
     True
     """
-    check_adata(adata, copy)
+    check_adata(adata, copy, key_added)
     chosen = resolve(model, adata)
     source = open_source(adata)
     match = gene_match(adata, source, chosen)

@@ -26,8 +26,9 @@ from scllm.engine.optim import Freeze, check_freeze
 from scllm.models.base import CellModel, HeadSpec
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, resolve
+from scllm.tl._parts import divide, present
 from scllm.tl._target import Target, find_target
-from scllm.tl._train import Data, divide, merged_config, processes, train
+from scllm.tl._train import Data, check_config, merged_config, processes, train
 
 __all__ = ["finetune"]
 
@@ -134,6 +135,7 @@ def finetune(
     adata = data if isinstance(data, AnnData) else None
     if adata is not None:
         check_adata(adata)
+    check_config(config)
     keys = [key] if isinstance(key, str) else list(key)
     if not keys or len(set(keys)) < len(keys):
         raise ValueError(f"key is {keys}, one column of obs or several different ones expected. Name each once.")
@@ -190,7 +192,7 @@ def finetune(
 
 def _target(source: CellSource, key: str) -> Target:
     """The column to predict; an error where no label has two cells, a warning where some have not."""
-    target = find_target(source.obs([key] if key in source.obs_columns else list(source.obs_columns)), key)
+    target = find_target(source.obs(present(source, key)), key)
     if target.classes is not None:
         single = np.flatnonzero(target.counts(np.arange(source.n_obs)) == 1)
         if len(single) == len(target.classes):

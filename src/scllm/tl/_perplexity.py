@@ -84,7 +84,7 @@ def perplexity(
     >>> bool((adata.obs["perplexity"] > 1).all())
     True
     """
-    check_adata(adata, copy)
+    check_adata(adata, copy, key_added)
     chosen = resolve(model, adata)
     if chosen.likelihood is None:
         raise ValueError(

@@ -27,7 +27,8 @@ from scllm.engine.objectives import Objective, objective_from_dict
 from scllm.models.base import CellModel
 from scllm.tl._inputs import check_layer, take_medians
 from scllm.tl._model import ModelLike, gene_match, resolve
-from scllm.tl._train import Data, Processes, divide, merged_config, processes, train
+from scllm.tl._parts import divide
+from scllm.tl._train import Data, Processes, check_config, merged_config, processes, train
 
 __all__ = ["Prepared", "prepare", "pretrain"]
 
@@ -182,6 +183,9 @@ def prepare(
     """Check everything that :func:`pretrain` was given, and settle what was left open."""
     if isinstance(data, AnnData):
         check_adata(data)
+    check_config(config)
+    if dropout is not None and not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}, a share from 0 up to below 1 expected. scGPT uses 0.2.")
     source = open_source(data, layer=layer)
     where = processes(n_gpus, n_procs, device)
     genes.check_unique(source.genes)
@@ -218,7 +222,7 @@ def _starting_model(
             torch.default_generator.manual_seed(random_state)  # of the CPU alone: GPUs keep their state
             return models.build(model, vocab=names, size=size, **config)
     if isinstance(model, str) and not model.startswith("hf://") and "/" not in model and not Path(model).exists():
-        close = difflib.get_close_matches(model, models.families(), n=1)
+        close = difflib.get_close_matches(model.lower(), models.families(), n=1)
         raise ValueError(
             f"model is {model!r}, one of {models.families()} or the path of a model expected."
             + (f" Did you mean {close[0]!r}?" if close else " Check the spelling.")

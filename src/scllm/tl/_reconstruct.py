@@ -80,7 +80,7 @@ def reconstruct(
     >>> adata.layers["reconstructed"].shape == adata.shape
     True
     """
-    check_adata(adata, copy)
+    check_adata(adata, copy, key_added)
     chosen = resolve(model, adata)
     if target_depth is not None and not chosen.reads_depth:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -13,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 
 from scllm import settings
-from scllm._checks import obs_column
 from scllm._log import log
 from scllm._results import match_settings, record
 from scllm._typing import IntArray
@@ -27,7 +26,6 @@ from scllm.data.checks import warn_of_empty_cells
 from scllm.data.encode import encoder_to_dict
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource, fingerprint, open_source, write_arrays
-from scllm.data.split import split_cells
 from scllm.engine.config import TrainConfig
 from scllm.engine.device import check_gpus, resolve_device, resolve_precision
 from scllm.engine.estimate import say_cost
@@ -43,7 +41,9 @@ from scllm.models.base import CellModel
 from scllm.models.storage import is_native
 from scllm.tl._model import gene_match, remember
 
-__all__ = ["Data", "Processes", "check_trainable", "divide", "mean_length", "merged_config", "processes", "train"]
+__all__ = [
+    "Data", "Processes", "check_config", "check_trainable", "mean_length", "merged_config", "processes", "train",
+]  # fmt: skip
 
 Data = AnnData | str | PathLike[str] | CellSource | Sequence[str | PathLike[str]]
 
@@ -76,6 +76,12 @@ def processes(n_gpus: int | None, n_procs: int | None, device: str) -> Processes
     return Processes(n_procs or 1, device if kind == "cuda" else "cpu")
 
 
+def check_config(config: object) -> None:
+    """Raise unless it is a TrainConfig, or nothing."""
+    if config is not None and not isinstance(config, TrainConfig):
+        raise TypeError(f"config is {config!r:.60}, a TrainConfig expected. Pass config=scllm.tl.TrainConfig(...).")
+
+
 def merged_config(
     config: TrainConfig | None,
     given: Mapping[str, Any],
@@ -85,6 +91,7 @@ def merged_config(
     random_state: int,
 ) -> TrainConfig:
     """Settings with nothing left open: what was given, then ``config``, then the family's own."""
+    check_config(config)
     config = config or TrainConfig()
     # a default cannot be told from the same value given: only others count as given
     given = {**given, "precision": None if precision == "auto" else precision, "random_state": random_state or None}
@@ -102,62 +109,6 @@ def merged_config(
         "random_state": 0,
     }
     return config.resolved({**general, **defaults})
-
-
-def divide(
-    source: CellSource,
-    validation: float | str | None,
-    *,
-    group_key: str | None,
-    stratify: pd.Series | None = None,
-    rows: IntArray | None = None,
-    random_state: int = 0,
-) -> tuple[IntArray, IntArray]:
-    """Rows of the training and of the validation cells."""
-    rows = np.arange(source.n_obs) if rows is None else rows
-    if isinstance(validation, str):
-        column = obs_column(source.obs(_present(source, validation)), validation).astype(str).to_numpy()[rows]
-        found = set(column)
-        if not found >= {"train", "validation"} or found - {"train", "validation", "test", "nan"}:
-            raise ValueError(
-                f"obs[{validation!r}] holds {sorted(found)[:5]}, 'train' and 'validation' (and 'test') expected. "
-                "Make it with pp.split(adata)."
-            )
-        training, held_out = rows[column == "train"], rows[column == "validation"]
-        if group_key is not None:
-            _check_whole(source, group_key, validation, training, held_out)
-        return training, held_out
-    if not validation:
-        return rows, rows[:0]
-    if not 0 < validation < 1:
-        raise ValueError(f"validation is {validation}, a share between 0 and 1 or a column of obs expected.")
-    if len(rows) < 2:
-        raise ValueError(f"{len(rows)} cell can be trained on, at least 2 expected to hold one out. Pass validation=0.")
-    groups = None
-    if group_key is not None:
-        groups = obs_column(source.obs(_present(source, group_key)), group_key).iloc[rows]
-    share = min(max(validation, 1 / len(rows)), 1 - 1 / len(rows))  # at least one cell on either side
-    part = split_cells(
-        len(rows), (1 - share, share), groups=groups, stratify=None if groups is not None else stratify,
-        random_state=random_state,
-    )  # fmt: skip
-    return rows[part == 0], rows[part == 1]
-
-
-def _check_whole(source: CellSource, group_key: str, validation: str, training: IntArray, held_out: IntArray) -> None:
-    """Raise where a column that says train and validation divides a group."""
-    groups = obs_column(source.obs(_present(source, group_key)), group_key).astype(str).to_numpy()
-    divided = sorted(set(groups[training]) & set(groups[held_out]))
-    if divided:
-        raise ValueError(
-            f"obs[{validation!r}] has cells of {divided[0]!r} of obs[{group_key!r}] in training and in validation, "
-            f"whole groups expected. Make it with pp.split(adata, group_key={group_key!r}), or leave group_key= out."
-        )
-
-
-def _present(source: CellSource, key: str) -> list[str]:
-    """The column if it is there; else all of them, so that the error can offer close names."""
-    return [key] if key in source.obs_columns else list(source.obs_columns)
 
 
 def train(
@@ -213,7 +164,7 @@ def train(
         "processes": asdict(where),
         "versions": {"scllm": version("scllm-tools"), "torch": torch.__version__},
     }
-    run = Run(Path(run_dir) if run_dir is not None else _fresh_directory(verb))
+    run = Run(_writable(Path(run_dir)) if run_dir is not None else _fresh_directory(verb))
     family = model.family if "." in model.family else None
     if run.is_new():
         if resume is True:
@@ -329,6 +280,17 @@ def _reference(data: Data, layer: str | None) -> str | list[str] | None:
     if isinstance(data, (list, tuple)) and all(isinstance(part, (str, PathLike)) for part in data):
         return [str(Path(fspath(part)).absolute()) for part in data]
     return None
+
+
+def _writable(path: Path) -> Path:
+    """The path of a run directory, if one can be made there; an error else."""
+    there = path if path.exists() else next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "no directory" if not there.is_dir() else "a directory that may not be written"
+        raise ValueError(
+            f"run_dir is '{path}', and '{there}' is {what}, one to write to expected. Pass another run_dir."
+        )
+    return path
 
 
 def _fresh_directory(verb: str) -> Path:

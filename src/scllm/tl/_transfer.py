@@ -67,7 +67,7 @@ def transfer_labels(
     >>> query.obs["cell_type_transferred"].cat.categories.to_list()
     ['alpha', 'beta', 'delta', 'gamma']
     """
-    check_adata(adata, copy)
+    check_adata(adata, copy, key_added)
     if not isinstance(reference, AnnData):
         raise TypeError(
             f"reference is of type {type(reference).__name__}, an AnnData expected. Read files with anndata.read_h5ad."

@@ -1,0 +1,69 @@
+"""Which cells train, and which are held out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from scllm._checks import obs_column
+from scllm._typing import IntArray
+from scllm.data.source import CellSource
+from scllm.data.split import split_cells
+
+__all__ = ["divide", "present"]
+
+
+def divide(
+    source: CellSource,
+    validation: float | str | None,
+    *,
+    group_key: str | None,
+    stratify: pd.Series | None = None,
+    rows: IntArray | None = None,
+    random_state: int = 0,
+) -> tuple[IntArray, IntArray]:
+    """Rows of the training and of the validation cells."""
+    rows = np.arange(source.n_obs) if rows is None else rows
+    if isinstance(validation, str):
+        column = obs_column(source.obs(present(source, validation)), validation).astype(str).to_numpy()[rows]
+        found = set(column)
+        if not found >= {"train", "validation"} or found - {"train", "validation", "test", "nan"}:
+            raise ValueError(
+                f"obs[{validation!r}] holds {sorted(found)[:5]}, 'train' and 'validation' (and 'test') expected. "
+                "Make it with pp.split(adata)."
+            )
+        training, held_out = rows[column == "train"], rows[column == "validation"]
+        if group_key is not None:
+            _check_whole(source, group_key, validation, training, held_out)
+        return training, held_out
+    if not validation:
+        return rows, rows[:0]
+    if not 0 < validation < 1:
+        raise ValueError(f"validation is {validation}, a share between 0 and 1 or a column of obs expected.")
+    if len(rows) < 2:
+        raise ValueError(f"{len(rows)} cell can be trained on, at least 2 expected to hold one out. Pass validation=0.")
+    groups = None
+    if group_key is not None:
+        groups = obs_column(source.obs(present(source, group_key)), group_key).iloc[rows]
+    share = min(max(validation, 1 / len(rows)), 1 - 1 / len(rows))  # at least one cell on either side
+    part = split_cells(
+        len(rows), (1 - share, share), groups=groups, stratify=None if groups is not None else stratify,
+        random_state=random_state,
+    )  # fmt: skip
+    return rows[part == 0], rows[part == 1]
+
+
+def _check_whole(source: CellSource, group_key: str, validation: str, training: IntArray, held_out: IntArray) -> None:
+    """Raise where a column that says train and validation divides a group."""
+    groups = obs_column(source.obs(present(source, group_key)), group_key).astype(str).to_numpy()
+    divided = sorted(set(groups[training]) & set(groups[held_out]))
+    if divided:
+        raise ValueError(
+            f"obs[{validation!r}] has cells of {divided[0]!r} of obs[{group_key!r}] in training and in validation, "
+            f"whole groups expected. Make it with pp.split(adata, group_key={group_key!r}), or leave group_key= out."
+        )
+
+
+def present(source: CellSource, key: str) -> list[str]:
+    """The column if it is there; else all of them, so that the error can offer close names."""
+    return [key] if key in source.obs_columns else list(source.obs_columns)
