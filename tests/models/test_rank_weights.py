@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +50,19 @@ def test_without_values_genes_stand_in_falling_order():
     found = rank_weights(cell, None, 3)
     np.testing.assert_allclose(found[:3], slowly([3, 2, 1]), rtol=1e-6)
     np.testing.assert_allclose(found[3:], slowly([2, 1]), rtol=1e-6)
+
+
+def test_a_random_part_of_a_cell_weighs_like_the_whole():
+    rng = np.random.default_rng(0)
+    whole = torch.arange(900.0).flip(0)
+    state = torch.exp(-torch.arange(900.0) / 80)  # of some meaning to the highest genes
+    expected = (rank_weights(torch.zeros(900, dtype=torch.long), whole, 1) * state).sum()
+    found = []
+    for _ in range(300):
+        kept = np.sort(rng.choice(900, 300, replace=False))
+        weight = rank_weights(torch.zeros(300, dtype=torch.long), whole[kept], 1, spacing=torch.tensor([3.0]))
+        found.append(float((weight * state[kept]).sum()))
+    assert np.mean(found) == pytest.approx(float(expected), rel=0.02)
 
 
 def test_genes_that_only_a_deeper_cell_shows_hardly_count():

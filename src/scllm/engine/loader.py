@@ -135,7 +135,7 @@ class Loader:
         edges = np.concatenate([[0], np.cumsum(read.sizes)])
         for first, last in zip(edges[skip:-1], edges[skip + 1 :], strict=True):
             tokens = self.match.tokens(_taken(counts, place[first:last]))
-            sentences = self._sentences(tokens, keys[first:last])
+            sentences, spacing = self._sentences(tokens, keys[first:last])
             whole = self._whole(tokens) if self.keep_whole else None
             cuts = np.linspace(first, last, parts + 1).astype(int)
             batches = [
@@ -145,17 +145,23 @@ class Loader:
                     {name: column[rows[a:b]] for name, column in self.obs.items()},
                     self.match.measured,
                     None if whole is None else Batch.from_tokens(whole.slice(a - first, b - first), keys[a:b]),
+                    None if spacing is None else spacing[a - first : b - first],
                 )
                 for a, b in pairwise(cuts)
                 if b > a or self.keep_empty
             ]
             yield [batch.pin() for batch in batches] if self.pinned else batches
 
-    def _sentences(self, tokens: Tokens, keys: IntArray) -> Tokens:
-        """What the model reads of the cells of one batch."""
-        if self.downsample and self.training:
+    def _sentences(self, tokens: Tokens, keys: IntArray) -> tuple[Tokens, FloatArray | None]:
+        """What the model reads of the cells of one batch; in training also of how many genes one is read."""
+        if not self.training:
+            return self.encoder(tokens, self.vocab, measured=self.match.measured), None
+        if self.downsample:
             tokens = Tokens(*thin(tokens.indptr, tokens.genes, tokens.values, keys, self.downsample))
-        return self.encoder(tokens, self.vocab, keys if self.training else None, measured=self.match.measured)
+        sentences = self.encoder(tokens, self.vocab, keys, measured=self.match.measured)
+        n_read = np.maximum(sentences.lengths - self.encoder.n_specials, 1)
+        n_genes = len(self.match.measured) if getattr(self.encoder, "include_zeros", False) else tokens.lengths
+        return sentences, np.maximum(n_genes / n_read, 1)
 
     def _whole(self, tokens: Tokens) -> Tokens:
         """The cells with all their counts, nothing cut."""

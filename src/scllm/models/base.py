@@ -213,7 +213,8 @@ class CellModel(nn.Module):
             highest = hidden.new_zeros(shape)
             return highest.scatter_reduce(0, index, hidden[gene], "amax", include_self=False)
         if pooling == "ranked":
-            weight = rank_weights(cell, None if batch.values is None else batch.values[gene], batch.n_cells)
+            values = None if batch.values is None else batch.values[gene]
+            weight = rank_weights(cell, values, batch.n_cells, spacing=batch.spacing)
             return hidden.new_zeros(shape).index_add(0, cell, hidden[gene] * weight[:, None].to(hidden.dtype))
         total = hidden.new_zeros(shape).index_add(0, cell, hidden[gene])
         return total / torch.bincount(cell, minlength=batch.n_cells).clamp(min=1)[:, None]

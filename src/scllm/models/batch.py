@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scllm._typing import IntArray
+from scllm._typing import FloatArray, IntArray
 from scllm.data.tokens import Tokens
 
 __all__ = ["Batch", "Outputs"]
@@ -38,6 +38,8 @@ class Batch:
         Tokens of the genes that the data have, ``(g,)``: a gene that was not measured is not zero.
     whole
         The same cells before counts were taken away and sentences cut, for objectives that predict those.
+    spacing
+        Of how many genes one was read, ``(b,)`` float32, where sentences are random parts of longer ones; else nothing.
     """
 
     genes: Tensor
@@ -48,6 +50,7 @@ class Batch:
     obs: dict[str, Tensor] = field(default_factory=dict)
     measured: Tensor | None = None
     whole: Batch | None = None
+    spacing: Tensor | None = None
 
     @classmethod
     def from_tokens(
@@ -57,6 +60,7 @@ class Batch:
         obs: Mapping[str, Any] | None = None,
         measured: IntArray | None = None,
         whole: Batch | None = None,
+        spacing: FloatArray | None = None,
     ) -> Batch:
         """Pack the sentences of cells."""
         keys = np.zeros(len(tokens), np.int64) if keys is None else keys
@@ -69,6 +73,7 @@ class Batch:
             {name: torch.as_tensor(column) for name, column in (obs or {}).items()},
             None if measured is None else torch.from_numpy(measured.astype(np.int64)),
             whole,
+            None if spacing is None else torch.from_numpy(spacing.astype(np.float32)),
         )
 
     @property
@@ -140,6 +145,7 @@ class Batch:
             {name: change(column) for name, column in self.obs.items()},
             None if self.measured is None else change(self.measured),
             None if self.whole is None else self.whole._mapped(change),
+            None if self.spacing is None else change(self.spacing),
         )
 
     def padded(self, *, pad_id: int, pad_value: float = 0) -> tuple[Tensor, Tensor | None, Tensor]:

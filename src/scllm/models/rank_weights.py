@@ -13,7 +13,7 @@ __all__ = ["rank_weights"]
 _SCALE = 100.0
 
 
-def rank_weights(cell: Tensor, values: Tensor | None, n_cells: int) -> Tensor:
+def rank_weights(cell: Tensor, values: Tensor | None, n_cells: int, *, spacing: Tensor | None = None) -> Tensor:
     """Weights that fall with the rank r of a gene in its cell as 1 / (1 + r / 100)², and add up to 1 in each cell.
 
     The deeper a cell was sequenced, the more genes of low expression are seen in it, which would pull a plain mean
@@ -28,6 +28,8 @@ def rank_weights(cell: Tensor, values: Tensor | None, n_cells: int) -> Tensor:
         ``None``: genes stand in falling order.
     n_cells
         Number of cells.
+    spacing
+        Of how many genes of each cell one is here, ``(n_cells,)``: ranks are those among all. ``None``: all are here.
 
     Returns
     -------
@@ -45,6 +47,8 @@ def rank_weights(cell: Tensor, values: Tensor | None, n_cells: int) -> Tensor:
     tie = is_new.cumsum(0) - 1
     low = rank[is_new][tie]
     high = low + torch.bincount(tie)[tie]
+    if spacing is not None:
+        low, high = low * spacing[cell], high * spacing[cell]
     # the mean of (1 + r / scale)^-2 over the ranks from low to high
     each = 1 / ((1 + low / _SCALE) * (1 + high / _SCALE))
     weight = torch.empty_like(each)
