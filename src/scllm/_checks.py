@@ -112,7 +112,16 @@ def embedding(adata: AnnData, use_rep: str, *, advice: str = "") -> FloatArray:
 
 def _as_categories(column: pd.Series) -> pd.Series:
     column = column.astype("category").cat.remove_unused_categories()
-    return column.cat.rename_categories([str(name) for name in column.cat.categories])
+    named: dict[str, object] = {}
+    for category in column.cat.categories:
+        first = named.setdefault(str(category), category)
+        if first is not category:
+            raise ValueError(
+                f"obs[{column.name!r}] holds {first!r} ({type(first).__name__}) and {category!r} "
+                f"({type(category).__name__}), labels of different names expected. If they are the same: "
+                f"adata.obs[{column.name!r}] = adata.obs[{column.name!r}].astype(object).map(str, na_action='ignore')."
+            )
+    return column.cat.rename_categories(list(named))
 
 
 def _cut(names: Iterable[str]) -> str:
