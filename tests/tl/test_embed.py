@@ -188,9 +188,9 @@ def test_settings_are_recorded(adata, tiny):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"hidden_layer": -4}, ValueError, "hidden_layer is -4, -1 .* to -3"),
+        ({"hidden_layer": -4}, ValueError, r"hidden_layer is -4, -1 .* to -3 .*expected\. Leave it out"),
         ({"hidden_layer": 0}, ValueError, "hidden_layer is 0"),
-        ({"pooling": "all"}, ValueError, "pooling is 'all'"),
+        ({"pooling": "all"}, ValueError, r"pooling is 'all', .* expected .*\. Leave it out"),
         ({"batch_size": -1}, ValueError, "batch_size is -1"),
         ({"layer": "counts"}, KeyError, "layer 'counts' is not in adata"),
         ({"out": "a.npy"}, TypeError, "out= goes with data given as a path"),

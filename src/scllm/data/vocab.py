@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from scllm._names import listed
 from scllm._typing import IntArray
 from scllm.data.dictionaries import read_dictionary, read_whole
 
@@ -127,7 +128,9 @@ class Vocab:
         token = getattr(self, role)
         if token is None:
             raise ValueError(
-                f"this vocabulary has no {role} token, and the model needs one. Its specials: {self.specials}"
+                f"this vocabulary has no {role} token, one expected: the model needs it. Its specials are "
+                f"{listed(self.specials)}: name one with {role}=, or take the vocabulary that the model was trained "
+                "with."
             )
         return self._id_of[token]
 

@@ -114,12 +114,12 @@ def embed(
     if not -chosen.config.n_layers - 1 <= hidden_layer <= -1:
         raise ValueError(
             f"hidden_layer is {hidden_layer}, -1 (last block) to {-chosen.config.n_layers - 1} (before the first) "
-            "expected."
+            "expected. Leave it out for the last block."
         )
     if pooling is not None and pooling not in chosen.poolings:
         raise ValueError(
-            f"pooling is {pooling!r}, one of {chosen.poolings} or None expected of this {chosen.family} model. None is "
-            "the family's own."
+            f"pooling is {pooling!r}, one of {chosen.poolings} or None expected of this {chosen.family} model. "
+            "Leave it out for the family's own."
         )
     source = open_source(data, layer=layer)
     check_layer(source, chosen, layer, adata)

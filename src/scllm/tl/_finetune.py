@@ -27,7 +27,7 @@ from scllm.models.base import CellModel, HeadSpec
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, resolve
 from scllm.tl._target import Target, find_target
-from scllm.tl._train import Data, divide, merged_config, processes, train
+from scllm.tl._train import Data, column_or_all, divide, merged_config, processes, train
 
 __all__ = ["finetune"]
 
@@ -188,7 +188,7 @@ def finetune(
 
 def _target(source: CellSource, key: str) -> Target:
     """The column to predict; an error where no label has two cells, a warning where some have not."""
-    target = find_target(source.obs([key] if key in source.obs_columns else list(source.obs_columns)), key)
+    target = find_target(source.obs(column_or_all(source, key)), key)
     if target.classes is not None:
         single = np.flatnonzero(target.counts(np.arange(source.n_obs)) == 1)
         if len(single) == len(target.classes):

@@ -43,7 +43,10 @@ from scllm.models.base import CellModel
 from scllm.models.storage import is_native
 from scllm.tl._model import gene_match, remember
 
-__all__ = ["Data", "Processes", "check_trainable", "divide", "mean_length", "merged_config", "processes", "train"]
+__all__ = [
+    "Data", "Processes", "check_trainable", "column_or_all", "divide", "mean_length", "merged_config", "processes",
+    "train",
+]  # fmt: skip
 
 Data = AnnData | str | PathLike[str] | CellSource | Sequence[str | PathLike[str]]
 
@@ -90,7 +93,9 @@ def merged_config(
     given = {**given, "precision": None if precision == "auto" else precision, "random_state": random_state or None}
     config = config.merged(given)
     if config.steps is not None and config.epochs is not None:
-        raise TypeError(f"steps={config.steps} and epochs={config.epochs} are both given, one of them expected.")
+        raise TypeError(
+            f"steps={config.steps} and epochs={config.epochs} are both given, one of them expected. Leave one out."
+        )
     if config.steps is not None:
         defaults = {name: value for name, value in defaults.items() if name != "epochs"}
     general = {
@@ -116,7 +121,7 @@ def divide(
     """Rows of the training and of the validation cells."""
     rows = np.arange(source.n_obs) if rows is None else rows
     if isinstance(validation, str):
-        column = obs_column(source.obs(_present(source, validation)), validation).astype(str).to_numpy()[rows]
+        column = obs_column(source.obs(column_or_all(source, validation)), validation).astype(str).to_numpy()[rows]
         found = set(column)
         if not found >= {"train", "validation"} or found - {"train", "validation", "test", "nan"}:
             raise ValueError(
@@ -127,12 +132,15 @@ def divide(
     if not validation:
         return rows, rows[:0]
     if not 0 < validation < 1:
-        raise ValueError(f"validation is {validation}, a share between 0 and 1 or a column of obs expected.")
+        raise ValueError(
+            f"validation is {validation}, a share between 0 and 1 or a column of obs expected. Pass for example "
+            "validation=0.1, or 0 to hold nothing out."
+        )
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} cell can be trained on, at least 2 expected to hold one out. Pass validation=0.")
     groups = None
     if group_key is not None:
-        groups = obs_column(source.obs(_present(source, group_key)), group_key).iloc[rows]
+        groups = obs_column(source.obs(column_or_all(source, group_key)), group_key).iloc[rows]
     share = min(max(validation, 1 / len(rows)), 1 - 1 / len(rows))  # at least one cell on either side
     part = split_cells(
         len(rows), (1 - share, share), groups=groups, stratify=None if groups is not None else stratify,
@@ -141,7 +149,7 @@ def divide(
     return rows[part == 0], rows[part == 1]
 
 
-def _present(source: CellSource, key: str) -> list[str]:
+def column_or_all(source: CellSource, key: str) -> list[str]:
     """The column if it is there; else all of them, so that the error can offer close names."""
     return [key] if key in source.obs_columns else list(source.obs_columns)
 
