@@ -72,7 +72,7 @@ def embed(
     key_added
         Key in ``obsm``.
     out
-        A ``.zarr`` or ``.npy`` to stream into, for data given as a path.
+        A ``.zarr`` or ``.npy`` to stream into, for data given as a path; it is there when it is whole, and not before.
     batch_size
         Cells of one forward pass; changes speed and memory only.
     device
