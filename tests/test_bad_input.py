@@ -190,6 +190,11 @@ CASES = {
         label("one", "x"), finetune("one"), r"obs\['one'\] holds 1 classes \('x'\)", "at least 2 expected",
         "Pass a column with several labels",
     ),
+    "labels written alike": Case(
+        label("mixed", pd.Categorical([1, "1", "a"] * 20, categories=[1, "1", "a"])), finetune("mixed"),
+        r"obs\['mixed'\] holds 1 \(int\) and '1' \(str\)", "labels of different names expected",
+        r"If they are the same: adata\.obs\['mixed'\] = adata\.obs\['mixed'\]\.astype\(object\)\.map\(str",
+    ),
     "integer labels": Case(
         label("n", np.arange(60) % 3 + 5), finetune("n"), r"obs\['n'\] holds integers \(first: 5\)",
         "labels or float values expected", r"\.astype\('category'\)",

@@ -140,6 +140,60 @@ def test_several_paths_are_one_data_set(data: Path, pretrained: Path, tmp_path: 
     assert np.array_equal(two[:60], two[60:])
 
 
+def parts_of(data: Path, folder: Path) -> list[Path]:
+    """Two files of dense counts that share 10 names of cells and 30 genes; the first has what the second lacks."""
+    whole = ad.read_h5ad(data)
+    whole.X = whole.X.toarray()
+    first, second = whole[:40, :35].copy(), whole[30:, 5:].copy()
+    first.layers["odd"] = first.X
+    first.obsm["seen"] = np.ones((40, 2), np.float32)
+    for name, part in (("first.h5ad", first), ("second.h5ad", second)):
+        part.write_h5ad(folder / name)
+    return [folder / "first.h5ad", folder / "second.h5ad"]
+
+
+def test_files_of_dense_counts_and_other_genes_are_united(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    paths = parts_of(data, tmp_path)
+    with pytest.warns(UserWarning, match="layer 'odd' is not in all 2 files"):
+        done = call("embed", *paths, pretrained, "--out", tmp_path / "e.h5ad")
+    assert done.exit_code == 0, done.output
+    assert call("embed", *paths, pretrained, "--out", tmp_path / "e.npy").exit_code == 0
+    united = ad.read_h5ad(tmp_path / "e.h5ad")
+    np.testing.assert_allclose(united.obsm["X_scllm"], np.load(tmp_path / "e.npy"), atol=1e-6)
+    assert united.shape == (70, 40)
+    assert not united[:40, [f"gene_{i}" for i in range(35, 40)]].X.any()
+    # what a file does not say of its cells is missing
+    np.testing.assert_array_equal(np.isnan(united.obsm["seen"]).all(axis=1), np.arange(70) >= 40)
+
+
+@pytest.mark.filterwarnings("ignore:layer 'odd'")
+def test_names_of_cells_that_files_share_get_the_number_of_their_file(data, tuned, tmp_path: Path) -> None:
+    paths = parts_of(data, tmp_path)
+    assert call("classify", *paths, tuned, "--out", tmp_path / "labels.csv").exit_code == 0
+    names = pd.read_csv(tmp_path / "labels.csv")["cell"]
+    assert names.is_unique
+    assert list(names[[0, 29, 30, 39, 40, 50]]) == [
+        "cell_0",
+        "cell_29",
+        "cell_30-0",
+        "cell_39-0",
+        "cell_30-1",
+        "cell_40",
+    ]
+
+
+@pytest.mark.parametrize("command", ["embed", "classify"])
+def test_data_written_over_are_replaced_and_not_written_into(command, data: Path, tuned: Path, tmp_path: Path) -> None:
+    copy, kept = Path(shutil.copy(data, tmp_path)), tmp_path / "kept"
+    os.link(copy, kept)
+    done = call(command, copy, tuned, "--out", copy)
+    assert done.exit_code == 0, done.output
+    assert kept.read_bytes() == data.read_bytes()
+    assert copy.read_bytes() != data.read_bytes()
+    assert ad.read_h5ad(copy).shape == (60, 40)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cells.h5ad", "kept"]
+
+
 def test_info_tells_model_and_progress(tuned: Path) -> None:
     text = call("info", tuned).stdout
     for part in ("scgpt", "n_layers=2", "40 genes", "BinEncoder", "A, B", "finetune, done", "steps", "best validation"):

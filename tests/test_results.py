@@ -112,6 +112,12 @@ def test_numbers_and_one_class_are_no_labels(adata) -> None:
         _checks.labels(adata.obs, "one")
 
 
+def test_lists_of_names_are_cut(adata) -> None:
+    adata.obs = pd.DataFrame(0, index=adata.obs_names, columns=[f"c{i}" for i in range(20)])
+    with pytest.raises(KeyError, match=r"There is 'c0', .*'c7' and 12 more"):
+        _checks.obs_column(adata.obs, "zzz")
+
+
 def test_embedding_is_finite_and_there(adata) -> None:
     adata.obsm["X_scllm"] = np.zeros((60, 4))
     with pytest.raises(KeyError, match="Did you mean 'X_scllm'"):

@@ -10,11 +10,10 @@ import pandas as pd
 from anndata import AnnData
 
 from scllm._log import warn
+from scllm._names import listed
 from scllm._typing import FloatArray
 
 __all__ = ["check_adata", "embedding", "groups", "labels", "missing_key", "obs_column", "warn_of_unknown_labels"]
-
-_SHOWN = 8
 
 
 def check_adata(adata: object, copy: bool = False, key_added: str | None = None) -> None:
@@ -47,7 +46,7 @@ def missing_key(key: str, names: Iterable[str], where: str, advice: str = "") ->
     if close:
         offer = f"Did you mean {' or '.join(map(repr, close))}?"
     else:
-        offer = f"There is {_cut(names)}." if names else "There is none at all."
+        offer = f"There is {listed(names)}." if names else "There is none at all."
     return KeyError(" ".join(filter(None, (f"{key!r} is not {where}.", offer, advice))))
 
 
@@ -77,7 +76,7 @@ def labels(obs: pd.DataFrame, key: str) -> pd.Series:
     classes = _as_categories(column)
     if len(classes.cat.categories) < 2:
         raise ValueError(
-            f"obs[{key!r}] holds {len(classes.cat.categories)} classes ({_cut(classes.cat.categories)}), at least 2 "
+            f"obs[{key!r}] holds {len(classes.cat.categories)} classes ({listed(classes.cat.categories)}), at least 2 "
             "expected. Pass a column with several labels with `key=`."
         )
     return classes
@@ -92,7 +91,7 @@ def warn_of_unknown_labels(obs: pd.DataFrame, key: str, known: Iterable[str], ad
     if len(others):
         warn(
             f"{len(others)} of {len(obs)} cells have labels in obs[{key!r}] that were not learnt (first: "
-            f"{others.iloc[0]!r}), {_cut(known)} expected. They get one of those; {advice}."
+            f"{others.iloc[0]!r}), {listed(known)} expected. They get one of those; {advice}."
         )
 
 
@@ -117,11 +116,13 @@ def embedding(adata: AnnData, use_rep: str, *, advice: str = "") -> FloatArray:
 
 def _as_categories(column: pd.Series) -> pd.Series:
     column = column.astype("category").cat.remove_unused_categories()
-    return column.cat.rename_categories([str(name) for name in column.cat.categories])
-
-
-def _cut(names: Iterable[str]) -> str:
-    """The first few names, quoted."""
-    names = list(names)
-    rest = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + rest
+    named: dict[str, object] = {}
+    for category in column.cat.categories:
+        first = named.setdefault(str(category), category)
+        if first is not category:
+            raise ValueError(
+                f"obs[{column.name!r}] holds {first!r} ({type(first).__name__}) and {category!r} "
+                f"({type(category).__name__}), labels of different names expected. If they are the same: "
+                f"adata.obs[{column.name!r}] = adata.obs[{column.name!r}].astype(object).map(str, na_action='ignore')."
+            )
+    return column.cat.rename_categories(list(named))

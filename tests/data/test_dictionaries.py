@@ -45,8 +45,39 @@ def test_anything_else_in_a_pickle_is_an_error_and_is_not_run(tmp_path, content)
 @pytest.mark.parametrize("raw", [b"version https://git-lfs.github.com/spec/v1", b"", b"\x80\x04}", b"[1]"])
 def test_files_that_are_no_dictionary_are_an_error(tmp_path, raw):
     (tmp_path / "a.pkl").write_bytes(raw)
-    with pytest.raises(ValueError, match=r"cannot be read|a dictionary expected"):
+    with pytest.raises(ValueError, match=r"cannot be read|a dictionary .*expected"):
         read_dictionary(tmp_path / "a.pkl")
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize("read", [read_dictionary, Vocab.read])
+@pytest.mark.parametrize(
+    ("raw", "seen", "advice"),
+    [
+        (cut(gzip.compress(json.dumps(TOKENS).encode())), "cannot be unpacked", "fetch it again"),
+        (gzip.compress(b"{}" * 99)[:-9] + b"\xff" * 9, "cannot be unpacked", "fetch it again"),
+        (cut(json.dumps(TOKENS).encode()), "cannot be read", "fetch it again"),
+        (b"{\xff\xfe}", "cannot be read", "fetch it again"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 99\n",
+            "is a pointer of git-lfs to a large file",
+            "git lfs pull",
+        ),
+    ],
+    ids=["truncated gzip", "damaged gzip", "truncated JSON", "no text", "git-lfs"],
+)
+def test_a_damaged_file_says_what_was_seen_and_what_to_do(tmp_path, read, raw, seen, advice):
+    (tmp_path / "a.json").write_bytes(raw)
+    with pytest.raises(ValueError, match=rf"a\.json {seen}.* expected.*{advice}"):
+        read(tmp_path / "a.json")
+
+
+def test_a_vocabulary_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a\.json is not there, a vocabulary expected\. Check the path"):
+        Vocab.read(tmp_path / "a.json")
 
 
 def test_the_published_dictionaries_fit_together(shared):

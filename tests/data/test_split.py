@@ -60,6 +60,25 @@ def test_fractions_that_are_none_are_an_error(fractions):
         split_cells(10, fractions)
 
 
-def test_parts_have_their_size_where_every_label_is_rare():
-    part = split_cells(40, (0.9, 0.1), stratify=pd.Series(np.repeat(np.arange(20), 2)))
-    assert (part == 1).sum() == 4
+@pytest.mark.parametrize("fractions", [(0.9, 0.1), (0.8, 0.1, 0.1), (0.7, 0.1, 0.2), (0.5, 0.3, 0.2)])
+@pytest.mark.parametrize("sizes", [(1,), (2,), (3,), (1, 2), (2, 1, 3)])
+def test_parts_have_their_size_where_every_label_is_rare(fractions, sizes):
+    labels = pd.Series(np.repeat(np.arange(60), np.resize(sizes, 60)))
+    part = split_cells(len(labels), fractions, stratify=labels)
+    assert np.abs(np.bincount(part) - np.array(fractions) * len(labels)).max() <= 1
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=12), FRACTIONS, st.integers(0, 5))
+def test_every_label_is_trained_on(sizes, fractions, seed):
+    labels = pd.Series(np.repeat(np.arange(len(sizes) + 1), [*sizes, 40]))
+    part = split_cells(len(labels), fractions, stratify=labels, random_state=seed)
+    assert set(labels[part == 0]) == set(labels)
+    assert np.abs(np.bincount(part, minlength=len(fractions)) - np.array(fractions) * len(labels)).max() <= 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_only_cell_of_a_label_is_not_held_out(seed):
+    labels = pd.Series(["a"] * 14 + ["b"])
+    part = split_cells(15, (0.9, 0.1), stratify=labels, random_state=seed)
+    assert part[14] == 0
+    assert (part == 1).sum() == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 import shutil
 import ssl
 import subprocess
@@ -52,7 +53,7 @@ def server(tmp_path, monkeypatch):
                 return
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(CONTENT)
+            self.wfile.write(CONTENT * (10_000 if self.path == "/large" else 1))
 
         def log_message(self, *args) -> None:
             pass
@@ -86,6 +87,18 @@ def test_a_file_is_fetched_once(server, offline) -> None:
 def test_a_file_with_another_checksum_is_not_kept(server) -> None:
     with pytest.raises(ValueError, match=r"gave a file with checksum sha256:\w+, sha256:0 expected.* do that"):
         fetch("set.csv", f"{server}/file", "sha256:0", advice="Do that.")
+    assert left_in(settings.cache_dir) == []
+
+
+def test_a_full_disk_is_not_taken_for_a_missing_connection(server) -> None:
+    settings.cache_dir.mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"^\[Errno 27\] File too large"):
+            fetch("set.csv", f"{server}/large", DIGEST, advice="Do that.")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert left_in(settings.cache_dir) == []
 
 

@@ -8,7 +8,7 @@ import torch
 
 from scllm import models
 from scllm.data.tokens import Tokens
-from scllm.models.base import Batch
+from scllm.models.base import Batch, CellModel
 
 LENGTHS = (3, 1, 5)
 
@@ -69,3 +69,12 @@ def test_the_repr_says_what_the_model_is(model):
     text = repr(model)
     for part in ("scgpt model: 2 layers x 2 heads x 8", "9 genes (g0, g1, g2", "BinEncoder(n_bins=51"):
         assert part in text
+
+
+def test_what_a_family_does_not_define_is_named(model, batch):
+    bare = CellModel(model.config, model.vocab, model.encoder)
+    calls = {"blocks": lambda: bare.blocks, "inputs": lambda: bare.inputs(batch), "forward": lambda: bare(batch),
+             "gene_table": bare.gene_table}  # fmt: skip
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=rf"CellModel does not define {name}, which is expected .*\. Write it in"):
+            call()

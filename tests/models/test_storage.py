@@ -107,8 +107,12 @@ def test_a_family_of_another_package_is_imported_only_when_asked_for(model, tmp_
     ("options", "error", "message"),
     [
         ({"family": "scbart"}, ValueError, "there is no model family 'scbart', one of"),
-        ({"size": "huge"}, ValueError, r"scgpt has no size 'huge', one of \['base', 'small', 'tiny'\]"),
-        ({"depth": 3}, TypeError, "scgpt has no setting 'depth', one of"),
+        (
+            {"size": "huge"},
+            ValueError,
+            r"scgpt has no size 'huge', one of \['base', 'small', 'tiny'\] expected\. Pass one",
+        ),
+        ({"depth": 3}, TypeError, r"scgpt has no setting 'depth', one of .*expected\. Mend"),
         ({"n_heads": 7}, ValueError, "d_model=512 is not a multiple of n_heads=7"),
     ],
 )

@@ -70,7 +70,7 @@ def test_doubtful_cells_are_unknown(adata, labelled):
     assert adata.obs["scllm_label"][~doubtful].tolist() == adata.obs["sure"][~doubtful].tolist()
     assert adata.obsm["scllm_label_probabilities"].shape == (60, 3)
     assert list(adata.uns["scllm"]["classify"]["classes"]) == ["A", "B", "C"]
-    with pytest.raises(ValueError, match=r"threshold is 1\.5, a probability"):
+    with pytest.raises(ValueError, match=r"threshold is 1\.5, a probability .* expected\. Leave it out"):
         classify(adata, labelled, threshold=1.5)
 
 

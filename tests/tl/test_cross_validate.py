@@ -192,6 +192,18 @@ def test_the_matrix_is_shared_with_what_is_trained_on(adata):
     assert "new" not in adata.obs
 
 
+def test_the_only_training_cell_of_a_label_is_trained_on(adata):
+    from scllm.tl._cross_validate import _Cells
+    from scllm.tl._target import find_target
+
+    adata.obs["label"] = ["rare", *["often"] * 59]
+    cells = _Cells.of(adata, find_target(adata.obs, "label"), baseline=False, layer=None)
+    for seed in range(8):
+        parts = cells._parts(np.arange(40), 0.5, seed)
+        assert parts[0] == "train"
+        assert np.bincount(parts.codes).tolist() == [20, 20, 20]
+
+
 @pytest.mark.parametrize("key", ["label", "activity"])
 def test_results_survive_files(adata, tiny, tmp_path, key):
     adata.obs["label"] = pd.Categorical(np.where(adata.obs["cell_type"] == "A", "CD4+/CD25 T Reg", "B"))

@@ -188,9 +188,9 @@ def test_settings_are_recorded(adata, tiny):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"hidden_layer": -4}, ValueError, "hidden_layer is -4, -1 .* to -3"),
+        ({"hidden_layer": -4}, ValueError, r"hidden_layer is -4, -1 .* to -3 .*expected\. Leave it out"),
         ({"hidden_layer": 0}, ValueError, "hidden_layer is 0"),
-        ({"pooling": "all"}, ValueError, "pooling is 'all'"),
+        ({"pooling": "all"}, ValueError, r"pooling is 'all', .* expected .*\. Leave it out"),
         ({"batch_size": -1}, ValueError, "batch_size is -1"),
         ({"layer": "counts"}, KeyError, "layer 'counts' is not in adata"),
         ({"out": "a.npy"}, TypeError, "out= goes with data given as a path"),
@@ -323,3 +323,42 @@ def test_a_key_that_no_file_can_have_is_an_error(adata, tiny):
     with pytest.raises(ValueError, match="key_added is 'a/b', a name without '/' expected"):
         embed(adata, tiny, key_added="a/b")
     assert not adata.obsm
+
+
+@pytest.fixture
+def late_error(tmp_path) -> str:
+    """Cells of which one of the last, where on disk no look is taken beforehand, has a negative count."""
+    counts = sparse.random_array(
+        (20_000, 40), density=0.05, format="csr", dtype=np.float32, rng=np.random.default_rng(0)
+    )
+    counts.data[:] = 1
+    counts.data[-1] = -1
+    spoilt = ad.AnnData(sparse.csr_matrix(counts), layers={"counts": sparse.csr_matrix(counts)})
+    spoilt.var_names = [f"gene_{i}" for i in range(40)]
+    spoilt.write_h5ad(tmp_path / "late.h5ad")
+    return str(tmp_path / "late.h5ad")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".zarr"])
+def test_a_file_is_there_only_when_it_is_whole(adata, tiny, tmp_path, late_error, suffix):
+    out = tmp_path / f"embedding{suffix}"
+    with pytest.raises(ValueError, match="X holds negative values"):
+        embed(late_error, tiny, out=out)
+    assert [path.name for path in tmp_path.iterdir()] == ["late.h5ad"]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    embed(tmp_path / "a.h5ad", tiny, out=out)
+    with pytest.raises(ValueError, match="X holds negative values"):
+        embed(late_error, tiny, out=out)
+    found = np.load(out) if suffix == ".npy" else zarr.open_array(out)[:]
+    np.testing.assert_allclose(found, embed(tmp_path / "a.h5ad", tiny), **CLOSE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5ad", out.name, "late.h5ad"]
+
+
+def test_what_is_wrong_in_a_layer_is_said_of_the_layer(tiny, late_error):
+    with pytest.raises(ValueError, match="layer 'counts' holds negative values"):
+        embed(late_error, tiny, layer="counts")
+
+
+def test_several_anndata_are_streamed_into_a_file(embedded, tiny, tmp_path):
+    embed([embedded[:25], embedded[25:].copy()], tiny, out=tmp_path / "x.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), embedded.obsm["X_scllm"], **CLOSE)

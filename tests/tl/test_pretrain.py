@@ -68,7 +68,7 @@ def test_a_value_given_both_ways_is_an_error(train, tmp_path):
     for name, value in {"batch_size": 16, "lr": 1e-3, "epochs": 1}.items():
         with pytest.raises(TypeError, match=f"{name} is given twice"):
             train(config=TrainConfig(**{name: value}), **{name: value})
-    with pytest.raises(TypeError, match="steps=4 and epochs=1 are both given"):
+    with pytest.raises(TypeError, match=r"steps=4 and epochs=1 are both given, one of them expected\. Leave one out"):
         train(config=TrainConfig(steps=4))
     assert not list(tmp_path.iterdir())
     assert train(config=TrainConfig(steps=2), epochs=None).history["step"].max() == 2
@@ -107,7 +107,7 @@ def test_validation_columns_that_are_none_are_an_error(adata, train, tmp_path):
         train(validation="cell_typ")
     with pytest.raises(ValueError, match=r"obs\['cell_type'\] holds \['A', 'B'\], 'train' and 'validation' \(and"):
         train(validation="cell_type")
-    with pytest.raises(ValueError, match=r"validation is 1\.5"):
+    with pytest.raises(ValueError, match=r"validation is 1\.5, .* expected\. Pass for example"):
         train(validation=1.5)
     assert not list(tmp_path.iterdir())
     assert not adata.uns
@@ -194,7 +194,7 @@ def test_odd_columns_of_obs_do_not_stand_in_the_way(adata, train):
 
 
 def test_a_family_or_path_that_is_none_is_an_error(train):
-    with pytest.raises(ValueError, match=r"model is 'scgtp'.*'scgpt'.*or the path.*Did you mean 'scgpt'\?"):
+    with pytest.raises(ValueError, match=r"model is 'scgtp'.*'scgpt'.*the path of a model or.*Did you mean 'scgpt'\?"):
         train("scgtp")
     with pytest.raises(FileNotFoundError, match="runs/scgpt is not there"):
         train("runs/scgpt")
@@ -206,6 +206,21 @@ def test_a_path_with_a_dot_is_a_path(train, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.save("model.v2")
     assert train("model.v2").config.d_model == 16
+
+
+@pytest.mark.parametrize("name", ["model_v1.0", "json.model", ".model", "model..v1", "model."])
+def test_a_name_with_a_dot_that_is_neither_path_nor_module_is_said_to_be_neither(train, name):
+    message = f"model is '{name}', which is no path that is there and no module.*; one of .*expected.* Check the spell"
+    with pytest.raises(ValueError, match=message):
+        train(name)
+
+
+def test_what_the_package_of_a_family_lacks_is_named(train, tmp_path, monkeypatch):
+    (tmp_path / "theirlab").mkdir()
+    (tmp_path / "theirlab" / "__init__.py").write_text("import not_installed_here")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_here"):
+        train("theirlab.model")
 
 
 def test_files_of_others_in_the_run_directory_are_left_alone(train, tmp_path):

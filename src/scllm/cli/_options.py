@@ -14,12 +14,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchSize", "Config", "DataPaths", "Device", "Epochs", "Family", "GroupKey", "Layer", "LearningRate", "ModelPath",
-    "NGpus", "NProcs", "Precision", "RandomState", "Resume", "RunDir", "one_or_all", "read_config", "read_resume",
-    "read_validation", "read_weights",
+    "NGpus", "NProcs", "Precision", "RandomState", "Resume", "RunDir", "WrittenData", "one_or_all", "read_config",
+    "read_resume", "read_validation", "read_weights",
 ]  # fmt: skip
 
 DataPaths = Annotated[
     list[str], typer.Argument(metavar="DATA...", help="An .h5ad or .zarr, several of them, or a folder of such.")
+]
+WrittenData = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="DATA...",
+        help="An .h5ad or .zarr, several of them, or a folder of such. Written out, cells whose name several files "
+        "have get the number of their file (AAAC-0, AAAC-1); other names stay. Genes that a file lacks are zero.",
+    ),
 ]
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A model or run directory.")]
 NGpus = Annotated[

@@ -156,16 +156,16 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Continue a run directory to its end, alone or as one of the processes that torchrun starts."""
-    from scllm.engine.launch import train
+    from scllm.engine.launch import continue_run
     from scllm.engine.run import Run
 
     chosen = Run(run_dir.absolute())
     _ = chosen.spec  # says so where this is no run directory, before anything is written
     if "RANK" in os.environ:
-        train(chosen, device=device, family=family)
+        continue_run(chosen, device=device, family=family)
     else:
         with chosen.locked():
-            train(chosen, device=device, family=family)
+            continue_run(chosen, device=device, family=family)
     if is_first_rank():
         shutil.rmtree(chosen.data, ignore_errors=True)  # the run is done: nothing reads the copy again
         typer.echo(f"{run_dir} is done. Its model is in {chosen.model}.")

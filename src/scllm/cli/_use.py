@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scllm.cli._app import Debug, Verbose
-from scllm.cli._options import BatchSize, DataPaths, Device, Layer, ModelPath, Precision, one_or_all
+from scllm.cli._options import BatchSize, Device, Layer, ModelPath, Precision, WrittenData, one_or_all
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -17,7 +17,7 @@ __all__ = ["classify", "embed"]
 
 
 def embed(
-    data: DataPaths,
+    data: WrittenData,
     model: ModelPath,
     out: Annotated[
         Path,
@@ -47,14 +47,14 @@ def embed(
     if out.suffix == ".h5ad":
         adata = _read(data)
         tl.embed(adata, model, **options)
-        adata.write_h5ad(out)
+        _write(adata, out)
     else:
         tl.embed(one_or_all(data), model, out=out, **options)
     typer.echo(f"embedding written to {out}")
 
 
 def classify(
-    data: DataPaths,
+    data: WrittenData,
     model: ModelPath,
     out: Annotated[Path, typer.Option(help="Where labels go: .csv (one row a cell), or .h5ad (the data with them).")],
     key_added: Annotated[str, typer.Option(help="Column to write; several heads append _<key>.")] = "scllm_label",
@@ -78,7 +78,7 @@ def classify(
         precision=precision,  # type: ignore[arg-type]
     )  # fmt: skip
     if out.suffix == ".h5ad":
-        adata.write_h5ad(out)
+        _write(adata, out)
     else:
         written = [name for name in adata.obs if name == key_added or name.startswith(f"{key_added}_")]
         adata.obs[written].to_csv(out, index_label="cell")
@@ -91,6 +91,14 @@ def _check_ending(out: Path, endings: tuple[str, ...]) -> None:
         raise ValueError(f"--out is '{out}', a path ending in {' or '.join(endings)} expected. Change its ending.")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out is '{out}', and its folder is not there. Make it, or choose another place.")
+
+
+def _write(adata: AnnData, out: Path) -> None:
+    """Write the data; ``out`` may be the file that they were read from."""
+    from scllm.data.replace import replaced_when_whole
+
+    with replaced_when_whole(out) as fresh:
+        adata.write_h5ad(fresh)
 
 
 def _read(paths: list[str], *, backed: bool = False) -> AnnData:
@@ -107,4 +115,27 @@ def _read(paths: list[str], *, backed: bool = False) -> AnnData:
     if backed and len(files) == 1 and files[0].suffix == ".h5ad":
         return ad.read_h5ad(files[0], backed="r")
     read = [ad.read_zarr(file) if file.suffix == ".zarr" else ad.read_h5ad(file) for file in files]
-    return read[0] if len(read) == 1 else ad.concat(read, join="outer", merge="first")
+    return read[0] if len(read) == 1 else _united(read)
+
+
+def _united(parts: list[AnnData]) -> AnnData:
+    """One AnnData over the union of genes; names of cells get the number of their file where files share them."""
+    import anndata as ad
+    import pandas as pd
+
+    from scllm._log import warn
+
+    layers = set.union(*(set(part.layers) for part in parts))
+    for name in sorted(layers - set.intersection(*(set(part.layers) for part in parts))):
+        # zeros in place of the cells of a file would pass for counts
+        warn(f"layer {name!r} is not in all {len(parts)} files, a layer of each expected: it is left out.")
+        for part in parts:
+            part.layers.pop(name, None)
+    n_files = pd.Series([name for part in parts for name in part.obs_names.unique()]).value_counts()
+    for number, part in enumerate(parts):
+        part.obs_names = [f"{name}-{number}" if n_files[name] > 1 else name for name in part.obs_names]
+    united = ad.concat(parts, join="outer", merge="first", fill_value=0)
+    # unlike a gene that was not measured, an embedding that a file does not have is missing, and not zero
+    described = [ad.AnnData(obs=part.obs[[]], obsm=dict(part.obsm)) for part in parts]
+    united.obsm = ad.concat(described, join="outer").obsm
+    return united

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import zlib
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_dictionary"]
+__all__ = ["read_dictionary", "read_whole"]
 
 # what a pickled dictionary of strings and numbers may be made of, numpy's numbers included
 _PLAIN = {
@@ -35,18 +36,35 @@ def read_dictionary(path: str | PathLike[str]) -> dict[str, Any]:
     A pickle that holds anything else is a ``ValueError``; nothing in it is executed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there, a dictionary (.json, .json.gz, .pkl) expected. Check the path.")
-    raw = path.read_bytes()
-    raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    raw = read_whole(path, "a dictionary (.json, .json.gz, .pkl)")
     try:
         content = _PlainUnpickler(BytesIO(raw)).load() if raw[:1] == b"\x80" else json.loads(raw)
     except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}); a dictionary of strings and numbers expected, as JSON or a pickle. It "
-            "is truncated, a pointer to a large file that was not fetched, or holds code, which is never executed: "
-            "fetch it again, or write it as JSON."
+            "is truncated, damaged or holds code, which is never executed: fetch it again, or write it as JSON."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, a dictionary expected. Pass another file.")
     return {str(key): value.item() if hasattr(value, "item") else value for key, value in content.items()}
+
+
+def read_whole(path: Path, what: str) -> bytes:
+    """The bytes of a file, unpacked where gzip packed them; an error where they are none of ``what`` was published."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there, {what} expected. Check the path.")
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(
+                f"{path} cannot be unpacked ({error}), a whole gzip file expected. It is truncated or damaged: fetch "
+                "it again."
+            ) from error
+    if raw.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path} is a pointer of git-lfs to a large file, {what} expected. Fetch the file itself: `git lfs pull` "
+            "in its repository, or download it again."
+        )
+    return raw

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +15,9 @@ from anndata import AnnData
 from anndata.io import write_elem
 from scipy import sparse
 
+from scllm._checks import missing_key
 from scllm._log import log
+from scllm._names import listed
 from scllm._results import storable_table
 from scllm._typing import CSR, IntArray, Rows
 from scllm.data.anndata_file import AnnDataFile, FileTables, MemoryTables, Tables, is_array
@@ -185,9 +186,7 @@ class StoredCells:
         """Read columns of ``obs``."""
         for column in columns:
             if column not in self.obs_columns:
-                close = get_close_matches(str(column), self.obs_columns, n=1)
-                there = f"Did you mean {close[0]!r}?" if close else f"There are {_listed(self.obs_columns)}."
-                raise KeyError(f"{column!r} is not a column of obs in {self.name}. {there}")
+                raise missing_key(str(column), self.obs_columns, f"a column of obs in {self.name}")
         return self._tables.obs(columns)
 
     def close(self) -> None:
@@ -326,7 +325,7 @@ def _open_path(path: Path, layer: str | None) -> CellSource:
     files = sorted(file for file in path.iterdir() if file.suffix in (".h5ad", ".zarr"))
     if not files:
         raise FileNotFoundError(
-            f"'{path}' holds {_listed([file.name for file in path.iterdir()])}. .h5ad or .zarr files were expected, "
+            f"'{path}' holds {listed([file.name for file in path.iterdir()])}. .h5ad or .zarr files were expected, "
             "or a whole folder from `write_arrays`; pass the folder that holds them."
         )
     return ConcatenatedCells([_open_file(file, layer) for file in files])
@@ -372,7 +371,7 @@ def _open_matrix(file: AnnDataFile, layer: str | None) -> RowStore:
         case "array" if is_array(node):
             return DenseRows(file, key)
         case None | "null" if layer is None:
-            raise KeyError(f"'{file.path}' has no matrix X. Pass a layer with `layer=`; there are {_listed(layers)}.")
+            raise KeyError(f"'{file.path}' has no matrix X. Pass a layer with `layer=`; there are {listed(layers)}.")
     raise TypeError(
         f"{key!r} in '{file.path}' is stored as {kind!r}, a CSR, CSC or dense matrix was expected. "
         "Read the file with anndata, convert the matrix and write it again."
@@ -380,12 +379,7 @@ def _open_matrix(file: AnnDataFile, layer: str | None) -> RowStore:
 
 
 def _no_layer(layer: str, layers: list[str], name: str) -> str:
-    return f"layer {layer!r} is not in {name}. There are {_listed(layers)}; pass one of them, or `layer=None` for X."
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The first few names, quoted."""
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
+    return f"layer {layer!r} is not in {name}. There are {listed(layers)}; pass one of them, or `layer=None` for X."
 
 
 def _united(columns: list[pd.Series]) -> Any:

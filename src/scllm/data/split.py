@@ -33,7 +33,8 @@ def split_cells(
     groups
         Cells of one group stay together; shares are met as closely as whole groups allow.
     stratify
-        Every label is divided by the same shares; missing labels count as one more.
+        Every label is divided by the same shares, and the first part has a cell of each where another label can give
+        one in exchange; missing labels count as one more.
     random_state
         Seed.
     """
@@ -42,18 +43,20 @@ def split_cells(
     if groups is not None:
         return _by_group(groups, fractions, rng)
     part = np.empty(n_cells, np.int64)
-    strata = [np.arange(n_cells)]
+    codes = np.zeros(n_cells, np.int64)
     if stratify is not None:
         codes = pd.factorize(stratify, use_na_sentinel=False)[0]
-        strata = [np.flatnonzero(codes == code) for code in range(codes.max(initial=-1) + 1)]
+    strata = [np.flatnonzero(codes == code) for code in range(codes.max(initial=-1) + 1)]
     rounded = np.zeros(len(fractions) - 1)
     for cells in strata:
         # what rounding took from one label is given to the next: parts have their size even where all labels are rare
         exact = np.cumsum(fractions)[:-1] * len(cells) + rounded
-        edges = np.clip(np.rint(exact), 0, len(cells)).astype(int)
+        # what is carried differs between edges: of rare labels a later one could fall before an earlier one
+        edges = np.maximum.accumulate(np.clip(np.rint(exact), 0, len(cells)).astype(int))
         rounded = exact - edges
         for number, chosen in enumerate(np.split(rng.permutation(cells), edges)):
             part[chosen] = number
+    _keep_in_first(part, codes, rng)
     return part
 
 
@@ -65,6 +68,20 @@ def check_fractions(fractions: Sequence[float]) -> None:
             f"fractions are {fractions}, two or three positive shares that add up to 1 expected (train, "
             "validation and test). Pass for example fractions=(0.8, 0.1, 0.1)."
         )
+
+
+def _keep_in_first(part: IntArray, codes: IntArray, rng: np.random.Generator) -> None:
+    """Swap cells until the first part, which is trained on, has every label; parts keep their sizes."""
+    counts = np.bincount(codes[part == 0], minlength=codes.max(initial=-1) + 1)
+    for lacking in np.flatnonzero(counts == 0):
+        giving = counts.argmax()
+        if counts[giving] < 2:
+            return
+        kept = rng.choice(np.flatnonzero(codes == lacking))
+        given = rng.choice(np.flatnonzero((codes == giving) & (part == 0)))
+        part[given], part[kept] = part[kept], 0
+        counts[giving] -= 1
+        counts[lacking] += 1
 
 
 def _by_group(groups: pd.Series, fractions: Sequence[float], rng: np.random.Generator) -> IntArray:

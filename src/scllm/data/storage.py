@@ -193,11 +193,14 @@ def positions(rows: Rows, n_obs: int) -> IntArray:
         return np.empty(0, np.int64)
     if cells.ndim != 1 or cells.dtype.kind not in "iu":
         raise TypeError(
-            f"rows are {cells.dtype} of shape {cells.shape}. One dimension of integers was expected, a slice, "
-            f"or a mask of length {n_obs}."
+            f"rows are {cells.dtype} of shape {cells.shape}; one dimension of integers, a slice, or a mask of length "
+            f"{n_obs} was expected. Pass positions of cells; those of names are adata.obs_names.get_indexer(names)."
         )
     if cells.min() < -n_obs or cells.max() >= n_obs:
-        raise IndexError(f"rows {cells.min()} to {cells.max()} were asked of {n_obs} cells. Count from 0.")
+        raise IndexError(
+            f"rows {cells.min()} to {cells.max()} were asked of {n_obs} cells, {-n_obs} to {n_obs - 1} expected. Leave "
+            "out those beyond, and count from 0."
+        )
     return np.where(cells < 0, cells + n_obs, cells).astype(np.int64)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from scllm._names import listed
 from scllm._typing import IntArray
-from scllm.data.dictionaries import read_dictionary
+from scllm.data.dictionaries import read_dictionary, read_whole
 
 __all__ = ["Vocab", "read_tokens"]
 
@@ -128,7 +128,9 @@ class Vocab:
         token = getattr(self, role)
         if token is None:
             raise ValueError(
-                f"this vocabulary has no {role} token, and the model needs one. Its specials: {self.specials}"
+                f"this vocabulary has no {role} token, one expected: the model needs it. Its specials are "
+                f"{listed(self.specials)}: name one with {role}=, or take the vocabulary that the model was trained "
+                "with."
             )
         return self._id_of[token]
 
@@ -171,14 +173,19 @@ class Vocab:
 
 def read_tokens(path: Path) -> list[str] | dict[str, Any]:
     """The tokens of a vocabulary file in id order, or the dict of a file that scllm wrote."""
-    raw = path.read_bytes()
-    raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    raw = read_whole(path, "a vocabulary")
     if raw[:1] == b"\x80":
         return _in_order(read_dictionary(path), path)
-    text = raw.decode()
-    if not text.lstrip().startswith(("{", "[")):
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    content = json.loads(text)
+    try:
+        text = raw.decode()
+        if not text.lstrip().startswith(("{", "[")):
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}), a vocabulary expected: JSON, or a name a line. It is truncated or "
+            "damaged: fetch it again."
+        ) from error
     if isinstance(content, list):
         return [str(token) for token in content]
     if isinstance(content.get("tokens"), list):

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
@@ -18,6 +18,7 @@ from scllm._log import log
 
 __all__ = ["cached", "fetch", "figshare_md5"]
 
+T = TypeVar("T")
 _TIMEOUT = 60
 _CHUNK = 1 << 20
 
@@ -49,7 +50,7 @@ def fetch(name: str, url: str, digest: str | Callable[[], str], *, advice: str) 
     descriptor, fresh = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as handle:
-            expected = _reach(url, advice, lambda: _download(url, handle, digest))
+            expected = _download(url, handle, digest, advice)
             handle.flush()
             os.fsync(handle.fileno())
         found = _digest(Path(fresh), expected)
@@ -73,16 +74,17 @@ def figshare_md5(article: int, file: int) -> str:
     return f"md5:{files[file]}"
 
 
-def _download(url: str, handle: IO[bytes], digest: str | Callable[[], str]) -> str:
+def _download(url: str, handle: IO[bytes], digest: str | Callable[[], str], advice: str) -> str:
     """Write what is at the address, and say which checksum it should have."""
-    expected = digest() if callable(digest) else digest
-    with _open(url) as answer:
-        while chunk := answer.read(_CHUNK):
+    expected = _reach(url, advice, digest) if callable(digest) else digest
+    with _reach(url, advice, lambda: _open(url)) as answer:
+        while chunk := _reach(url, advice, lambda: answer.read(_CHUNK)):
             handle.write(chunk)
     return expected
 
 
-def _reach(url: str, advice: str, get: Callable[[], str]) -> str:
+def _reach(url: str, advice: str, get: Callable[[], T]) -> T:
+    """What the other side is asked for; what goes wrong on this side is none of its errors."""
     try:
         return get()
     # json.JSONDecodeError and unreadable answers are ValueErrors

@@ -38,7 +38,7 @@ from scllm.engine.sharding import shard
 from scllm.engine.tracking import tracker
 from scllm.models.base import CellModel
 
-__all__ = ["cluster_command", "command", "launch", "train"]
+__all__ = ["cluster_command", "command", "continue_run", "launch"]
 
 # set for processes whose parent holds the lock of the run directory
 _LOCKED = "SCLLM_RUN_LOCKED"
@@ -73,7 +73,7 @@ def launch(
     return models.load(run.path, family=family)
 
 
-def train(run: Run, *, device: str = "auto", family: str | None = None) -> None:
+def continue_run(run: Run, *, device: str = "auto", family: str | None = None) -> None:
     """Continue whatever the run directory holds, to the end. This is ``python -m scllm run``."""
     if not run.is_done:
         with _locked_by_first_rank(run):

@@ -131,7 +131,7 @@ class Loader:
         counts = self.source.read(ascending)
         if self.source.chunked:
             # in memory this was asked once; on disk only a sample was
-            check_values(counts, self.source, ascending, layer=None)
+            check_values(counts, self.source, ascending, layer=self.source.layer)
         edges = np.concatenate([[0], np.cumsum(read.sizes)])
         for first, last in zip(edges[skip:-1], edges[skip + 1 :], strict=True):
             tokens = self.match.tokens(_taken(counts, place[first:last]))

@@ -94,11 +94,16 @@ def build(
     """
     module = family_module(family)
     if size not in module.SIZES:
-        raise ValueError(f"{family} has no size {size!r}, one of {sorted(module.SIZES)} expected.")
+        raise ValueError(
+            f"{family} has no size {size!r}, one of {sorted(module.SIZES)} expected. Pass one of them with size=, and "
+            "what should differ from it as settings."
+        )
     known = {field.name for field in fields(module.Config)}
     unknown = sorted(set(config) - known)
     if unknown:
-        raise TypeError(f"{family} has no setting {unknown[0]!r}, one of {sorted(known)} expected.")
+        raise TypeError(
+            f"{family} has no setting {unknown[0]!r}, one of {sorted(known)} expected. Mend its name, or leave it out."
+        )
     settings = module.Config(**{**module.SIZES[size], **config})
     if isinstance(vocab, (str, PathLike)):
         vocab = Vocab.read(vocab)

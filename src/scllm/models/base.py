@@ -103,19 +103,19 @@ class CellModel(nn.Module):
     @property
     def blocks(self) -> Sequence[Any]:
         """The transformer blocks, first to last."""
-        raise TypeError(f"{type(self).__name__} does not define its blocks")
+        raise self._undefined("blocks")
 
     def inputs(self, batch: Batch) -> Tensor:
         """What the first block reads, ``(t, d)``."""
-        raise TypeError(f"{type(self).__name__} does not define what its blocks read")
+        raise self._undefined("inputs")
 
     def forward(self, batch: Batch) -> Outputs:
         """Everything the model predicts."""
-        raise TypeError(f"{type(self).__name__} does not define a forward pass")
+        raise self._undefined("forward")
 
     def gene_table(self) -> Tensor:
         """The embedding of each token before any context, ``(n_tokens, d)``."""
-        raise TypeError(f"{type(self).__name__} does not define a gene table")
+        raise self._undefined("gene_table")
 
     def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
         """What the model predicts at the tokens ``at``, ``(n,)``; with ``hide`` without having seen those."""
@@ -157,6 +157,12 @@ class CellModel(nn.Module):
 
     def layers_changed(self) -> None:
         """Called after layers were replaced by others."""
+
+    def _undefined(self, name: str) -> TypeError:
+        return TypeError(
+            f"{type(self).__name__} does not define {name}, which is expected of every family. Write it in the class "
+            f"of the model; CellModel.{name} says what it returns."
+        )
 
     # --- what all families share, unless one defines it otherwise ---
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from scllm._names import listed
 from scllm.data.encode import encoder_to_dict
 from scllm.data.run_files import append_history, write_report
 from scllm.data.vocab import Vocab
@@ -219,18 +220,13 @@ def load_weights(
         if given[name].shape != expected[name].shape
     ]
     problems = [("missing", missing), ("left over", surplus), ("of another shape", shapes)]
-    seen = "; ".join(f"{what}: {_cut(names)}" for what, names in problems if names)
+    seen = "; ".join(f"{what}: {listed(names, quoted=False)}" for what, names in problems if names)
     if seen:
         raise ValueError(
             f"the weights in {source} do not fit the model ({seen}). Every weight must find its place: check that the "
             "architecture is the one that was trained, or name parts to leave out with `ignore=`."
         )
     model.load_state_dict(given, strict=not ignore)
-
-
-def _cut(names: list[str], most: int = 8) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _flush(file: Path) -> None:

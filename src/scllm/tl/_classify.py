@@ -81,7 +81,9 @@ def classify(
             f"the {chosen.family} model{path} has no head, a fine-tuned one expected. Call tl.finetune first."
         )
     if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"threshold is {threshold}, a probability from 0 to 1 expected.")
+        raise ValueError(
+            f"threshold is {threshold}, a probability from 0 to 1 expected. Leave it out to have every cell labelled."
+        )
     for spec in chosen.head_specs:
         if spec.classes is not None:
             warn_of_unknown_labels(

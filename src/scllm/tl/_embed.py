@@ -19,6 +19,7 @@ from scllm import _keys
 from scllm._checks import check_adata, groups
 from scllm._results import record
 from scllm._typing import FloatArray
+from scllm.data.replace import replaced_when_whole
 from scllm.data.source import open_source
 from scllm.engine.config import Precision
 from scllm.engine.predict import predict
@@ -71,7 +72,7 @@ def embed(
     key_added
         Key in ``obsm``.
     out
-        A ``.zarr`` or ``.npy`` to stream into, for data given as a path.
+        A ``.zarr`` or ``.npy`` to stream into, for data given as a path; it is there when it is whole, and not before.
     batch_size
         Cells of one forward pass; changes speed and memory only.
     device
@@ -113,12 +114,12 @@ def embed(
     if not -chosen.config.n_layers - 1 <= hidden_layer <= -1:
         raise ValueError(
             f"hidden_layer is {hidden_layer}, -1 (last block) to {-chosen.config.n_layers - 1} (before the first) "
-            "expected."
+            "expected. Leave it out for the last block."
         )
     if pooling is not None and pooling not in chosen.poolings:
         raise ValueError(
-            f"pooling is {pooling!r}, one of {chosen.poolings} or None expected of this {chosen.family} model. None is "
-            "the family's own."
+            f"pooling is {pooling!r}, one of {chosen.poolings} or None expected of this {chosen.family} model. "
+            "Leave it out for the family's own."
         )
     source = open_source(data, layer=layer)
     check_layer(source, chosen, layer, adata)
@@ -245,8 +246,8 @@ def _check_out(out: Path, data: object) -> None:
         raise ValueError(f"out is {str(out)!r}, a path ending in .zarr or .npy expected. Rename it.")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out.parent} is not there, the folder of out= expected. Make it first.")
-    inputs = [data] if isinstance(data, (str, PathLike)) else data if isinstance(data, (list, tuple)) else []
-    is_input = any(Path(fspath(part)).absolute() == out.absolute() for part in inputs)
+    parts = data if isinstance(data, (list, tuple)) else [data]
+    is_input = any(Path(part).absolute() == out.absolute() for part in parts if isinstance(part, (str, PathLike)))
     if is_input or (out.suffix == ".zarr" and (out / ".zgroup").exists()) or _is_group(out):
         raise ValueError(f"out is {str(out)!r}, which holds data, a new path or an array expected. Pass another path.")
 
@@ -260,9 +261,16 @@ def _is_group(path: Path) -> bool:
 def _collected(
     results: Iterator[tuple[slice, Tensor]], n_cells: int, out: str | PathLike[str] | None
 ) -> FloatArray | None:
-    """All rows in one array, in memory or streamed to a file."""
+    """All rows in one array, in memory or streamed to a file that is there only when it is whole."""
+    if out is None:
+        return _filled(results, n_cells, None)
+    with replaced_when_whole(Path(fspath(out))) as fresh:
+        _filled(results, n_cells, fresh)
+    return None
+
+
+def _filled(results: Iterator[tuple[slice, Tensor]], n_cells: int, path: Path | None) -> FloatArray | None:
     target = None
-    path = None if out is None else Path(fspath(out))
     for rows, values in _blocks(results):
         shape = (n_cells, values.shape[1])
         if path is not None and path.suffix == ".npy":

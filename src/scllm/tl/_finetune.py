@@ -26,7 +26,7 @@ from scllm.engine.optim import Freeze, check_freeze
 from scllm.models.base import CellModel, HeadSpec
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, resolve
-from scllm.tl._parts import divide, present
+from scllm.tl._parts import column_or_all, divide
 from scllm.tl._target import Target, find_target
 from scllm.tl._train import Data, check_config, merged_config, processes, train
 
@@ -192,7 +192,7 @@ def finetune(
 
 def _target(source: CellSource, key: str) -> Target:
     """The column to predict; an error where no label has two cells, a warning where some have not."""
-    target = find_target(source.obs(present(source, key)), key)
+    target = find_target(source.obs(column_or_all(source, key)), key)
     if target.classes is not None:
         single = np.flatnonzero(target.counts(np.arange(source.n_obs)) == 1)
         if len(single) == len(target.classes):

@@ -10,7 +10,7 @@ from scllm._typing import IntArray
 from scllm.data.source import CellSource
 from scllm.data.split import split_cells
 
-__all__ = ["divide", "present"]
+__all__ = ["column_or_all", "divide"]
 
 
 def divide(
@@ -25,7 +25,7 @@ def divide(
     """Rows of the training and of the validation cells."""
     rows = np.arange(source.n_obs) if rows is None else rows
     if isinstance(validation, str):
-        column = obs_column(source.obs(present(source, validation)), validation).astype(str).to_numpy()[rows]
+        column = obs_column(source.obs(column_or_all(source, validation)), validation).astype(str).to_numpy()[rows]
         found = set(column)
         if not found >= {"train", "validation"} or found - {"train", "validation", "test", "nan"}:
             raise ValueError(
@@ -39,12 +39,15 @@ def divide(
     if not validation:
         return rows, rows[:0]
     if not 0 < validation < 1:
-        raise ValueError(f"validation is {validation}, a share between 0 and 1 or a column of obs expected.")
+        raise ValueError(
+            f"validation is {validation}, a share between 0 and 1 or a column of obs expected. Pass for example "
+            "validation=0.1, or 0 to hold nothing out."
+        )
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} cell can be trained on, at least 2 expected to hold one out. Pass validation=0.")
     groups = None
     if group_key is not None:
-        groups = obs_column(source.obs(present(source, group_key)), group_key).iloc[rows]
+        groups = obs_column(source.obs(column_or_all(source, group_key)), group_key).iloc[rows]
     share = min(max(validation, 1 / len(rows)), 1 - 1 / len(rows))  # at least one cell on either side
     part = split_cells(
         len(rows), (1 - share, share), groups=groups, stratify=None if groups is not None else stratify,
@@ -55,7 +58,7 @@ def divide(
 
 def _check_whole(source: CellSource, group_key: str, validation: str, training: IntArray, held_out: IntArray) -> None:
     """Raise where a column that says train and validation divides a group."""
-    groups = obs_column(source.obs(present(source, group_key)), group_key).astype(str).to_numpy()
+    groups = obs_column(source.obs(column_or_all(source, group_key)), group_key).astype(str).to_numpy()
     divided = sorted(set(groups[training]) & set(groups[held_out]))
     if divided:
         raise ValueError(
@@ -64,6 +67,6 @@ def _check_whole(source: CellSource, group_key: str, validation: str, training: 
         )
 
 
-def present(source: CellSource, key: str) -> list[str]:
+def column_or_all(source: CellSource, key: str) -> list[str]:
     """The column if it is there; else all of them, so that the error can offer close names."""
     return [key] if key in source.obs_columns else list(source.obs_columns)

@@ -6,6 +6,7 @@ import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -223,9 +224,11 @@ def _starting_model(
             return models.build(model, vocab=names, size=size, **config)
     if isinstance(model, str) and not model.startswith("hf://") and "/" not in model and not Path(model).exists():
         close = difflib.get_close_matches(model.lower(), models.families(), n=1)
+        seen = ", which is no path that is there and no module that can be imported" if "." in model else ""
         raise ValueError(
-            f"model is {model!r}, one of {models.families()} or the path of a model expected."
-            + (f" Did you mean {close[0]!r}?" if close else " Check the spelling.")
+            f"model is {model!r}{seen}; one of {models.families()}, the path of a model or the module of a family "
+            "of another package expected. "
+            + (f"Did you mean {close[0]!r}?" if close else "Check the spelling, and the folder that you are in.")
         )
     begun = copy.deepcopy(resolve(model, data if isinstance(data, AnnData) else None)).cpu()
     begun.history, begun.report, begun.path = None, None, None
@@ -268,4 +271,18 @@ def _objective(
 
 def _is_family(name: str) -> bool:
     """Whether a string names a family (of another package, with a dot) and not a path."""
-    return name in models.families() or ("." in name and "/" not in name and not Path(name).exists())
+    if name in models.families():
+        return True
+    return "." in name and "/" not in name and not Path(name).exists() and _is_module(name)
+
+
+def _is_module(name: str) -> bool:
+    """Whether there is a module of that name; what its package itself lacks is raised."""
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        if f"{name}.".startswith(f"{error.name}."):
+            return False
+        raise
+    except (ImportError, ValueError):  # dots in places where names of modules have none
+        return False

@@ -97,7 +97,9 @@ def merged_config(
     given = {**given, "precision": None if precision == "auto" else precision, "random_state": random_state or None}
     config = config.merged(given)
     if config.steps is not None and config.epochs is not None:
-        raise TypeError(f"steps={config.steps} and epochs={config.epochs} are both given, one of them expected.")
+        raise TypeError(
+            f"steps={config.steps} and epochs={config.epochs} are both given, one of them expected. Leave one out."
+        )
     if config.steps is not None:
         defaults = {name: value for name, value in defaults.items() if name != "epochs"}
     general = {
