@@ -211,7 +211,7 @@ def train(
         with run.locked():
             if run.is_new():
                 _set_up(run, spec, source, model, match, objective, config, cells, where)
-            else:
+            elif not run.is_done:
                 _set_up_again(run, spec, source)
     trained = launch(run, n_procs=where.n, device=where.device, source=source, family=family)
     shutil.rmtree(run.data, ignore_errors=True)  # the run is done: nothing reads the copy again
