@@ -38,7 +38,7 @@ from scllm.engine.sharding import shard
 from scllm.engine.tracking import tracker
 from scllm.models.base import CellModel
 
-__all__ = ["cluster_command", "command", "launch", "train"]
+__all__ = ["cluster_command", "command", "cropping", "launch", "train"]
 
 # set for processes whose parent holds the lock of the run directory
 _LOCKED = "SCLLM_RUN_LOCKED"
@@ -172,14 +172,14 @@ def _loaders(
     assert config.batch_size is not None
     training = Loader(
         rows=cells["train"], batch_size=config.batch_size, seed=seed, weights=cells.get("weights"),
-        downsample=config.downsample or 0.0, **common | {"encoder": _cropping(model, config.max_len)},
+        downsample=config.downsample or 0.0, **common | {"encoder": cropping(model, config.max_len)},
     )  # fmt: skip
     if not len(cells["validation"]):
         return training, None
     return training, Loader(rows=cells["validation"], batch_size=config.batch_size, seed=seed, training=False, **common)
 
 
-def _cropping(model: CellModel, max_len: int | None) -> Encoder:
+def cropping(model: CellModel, max_len: int | None) -> Encoder:
     """The model's encoder, with shorter sentences where training asks for them."""
     encoder = model.encoder
     if max_len is None or max_len >= encoder.max_len:

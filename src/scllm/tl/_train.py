@@ -33,7 +33,7 @@ from scllm.engine.device import check_gpus, resolve_device, resolve_precision
 from scllm.engine.estimate import say_cost
 from scllm.engine.gene_init import start_from_data
 from scllm.engine.head_start import start_heads
-from scllm.engine.launch import cluster_command, launch
+from scllm.engine.launch import cluster_command, cropping, launch
 from scllm.engine.lora import LoraSettings, check_peft
 from scllm.engine.objectives import Label, Objective, objective_to_dict
 from scllm.engine.optim import Freeze
@@ -177,6 +177,7 @@ def train(
     if lora is not None:
         check_peft()
     check_trainable(model, freeze)
+    cropping(model, config.max_len)  # says so where sentences would be too short
     match = gene_match(data, source, model)
     spec = {
         "verb": verb,
