@@ -179,6 +179,7 @@ def prepare(
     random_state: int,
 ) -> Prepared:
     """Check everything that :func:`pretrain` was given, and settle what was left open."""
+    TrainConfig(random_state=random_state)  # says so where that is no seed, before weights are drawn
     source = open_source(data, layer=layer)
     where = processes(n_gpus, n_procs, device)
     genes.check_unique(source.genes)
