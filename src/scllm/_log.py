@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,9 +40,10 @@ def show_progress() -> bool:
     return settings.verbosity > 0 and is_first_rank() and (in_notebook or sys.stderr.isatty())
 
 
-def progress(items: Iterable[T], *, desc: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+def progress(items: Iterable[T], *, desc: str, total: int | None = None, unit: str = "it") -> Generator[T, None, None]:
     """Iterate with a progress bar where :func:`show_progress` allows one."""
-    return iter(tqdm(items, desc=desc, total=total, unit=unit, disable=not show_progress(), leave=False))
+    with tqdm(items, desc=desc, total=total, unit=unit, disable=not show_progress(), leave=False) as bar:
+        yield from bar
 
 
 def warn(message: str) -> None:

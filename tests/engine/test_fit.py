@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,9 @@ import torch
 from engine.runs import curve, pretrain, same_curve, workers
 
 import scllm
+from scllm.data import genes
+from scllm.data.source import open_source
+from scllm.engine.predict import predict
 from scllm.models.storage import read_torch
 
 
@@ -151,6 +155,26 @@ def test_a_loss_that_is_not_finite_ends_all_processes_before_the_update(toy, tmp
     assert curve(run_dir)["step"].tolist() == [1]
     assert not (run_dir / "done").exists()
     assert not workers(run_dir)
+
+
+def test_nothing_is_read_on_after_an_error_that_is_still_looked_at(toy, model, tmp_path):
+    def reading():
+        return [thread for thread in threading.enumerate() if thread.name == "scllm-prefetch"]
+
+    with pytest.raises(RuntimeError, match="not finite at step 2") as training:  # its traceback lives on
+        pretrain(toy, tmp_path / "run", lr=1e30, batch_size=8)
+    assert not reading()
+
+    def fail(replica, batch):
+        raise RuntimeError("too large")
+
+    source = open_source(toy)
+    match = genes.match(source.genes, model.vocab)
+    with pytest.raises(RuntimeError, match="too large") as predicting:
+        list(predict(model, source, match, fail, batch_size=1, device="cpu"))
+    assert not reading()
+    assert training.tb
+    assert predicting.tb
 
 
 def test_a_validation_loss_that_is_not_finite_is_an_error(toy, tmp_path):

@@ -52,9 +52,12 @@ def outputs(model, cells, forward) -> np.ndarray:
     return torch.cat([values for _, values in parts]).numpy()
 
 
-def test_a_started_head_says_what_a_probe_of_the_same_states_says(model, cells):
+def test_a_started_head_says_what_a_probe_of_the_same_states_says(model, cells, caplog):
     rows, tested = np.arange(0, 400, 2), np.arange(1, 400, 2)
-    tuned = started(model, cells, rows)
+    with caplog.at_level("INFO", logger="scllm"):
+        tuned = started(model, cells, rows)
+    # an epoch of 200 cells ends with 72
+    assert "on the last 72 training cells they saw, with dropout" in caplog.text
     codes = cells.obs["cell_type"].cat.codes.to_numpy()
     answers = outputs(tuned, cells, lambda replica, batch: replica.head_outputs(batch)["cell_type"]).argmax(1)
     states = outputs(model, cells, lambda replica, batch: replica.head_inputs(batch))

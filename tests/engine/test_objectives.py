@@ -171,6 +171,16 @@ def test_cells_without_genes_count_nothing(model):
     assert (loss.sum.item(), int(loss.count)) == (0, 0)
 
 
+def test_cells_without_labels_count_nothing(loader, model):
+    loader.obs["label:cell_type"][:] = -1
+    model.set_heads([HeadSpec("cell_type", ("a", "b", "c", "d"))])
+    (batch,) = next(loader.epoch(0))
+    loss = Label()(model, batch, 0)
+    loss.sum.backward()
+    assert (loss.sum.item(), int(loss.count)) == (0, 0)
+    assert not model.heads[0].out.weight.grad.any()
+
+
 @pytest.mark.parametrize(
     "objective", [MaskedValue((0.1, 0.2), from_cell=0.5, seed=7), Label({"ce": 1.0, "dice": 0.5}, {"a": (1.0, 2.0)})]
 )

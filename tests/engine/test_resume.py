@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from engine.runs import agents, curve, interrupted, pretrain, same_curve, start, wait_for_step, wait_until, workers
 
 import scllm
+from scllm.data.run_files import write_json
+from scllm.engine.launch import launch, train
 from scllm.engine.run import Run
 
 # 84 steps: on a busy machine a run gets far before it is seen to have come to a step
@@ -180,6 +184,53 @@ def test_a_run_that_is_done_is_returned_at_once(toy, tmp_path):
     again = pretrain(toy, run_dir, epochs=1, n_procs=2)  # which would take seconds to start
     assert again.hash() == first.hash()
     assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize("how", ["verb", "torchrun"])
+def test_a_run_that_is_done_by_the_time_it_is_free_is_left_as_it_is(toy, tmp_path, monkeypatch, how):
+    run = Run(tmp_path / "run")
+    model = pretrain(toy, run.path, epochs=1)
+    before = contents(run.path)
+    (run.path / "done").rename(tmp_path / "done")
+    taken = threading.Event()
+
+    def finish():
+        with run.locked():
+            taken.set()
+            time.sleep(1)
+            (tmp_path / "done").rename(run.path / "done")
+
+    other = threading.Thread(target=finish)
+    other.start()
+    taken.wait()
+    if how == "verb":
+        assert launch(run, n_procs=1, device="cpu").hash() == model.hash()
+    else:
+        monkeypatch.setenv("RANK", "0")
+        train(run, device="cpu")
+    other.join()
+    after = contents(run.path)
+    del before[Path(".lock")], after[Path(".lock")]
+    assert after == before
+
+
+def test_a_run_that_began_without_scaling_its_loss_goes_on_in_half_precision(toy, tmp_path, caplog):
+    run = Run(tmp_path / "run")
+    interrupted(toy, run.path, 9, **LONG)
+    # as precision='auto' is another one on another device
+    write_json(run.path / "spec.json", run.spec | {"train": run.spec["train"] | {"precision": "fp16", "epochs": 3}})
+    with caplog.at_level("INFO", logger="scllm"):
+        train(run, device="cpu")
+    assert "in fp32 until there" in caplog.text
+    assert (curve(run.path)["loss"] > 0).all()
+    assert len(curve(run.path)) == 3 * 7 + 3
+
+
+def test_long_settings_are_cut_in_the_message(toy, tmp_path):
+    run = Run(tmp_path / "run")
+    run.create({"heads": [f"type {i}" for i in range(100)], "lr": 1}, {})
+    with pytest.raises(ValueError, match=r"\(heads: .{60} there, .{60} here; lr: 1 there, 2 here\), the same"):
+        run.check({"heads": [f"other {i}" for i in range(100)], "lr": 2})
 
 
 def test_resume_insists_or_forbids(toy, tmp_path):

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
-from engine.runs import agents, curve, pretrain, same_curve, start, wait_for_step, wait_until, workers
+import copy
 
+import numpy as np
+import pytest
+import torch
+from engine.runs import agents, curve, pretrain, same_curve, start, wait_for_step, wait_until, workers
+from torch import distributed
+
+from scllm import models
+from scllm.data import genes
+from scllm.data.source import open_source
+from scllm.engine import sharding
+from scllm.engine.loader import Loader
+from scllm.engine.objectives import Label, objective_from_dict
+from scllm.models.base import HeadSpec
 from scllm.models.storage import read_torch
 
 
@@ -50,3 +62,57 @@ def test_half_precision_with_split_weights_is_an_error(toy, tmp_path):
     with pytest.raises(ValueError, match=r"strategy='fsdp' with precision='fp16'.*bf16 or fp32 expected.*Leave"):
         pretrain(toy, tmp_path / "run", n_procs=2, precision="fp16", config={"strategy": "fsdp"})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A group of this process alone: its weights are split as in any group."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def batches(adata, model, objective):
+    """Four cells, and none."""
+    source = open_source(adata)
+    obs = {"label:cell_type": adata.obs["cell_type"].cat.codes.to_numpy(np.int64)}
+    whole = getattr(objective, "predicts_whole_cells", False)
+    cells = Loader(
+        source, np.arange(4), genes.match(source.genes, model.vocab), model.encoder, model.vocab, 4, obs=obs,
+        keep_whole=whole, keep_empty=True,
+    )  # fmt: skip
+    (some,), (none, *_) = next(cells.epoch(0)), next(cells.epoch(0, parts=5))
+    assert (some.n_cells, none.n_cells) == (4, 0)
+    return some, none
+
+
+def gradients(model, objective, batch):
+    model.zero_grad()
+    loss = objective(model, batch, 0).sum
+    loss.backward()
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return loss.detach(), {name: getattr(grad, "full_tensor", lambda g=grad: g)() for name, grad in found.items()}
+
+
+@pytest.mark.parametrize("task", ["pretraining", "labels"])
+@pytest.mark.parametrize("family", sorted(set(models.families()) - {"spatial"}))
+def test_every_family_trains_with_split_weights_and_takes_part_without_cells(toy, one_rank, family, task):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = models.build(family, vocab=toy.var_names, size="tiny", dropout=0.0)
+        model.set_heads([HeadSpec("cell_type", ("A", "B", "C", "D"), pooling=model.head_pooling)])
+    objective = Label() if task == "labels" else objective_from_dict(model.config.objective())
+    some, none = batches(toy, model, objective)
+    split = copy.deepcopy(model)
+    sharding.shard(split)
+    expected_loss, expected = gradients(model, objective, some)
+    loss, found = gradients(split, objective, some)
+    assert loss == pytest.approx(expected_loss)
+    torch.testing.assert_close(found, expected)
+    assert sharding.weights(split).keys() == model.state_dict().keys()
+    # the same weights as on ranks with cells, or the sums over ranks would not fit together
+    for one in (model, split):
+        loss, nothing = gradients(one, objective, none)
+        assert loss == 0
+        assert nothing.keys() == expected.keys()
+        assert not any(grad.any() for grad in nothing.values())

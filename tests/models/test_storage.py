@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -73,6 +74,23 @@ def test_a_save_that_fails_leaves_the_old_folder(model, tmp_path, monkeypatch):
     model.gene_embedding.weight.data += 1
     model.history = pd.DataFrame({"step": [object()]})  # no JSON
     with pytest.raises(TypeError, match="not JSON serializable"):
+        model.save(tmp_path / "model")
+    assert models.load(tmp_path / "model").hash() == old
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_cannot_be_put_in_place_leaves_the_old_one(model, tmp_path, monkeypatch):
+    model.save(tmp_path / "model")
+    old, rename = model.hash(), Path.rename
+    model.gene_embedding.weight.data += 1
+
+    def full(path, target):
+        if (path / "config.json").exists() and path.parent == target.parent and path.name != "model":
+            raise OSError("no room for another entry")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="no room"):
         model.save(tmp_path / "model")
     assert models.load(tmp_path / "model").hash() == old
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

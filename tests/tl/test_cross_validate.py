@@ -104,6 +104,8 @@ def test_the_same_seed_gives_the_same_folds_and_predictions(adata, tiny):
     assert (first.obs["cell_type_cv_fold"] != other.obs["cell_type_cv_fold"]).any()
     with pytest.raises(TypeError, match=r"random_state is given twice: 4 as an argument, 3 in config"):
         cross_validate(adata, tiny, key="cell_type", random_state=4, config=TrainConfig(random_state=3), **FAST)
+    with pytest.raises(ValueError, match="random_state is -1, 0 or more expected"):
+        cross_validate(adata, tiny, key="cell_type", random_state=-1, **FAST)
 
 
 def test_repeats_are_runs_with_the_next_seeds_and_the_first_is_written(adata, tiny, tmp_path):

@@ -272,6 +272,9 @@ def test_down_sampling_needs_counts(adata, tune):
         ({"key": "depth", "upsample": True}, TypeError, r"upsample=True needs labels, obs\['depth'\] holds values"),
         ({"key": "batch", "group_key": "batch"}, ValueError, "training cells hold 1 distinct labels"),
         ({"epochs": 1, "config": TrainConfig(epochs=2)}, TypeError, "epochs is given twice"),
+        ({"config": TrainConfig(max_len=1)}, ValueError, "max_len is 1, at least 2 expected"),
+        ({"random_state": -1}, ValueError, r"random_state is -1, 0 or more expected"),
+        ({"random_state": 1.5}, TypeError, r"random_state is 1\.5, a whole number expected"),
     ],
 )
 def test_requests_that_cannot_be_met_write_nothing(adata, tune, tmp_path, options, error, message):

@@ -64,6 +64,14 @@ def test_the_seed_may_stand_in_the_config(train):
     assert train(random_state=3).hash() == train(config=TrainConfig(random_state=3)).hash()
 
 
+def test_a_seed_that_is_none_is_an_error(train, tmp_path):
+    with pytest.raises(ValueError, match="random_state is -1, 0 or more expected"):
+        train(random_state=-1)
+    with pytest.raises(TypeError, match="random_state is 'a', a whole number expected"):
+        train(random_state="a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_value_given_both_ways_is_an_error(train, tmp_path):
     for name, value in {"batch_size": 16, "lr": 1e-3, "epochs": 1}.items():
         with pytest.raises(TypeError, match=f"{name} is given twice"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -28,13 +29,14 @@ def calibrate(model: CellModel, validation: Loader, precision: str) -> None:
     model.eval()
     logits: dict[str, list[torch.Tensor]] = {spec.key: [] for spec in model.head_specs}
     labels: dict[str, list[torch.Tensor]] = {spec.key: [] for spec in model.head_specs}
-    for (batch,) in validation.epoch(0):
-        batch = batch.to(model.device)
-        with autocast(precision, model.device):
-            outputs = model.head_outputs(batch)
-        for key, output in outputs.items():
-            logits[key].append(output.float().cpu())
-            labels[key].append(batch.obs[f"label:{key}"].cpu())
+    with closing(validation.epoch(0)) as read:
+        for (batch,) in read:
+            batch = batch.to(model.device)
+            with autocast(precision, model.device):
+                outputs = model.head_outputs(batch)
+            for key, output in outputs.items():
+                logits[key].append(output.float().cpu())
+                labels[key].append(batch.obs[f"label:{key}"].cpu())
     specs = []
     for spec in model.head_specs:
         if spec.classes is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from numbers import Integral
-from typing import Any, Literal, get_args, get_type_hints
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 __all__ = ["Precision", "TrainConfig"]
 
@@ -15,12 +15,21 @@ Strategy = Literal["ddp", "fsdp"]
 Logger = Literal["tensorboard", "wandb"]
 GeneInit = Literal["svd", "random"]
 
-_ADVICE = {
+# what is asked of each setting besides its type
+_LEAST = {
+    **dict.fromkeys(
+        ("batch_size", "epochs", "steps", "accumulate", "log_every", "save_every", "patience", "max_len"), 1
+    ),
+    **dict.fromkeys(("warmup", "weight_decay", "max_restarts", "random_state"), 0),
+}
+_AT_LEAST = {1: "at least 1 expected. Pass a positive number", 0: "0 or more expected. Pass 0 or a positive number"}
+_POSITIVE = {
     "lr": "scGPT uses 1e-4.",
     "gamma": "1 keeps the learning rate.",
     "layer_decay": "1 trains all blocks alike.",
     "clip": "None is for no limit.",
 }
+_SHARES = {"label_smoothing": "0.1 is usual.", "downsample": "0 leaves it off."}
 
 
 @dataclass(frozen=True)
@@ -117,37 +126,24 @@ class TrainConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "steps", "accumulate", "log_every", "save_every", "patience", "max_len"):
+        for name, hint in get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), get_args(hint)
+            if value is None and type(None) in kinds:
+                continue
+            # plain ones, as they are written into run directories
+            object.__setattr__(self, name, _plain(name, value, kinds[0] if type(None) in kinds else hint))
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, at least 1 expected. Pass a positive number.")
-            if value is not None and not isinstance(value, Integral):
-                raise TypeError(f"{name} is {value!r}, a whole number expected. Pass a whole {name}=.")
-        for name in ("warmup", "weight_decay", "max_restarts"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, 0 or more expected. 0 leaves it off.")
-        for name in ("lr", "gamma", "layer_decay", "clip"):
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} is {value}, {_AT_LEAST[least]}.")
+        for name, advice in _POSITIVE.items():
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and value > 0):
-                raise ValueError(f"{name} is {value!r}, a positive number expected. {_ADVICE[name]}")
-        for name, allowed in (
-            ("schedule", Schedule),
-            ("strategy", Strategy),
-            ("gene_init", GeneInit),
-            ("precision", Precision),
-            ("logger", Logger),
-        ):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, a positive number expected. {advice}")
+        for name, advice in _SHARES.items():
             value = getattr(self, name)
-            if value is not None and value not in get_args(allowed):
-                raise ValueError(f"{name} is {value!r}, one of {get_args(allowed)} expected. Pass one of those.")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"label_smoothing is {self.label_smoothing}, a share from 0 up to below 1 expected. 0.1 is usual."
-            )
-        if self.downsample is not None and not 0 <= self.downsample < 1:
-            raise ValueError(
-                f"downsample is {self.downsample}, a share from 0 up to below 1 expected. 0 leaves it off."
-            )
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}, a share from 0 up to below 1 expected. {advice}")
 
     def merged(self, given: Mapping[str, Any]) -> TrainConfig:
         """With what the caller of a verb gave besides; a value given both ways is a ``TypeError``."""
@@ -176,10 +172,21 @@ class TrainConfig:
             raise ValueError(
                 f"{unknown[0]!r} is not a training setting, one of {sorted(known)} expected. Check the spelling."
             )
-        hints = get_type_hints(cls)
-        return cls(
-            **{
-                name: float(value) if hints[name] in (float, float | None) and value is not None else value
-                for name, value in saved.items()
-            }
-        )
+        return cls(**saved)
+
+
+def _plain(name: str, value: Any, kind: Any) -> Any:
+    """The value as what a setting is; an error where it is of another type, or none of the strings it may be."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{name} is {value!r}, one of {get_args(kind)} expected. Pass one of those.")
+        return value
+    fits, expected = {
+        # True is a number to Python, and a slip here
+        int: (isinstance(value, Integral) and not isinstance(value, bool), "a whole number"),
+        float: (isinstance(value, Real) and not isinstance(value, bool), "a number"),
+        bool: (isinstance(value, bool), "True or False"),
+    }[kind]
+    if not fits:
+        raise TypeError(f"{name} is {value!r}, {expected} expected. Pass {name}= as {expected}.")
+    return kind(value)

@@ -125,4 +125,8 @@ def _fit(
             fall.step()
             step += 1
     model.heads.eval()
-    log.info("the heads start at a loss of %.4g on the training cells", loss.sum.item() / max(1, int(loss.count)))
+    log.info(
+        "the heads start at a loss of %.4g on the last %d training cells they saw, with dropout",
+        loss.sum.item() / max(1, int(loss.count)),
+        len(cells),
+    )

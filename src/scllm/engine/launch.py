@@ -38,7 +38,7 @@ from scllm.engine.sharding import shard
 from scllm.engine.tracking import tracker
 from scllm.models.base import CellModel
 
-__all__ = ["cluster_command", "command", "continue_run", "launch"]
+__all__ = ["cluster_command", "command", "continue_run", "cropping", "launch"]
 
 # set for processes whose parent holds the lock of the run directory
 _LOCKED = "SCLLM_RUN_LOCKED"
@@ -68,7 +68,7 @@ def launch(
         with run.locked() as lock:
             if n_procs == 1:
                 _train(run, device, source, family)
-            else:
+            elif not run.is_done:
                 _train_in_processes(run, n_procs, device, family, lock)
     return models.load(run.path, family=family)
 
@@ -111,6 +111,9 @@ def _locked_by_first_rank(run: Run) -> Iterator[None]:
 def _train(run: Run, device: str, source: CellSource | None, family: str | None) -> None:
     chosen = resolve_device(device)
     with ranks.joined(chosen):
+        if run.is_done:
+            # by a process that held the lock until now; asked when all ranks are here, so that all find the same
+            return
         spec = run.spec
         config = TrainConfig.from_dict(spec["train"])
         if source is None:
@@ -181,14 +184,14 @@ def _loaders(
     assert config.batch_size is not None
     training = Loader(
         rows=cells["train"], batch_size=config.batch_size, seed=seed, weights=cells.get("weights"),
-        downsample=config.downsample or 0.0, **common | {"encoder": _cropping(model, config.max_len)},
+        downsample=config.downsample or 0.0, **common | {"encoder": cropping(model, config.max_len)},
     )  # fmt: skip
     if not len(cells["validation"]):
         return training, None
     return training, Loader(rows=cells["validation"], batch_size=config.batch_size, seed=seed, training=False, **common)
 
 
-def _cropping(model: CellModel, max_len: int | None) -> Encoder:
+def cropping(model: CellModel, max_len: int | None) -> Encoder:
     """The model's encoder, with shorter sentences where training asks for them."""
     encoder = model.encoder
     if max_len is None or max_len >= encoder.max_len:
@@ -255,13 +258,12 @@ def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None,
 
 def _follow(run: Run, process: subprocess.Popen[bytes]) -> None:
     """Show progress until the processes end."""
-    bar = tqdm(desc=f"training in {run.path.name}", unit="step", disable=not show_progress())
-    while process.poll() is None:
-        time.sleep(0.2)
-        if not bar.disable and (line := _last_line(run.history)) is not None:
-            bar.n = line["step"]
-            bar.set_postfix(loss=f"{line['loss']:.4g}")
-    bar.close()
+    with tqdm(desc=f"training in {run.path.name}", unit="step", disable=not show_progress()) as bar:
+        while process.poll() is None:
+            time.sleep(0.2)
+            if not bar.disable and (line := _last_line(run.history)) is not None:
+                bar.n = line["step"]
+                bar.set_postfix(loss=f"{line['loss']:.4g}")
 
 
 def _last_words(log: Path) -> str:

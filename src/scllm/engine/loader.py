@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -92,8 +92,11 @@ class Loader:
 
     def epoch(
         self, epoch: int, *, start: int = 0, rank: int = 0, world: int = 1, parts: int = 1
-    ) -> Iterator[list[Batch]]:
-        """Each step's cells on this rank, in ``parts`` micro-batches, from batch ``start`` on."""
+    ) -> Generator[list[Batch], None, None]:
+        """Each step's cells on this rank, in ``parts`` micro-batches, from batch ``start`` on.
+
+        Reads ahead until it is exhausted or closed.
+        """
         reads = self._training_plan(epoch, rank, world) if self.training else self._in_order(rank, world)
         return prefetched(lambda: self._batches(reads, 0 if not self.training else epoch, start, parts))
 
@@ -175,8 +178,8 @@ def _taken(counts: CSR, rows: IntArray) -> CSR:
     return sparse.csr_matrix((data, indices, indptr), shape=(len(rows), counts.shape[1]))
 
 
-def prefetched(make: Callable[[], Iterator[T]], ahead: int = 4) -> Iterator[T]:
-    """Iterate on a thread that stays a few items ahead; what it raises is raised here."""
+def prefetched(make: Callable[[], Iterator[T]], ahead: int = 4) -> Generator[T, None, None]:
+    """Iterate on a thread that stays a few items ahead until this is closed; what it raises is raised here."""
     items: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(ahead)
     stopped = threading.Event()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -69,104 +69,111 @@ def fit(
         without_dropout(model)
     optimise = optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    step, best, since_best = _resume(run, model, optimise, scaler)
+    step, best, since_best = _resume(run, model, optimise, scaler, precision)
     saved = step
     if from_start and validation is not None and step == 0:
         best = _judge_start(model, validation, objective, precision, run, track)
-    bar = tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=not show_progress())
+    with tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=not show_progress()) as bar:
+        while step < n_steps and (config.patience is None or since_best < config.patience):
+            epoch = step // per_epoch
+            began = time.perf_counter()
+            here = {"start": step % per_epoch, "rank": rank, "world": world, "parts": config.accumulate}
+            with closing(batches.epoch(epoch, **here)) as read:
+                for parts in read:
+                    lr = learning_rate(step, epoch, n_steps, config)
+                    for group in optimise.param_groups:
+                        group["lr"] = lr * group["scale"]
+                    train_mode(model)
+                    model.at_step(step, config.random_state or 0)
+                    totals = _Totals(objective.logs(model), device)
+                    with _seeded(device, config.random_state or 0, step, rank):
+                        for batch in parts:
+                            batch = batch.to(device)
+                            with autocast(precision, device):
+                                loss = objective(model, batch, step)
+                            scaler.scale(loss.sum).backward()
+                            totals.add(loss, batch)
+                    for weight in trained:
+                        # ranks without cells, and heads without labels, contribute nothing
+                        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                    if not sharded:
+                        ranks.sum_over_ranks([weight.grad for weight in trained])  # type: ignore[misc]
+                    means, count, n_cells = totals.reduced()
+                    scaler.unscale_(optimise)
+                    # sharded gradients were averaged over ranks on the way
+                    torch._foreach_div_([weight.grad for weight in trained], max(count, 1) / (world if sharded else 1))
+                    norm = sharding.full_norm(trained, config.clip)
+                    if not math.isfinite(means["loss"]) or not (norm.isfinite() or scaler.is_enabled()):
+                        raise RuntimeError(
+                            f"the loss or its gradient is not finite at step {step + 1} (loss {means['loss']}, norm "
+                            f"{norm:.3g}), finite numbers expected. Nothing was updated; the last checkpoint is step "
+                            f"{saved}. Lower lr, or use precision='fp32'."
+                        )
+                    scaler.step(optimise)
+                    scaler.update()
+                    optimise.zero_grad(set_to_none=True)
+                    step += 1
 
-    while step < n_steps and (config.patience is None or since_best < config.patience):
-        epoch = step // per_epoch
-        began = time.perf_counter()
-        for parts in batches.epoch(epoch, start=step % per_epoch, rank=rank, world=world, parts=config.accumulate):
-            lr = learning_rate(step, epoch, n_steps, config)
-            for group in optimise.param_groups:
-                group["lr"] = lr * group["scale"]
-            train_mode(model)
-            model.at_step(step, config.random_state or 0)
-            totals = _Totals(objective.logs(model), device)
-            with _seeded(device, config.random_state or 0, step, rank):
-                for batch in parts:
-                    batch = batch.to(device)
-                    with autocast(precision, device):
-                        loss = objective(model, batch, step)
-                    scaler.scale(loss.sum).backward()
-                    totals.add(loss, batch)
-            for weight in trained:
-                # ranks without cells, and heads without labels, contribute nothing
-                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            if not sharded:
-                ranks.sum_over_ranks([weight.grad for weight in trained])  # type: ignore[misc]
-            means, count, n_cells = totals.reduced()
-            scaler.unscale_(optimise)
-            # sharded gradients were averaged over ranks on the way
-            torch._foreach_div_([weight.grad for weight in trained], max(count, 1) / (world if sharded else 1))
-            norm = sharding.full_norm(trained, config.clip)
-            if not math.isfinite(means["loss"]) or not (norm.isfinite() or scaler.is_enabled()):
-                raise RuntimeError(
-                    f"the loss or its gradient is not finite at step {step + 1} (loss {means['loss']}, norm "
-                    f"{norm:.3g}), finite numbers expected. Nothing was updated; the last checkpoint is step {saved}. "
-                    "Lower lr, or use precision='fp32'."
-                )
-            scaler.step(optimise)
-            scaler.update()
-            optimise.zero_grad(set_to_none=True)
-            step += 1
-
-            now = time.perf_counter()
-            cells_per_s, began = n_cells / (now - began), now
-            line = {"step": step, "epoch": epoch, "split": "train", **objective.report(means, step - 1), "lr": lr}
-            lines = [line | {"cells_per_s": round(cells_per_s, 2)}] if step % config.log_every == 0 else []
-            ends = step % per_epoch == 0 or step == n_steps
-            if ends:
-                found = line if validation is None else evaluate(model, validation, objective, precision)
-                if validation is not None:
-                    lines.append({"step": step, "epoch": epoch, "split": "validation", **found, "lr": lr})
-                if not math.isfinite(found["loss"]):
-                    raise RuntimeError(
-                        f"the validation loss is {found['loss']} at step {step}, a finite number expected. The last "
-                        f"checkpoint is step {saved}. Lower lr, or use precision='fp32'."
-                    )
-                # without validation cells the last weights are the best
-                score = -step if validation is None else found["loss"]
-                since_best = 0 if score < best else since_best + 1
-                log.info(
-                    "epoch %d, step %d of %d: loss %.4g, %.4g on validation",
-                    epoch,
-                    step,
-                    n_steps,
-                    means["loss"],
-                    found["loss"],
-                )
-            if rank == 0:
-                with checkpoint.writing(run.history):
-                    append_history(run.history, lines)
-                for logged in lines:
-                    track(logged)
-            saves = ends or bool(config.save_every and step % config.save_every == 0)
-            if saves and (rank == 0 or sharded):
-                state = {
-                    "model": sharding.weights(model),
-                    "optimizer": sharding.optimizer_state(model, optimise),
-                    "scaler": scaler.state_dict(),
-                }
-            if rank == 0 and ends and since_best == 0:
-                checkpoint.save(run.best, state["model"])
-            best = min(best, score) if ends else best
-            if saves:
-                saved = step
-                if rank == 0:
-                    checkpoint.save(run.last, state | {"step": step, "best": best, "since_best": since_best})
-            bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
-            bar.update()
-            began = time.perf_counter() if ends else began
-            if step >= n_steps:
-                break
-    bar.close()
+                    now = time.perf_counter()
+                    cells_per_s, began = n_cells / (now - began), now
+                    line = {
+                        "step": step,
+                        "epoch": epoch,
+                        "split": "train",
+                        **objective.report(means, step - 1),
+                        "lr": lr,
+                    }
+                    lines = [line | {"cells_per_s": round(cells_per_s, 2)}] if step % config.log_every == 0 else []
+                    ends = step % per_epoch == 0 or step == n_steps
+                    if ends:
+                        found = line if validation is None else evaluate(model, validation, objective, precision)
+                        if validation is not None:
+                            lines.append({"step": step, "epoch": epoch, "split": "validation", **found, "lr": lr})
+                        if not math.isfinite(found["loss"]):
+                            raise RuntimeError(
+                                f"the validation loss is {found['loss']} at step {step}, a finite number expected. The "
+                                f"last checkpoint is step {saved}. Lower lr, or use precision='fp32'."
+                            )
+                        # without validation cells the last weights are the best
+                        score = -step if validation is None else found["loss"]
+                        since_best = 0 if score < best else since_best + 1
+                        log.info(
+                            "epoch %d, step %d of %d: loss %.4g, %.4g on validation",
+                            epoch,
+                            step,
+                            n_steps,
+                            means["loss"],
+                            found["loss"],
+                        )
+                    if rank == 0:
+                        with checkpoint.writing(run.history):
+                            append_history(run.history, lines)
+                        for logged in lines:
+                            track(logged)
+                    saves = ends or bool(config.save_every and step % config.save_every == 0)
+                    if saves and (rank == 0 or sharded):
+                        state = {
+                            "model": sharding.weights(model),
+                            "optimizer": sharding.optimizer_state(model, optimise),
+                            "scaler": scaler.state_dict(),
+                            "precision": precision,
+                        }
+                    if rank == 0 and ends and since_best == 0:
+                        checkpoint.save(run.best, state["model"])
+                    best = min(best, score) if ends else best
+                    if saves:
+                        saved = step
+                        if rank == 0:
+                            checkpoint.save(run.last, state | {"step": step, "best": best, "since_best": since_best})
+                    bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
+                    bar.update()
+                    began = time.perf_counter() if ends else began
+                    if step >= n_steps:
+                        break
 
 
 def _resume(
-    run: Run, model: CellModel, optimise: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    run: Run, model: CellModel, optimise: torch.optim.Optimizer, scaler: torch.amp.GradScaler, precision: str
 ) -> tuple[int, float, int]:
     """Step, best validation loss and epochs since then at the last checkpoint; all of it goes back there."""
     state = checkpoint.restore(run.last)
@@ -177,8 +184,11 @@ def _resume(
         return 0, math.inf, 0
     sharding.load_weights(model, state["model"])
     sharding.load_optimizer(model, optimise, state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    log.info("continuing at step %d", state["step"])
+    if state["scaler"]:
+        # empty where the run has not scaled its loss so far
+        scaler.load_state_dict(state["scaler"])
+    before = state.get("precision", precision)
+    log.info("continuing at step %d%s", state["step"], "" if before == precision else f", in {before} until there")
     return state["step"], state["best"], state["since_best"]
 
 
@@ -222,11 +232,12 @@ def evaluate(model: CellModel, cells: Loader, objective: Objective, precision: s
     model.eval()
     device = model.device
     totals = _Totals(objective.logs(model), device)
-    for number, parts in enumerate(cells.epoch(0, rank=ranks.rank(), world=ranks.world())):
-        for batch in parts:
-            batch = batch.to(device)
-            with autocast(precision, device):
-                totals.add(objective(model, batch, number), batch)
+    with closing(cells.epoch(0, rank=ranks.rank(), world=ranks.world())) as read:
+        for number, parts in enumerate(read):
+            for batch in parts:
+                batch = batch.to(device)
+                with autocast(precision, device):
+                    totals.add(objective(model, batch, number), batch)
     means, _, _ = totals.reduced()
     found = objective.report(means, 0)
     found.pop("mask_ratio", None)  # every batch has its own

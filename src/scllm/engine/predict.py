@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -92,9 +93,12 @@ def predict(
         with torch.inference_mode(), autocast("fp32" if chosen == "bf16" else chosen, devices[part]):
             return forward(replicas[part], batch.to(devices[part])).float().cpu()
 
-    steps = progress(cells.epoch(0, parts=len(devices)), desc=desc, total=cells.n_batches(), unit="batch")
     row = n_empty = 0
-    with ThreadPoolExecutor(len(devices)) as threads:
+    with (
+        ThreadPoolExecutor(len(devices)) as threads,
+        closing(cells.epoch(0, parts=len(devices))) as read,
+        closing(progress(read, desc=desc, total=cells.n_batches(), unit="batch")) as steps,
+    ):
         for parts in steps:
             done = [run(0, parts[0])] if len(parts) == 1 else list(threads.map(run, range(len(parts)), parts))
             n_cells = sum(batch.n_cells for batch in parts)

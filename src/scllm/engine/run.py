@@ -112,7 +112,9 @@ class Run:
         theirs = _flat({k: v for k, v in self.spec.items() if k not in _FREE})
         different = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
         if different:
-            seen = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in different[:6])
+            seen = "; ".join(
+                f"{name}: {_cut(theirs.get(name))} there, {_cut(ours.get(name))} here" for name in different[:6]
+            )
             raise ValueError(
                 f"{self.path} holds a run with other settings ({seen}), the same settings expected. Pass another "
                 "run_dir, or the settings of the run to continue it."
@@ -150,6 +152,11 @@ def _locks(handle: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _cut(value: Any, most: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

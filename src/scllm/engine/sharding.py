@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -28,7 +28,10 @@ from scllm.models.base import CellModel
 __all__ = ["full_norm", "is_sharded", "load_optimizer", "load_weights", "optimizer_state", "shard", "weights"]
 
 # what objectives call in place of `forward`: each gathers the weights it needs
-_ENTRIES = ("hidden", "embed", "head_outputs", "apply_heads", "decode", "decode_cell", "gene_logits", "bin_logits")
+_ENTRIES = (
+    "hidden", "embed", "head_inputs", "head_outputs", "apply_heads", "gene_head_outputs", "decode", "decode_cell",
+    "gene_logits", "gene_loss", "permuted_logits", "gene_states", "expression",
+)  # fmt: skip
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _FROM_WHOLE = StateDictOptions(full_state_dict=True)
 
@@ -38,13 +41,18 @@ def shard(model: CellModel) -> None:
     mesh = init_device_mesh(model.device.type, (ranks.world(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-        register_fsdp_forward_method(block, "first")
+        _gather_in(block, ("first",))
     fully_shard(model, mesh=mesh)
-    for name in _ENTRIES:
-        if hasattr(model, name):
-            register_fsdp_forward_method(model, name)
+    _gather_in(model, _ENTRIES)
     # about changing what a method returned in place, which nothing here does
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+
+
+def _gather_in(module: nn.Module, names: Sequence[str]) -> None:
+    """Have methods gather the weights they need, as far as the module has them."""
+    for name in names:
+        if hasattr(module, name):
+            register_fsdp_forward_method(module, name)
 
 
 def is_sharded(model: CellModel) -> bool:

@@ -150,7 +150,7 @@ class Batch:
 
     def padded(self, *, pad_id: int, pad_value: float = 0) -> tuple[Tensor, Tensor | None, Tensor]:
         """Genes, values and padding (``True`` where there is no token), each ``(b, l)``."""
-        width = max(self.lengths, default=0)
+        width = max(self.lengths, default=1)
         lengths = self.cu_seqlens.diff().long()
         padding = torch.arange(width, device=self.genes.device) >= lengths[:, None]
         genes = self.genes.new_full(padding.shape, pad_id)

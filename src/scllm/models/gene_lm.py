@@ -203,11 +203,16 @@ class GeneLM(CellModel):
     def _states(self, genes: Tensor, padding: Tensor, layer: int = -1, **more: Tensor) -> Tensor:
         """States after a block of padded sentences, ``(b, l, d)``."""
         inner = layer != -1
-        found = self.network.base_model(
-            input_ids=genes, attention_mask=(~padding).long(), output_hidden_states=inner, **self._positions(genes),
-            **more,
-        )  # fmt: skip
-        return found.hidden_states[layer] if inner else found.last_hidden_state
+        found = self._through(self.network.base_model, genes, padding, output_hidden_states=inner, **more)
+        return (found.hidden_states[layer] if inner else found.last_hidden_state)[: len(genes)]
+
+    def _through(self, network: Any, genes: Tensor, padding: Tensor, **more: Any) -> Any:
+        """What a network makes of padded sentences; where there are none, of one that the caller leaves out again."""
+        if not len(genes):
+            # transformers cannot reshape what is empty, and a rank without cells takes part in the backward pass
+            genes, padding = _one_cell(genes), _one_cell(padding)
+            more = {name: _one_cell(value) if isinstance(value, Tensor) else value for name, value in more.items()}
+        return network(input_ids=genes, attention_mask=(~padding).long(), **self._positions(genes), **more)
 
     def _positions(self, genes: Tensor) -> dict[str, Tensor]:
         # RoBERTa counts positions from the padding token's id on, unless it is told
@@ -244,8 +249,7 @@ class GeneLM(CellModel):
         if self.head_name is not None:
             return getattr(self.network, self.head_name)(self.hidden(batch)[at])
         genes, _, padding = batch.padded(pad_id=self.pad_id)
-        found = self.network(input_ids=genes, attention_mask=(~padding).long(), **self._positions(genes))
-        return found.logits[~padding][at]
+        return self._through(self.network, genes, padding).logits[: len(genes)][~padding][at]
 
     def gene_loss(self, batch: Batch, at: Tensor, genes: Tensor) -> Tensor:
         """Summed cross-entropy (nats) of ``genes`` ``(n,)`` at positions ``at``, from what the network may see."""
@@ -284,6 +288,10 @@ class GeneLM(CellModel):
         """Take weights that :meth:`state_dict` gave."""
         also = {name: state_dict[first] for name, first in self.tied.items() if first in state_dict}
         return super().load_state_dict({**state_dict, **also}, *args, **kwargs)
+
+
+def _one_cell(none: Tensor) -> Tensor:
+    return none.new_zeros(1, *none.shape[1:])
 
 
 def network_config(settings: Mapping[str, Any]) -> Any:

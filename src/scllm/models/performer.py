@@ -46,6 +46,9 @@ def attend_linearly(
         What is subtracted from the keys' exponents: the highest of the same cell, or of the whole batch as scBERT and
         scFoundation do it, which makes a cell's result depend on its neighbours.
     """
+    if not len(lengths):
+        # a rank without cells: all three keep their place in the backward pass
+        return query + key + value
     with torch.autocast(query.device.type, enabled=False):
         cells = [x.float().transpose(0, 1).split(list(lengths), dim=1) for x in (query, key, value)]
         weights = projection.float()
@@ -115,9 +118,9 @@ class PerformerAttention(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """``(t, d)`` to ``(t, d)``."""
-        query, key, value = (part(x).view(len(x), self.n_heads, -1) for part in (self.query, self.key, self.value))
+        query, key, value = (part(x).unflatten(1, (self.n_heads, -1)) for part in (self.query, self.key, self.value))
         attended = attend_linearly(query, key, value, self.projection, batch.lengths, self.key_maximum)
-        return self.out(attended.reshape(len(x), -1))
+        return self.out(attended.flatten(1))
 
     def draw(self, generator: torch.Generator) -> None:
         """Draw the random features anew."""

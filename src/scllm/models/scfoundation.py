@@ -276,7 +276,7 @@ class Model(CellModel):
         everything = self._everything(batch)
         for block in self.decoder_layers:
             x = block(x, everything)
-        return self.norm(self.decoder_norm(x)).view(batch.n_cells, n, -1)
+        return self.norm(self.decoder_norm(x)).view(batch.n_cells, n, self.config.d_decoder)
 
     def _everything(self, batch: Batch) -> Batch:
         """The cells with a token for every position."""

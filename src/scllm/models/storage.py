@@ -1,4 +1,4 @@
-"""A model in a folder: ``config.json``, ``vocab.json``, ``weights.safetensors``; atomically written, strictly read.
+"""A model in a folder: ``config.json``, ``vocab.json``, ``weights.safetensors``; whole or not there, strictly read.
 
 ``extras.npz`` holds the arrays of encoders that have any.
 """
@@ -52,7 +52,11 @@ _FILES = ("config.json", "vocab.json", "weights.safetensors", "history.jsonl", _
 
 
 def write_native(model: CellModel, path: Path) -> None:
-    """Write beside the target, then rename: the folder is whole or not there."""
+    """Write beside the target, then rename: the folder is whole or not there.
+
+    A model that is replaced is moved aside just before: who looks, or is killed, between the two renames finds no model
+    at the path, and both lie whole beside it, in hidden folders that begin with its name.
+    """
     path = path.absolute()
     _check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,11 +239,16 @@ def _flush(file: Path) -> None:
 
 
 def _swap(fresh: Path, path: Path) -> None:
-    """Put a finished folder in the place of another."""
+    """Put a finished folder in the place of another, in two renames: no file of one ever stands among the other's."""
     if not path.exists():
         fresh.rename(path)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
     path.rename(old)
-    fresh.rename(path)
+    try:
+        fresh.rename(path)
+    except BaseException:
+        old.rename(path)
+        old.parent.rmdir()
+        raise
     shutil.rmtree(old.parent, ignore_errors=True)

@@ -73,7 +73,8 @@ class Model(GeneLM):
         asked[~padding] = wanted
         # as many targets a cell as the cell with most has; a surplus one looks at padding and is dropped
         n_asked = asked.sum(1)
-        place = torch.argsort((~asked).to(torch.uint8), dim=1, stable=True)[:, : int(n_asked.max())]
+        most = int(n_asked.max()) if len(n_asked) else 1
+        place = torch.argsort((~asked).to(torch.uint8), dim=1, stable=True)[:, :most]
         dtype = self.network.dtype
         states = self._states(
             genes,

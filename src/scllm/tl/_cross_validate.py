@@ -20,6 +20,7 @@ from scllm._log import log, warn
 from scllm._results import record
 from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.split import PARTS, split_cells
+from scllm.engine.config import TrainConfig
 from scllm.models.base import CellModel
 from scllm.tl._baseline import label_baseline, log_normalised, value_baseline
 from scllm.tl._classify import classify
@@ -249,7 +250,8 @@ def _checked(given: Mapping[str, Any], adata: AnnData) -> tuple[dict[str, Any], 
         raise TypeError(f"random_state is given twice: {seed} as an argument, {set_there} in config. Give it once.")
     if config is not None:
         options["config"] = replace(config, random_state=None)
-    return options, int(set_there if set_there is not None else seed)
+        seed = config.random_state or seed
+    return options, int(TrainConfig(random_state=seed).random_state or 0)
 
 
 def _seeded(options: Mapping[str, Any], seed: int) -> dict[str, Any]:

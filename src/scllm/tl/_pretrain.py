@@ -187,6 +187,7 @@ def prepare(
     check_config(config)
     if dropout is not None and not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}, a share from 0 up to below 1 expected. scGPT uses 0.2.")
+    TrainConfig(random_state=random_state)  # says so where that is no seed, before weights are drawn
     source = open_source(data, layer=layer)
     where = processes(n_gpus, n_procs, device)
     genes.check_unique(source.genes)

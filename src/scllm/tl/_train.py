@@ -31,7 +31,7 @@ from scllm.engine.device import check_gpus, resolve_device, resolve_precision
 from scllm.engine.estimate import say_cost
 from scllm.engine.gene_init import start_from_data
 from scllm.engine.head_start import start_heads
-from scllm.engine.launch import cluster_command, launch
+from scllm.engine.launch import cluster_command, cropping, launch
 from scllm.engine.lora import LoraSettings, check_peft
 from scllm.engine.objectives import Label, Objective, objective_to_dict
 from scllm.engine.optim import Freeze
@@ -148,6 +148,7 @@ def train(
                 "lora= adapts the encoder and freeze='encoder' keeps it as it is, one of them expected. Leave one out."
             )
     check_trainable(model, freeze)
+    cropping(model, config.max_len)  # says so where sentences would be too short
     match = gene_match(data, source, model)
     spec = {
         "verb": verb,
@@ -182,7 +183,7 @@ def train(
         with run.locked():
             if run.is_new():
                 _set_up(run, spec, source, model, match, objective, config, cells, where)
-            else:
+            elif not run.is_done:
                 _set_up_again(run, spec, source)
     trained = launch(run, n_procs=where.n, device=where.device, source=source, family=family)
     shutil.rmtree(run.data, ignore_errors=True)  # the run is done: nothing reads the copy again
