@@ -16,7 +16,7 @@ from engine.runs import agents, curve, interrupted, pretrain, same_curve, start,
 
 import scllm
 from scllm.data.run_files import write_json
-from scllm.engine.launch import launch, train
+from scllm.engine.launch import continue_run, launch
 from scllm.engine.run import Run
 
 # 84 steps: on a busy machine a run gets far before it is seen to have come to a step
@@ -207,7 +207,7 @@ def test_a_run_that_is_done_by_the_time_it_is_free_is_left_as_it_is(toy, tmp_pat
         assert launch(run, n_procs=1, device="cpu").hash() == model.hash()
     else:
         monkeypatch.setenv("RANK", "0")
-        train(run, device="cpu")
+        continue_run(run, device="cpu")
     other.join()
     after = contents(run.path)
     del before[Path(".lock")], after[Path(".lock")]
@@ -220,7 +220,7 @@ def test_a_run_that_began_without_scaling_its_loss_goes_on_in_half_precision(toy
     # as precision='auto' is another one on another device
     write_json(run.path / "spec.json", run.spec | {"train": run.spec["train"] | {"precision": "fp16", "epochs": 3}})
     with caplog.at_level("INFO", logger="scllm"):
-        train(run, device="cpu")
+        continue_run(run, device="cpu")
     assert "in fp32 until there" in caplog.text
     assert (curve(run.path)["loss"] > 0).all()
     assert len(curve(run.path)) == 3 * 7 + 3
