@@ -23,7 +23,7 @@ _TITLES = {
     "accuracy": "accuracy", "macro_f1": "macro F1", "balanced_accuracy": "balanced\naccuracy", "auroc": "AUROC",
     "auprc": "AUPRC", "ece": "calibration\nerror ↓", "r2": "R²", "pearson": "Pearson", "mae": "mean absolute\nerror ↓",
 }  # fmt: skip
-_APART = 0.2  # of the two methods from the middle of a metric
+_APART = 0.17  # of the two methods from the middle of a metric
 _MAE = "mae"
 _FEW = 5  # cells of a bin whose share of right ones is mostly chance
 
@@ -62,7 +62,7 @@ def cv_scores(
             raise missing_key(name, table.columns, "a metric of the table")
     # an error has the unit of the values, and an axis of its own
     panels = [part for part in ([n for n in names if n != _MAE], [n for n in names if n == _MAE]) if part]
-    width = [0.5 + 1.25 * len(part) for part in panels]
+    width = [0.5 + 1.4 * len(part) for part in panels]
     axes = axis_grid(ax, len(panels), (1.2 + sum(width), 3.4), width_ratios=width)
     for panel, part in zip(axes, panels, strict=True):
         _draw_folds(panel, table, part)
