@@ -115,30 +115,29 @@ def test_a_run_goes_on_with_another_number_of_processes(toy, tmp_path):
     same_curve(curve(run_dir), curve(tmp_path / "whole"))
 
 
-def test_a_run_goes_on_when_its_data_were_moved(toy, tmp_path):
-    run_dir, path = tmp_path / "run", tmp_path / "toy.h5ad"
-    toy.write_h5ad(path)
-    process = start(run_dir, data=path, **LONG)
-    wait_for_step(run_dir, 5)
+@pytest.fixture
+def killed(toy, tmp_path):
+    """A run on a file that was killed on its way."""
+    toy.write_h5ad(tmp_path / "toy.h5ad")
+    process = start(tmp_path / "run", data=tmp_path / "toy.h5ad", **LONG)
+    wait_for_step(tmp_path / "run", 5)
     process.kill()
     process.communicate()
-    pretrain(path.rename(tmp_path / "moved.h5ad"), run_dir, **LONG)
+    return tmp_path / "run"
+
+
+def test_a_run_goes_on_when_its_data_were_moved(killed, tmp_path):
+    pretrain((tmp_path / "toy.h5ad").rename(tmp_path / "moved.h5ad"), killed, **LONG)
     # other processes will look for them there
-    assert Run(run_dir).spec["data_reference"] == str(tmp_path / "moved.h5ad")
+    assert Run(killed).spec["data_reference"] == str(tmp_path / "moved.h5ad")
 
 
-def test_a_run_does_not_go_on_with_other_cells(toy, tmp_path):
-    run_dir, path = tmp_path / "run", tmp_path / "toy.h5ad"
-    toy.write_h5ad(path)
-    process = start(run_dir, data=path, **LONG)
-    wait_for_step(run_dir, 5)
-    process.kill()
-    process.communicate()
-    toy[::-1].copy().write_h5ad(path)
-    again = subprocess.run([sys.executable, "-m", "scllm", "run", run_dir], capture_output=True, text=True, check=False)
+def test_a_run_does_not_go_on_with_other_cells(toy, killed, tmp_path):
+    toy[::-1].copy().write_h5ad(tmp_path / "toy.h5ad")
+    again = subprocess.run([sys.executable, "-m", "scllm", "run", killed], capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert "holds other cells, genes or values than when the run" in again.stderr
-    assert not Run(run_dir).is_done
+    assert not Run(killed).is_done
 
 
 def test_the_command_line_continues_a_run(expected, toy, tmp_path):
