@@ -65,7 +65,8 @@ def embeddings(adata: AnnData, model: CellModel) -> dict[str, np.ndarray]:
     found["mean gene vector"] = expressed @ table[match.token_ids] / np.asarray(expressed.sum(1))
     found["<cls>"] = embedded(adata, model)
     for layer in range(-model.config.n_layers - 1, 0):
-        found[f"mean, hidden_layer={layer}"] = embedded(adata, model, pooling="mean", hidden_layer=layer)
+        for pooling in ("mean", "ranked"):
+            found[f"{pooling}, hidden_layer={layer}"] = embedded(adata, model, pooling=pooling, hidden_layer=layer)
     return found
 
 
