@@ -78,5 +78,5 @@ def test_settings_come_back_from_json():
 
 
 def test_an_unknown_loss_is_refused():
-    with pytest.raises(ValueError, match=r"loss is {'mse': 1.0}, names of .* expected\. Use loss='bce'"):
+    with pytest.raises(ValueError, match=r"loss is {'mse': 1.0}, names of .* expected\. Use loss='ce'"):
         GeneLabel(genes=[[0], [1]], weights=[[1.0], [1.0]], loss={"mse": 1.0})

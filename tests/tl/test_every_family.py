@@ -108,7 +108,7 @@ def test_embeddings_depend_on_the_cell_alone_and_cells_without_genes_have_one(ce
 @every_family
 def test_a_saved_model_gives_the_same_bits(cells, fresh, family, tmp_path):
     cells, model = cells[:30].copy(), fresh(family)
-    model.set_heads([HeadSpec("cell_type", ("A", "B"))])
+    model.set_heads([HeadSpec("kind", ("A", "B"))])
     model.eval().save(tmp_path / "model")
     for key, one in (("here", model), ("loaded", models.load(tmp_path / "model"))):
         tl.embed(cells, one, key_added=key)

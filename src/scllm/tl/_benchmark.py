@@ -80,11 +80,12 @@ def benchmark(
     _check_classes(truth, origin, key, batch_key)
     embedded = adata.uns.get(_keys.UNS, {}).get("embed", {}).get("params", {})
     if embedded.get("key_added") in names and key in embedded.get("heads", ()):
-        warn(
-            f"obsm[{embedded['key_added']!r}] is of a model that was fine-tuned on a column {key!r}, one that has not "
-            "seen these labels expected: if it learnt them from these cells, its scores are too high. Embed with the "
-            "pretrained model, or score cells that were held out."
-        )
+        log.warning(
+            "obsm[%r] is of a model that was fine-tuned on a column %r, one that has not seen these labels expected: "
+            "if it learnt them from these cells, its scores are too high. Embed with the pretrained model, or score "
+            "cells that were held out.",
+            embedded["key_added"], key,
+        )  # fmt: skip
     embeddings = {name: _embedding(adata, name)[cells] for name in dict.fromkeys(names)}
     rows = {}
     for name, values in embeddings.items():

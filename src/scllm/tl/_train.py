@@ -131,24 +131,7 @@ def train(
     params: Mapping[str, Any],
 ) -> CellModel:
     """Write the run directory (or continue the one there), train, and record the result on the AnnData."""
-    if resume not in ("auto", True, False):
-        raise ValueError(
-            f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues a run of the same spec."
-        )
-    check_tracker(config.logger)
-    if config.strategy == "fsdp" and config.precision == "fp16":
-        raise ValueError(
-            "strategy='fsdp' with precision='fp16' is not supported, bf16 or fp32 expected: loss scaling does not go "
-            "with split weights. Leave precision= out."
-        )
-    if lora is not None:
-        check_peft()
-        if freeze == "encoder":
-            raise TypeError(
-                "lora= adapts the encoder and freeze='encoder' keeps it as it is, one of them expected. Leave one out."
-            )
-    check_trainable(model, freeze)
-    cropping(model, config.max_len)  # says so where sentences would be too short
+    _check_settings(model, config, freeze, lora, resume)
     match = gene_match(data, source, model)
     spec = {
         "verb": verb,
@@ -192,6 +175,30 @@ def train(
         record(data, verb, {**settings, "run_dir": run.path}, trained.history)
         remember(data, trained)
     return trained
+
+
+def _check_settings(
+    model: CellModel, config: TrainConfig, freeze: Freeze, lora: LoraSettings | None, resume: bool | str
+) -> None:
+    """Raise on settings that do not go together, or not with the model."""
+    if resume not in ("auto", True, False):
+        raise ValueError(
+            f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues a run of the same spec."
+        )
+    check_tracker(config.logger)
+    if config.strategy == "fsdp" and config.precision == "fp16":
+        raise ValueError(
+            "strategy='fsdp' with precision='fp16' is not supported, bf16 or fp32 expected: loss scaling does not go "
+            "with split weights. Leave precision= out."
+        )
+    if lora is not None:
+        check_peft()
+        if freeze == "encoder":
+            raise TypeError(
+                "lora= adapts the encoder and freeze='encoder' keeps it as it is, one of them expected. Leave one out."
+            )
+    check_trainable(model, freeze)
+    cropping(model, config.max_len)  # says so where sentences would be too short
 
 
 def check_trainable(model: CellModel, freeze: Freeze) -> None:
