@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -245,8 +246,13 @@ def test_a_message_says_what_was_seen_expected_and_to_do_and_nothing_is_written(
 
 
 def test_other_layers_are_not_spoken_of_where_nothing_is_wrong(adata):
-    adata.layers["odd"] = adata.X * 37.7  # not counts, and too large to be logged
     embed(adata, Path())
+    expected = adata.obsm["X_scllm"].copy()
+    adata.layers["odd"] = adata.X * 37.7  # not counts, and too large to be logged
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embed(adata, Path())
+    np.testing.assert_array_equal(adata.obsm["X_scllm"], expected)
 
 
 def test_a_cell_without_a_known_gene_is_kept_as_cls_alone(adata):
