@@ -24,8 +24,6 @@ from sklearn.preprocessing import StandardScaler
 import scllm
 
 KEY = "cell_type"
-# at most 300 genes of a cell are drawn in each epoch of training; cells to be labelled are read whole
-CONFIG = scllm.tl.TrainConfig(max_len=301)
 PRETRAINING = {
     "scgpt": {"left_out": 0.25, "mask_ratio": 0.5, "dropout": 0.1, "lr": 5e-4},
     "geneformer": {"dropout": 0.1, "lr": 5e-4},
@@ -59,7 +57,7 @@ def main(folder: Path, family: str, size: str, names: list[str]) -> None:
         for group_key in chosen.group_keys:
             n_folds = 5 if group_key is None else adata.obs[group_key].nunique()
             scllm.tl.cross_validate(
-                adata, model, key=KEY, n_folds=n_folds, group_key=group_key, config=CONFIG,
+                adata, model, key=KEY, n_folds=n_folds, group_key=group_key,
                 run_dir=folder / f"{name}-{family}-{size}-{group_key or 'cells'}",
             )  # fmt: skip
             table = adata.uns["scllm"]["cross_validate"]["table"]
@@ -71,10 +69,10 @@ def main(folder: Path, family: str, size: str, names: list[str]) -> None:
 
 
 def pretrained(folder: Path, name: str, family: str, size: str, adata: ad.AnnData) -> scllm.models.CellModel:
-    """A model pretrained on all cells of a set without labels."""
+    """A model pretrained on all cells of a set without labels, on at most 300 genes of a cell at a time."""
     return scllm.tl.pretrain(
-        adata, family, size=size, epochs=SETS[name].epochs, config=CONFIG, run_dir=folder / f"{name}-{family}-{size}",
-        **PRETRAINING[family],
+        adata, family, size=size, epochs=SETS[name].epochs, config=scllm.tl.TrainConfig(max_len=301),
+        run_dir=folder / f"{name}-{family}-{size}", **PRETRAINING[family],
     )  # fmt: skip
 
 

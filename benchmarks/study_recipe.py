@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 import scllm
-from benchmarks.study_labels import CONFIG, KEY, SETS, pretrained, read
+from benchmarks.study_labels import KEY, SETS, pretrained, read
 
 FREEZE = {"nothing": 0, "half of the blocks": 1, "all but the head": "encoder"}
 LOSSES = ("ce", "bce", "dice", "focal")
@@ -26,11 +26,11 @@ def main(folder: Path, name: str) -> None:
     model = pretrained(folder, name, "scgpt", "tiny", adata)
     rows = []
     for (frozen, freeze), lora, upsample, loss in product(FREEZE.items(), (None, 8), (False, True), LOSSES):
-        if freeze == "encoder" and lora:
-            continue  # nothing that adapters could change
+        if lora and (freeze == "encoder" or upsample):
+            continue  # nothing that adapters could change; they were not tried with upsampling
         scores = scllm.tl.cross_validate(
             adata, model, key=KEY, baseline=False, freeze=freeze, lora=lora, upsample=upsample, loss=loss,
-            config=CONFIG, run_dir=folder / f"{name}-recipe" / f"{freeze}-{lora}-{upsample}-{loss}",
+            run_dir=folder / f"{name}-recipe" / f"{freeze}-{lora}-{upsample}-{loss}",
         )  # fmt: skip
         rows.append({
             "frozen": frozen, "LoRA": lora or "", "upsampled": "yes" if upsample else "", "loss": loss,

@@ -100,7 +100,8 @@ def test_every_family_trains_with_split_weights_and_takes_part_without_cells(toy
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = models.build(family, vocab=toy.var_names, size="tiny", dropout=0.0)
-        model.set_heads([HeadSpec("cell_type", ("A", "B", "C", "D"), pooling=model.head_pooling)])
+        reads = "last" if model.head_pooling is None else "both"
+        model.set_heads([HeadSpec("cell_type", ("A", "B", "C", "D"), pooling=model.head_pooling, reads=reads)])
     objective = Label() if task == "labels" else objective_from_dict(model.config.objective())
     some, none = batches(toy, model, objective)
     split = copy.deepcopy(model)

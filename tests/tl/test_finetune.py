@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from scllm import models
 from scllm.data.plan import plan
 from scllm.pp import split
 from scllm.tl import TrainConfig, finetune
@@ -149,7 +150,7 @@ def test_rare_labels_weigh_more_where_asked(adata, tune):
     adata.obs["label"] = ["rare"] * 10 + ["common"] * 50
     balanced = spec_of(tune("label", class_weight="balanced", validation=0))["objective"]["class_weight"]
     assert balanced == {"label": pytest.approx([60 / (2 * 50), 60 / (2 * 10)])}  # common, rare
-    given = spec_of(tune("label", class_weight={"rare": 3}))["objective"]["class_weight"]
+    given = spec_of(tune("label", class_weight={"rare": 3}, validation=0))["objective"]["class_weight"]
     assert given == {"label": [1.0, 3.0]}
     with pytest.raises(KeyError, match=r"'rar' is not a label of obs.*Did you mean 'rare'"):
         tune("label", class_weight={"rar": 3})
@@ -172,6 +173,19 @@ def test_what_is_frozen_stays_and_the_rest_learns(tiny, tune, freeze, frozen):
     # decoders take no part in labels
     learning = [name for name in tiny.state_dict() if name.startswith(("layers.", "value_embedding.up"))]
     assert set(learning) - moved == {name for name in learning if frozen and name.startswith(frozen)}
+
+
+def test_heads_that_read_the_inputs_train_what_makes_them_alone(tiny, tune):
+    tuned = tune(lr=1e-3, validation=0, config=TrainConfig(head_reads="inputs"))
+    moved = {name for name, weight in tiny.state_dict().items() if (weight != tuned.state_dict()[name]).any()}
+    assert {name.split(".")[0] for name in moved} == {"gene_embedding", "gene_norm", "value_embedding"}
+    assert tuned.head_specs[0].reads == "inputs"
+
+
+def test_heads_like_the_published_ones_read_the_last_states(adata, tune, tmp_path):
+    with pytest.raises(ValueError, match=r"head_reads is 'both', 'last' expected: heads of scbert are .*Leave it out"):
+        tune(model=models.build("scbert", vocab=adata.var_names, size="tiny"), config=TrainConfig(head_reads="both"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_freezing_what_is_not_there_is_an_error(tune, tmp_path):

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from scllm._typing import HeadReads
+
 __all__ = ["Precision", "TrainConfig"]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -88,6 +90,10 @@ class TrainConfig:
     use_dropout
         Whether the model's dropout is on in training. ``None``: yes, but for :func:`finetune`, whose heads start from
         states without that noise.
+    head_reads
+        What the heads of :func:`finetune` read of a cell: the ``"inputs"`` of the first block, which know no context
+        and compare best between studies; the states after the ``"last"`` block; or ``"both"``. ``None``: both, but
+        the last alone in scbert and scfoundation, whose heads are like the published ones.
     label_smoothing
         Share of each label's target that is spread over all labels, in fine-tuning with ``loss="ce"``.
     patience
@@ -120,6 +126,7 @@ class TrainConfig:
     log_every: int = 1
     save_every: int | None = None
     use_dropout: bool | None = None
+    head_reads: HeadReads | None = None
     label_smoothing: float = 0.0
     patience: int | None = None
     compile: bool = False

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from scllm._typing import HeadReads
 from scllm.data.encode import Encoder
 from scllm.data.vocab import Vocab
 from scllm.models.batch import Batch, Outputs
@@ -70,7 +71,7 @@ class CellModel(nn.Module):
     unit_length: ClassVar[bool] = False
     """Whether the family's own cell embedding is scaled to length one."""
     head_pooling: ClassVar[Pooling | None] = None
-    """What fresh heads, of one hidden layer, read of a cell; ``None``: they are like the published ones."""
+    """How fresh heads, of one hidden layer, read a cell's states; ``None``: they are like the published ones."""
     heads_read_cells: ClassVar[bool] = True
     """Whether heads read one vector a cell, and not the states of all its tokens."""
     reads_depth: ClassVar[bool] = False
@@ -176,6 +177,13 @@ class CellModel(nn.Module):
             x = block(x, batch)
         return blocks[-1].first(x, batch) if first_only else blocks[-1](x, batch)
 
+    def first_and_last(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """States of all tokens before the first and after the last block, ``(t, d)`` each."""
+        first = last = self.inputs(batch)
+        for block in self.blocks:
+            last = block(last, batch)
+        return first, last
+
     def speed_up(self, *, compile: bool = False, checkpointing: bool = False) -> None:
         """Compile the blocks' pointwise parts, or compute blocks again in the backward pass for less memory."""
         for block in self.blocks:
@@ -197,7 +205,8 @@ class CellModel(nn.Module):
         # what a published head reads is known to the family alone
         if spec.pooling is None:
             return self.new_head(spec.n_outputs)
-        return PooledHead(self.config.d_model, spec.n_outputs, self.config.dropout)
+        d = self.config.d_model
+        return PooledHead(2 * d if spec.reads == "both" else d, d, spec.n_outputs, self.config.dropout)
 
     def is_expressed(self, batch: Batch) -> Tensor:
         """Which tokens are expressed genes, ``(t,)``: no specials and no zeros."""
@@ -237,25 +246,41 @@ class CellModel(nn.Module):
 
     def head_state(self, hidden: Tensor, batch: Batch) -> Tensor:
         """What the heads read of each cell, ``(b, d)``, from the states of its tokens."""
-        return self.pool(hidden, batch, self._read_by_heads or self.pooling)
+        return self.pool(hidden, batch, self._head_pooling or self.pooling)
 
     def head_inputs(self, batch: Batch) -> Tensor:
-        """What the heads read of each cell, ``(b, d)``."""
-        if (self._read_by_heads or self.pooling) == "cls":
+        """What the heads read of each cell, ``(b, d)``, or ``(b, 2 d)`` where they read two states of it."""
+        match self._head_reads:
+            case "inputs":
+                return self.head_state(self.inputs(batch), batch)
+            case "both":
+                return torch.cat([self.head_state(states, batch) for states in self.first_and_last(batch)], dim=1)
+        if (self._head_pooling or self.pooling) == "cls":
             return self.hidden(batch, first_only=True)
         return self.head_state(self.hidden(batch), batch)
 
+    # all heads of a model read the same
+
     @property
-    def _read_by_heads(self) -> Pooling | None:
-        """All heads of a model read the same."""
+    def _head_pooling(self) -> Pooling | None:
         return self.head_specs[0].pooling if self.head_specs else None
+
+    @property
+    def _head_reads(self) -> HeadReads:
+        return self.head_specs[0].reads if self.head_specs else "last"
 
     def head_outputs(self, batch: Batch) -> dict[str, Tensor]:
         """Logits (or values) of every head on cells by its key."""
         return self.apply_heads(self.head_inputs(batch))
 
+    def head_outputs_after(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The same where the states after the last block are known, ``(t, d)``."""
+        if self._head_reads != "last":
+            return self.head_outputs(batch)
+        return self.apply_heads(self.head_state(hidden, batch))
+
     def apply_heads(self, cell: Tensor) -> dict[str, Tensor]:
-        """Logits (or values) of every head on cells by its key, from cell embeddings ``(b, d)``."""
+        """Logits (or values) of every head on cells by its key, from what they read."""
         return {key: head(cell) for key, head in self.heads_on("cell").items()}
 
     def gene_head_outputs(self, batch: Batch) -> dict[str, Tensor]:

@@ -226,6 +226,13 @@ class GeneLM(CellModel):
         states = self._states(genes, padding, layer)
         return states[:, 0] if first_only else states[~padding]
 
+    def first_and_last(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """States of all tokens before the first and after the last block, ``(t, d)`` each."""
+        genes, _, padding = batch.padded(pad_id=self.pad_id)
+        found = self._through(self.network.base_model, genes, padding, output_hidden_states=True)
+        first, last = (states[: len(genes)][~padding] for states in (found.hidden_states[0], found.last_hidden_state))
+        return first, last
+
     def inputs(self, batch: Batch) -> Tensor:
         """What the first block reads, ``(t, d)``."""
         return self.hidden(batch, layer=-self.config.n_layers - 1)
@@ -234,7 +241,7 @@ class GeneLM(CellModel):
         """States, cell embeddings and what the heads make of them."""
         hidden = self.hidden(batch)
         cell = self.pool(hidden, batch, self.pooling)
-        return Outputs(hidden, cell, self.apply_heads(self.head_state(hidden, batch)))
+        return Outputs(hidden, cell, self.head_outputs_after(hidden, batch))
 
     def gene_table(self) -> Tensor:
         """The embedding of each token, ``(n_tokens, d)``; in ALBERT of its own, smaller width."""

@@ -40,7 +40,7 @@ SIZES: dict[str, dict[str, Any]] = {
 # loss is the same, and clusters of the mean embedding agree with cell types at an NMI of 0.66 in place of 0.33.
 PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 1e-3}
 # 5e-5, the original's own default, leaves small models at chance level after ten epochs of a few hundred cells
-FINETUNE = {"epochs": 5, "batch_size": 32, "lr": 1e-4}
+FINETUNE = {"epochs": 3, "batch_size": 32, "lr": 3e-5}
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class Model(CellModel):
 
     def new_head(self, n_outputs: int) -> nn.Module:
         """The original's classifier, but started as PyTorch does: from a spread of 0.02 small models hardly learn."""
-        return PooledHead(self.config.d_model, n_outputs, self.config.dropout)
+        d = self.config.d_model
+        return PooledHead(d, d, n_outputs, self.config.dropout)
 
     def inputs(self, batch: Batch) -> Tensor:
         """What the first block reads, ``(t, d)``."""
@@ -140,13 +141,13 @@ class Model(CellModel):
         """States of all tokens, embedding of each cell, and what the heads say."""
         hidden = self.hidden(batch)
         heads = {key: head(hidden) for key, head in self.heads_on("gene").items()}
-        return Outputs(
-            hidden, self.pool(hidden, batch, self.pooling), heads | self.apply_heads(self.head_state(hidden, batch))
-        )
+        return Outputs(hidden, self.pool(hidden, batch, self.pooling), heads | self.head_outputs_after(hidden, batch))
 
     def head_inputs(self, batch: Batch) -> Tensor:
         """What the heads read of each cell, ``(b, d)``."""
-        if self._read_by_heads is None and self.config.classify_first and self.config.specials:
+        if self._head_pooling is not None:
+            return super().head_inputs(batch)
+        if self.config.classify_first and self.config.specials:
             return self.hidden(batch, first_only=True)
         return self.head_state(self.hidden(batch), batch)
 
@@ -183,8 +184,8 @@ class Model(CellModel):
 
     def head_state(self, hidden: Tensor, batch: Batch) -> Tensor:
         """What heads read, ``(b, d)``: published ones the first token, be it ``<cls>`` or a gene."""
-        if self._read_by_heads is not None or not self.config.classify_first:
-            return self.pool(hidden, batch, self._read_by_heads or "mean")
+        if self._head_pooling is not None or not self.config.classify_first:
+            return self.pool(hidden, batch, self._head_pooling or "mean")
         # without <cls> a cell may have no token at all: it reads zeros
         there = torch.tensor(batch.lengths, device=hidden.device) > 0
         first = hidden[batch.first.clamp(max=max(0, len(hidden) - 1))] if len(hidden) else hidden.new_zeros(0)

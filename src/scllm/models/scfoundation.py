@@ -39,7 +39,7 @@ SIZES = {
 
 # the decoder predicts every gene of the vocabulary: few cells a step
 PRETRAIN = {"epochs": 6, "batch_size": 16, "lr": 1e-4, "downsample": 0.8}
-FINETUNE = {"epochs": 5, "batch_size": 32, "lr": 1e-4}
+FINETUNE = {"epochs": 3, "batch_size": 32, "lr": 3e-5}
 
 Part = Literal["cell", "rde", "gene"]
 
@@ -294,7 +294,7 @@ class Model(CellModel):
         hidden = self.hidden(batch)
         cell = self.pool(hidden, batch, self.pooling)
         value = self.expression(self.gene_states(hidden, batch)[batch.cell, batch.genes])
-        return Outputs(hidden, cell, {"value": value} | self.apply_heads(self.head_state(hidden, batch)))
+        return Outputs(hidden, cell, {"value": value} | self.head_outputs_after(hidden, batch))
 
     def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
         """Predictions at the tokens ``at``, ``(n,)``; with ``hide`` without having seen those."""

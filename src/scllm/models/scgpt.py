@@ -36,7 +36,7 @@ SIZES = {
 
 # scGPT-style pretraining on 300,000 blood cells; the annotation recipe of the scGPT package
 PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 1e-4}
-FINETUNE = {"epochs": 5, "batch_size": 32, "lr": 1e-4}
+FINETUNE = {"epochs": 3, "batch_size": 32, "lr": 3e-5}
 
 ValueStyle = Literal["continuous", "category", "scaling"]
 
@@ -183,7 +183,7 @@ class Model(CellModel):
         heads = self.decode(hidden, batch.cell, batch) | self.decode_cell(cell, batch.genes, batch.cell, batch)
         if self.batch_head is not None:
             heads["batch"] = self.batch_head(GradientReversal.apply(cell))
-        return Outputs(hidden, cell, heads | self.apply_heads(self.head_state(hidden, batch)))
+        return Outputs(hidden, cell, heads | self.head_outputs_after(hidden, batch))
 
     def decode(self, hidden: Tensor, cell_of: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Values predicted from token states ``(n, d)`` of the cells ``cell_of``: ``value``, and ``zero`` logits."""

@@ -25,7 +25,7 @@ SIZES = {
 }
 
 PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 5e-4}
-FINETUNE = {"epochs": 5, "batch_size": 32, "lr": 1e-4}
+FINETUNE = {"epochs": 3, "batch_size": 32, "lr": 3e-5}
 
 
 @dataclass(frozen=True)

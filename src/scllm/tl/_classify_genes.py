@@ -83,7 +83,7 @@ def classify_genes(
     key_added
         Column of ``var`` to write.
     **finetune_options
-        Of :func:`finetune`: ``epochs`` (3 by default), ``lr``, ``batch_size``, ``config``, ``lora``, ``layer``,
+        Of :func:`finetune`: ``epochs`` (3 by default), ``lr`` (1e-4), ``batch_size``, ``config``, ``lora``, ``layer``,
         ``run_dir`` (folds are runs of their own in ``run_dir/fold-0``, ...), ``resume``, ``device``, ``precision``,
         ``n_gpus``, ``n_procs`` and ``random_state``. ``class_weight`` is ``"balanced"`` (labels weigh alike; the
         default) or ``None``, which gives calibrated probabilities and prefers the frequent label. ``validation`` is the

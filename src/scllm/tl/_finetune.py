@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scllm import models
 from scllm._checks import check_adata, missing_key
 from scllm._log import warn
-from scllm._typing import IntArray
+from scllm._typing import HeadReads, IntArray
 from scllm.data.source import CellSource, open_source
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.lora import LoraSettings
@@ -60,10 +60,11 @@ def finetune(
 ) -> CellModel:
     """Train a head that predicts ``obs[key]``, together with the model below it.
 
-    Heads first learn alone, from the states that the model gives the training cells (in seconds); then all that is not
-    frozen trains on, without dropout. The best weights by validation loss are kept, those of the start among them, and
-    their probabilities are calibrated on the validation cells. scbert, whose head reads every position, has no such
-    start.
+    Heads read the states of a cell's genes before the first block and after the last one, its highest genes weighing
+    most. They first learn alone (in seconds); then all that is not frozen trains on, without dropout. The best weights
+    by validation loss are kept, those of the start among them, and their probabilities are calibrated on the validation
+    cells. Heads of scbert and scfoundation are like the published ones; that of scbert, which reads every position, has
+    no such start.
 
     Parameters
     ----------
@@ -92,11 +93,11 @@ def finetune(
     layer
         Layer to read; ``None`` is ``X``.
     epochs
-        Passes over the cells; ``None`` is the family's own (5; scbert: 10).
+        Passes over the cells; ``None`` is the family's own (3; scbert: 10).
     batch_size
         Cells of one optimiser step, over all processes (scgpt, geneformer: 32).
     lr
-        Highest learning rate (1e-4), reached after 20 steps, which falls to zero.
+        Highest learning rate (3e-5; scbert: 1e-4), reached after 20 steps, which falls to zero.
     n_gpus
         GPUs, one process each; ``None``: all there are, else one CPU process.
     n_procs
@@ -151,6 +152,7 @@ def finetune(
         **module.FINETUNE,
         "gene_init": "random",
         "use_dropout": not begun.heads_read_cells,
+        "head_reads": "last" if begun.head_pooling is None else "both",
         "schedule": "linear",
         "warmup": 20,
     }
@@ -175,9 +177,7 @@ def finetune(
         class_weight=_class_weights(class_weight, targets, training),
         label_smoothing=settings.label_smoothing,
     )
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)  # of the CPU alone: GPUs keep their state
-        begun.set_heads(replace(spec, pooling=begun.head_pooling) for spec in specs)
+    _set_heads(begun, specs, settings.head_reads or "last", seed)
     check_freeze(begun, freeze)
     return train(
         "finetune", data, source, begun, objective, settings,
@@ -227,6 +227,18 @@ def _head(target: Target, training: IntArray, held_out: IntArray) -> HeadSpec:
             )
         return HeadSpec(target.key, target.classes)
     return HeadSpec(target.key, None, mean=float(seen.mean()), std=float(seen.std()))
+
+
+def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadReads, seed: int) -> None:
+    """Fresh heads, a function of the seed."""
+    if reads != "last" and model.head_pooling is None:
+        raise ValueError(
+            f"head_reads is {reads!r}, 'last' expected: heads of {model.family} are like the published ones, which "
+            "read the states after the last block. Leave it out."
+        )
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)  # of the CPU alone: GPUs keep their state
+        model.set_heads(replace(spec, pooling=model.head_pooling, reads=reads) for spec in specs)
 
 
 def _balancing(target: Target, training: IntArray) -> NDArray[np.float64]:

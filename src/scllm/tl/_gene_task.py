@@ -28,7 +28,7 @@ from scllm.tl._train import Processes, merged_config, train
 
 __all__ = ["GeneTask", "Options", "gene_config"]
 
-_EPOCHS = 3
+_EPOCHS, _LR = 3, 1e-4  # heads on genes know nothing at first
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Options:
 
 def gene_config(model: CellModel, options: Options) -> TrainConfig:
     """Training settings with nothing left open."""
-    defaults = {**models.family_module(model.family).FINETUNE, "epochs": _EPOCHS, "gene_init": "random"}
+    defaults = {**models.family_module(model.family).FINETUNE, "epochs": _EPOCHS, "lr": _LR, "gene_init": "random"}
     given = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
     return merged_config(
         options.config, given, defaults, precision=options.precision, random_state=options.random_state
