@@ -65,6 +65,15 @@ def test_pooling_leaves_specials_out_and_gives_zeros_without_genes(model, batch)
     assert model.pool(hidden, batch, "max").tolist() == expected
 
 
+@pytest.mark.parametrize("pooling", ["mean", "ranked"])
+def test_means_of_long_cells_are_as_good_in_half_precision_as_one_rounding(model, pooling):
+    values = torch.arange(2_000, 0, -1, dtype=torch.float32)
+    cell = Batch.from_tokens(Tokens(np.array([0, 2_000]), np.arange(2_000) % 9, values.numpy()))
+    hidden = (1 + torch.rand(2_000, 8, generator=torch.Generator().manual_seed(0))).bfloat16()
+    exact = model.pool(hidden.double().float(), cell, pooling)
+    torch.testing.assert_close(model.pool(hidden, cell, pooling).float(), exact, rtol=2**-8, atol=0)
+
+
 def test_the_repr_says_what_the_model_is(model):
     text = repr(model)
     for part in ("scgpt model: 2 layers x 2 heads x 8", "9 genes (g0, g1, g2", "BinEncoder(n_bins=51"):

@@ -42,6 +42,16 @@ def test_everything_comes_back(model, tmp_path):
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["model"]
 
 
+def test_a_published_format_is_written_beside_other_files_only_and_is_not_where_the_model_is(model, tmp_path):
+    model.set_heads(())
+    model.save(tmp_path / "native")
+    with pytest.raises(ValueError, match=r"native is there and not empty, a new folder expected"):
+        model.save(tmp_path / "native", format="scgpt")
+    assert models.load(tmp_path / "native").hash() == model.hash()
+    model.save(tmp_path / "scgpt", format="scgpt")
+    assert model.path == tmp_path / "native"
+
+
 def test_history_lines_hold_what_was_logged_and_nothing_else(model, tmp_path):
     model.save(tmp_path / "model")
     lines = [json.loads(line) for line in (tmp_path / "model" / "history.jsonl").read_text().splitlines()]

@@ -146,6 +146,12 @@ def test_rare_labels_are_drawn_as_often_as_common_ones(adata, tune):
     assert "weights" not in cells_of(tune("label"))
 
 
+def test_labels_that_are_no_strings_are_weighed_too(adata, tune):
+    adata.obs["label"] = [True] * 10 + [False] * 50
+    given = spec_of(tune("label", class_weight={True: 3}, validation=0))["objective"]["class_weight"]
+    assert given == {"label": [1.0, 3.0]}
+
+
 def test_rare_labels_weigh_more_where_asked(adata, tune):
     adata.obs["label"] = ["rare"] * 10 + ["common"] * 50
     balanced = spec_of(tune("label", class_weight="balanced", validation=0))["objective"]["class_weight"]
@@ -287,6 +293,11 @@ def test_down_sampling_needs_counts(adata, tune):
         ({"key": "batch", "group_key": "batch"}, ValueError, "training cells hold 1 distinct labels"),
         ({"epochs": 1, "config": TrainConfig(epochs=2)}, TypeError, "epochs is given twice"),
         ({"config": TrainConfig(max_len=1)}, ValueError, "max_len is 1, at least 2 expected"),
+        ({"lora": 4, "config": TrainConfig(head_reads="inputs")}, TypeError, r"lora= adapts the blocks.*Leave one out"),
+        ({"lora": True}, TypeError, "lora is True, the rank of adapters or LoraSettings expected"),
+        ({"freeze": 1.5}, TypeError, r"freeze is 1\.5, a number of blocks, 'encoder' or patterns"),
+        ({"loss": ["ce", "dice"]}, TypeError, r"loss is \['ce', 'dice'\], one of .* or a weight for each"),
+        ({"key": 5}, TypeError, "key is 5, a column of obs or a list of several expected"),
         ({"random_state": -1}, ValueError, r"random_state is -1, 0 or more expected"),
         ({"random_state": 1.5}, TypeError, r"random_state is 1\.5, a whole number expected"),
     ],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -33,6 +35,22 @@ def test_a_model_that_was_never_saved_is_remembered_in_this_process(adata, tiny,
     back = ad.read_h5ad(tmp_path / "a.h5ad")
     embed(back, key_added="again")
     np.testing.assert_array_equal(back.obsm["again"], back.obsm["X_scllm"])
+
+
+def test_models_of_equal_weights_that_read_cells_differently_are_told_apart(adata, tiny):
+    other = copy.deepcopy(tiny)
+    other.encoder = replace(tiny.encoder, max_len=5)
+    second = adata.copy()
+    embed(adata, tiny)
+    embed(second, other)
+    embed(adata, key_added="again")
+    np.testing.assert_array_equal(adata.obsm["again"], adata.obsm["X_scllm"])
+    assert (adata.obsm["X_scllm"] != second.obsm["X_scllm"]).any()
+
+
+def test_what_is_no_model_is_an_error(adata, tiny):
+    with pytest.raises(TypeError, match=r"model is of type AnnData, a model or the path of one expected. Data come"):
+        embed(adata, adata)
 
 
 def test_in_another_process_a_saved_model_is_found_and_an_unsaved_one_is_missed(adata, tiny, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import sparse
 
+from scllm.models.base import HeadSpec
 from scllm.pp import split
 from scllm.tl import TrainConfig, pretrain
 
@@ -134,6 +135,20 @@ def test_mask_ratio_and_dropout_override_those_of_the_family(train):
     for wrong in (0, 1.0, (0.5, 2)):
         with pytest.raises(ValueError, match="shares between 0 and 1 expected"):
             train(mask_ratio=wrong)
+
+
+def test_going_on_leaves_heads_behind(train, tiny):
+    tiny.set_heads([HeadSpec("cell_type", ("A", "B"))])
+    onwards = train(tiny)
+    assert onwards.head_specs == ()
+    assert len(onwards.heads) == 0
+    assert len(tiny.heads) == 1
+
+
+def test_groups_and_nothing_held_out_do_not_go_together(train, tmp_path):
+    with pytest.raises(TypeError, match=r"group_key='batch' says what is held out whole, and validation=0 holds"):
+        train(validation=0, group_key="batch")
+    assert not list(tmp_path.iterdir())
 
 
 def test_going_on_leaves_the_model_as_it_was_and_starts_from_it(adata, train, tiny):

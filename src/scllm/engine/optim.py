@@ -19,6 +19,11 @@ Freeze = int | str | tuple[str, ...]
 
 def check_freeze(model: CellModel, what: Freeze) -> None:
     """Raise where ``what`` names no part of the model."""
+    if isinstance(what, bool) or not isinstance(what, (int, str, tuple)):
+        raise TypeError(
+            f"freeze is {what!r}, a number of blocks, 'encoder' or patterns of weight names expected. Leave it out to "
+            "freeze nothing."
+        )
     if isinstance(what, int):
         n_blocks = len(list(model.blocks))
         if not 0 <= what <= n_blocks:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scllm._typing import HeadReads
-from scllm.data.encode import Encoder
+from scllm.data.encode import Encoder, encoder_to_dict
 from scllm.data.vocab import Vocab
 from scllm.models.batch import Batch, Outputs
 from scllm.models.config import ModelConfig
@@ -23,7 +24,7 @@ from scllm.models.heads import HeadSpec, Level, PooledHead, Pooling
 from scllm.models.int8 import WeightDtype, to_float
 from scllm.models.pruning import compression
 from scllm.models.rank_weights import rank_weights
-from scllm.models.storage import write_native
+from scllm.models.storage import check_empty, write_native
 
 __all__ = ["Batch", "CellModel", "Checkpoint", "HeadSpec", "Level", "ModelConfig", "Outputs", "Pooling"]
 
@@ -99,8 +100,6 @@ class CellModel(nn.Module):
         special[torch.from_numpy(vocab.special_ids).long()] = True
         self.register_buffer("is_special", special, persistent=False)
 
-    # --- what a family fills in ---
-
     @property
     def blocks(self) -> Sequence[Any]:
         """The transformer blocks, first to last."""
@@ -165,8 +164,6 @@ class CellModel(nn.Module):
             f"of the model; CellModel.{name} says what it returns."
         )
 
-    # --- what all families share, unless one defines it otherwise ---
-
     def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
         """States of all tokens after a block, ``(t, d)``; with ``first_only`` of each cell's first one, ``(b, d)``."""
         x = self.inputs(batch)
@@ -223,16 +220,17 @@ class CellModel(nn.Module):
         gene = ~self.is_special[batch.genes]
         cell = batch.cell[gene]
         shape = (batch.n_cells, hidden.shape[1])
-        index = cell[:, None].expand(-1, shape[1])
         if pooling == "max":
-            highest = hidden.new_zeros(shape)
-            return highest.scatter_reduce(0, index, hidden[gene], "amax", include_self=False)
+            index = cell[:, None].expand(-1, shape[1])
+            return hidden.new_zeros(shape).scatter_reduce(0, index, hidden[gene], "amax", include_self=False)
         if pooling == "ranked":
             values = None if batch.values is None else batch.values[gene]
             weight = rank_weights(cell, values, batch.n_cells, spacing=batch.spacing)
-            return hidden.new_zeros(shape).index_add(0, cell, hidden[gene] * weight[:, None].to(hidden.dtype))
-        total = hidden.new_zeros(shape).index_add(0, cell, hidden[gene])
-        return total / torch.bincount(cell, minlength=batch.n_cells).clamp(min=1)[:, None]
+        else:
+            weight = 1 / torch.bincount(cell, minlength=batch.n_cells)[cell]
+        # a sum of a thousand terms in bfloat16 would lose most of them
+        total = torch.zeros(shape, device=hidden.device)
+        return total.index_add(0, cell, hidden[gene].float() * weight[:, None]).to(hidden.dtype)
 
     def embed(self, batch: Batch, *, pooling: Pooling | None = None, layer: int = -1) -> Tensor:
         """Embedding of each cell, ``(b, d)``; ``pooling=None`` is the family's own."""
@@ -259,10 +257,9 @@ class CellModel(nn.Module):
             return self.hidden(batch, first_only=True)
         return self.head_state(self.hidden(batch), batch)
 
-    # all heads of a model read the same
-
     @property
     def _head_pooling(self) -> Pooling | None:
+        # all heads of a model read the same
         return self.head_specs[0].pooling if self.head_specs else None
 
     @property
@@ -316,8 +313,11 @@ class CellModel(nn.Module):
         return next(self.parameters()).device
 
     def hash(self) -> str:
-        """Short hash of all weights."""
+        """Short hash of all that decides what the model says: architecture, vocabulary, encoder, heads and weights."""
         digest = hashlib.blake2b(digest_size=8)
+        heads = [asdict(spec) for spec in self.head_specs]
+        said = [asdict(self.config), self.vocab.to_dict(), encoder_to_dict(self.encoder), heads]
+        digest.update(json.dumps(said, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -332,18 +332,20 @@ class CellModel(nn.Module):
             The folder; made if it is not there.
         format
             ``"native"`` (weights, vocabulary, encoder, heads), or the published format of the model's own family, which
-            has no room for heads that :func:`scllm.tl.finetune` made.
+            has no room for heads that :func:`scllm.tl.finetune` made. It is written into a new or empty folder.
         """
+        path = Path(path).absolute()
         if format == "native":
-            write_native(self, Path(path))
+            write_native(self, path)
+            self.path = path
         elif format == self.family:
-            self._with_floats().write_original(Path(path))
+            check_empty(path)
+            self._with_floats().write_original(path)
         else:
             raise ValueError(
                 f"format is {format!r}, 'native' or the model's own family {self.family!r} expected. "
                 "A model cannot be written in the format of another family."
             )
-        self.path = Path(path).absolute()
 
     def _with_floats(self) -> CellModel:
         """The model as published formats can hold it."""

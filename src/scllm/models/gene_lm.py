@@ -196,7 +196,7 @@ class GeneLM(CellModel):
         if not lists:
             raise ValueError(
                 f"the {self.network.config.model_type!r} network has no list of blocks, one expected. Freeze by name "
-                "patterns instead, and leave layer_decay and lora out."
+                "patterns instead, pass head_reads='last', and leave layer_decay and lora out."
             )
         return list(lists[0])
 
@@ -229,9 +229,16 @@ class GeneLM(CellModel):
     def first_and_last(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """States of all tokens before the first and after the last block, ``(t, d)`` each."""
         genes, _, padding = batch.padded(pad_id=self.pad_id)
-        found = self._through(self.network.base_model, genes, padding, output_hidden_states=True)
-        first, last = (states[: len(genes)][~padding] for states in (found.hidden_states[0], found.last_hidden_state))
-        return first, last
+        read: list[Tensor] = []
+        # `output_hidden_states` would keep the states after every block for the sake of one
+        watch = self.blocks[0].register_forward_pre_hook(lambda _block, states: read.append(states[0]))
+        try:
+            last = self._states(genes, padding)
+        finally:
+            watch.remove()
+        # XLNet's blocks read positions by cells; ALBERT's one block is called for every layer
+        first = read[0].transpose(0, 1) if self.network.config.model_type == "xlnet" else read[0]
+        return first[: len(genes)][~padding], last[~padding]
 
     def inputs(self, batch: Batch) -> Tensor:
         """What the first block reads, ``(t, d)``."""

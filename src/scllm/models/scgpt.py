@@ -34,8 +34,9 @@ SIZES = {
     "base": {},
 }
 
-# scGPT-style pretraining on 300,000 blood cells; the annotation recipe of the scGPT package
+# scGPT-style pretraining on 300,000 blood cells
 PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 1e-4}
+# the head has learnt alone before (engine/head_start.py): higher rates first undo what it knows
 FINETUNE = {"epochs": 3, "batch_size": 32, "lr": 3e-5}
 
 ValueStyle = Literal["continuous", "category", "scaling"]

@@ -98,6 +98,12 @@ def bytes_on_disk(model: CellModel) -> int:
         return sum(file.stat().st_size for file in (Path(folder) / "model").iterdir())
 
 
+def check_empty(path: Path) -> None:
+    """Raise where files of a published format would take the place of others."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ValueError(f"{path} is there and not empty, a new folder expected. Pass another path.")
+
+
 def _check_target(path: Path) -> None:
     """Raise where writing a model would take the place of anything but a model."""
     if not path.exists():

@@ -29,6 +29,7 @@ from scllm.tl._folds import fold_cells, folds_directory
 from scllm.tl._model import ModelLike, remember, resolve
 from scllm.tl._out_of_fold import METHODS, check_coverage, check_folds, find_groups, fold_scores, overall_scores
 from scllm.tl._target import Target, find_target
+from scllm.tl._train import check_config
 
 __all__ = ["cross_validate"]
 
@@ -229,6 +230,7 @@ class _Cells:
 def _checked(given: Mapping[str, Any], adata: AnnData) -> tuple[dict[str, Any], int]:
     """Options of ``finetune`` and the seed; an error for what no fold could use."""
     options = dict(given)
+    check_config(options.get("config"))
     for name in options:
         if name not in _OPTIONS or name in ("data", "model"):
             close = get_close_matches(name, set(_OPTIONS) - {"data", "model"}, n=1)

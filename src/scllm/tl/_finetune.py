@@ -80,7 +80,8 @@ def finetune(
     loss
         ``"ce"`` (cross-entropy), ``"bce"``, ``"dice"``, ``"focal"``, or weights of several.
     upsample
-        Whether cells of rare labels are drawn more often, so that every label is seen alike.
+        Whether cells of rare labels (of the first ``key`` that has labels) are drawn more often, so that every label is
+        seen alike.
     class_weight
         ``"balanced"``, or a weight for each label; ``None`` weighs cells alike.
     lora
@@ -137,9 +138,7 @@ def finetune(
     if adata is not None:
         check_adata(adata)
     check_config(config)
-    keys = [key] if isinstance(key, str) else list(key)
-    if not keys or len(set(keys)) < len(keys):
-        raise ValueError(f"key is {keys}, one column of obs or several different ones expected. Name each once.")
+    keys = _names(key)
     source = open_source(data, layer=layer)
     targets = [_target(source, name) for name in keys]
     where = processes(n_gpus, n_procs, device)
@@ -171,9 +170,9 @@ def finetune(
         for target in targets
     }
     if upsample:
-        cells["weights"] = _balancing(targets[0], training)
+        cells["weights"] = _balancing(targets, training)
     objective = Label(
-        loss={loss: 1.0} if isinstance(loss, str) else dict(loss),
+        loss={loss: 1.0} if isinstance(loss, str) else loss,
         class_weight=_class_weights(class_weight, targets, training),
         label_smoothing=settings.label_smoothing,
     )
@@ -182,12 +181,36 @@ def finetune(
     return train(
         "finetune", data, source, begun, objective, settings,
         layer=layer, cells=cells, where=where, run_dir=run_dir, resume=resume, freeze=freeze,
-        lora=LoraSettings(r=lora) if isinstance(lora, int) else lora,
+        lora=_adapters(lora, settings.head_reads),
         params={
             "key": keys, "upsample": upsample, "class_weight": class_weight, "validation": validation,
             "group_key": group_key, "layer": layer,
         },
     )  # fmt: skip
+
+
+def _names(key: str | Sequence[str]) -> list[str]:
+    """The columns to predict."""
+    if not isinstance(key, (str, Sequence)):
+        raise TypeError(f"key is {key!r}, a column of obs or a list of several expected. Name it.")
+    keys = [key] if isinstance(key, str) else list(key)
+    if not keys or len(set(keys)) < len(keys):
+        raise ValueError(f"key is {keys}, one column of obs or several different ones expected. Name each once.")
+    return keys
+
+
+def _adapters(lora: int | LoraSettings | None, reads: HeadReads | None) -> LoraSettings | None:
+    """Settings of the adapters, if there are any."""
+    if lora is None:
+        return None
+    if isinstance(lora, bool) or not isinstance(lora, (int, LoraSettings)):
+        raise TypeError(f"lora is {lora!r}, the rank of adapters or LoraSettings expected. 8 is a common rank.")
+    if reads == "inputs":
+        raise TypeError(
+            "lora= adapts the blocks, and heads with head_reads='inputs' read what comes before them, one of the two "
+            "expected. Leave one out."
+        )
+    return LoraSettings(r=lora) if isinstance(lora, int) else lora
 
 
 def _target(source: CellSource, key: str) -> Target:
@@ -241,10 +264,11 @@ def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadReads, se
         model.set_heads(replace(spec, pooling=model.head_pooling, reads=reads) for spec in specs)
 
 
-def _balancing(target: Target, training: IntArray) -> NDArray[np.float64]:
+def _balancing(targets: Sequence[Target], training: IntArray) -> NDArray[np.float64]:
     """Probability of drawing each training cell, so that labels come equally often."""
-    if target.classes is None:
-        raise TypeError(f"upsample=True needs labels, obs[{target.key!r}] holds values. Leave it out.")
+    target = next((one for one in targets if one.classes is not None), None)
+    if target is None:
+        raise TypeError(f"upsample=True needs labels, obs[{targets[0].key!r}] holds values. Leave it out.")
     codes, counts = target.column[training], target.counts(training)
     weights = np.where(codes >= 0, 1 / np.maximum(counts[codes], 1), np.nan)
     weights[codes < 0] = np.nanmean(weights)  # cells that are labelled for another head alone
@@ -262,6 +286,7 @@ def _class_weights(
     labelled = [target for target in targets if target.classes is not None]
     if not labelled:
         raise TypeError(f"class_weight needs labels, obs[{targets[0].key!r}] holds values. Leave it out.")
+    given = given if isinstance(given, str) else {str(name): weight for name, weight in given.items()}
     known = {name for target in labelled for name in target.classes or ()}
     unknown = [] if given == "balanced" else sorted(set(given) - known)
     if unknown:

@@ -29,6 +29,11 @@ def resolve(model: ModelLike | None, adata: AnnData | None) -> CellModel:
         return model
     if model is None:
         return recorded_model(adata)
+    if not isinstance(model, (str, PathLike)):
+        raise TypeError(
+            f"model is of type {type(model).__name__}, a model or the path of one expected. Data come first: "
+            "verb(adata, model)."
+        )
     return models.load(model)
 
 
@@ -55,7 +60,7 @@ def recorded_model(adata: AnnData | None) -> CellModel:
     found = models.load(path, family=None if models.storage.is_native(Path(path)) else _known_family(entry))
     if found.hash() != entry["hash"]:
         raise ValueError(
-            f"the model in {path} has changed since it was recorded in adata.uns['scllm']['model'] (weights "
+            f"the model in {path} has changed since it was recorded in adata.uns['scllm']['model'] (hash "
             f"{found.hash()}, {entry['hash']} expected). Pass the model that is meant."
         )
     return found

@@ -37,6 +37,11 @@ def divide(
             _check_whole(source, group_key, validation, training, held_out)
         return training, held_out
     if not validation:
+        if group_key is not None:
+            raise TypeError(
+                f"group_key={group_key!r} says what is held out whole, and validation={validation} holds nothing out. "
+                "Leave one of them out."
+            )
         return rows, rows[:0]
     if not 0 < validation < 1:
         raise ValueError(

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +74,8 @@ def pretrain(
         An AnnData, also backed; a path to ``.h5ad`` or ``.zarr``; a list or a folder of such; a folder of rank
         sentences as ``scllm genecorpus`` writes it (geneformer).
     model
-        Name of a family for fresh weights, or a model (or its path) to go on from, which is left unchanged.
+        Name of a family for fresh weights, or a model (or its path) to go on from, which is left unchanged; heads that
+        it has are not kept.
     size
         Named architecture of a fresh model: ``"tiny"``, ``"small"``, ``"base"``, or a published one of the family.
     n_gpus
@@ -233,6 +235,7 @@ def _starting_model(
         )
     begun = copy.deepcopy(resolve(model, data if isinstance(data, AnnData) else None)).cpu()
     begun.history, begun.report, begun.path = None, None, None
+    begun.set_heads(())  # they would read states that they were not trained on
     if dropout is not None:
         begun.config = replace(begun.config, dropout=dropout)
         if begun.config.dropout != dropout:
@@ -254,7 +257,7 @@ def _objective(
     objective = objective_from_dict(settings)
     known = {field.name for field in fields(objective)}
     if mask_ratio is not None:
-        shares = (mask_ratio,) if isinstance(mask_ratio, (int, float)) else tuple(mask_ratio)
+        shares = (float(mask_ratio),) if isinstance(mask_ratio, Real) else tuple(mask_ratio)
         # one share of genes to hide has another name than several of values to draw from
         settings |= {"p": shares[0]} if "p" in known and len(shares) == 1 else {"mask_ratio": shares}
     if left_out is not None:

@@ -23,6 +23,8 @@ LossName = Literal["ce", "bce", "dice", "focal"]
 def check_loss(loss: Mapping[LossName, float]) -> None:
     """Raise where losses are unknown, or their weights none."""
     known = get_args(LossName)
+    if not isinstance(loss, Mapping):
+        raise TypeError(f"loss is {loss!r}, one of {known} or a weight for each of several expected. Use loss='ce'.")
     if not loss or set(loss) - set(known):
         raise ValueError(f"loss is {dict(loss)}, names of {known} with weights expected. Use loss='ce'.")
     if not all(math.isfinite(weight) and weight >= 0 for weight in loss.values()) or not any(loss.values()):
