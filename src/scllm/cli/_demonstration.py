@@ -36,7 +36,9 @@ _MEASURES = {
 }
 
 
-def demonstrate(out: Path, *, device: str = "auto", pretrain_epochs: int = 12, finetune_epochs: int = 10) -> str:
+def demonstrate(
+    out: Path, *, device: str = "auto", pretrain_epochs: int = 12, finetune_epochs: int | None = None
+) -> str:
     """Pretrain, embed, fine-tune and classify; write pictures and data into ``out`` and return the table of scores.
 
     The same call continues what an earlier one left in ``out``.
@@ -94,7 +96,7 @@ def _pretrain(adata: AnnData, run_dir: Path, epochs: int, device: str) -> CellMo
     )  # fmt: skip
 
 
-def _finetune(adata: AnnData, model: CellModel, run_dir: Path, epochs: int, device: str) -> CellModel:
+def _finetune(adata: AnnData, model: CellModel, run_dir: Path, epochs: int | None, device: str) -> CellModel:
     return tl.finetune(
         adata, model, key=_KEY, run_dir=run_dir, epochs=epochs, validation="split", device=device,
         n_gpus=1 if _uses_gpu(device) else None,
