@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -106,3 +108,13 @@ def test_a_model_without_a_head_is_an_error(adata, tiny):
     with pytest.raises(ValueError, match=r"the scgpt model has no head, a fine-tuned one expected\. Call tl\.finetune"):
         classify(adata, tiny)
     assert not adata.uns
+
+
+def test_values_leave_no_probabilities_of_earlier_labels(adata, labelled, several):
+    depth_alone = copy.deepcopy(several)
+    depth_alone.set_heads([HeadSpec("depth", None)])
+    classify(adata, labelled)
+    classify(adata, depth_alone)
+    assert adata.obs["scllm_label"].dtype == np.float32
+    assert "scllm_label_prob" not in adata.obs
+    assert "scllm_label_probabilities" not in adata.obsm

@@ -117,6 +117,9 @@ def classify(
 def _write(adata: AnnData, spec: HeadSpec, output: FloatArray, key: str, threshold: float | None) -> None:
     if spec.classes is None:
         adata.obs[key] = (output[:, 0] * spec.std + spec.mean).astype(np.float32)
+        # what a model with labels left under the same name
+        adata.obs.drop(columns=key + _keys.PROBABILITY, errors="ignore", inplace=True)
+        adata.obsm.pop(key + _keys.PROBABILITIES, None)
         return
     probabilities = torch.from_numpy(output / spec.temperature).softmax(1).numpy()
     best = probabilities.argmax(1)
