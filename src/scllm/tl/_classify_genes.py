@@ -209,21 +209,22 @@ def gene_folds(codes: IntArray, n_folds: int, *, random_state: int = 0) -> IntAr
 def _table(found: GeneLabels, fold: IntArray, probabilities: Mapping[str, FloatArray]) -> pd.DataFrame:
     """Metrics of each method on the genes of each fold."""
     names = np.array(found.classes)
+    sizes = np.bincount(found.codes, minlength=len(names))
+    # of two classes the rarer one, the same in all folds
+    scored = [int(sizes.argmin())] if len(names) == 2 else list(range(len(names)))
     rows = {}
     for method, outputs in probabilities.items():
         for number in range(fold.max() + 1):
             at = fold == number
             truth, output = names[found.codes[at]], outputs[at]
             scores = metrics.classification_scores(truth, names[output.argmax(1)], output, names)
-            rows[method, number] = {**scores, "auprc": _average_precision(found.codes[at], output)}
+            rows[method, number] = {**scores, "auprc": _average_precision(found.codes[at], output, scored)}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(METRICS))
     return table.rename_axis(["method", "fold"])
 
 
-def _average_precision(codes: IntArray, outputs: FloatArray) -> float:
-    """Of the rarer of two classes; of more, the mean over them."""
-    sizes = np.bincount(codes, minlength=outputs.shape[1])
-    classes = [int(sizes.argmin())] if len(sizes) == 2 else list(range(len(sizes)))
+def _average_precision(codes: IntArray, outputs: FloatArray, classes: list[int]) -> float:
+    """Mean over some of the classes."""
     return float(np.mean([average_precision_score(codes == k, outputs[:, k]) for k in classes]))
 
 
