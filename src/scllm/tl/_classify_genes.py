@@ -115,7 +115,7 @@ def classify_genes(
     """
     check_adata(adata, key_added=key_added)
     options = _checked(finetune_options)
-    _check_numbers(n_folds, max_cells, options)
+    _check_options(n_folds, max_cells, freeze, options)
     losses = {loss: 1.0} if isinstance(loss, str) else dict(loss)
     check_loss(losses)
     chosen = resolve(model, adata)
@@ -176,7 +176,7 @@ def _checked(given: Mapping[str, Any]) -> Options:
     return Options(**given)
 
 
-def _check_numbers(n_folds: int, max_cells: int, options: Options) -> None:
+def _check_options(n_folds: int, max_cells: int, freeze: Freeze, options: Options) -> None:
     for name, value, least in (("n_folds", n_folds, 2), ("max_cells", max_cells, 1)):
         if value < least:
             raise ValueError(f"{name} is {value}, at least {least} expected. Leave it out for the default.")
@@ -184,6 +184,10 @@ def _check_numbers(n_folds: int, max_cells: int, options: Options) -> None:
         raise ValueError(
             f"validation is {options.validation!r}, a share from 0 up to below 1 of the training genes expected. Leave "
             "it out to train for all epochs."
+        )
+    if options.lora is not None and freeze == "encoder":
+        raise TypeError(
+            "lora= adapts the encoder and freeze='encoder' keeps it as it is, one of them expected. Leave one out."
         )
     if options.class_weight not in ("balanced", None):
         raise ValueError(f"class_weight is {options.class_weight!r}, 'balanced' or None expected. Leave it out.")
