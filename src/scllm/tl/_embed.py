@@ -92,6 +92,9 @@ def embed(
     ------
     ``adata.obsm[key_added]``
         float32 ``(n_cells, d)``.
+    ``adata.uns["scllm"]["embed"]``
+        Settings and, where a model with heads was used, ``heads``: one row for each key in ``obsm`` and column of
+        ``obs`` that its model was fine-tuned on.
 
     Examples
     --------
@@ -143,9 +146,17 @@ def embed(
         "key_added": key_added,
         "heads": list(chosen.heads_on("cell")) or None,
     }
-    record(adata, "embed", params)
+    record(adata, "embed", params, heads=_heads_of_all(adata, key_added, list(chosen.heads_on("cell"))))
     remember(adata, chosen)
     return adata if copy else None
+
+
+def _heads_of_all(adata: AnnData, key_added: str, heads: list[str]) -> pd.DataFrame | None:
+    """Which columns the models of all embeddings were fine-tuned on, this embedding in place of an earlier one."""
+    earlier = adata.uns.get(_keys.UNS, {}).get("embed", {}).get("heads", pd.DataFrame(columns=["embedding", "head"]))
+    others = earlier[earlier["embedding"] != key_added]
+    found = pd.concat([others, pd.DataFrame({"embedding": key_added, "head": heads})], ignore_index=True)
+    return found if len(found) else None
 
 
 def embed_genes(
