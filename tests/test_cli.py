@@ -124,6 +124,15 @@ def test_classify_writes_the_data_with_labels(data: Path, tuned: Path, tmp_path:
     assert set(ad.read_h5ad(out).obs["label"]) == {"unknown"}
 
 
+def test_rank_sentences_cannot_hold_labels(data: Path, tuned: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sentences"
+    assert call("genecorpus", data, "--out", folder).exit_code == 0
+    for command, out in (("embed", "e.h5ad"), ("classify", "labels.csv")):
+        done = call(command, folder, tuned, "--out", tmp_path / out)
+        assert done.exit_code == 2
+        assert f"'{folder}' holds no .h5ad or .zarr, which --out .h5ad and labels need. Pass such files" in done.stderr
+
+
 def test_embed_writes_each_format_alike(data: Path, pretrained: Path, tmp_path: Path) -> None:
     for name in ("e.npy", "e.zarr", "e.h5ad"):
         done = call("embed", data, pretrained, "--out", tmp_path / name)

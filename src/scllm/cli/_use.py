@@ -111,6 +111,10 @@ def _read(paths: list[str], *, backed: bool = False) -> AnnData:
     for path in map(Path, paths):
         open_source(path)  # says what is wrong with a path that is none of ours
         inside = sorted(file for file in path.iterdir() if file.suffix in (".h5ad", ".zarr")) if path.is_dir() else []
+        if path.is_dir() and path.suffix != ".zarr" and not inside:
+            raise ValueError(
+                f"'{path}' holds no .h5ad or .zarr, which --out .h5ad and labels need. Pass such files, or --out .npy."
+            )
         files += inside if inside and path.suffix != ".zarr" else [path]
     if backed and len(files) == 1 and files[0].suffix == ".h5ad":
         return ad.read_h5ad(files[0], backed="r")
