@@ -20,7 +20,7 @@ from scllm.models.base import Batch, CellModel, HeadSpec
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
 
-__all__ = ["classify"]
+__all__ = ["classify", "columns_of_heads"]
 
 _UNKNOWN = "unknown"
 
@@ -104,14 +104,21 @@ def classify(
     adata = adata.copy() if copy else adata
     edges = np.cumsum([spec.n_outputs for spec in chosen.head_specs])[:-1]
     classes: dict[str, NDArray[np.object_]] = {}
-    for spec, output in zip(chosen.head_specs, np.split(outputs, edges, axis=1), strict=True):
-        suffix = f"_{spec.key}" if len(chosen.head_specs) > 1 else ""
-        _write(adata, spec, output, key_added + suffix, threshold)
+    columns = columns_of_heads(chosen, key_added)
+    for spec, column, output in zip(chosen.head_specs, columns, np.split(outputs, edges, axis=1), strict=True):
+        _write(adata, spec, output, column, threshold)
         if spec.classes is not None:
-            classes[f"classes{suffix}"] = np.array(spec.classes, dtype=object)
+            classes["classes" + column.removeprefix(key_added)] = np.array(spec.classes, dtype=object)
     record(adata, "classify", {"key_added": key_added, "threshold": threshold, "layer": layer}, **classes)
     remember(adata, chosen)
     return adata if copy else None
+
+
+def columns_of_heads(model: CellModel, key_added: str) -> list[str]:
+    """Column that each head writes; several append their key."""
+    if len(model.head_specs) == 1:
+        return [key_added]
+    return [f"{key_added}_{spec.key}" for spec in model.head_specs]
 
 
 def _write(adata: AnnData, spec: HeadSpec, output: FloatArray, key: str, threshold: float | None) -> None:
