@@ -84,7 +84,8 @@ def classify(
         raise ValueError(
             f"threshold is {threshold}, a probability from 0 to 1 expected. Leave it out to have every cell labelled."
         )
-    for spec in chosen.head_specs:
+    specs = [spec for spec in chosen.head_specs if spec.level == "cell"]
+    for spec in specs:
         if spec.classes is not None:
             warn_of_unknown_labels(
                 adata.obs, spec.key, spec.classes, "pass threshold= to have doubtful cells called 'unknown'"
@@ -95,17 +96,17 @@ def classify(
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
         outputs = replica.head_outputs(batch)
-        return torch.cat([outputs[spec.key].float() for spec in replica.head_specs], dim=1)
+        return torch.cat([outputs[spec.key].float() for spec in specs], dim=1)
 
     results = predict(
         chosen, source, match, forward, batch_size=batch_size, device=device, precision=precision, desc="classifying"
     )
     outputs = torch.cat([values for _, values in results]).numpy()
     adata = adata.copy() if copy else adata
-    edges = np.cumsum([spec.n_outputs for spec in chosen.head_specs])[:-1]
+    edges = np.cumsum([spec.n_outputs for spec in specs])[:-1]
     classes: dict[str, NDArray[np.object_]] = {}
     columns = columns_of_heads(chosen, key_added)
-    for spec, column, output in zip(chosen.head_specs, columns, np.split(outputs, edges, axis=1), strict=True):
+    for spec, column, output in zip(specs, columns, np.split(outputs, edges, axis=1), strict=True):
         _write(adata, spec, output, column, threshold)
         if spec.classes is not None:
             classes["classes" + column.removeprefix(key_added)] = np.array(spec.classes, dtype=object)
@@ -115,10 +116,9 @@ def classify(
 
 
 def columns_of_heads(model: CellModel, key_added: str) -> list[str]:
-    """Column that each head writes; several append their key."""
-    if len(model.head_specs) == 1:
-        return [key_added]
-    return [f"{key_added}_{spec.key}" for spec in model.head_specs]
+    """Column that each head on cells writes; several append their key."""
+    keys = model.heads_on("cell")
+    return [f"{key_added}_{key}" for key in keys] if len(keys) > 1 else [key_added]
 
 
 def _write(adata: AnnData, spec: HeadSpec, output: FloatArray, key: str, threshold: float | None) -> None:
