@@ -17,12 +17,12 @@ import zarr
 from anndata import AnnData
 from typer.testing import CliRunner
 
-from scllm import tl
+from scllm import models, tl
 from scllm.cli import _train, _use, app
 from scllm.cli._app import Debug, Verbose
 
 # what the command line has beside the verb, and what only an AnnData in memory has
-ONLY_COMMAND = {"out", "dry_run", "verbose", "debug"}
+ONLY_COMMAND = {"family", "out", "dry_run", "verbose", "debug"}
 ONLY_VERB = {"copy"}
 
 
@@ -122,6 +122,66 @@ def test_classify_writes_the_data_with_labels(data: Path, tuned: Path, tmp_path:
     out = tmp_path / "labelled.h5ad"
     assert call("classify", data, tuned, "--out", out, "--threshold", 1, "--key-added", "label").exit_code == 0
     assert set(ad.read_h5ad(out).obs["label"]) == {"unknown"}
+
+
+def test_labels_are_those_of_this_call_alone(data: Path, tuned: Path, tmp_path: Path) -> None:
+    cells, labels = ad.read_h5ad(data), tmp_path / "labels.csv"
+    for name in ("scllm_label", "scllm_label_old", "scllm_label_prob_old"):
+        cells.obs[name] = "A"
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    assert call("classify", tmp_path / "cells.h5ad", tuned, "--out", labels).exit_code == 0
+    assert list(pd.read_csv(labels, index_col="cell")) == ["scllm_label", "scllm_label_prob"]
+    assert call("classify", tmp_path / "cells.h5ad", tuned, "--out", labels, "--key-added", "batch").exit_code == 0
+    assert list(pd.read_csv(labels, index_col="cell")) == ["batch", "batch_prob"]
+
+
+def test_labels_of_several_heads_are_all_written(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    cells, labels = ad.read_h5ad(data), tmp_path / "labels.csv"
+    cells.obs["depth"] = np.asarray(cells.X.sum(1)).ravel()
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    keys = ("--key", "cell_type", "--key", "depth", "--epochs", 1, "--run-dir", tmp_path / "run")
+    done = call("finetune", tmp_path / "cells.h5ad", pretrained, *keys, "--freeze", "encoder")
+    assert done.exit_code == 0, done.output
+    assert call("classify", data, tmp_path / "run", "--out", labels).exit_code == 0
+    expected = ["scllm_label_cell_type", "scllm_label_cell_type_prob", "scllm_label_depth"]
+    assert list(pd.read_csv(labels, index_col="cell")) == expected
+
+
+def test_a_published_checkpoint_is_named_by_its_family(data: Path, shared: Path, tmp_path: Path) -> None:
+    checkpoint = shared / "parity" / "scgpt" / "checkpoint"
+    cells = ad.read_h5ad(data)
+    model = models.load(checkpoint, family="scgpt")
+    cells.var_names = model.vocab.genes[:40]
+    path, family = tmp_path / "cells.h5ad", ("--family", "scgpt")
+    cells.write_h5ad(path)
+    without = call("embed", path, checkpoint, "--out", tmp_path / "e.npy")
+    assert (without.exit_code, "say which with family=" in without.stderr) == (2, True)
+    for name in ("e.npy", "e.h5ad"):
+        done = call("embed", path, checkpoint, *family, "--out", tmp_path / name)
+        assert done.exit_code == 0, done.output
+    tl.embed(cells, model)
+    np.testing.assert_allclose(np.load(tmp_path / "e.npy"), cells.obsm["X_scllm"], atol=1e-6)
+    done = call("classify", path, checkpoint, *family, "--out", tmp_path / "labels.csv")
+    assert done.exit_code == 0, done.output
+    assert len(pd.read_csv(tmp_path / "labels.csv")) == 60
+    once = ("--epochs", 1, "--batch-size", 32)
+    done = call(
+        "finetune", path, checkpoint, *family, "--key", "cell_type", "--freeze", "encoder", *once,
+        "--run-dir", tmp_path / "tuned",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    done = call("pretrain", path, "--model", checkpoint, *family, "--dry-run", *once)
+    assert done.exit_code == 0, done.output
+    assert "2 layers x 4 heads x 48" in done.stdout
+
+
+def test_rank_sentences_cannot_hold_labels(data: Path, tuned: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sentences"
+    assert call("genecorpus", data, "--out", folder).exit_code == 0
+    for command, out in (("embed", "e.h5ad"), ("classify", "labels.csv")):
+        done = call(command, folder, tuned, "--out", tmp_path / out)
+        assert done.exit_code == 2
+        assert f"'{folder}' holds no .h5ad or .zarr, which --out .h5ad and labels need. Pass such files" in done.stderr
 
 
 def test_embed_writes_each_format_alike(data: Path, pretrained: Path, tmp_path: Path) -> None:

@@ -64,3 +64,8 @@ def test_bad_columns_are_named(labelled) -> None:
     labelled.obs["none"] = pd.Categorical([None] * 15)
     with pytest.raises(ValueError, match="no cell has both"):
         confusion_matrix(labelled, truth="truth", predicted="none", show=False)
+
+
+def test_an_unknown_order_is_named(labelled) -> None:
+    with pytest.raises(ValueError, match=r"order is 'similar', 'size' or 'similarity' expected\. Pass"):
+        confusion_matrix(labelled, truth="truth", predicted="label", order="similar", show=False)

@@ -135,3 +135,8 @@ def test_what_is_missing_is_named(cells, plot) -> None:
 def test_scores_need_a_cross_validation() -> None:
     with pytest.raises(KeyError, match=r"'cross_validate' is not in adata\.uns"):
         cv_scores(AnnData(np.zeros((2, 1), np.float32)), show=False)
+
+
+def test_one_metric_may_be_named_alone(cells) -> None:
+    ax = cv_scores(cells, metrics="accuracy", show=False)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["accuracy"]

@@ -155,3 +155,10 @@ def test_bad_sources_are_named(history, adata, tmp_path) -> None:
         loss_curves(SimpleNamespace(history=None), show=False)
     with pytest.raises(ValueError, match="1 labels for 2 sources"):
         loss_curves([history, history], labels=["a"], show=False)
+
+
+def test_a_single_source_has_the_name_given_and_a_metric_may_stand_alone(history) -> None:
+    drawn = lines(loss_curves(history, metrics="loss", labels=["mine"], show=False))
+    assert {"mine", "validation"} <= drawn.keys()
+    assert "train" not in drawn
+    assert loss_curves(history, metrics="masked", show=False).get_ylabel() == "masked"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -137,4 +138,20 @@ def test_continuous_and_constant_values_are_drawn(binned) -> None:
 def test_empty_predictions_are_named(binned) -> None:
     binned.layers["reconstructed"] = sparse.csr_matrix(binned.shape)
     with pytest.raises(ValueError, match="stores no entry"):
+        reconstruction(binned, show=False)
+
+
+def test_truth_is_read_from_a_backed_matrix(binned, tmp_path) -> None:
+    binned.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    axes = [reconstruction(cells, truth=None, show=False) for cells in (binned, backed)]
+    assert axes[0].get_title() == axes[1].get_title()
+    binned.X = None
+    with pytest.raises(ValueError, match=r"adata\.X is None, expression expected\. Set it"):
+        reconstruction(binned, truth=None, show=False)
+
+
+def test_truth_that_is_not_there_says_how_it_comes_about(binned) -> None:
+    del binned.layers["binned"]
+    with pytest.raises(KeyError, match=r"'binned' is not in.*scllm\.pp\.bin_expression\(adata\).*truth=None"):
         reconstruction(binned, show=False)

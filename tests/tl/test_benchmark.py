@@ -145,3 +145,36 @@ def test_an_embedding_that_was_trained_on_the_labels_is_warned_of(adata, tiny, t
     embed(adata, tuned)
     benchmark(adata, use_rep="X_scllm", key="cell_type")
     assert "obsm['X_scllm'] is of a model that was fine-tuned on a column 'cell_type'" in caplog.text
+
+
+def test_every_embedding_that_was_trained_on_the_labels_is_warned_of(adata, tiny, tmp_path, caplog):
+    tuned = finetune(adata, tiny, key="cell_type", epochs=1, run_dir=tmp_path / "run")
+    embed(adata, tuned, key_added="X_tuned")
+    embed(adata, tiny, key_added="X_base")
+    assert "heads" not in adata.uns["scllm"]["embed"]["params"]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    adata.write_zarr(tmp_path / "a.zarr")
+    for back in (adata, ad.read_h5ad(tmp_path / "a.h5ad"), ad.read_zarr(tmp_path / "a.zarr")):
+        caplog.clear()
+        benchmark(back, use_rep=["X_tuned", "X_base"], key="cell_type")
+        assert "obsm['X_tuned'] is of a model" in caplog.text
+        assert "obsm['X_base'] is of a model" not in caplog.text
+    embed(back, tiny, key_added="X_tuned")
+    assert "heads" not in back.uns["scllm"]["embed"]
+
+
+def test_pca_of_a_backed_matrix_is_that_of_one_in_memory(embedded, tmp_path) -> None:
+    expected = benchmark(embedded, use_rep="X_pca", key="cell_type")
+    embedded.write_h5ad(tmp_path / "sparse.h5ad")
+    embedded.X = embedded.X.toarray()
+    embedded.write_h5ad(tmp_path / "dense.h5ad")
+    found = benchmark(ad.read_h5ad(tmp_path / "sparse.h5ad", backed="r"), use_rep="X_pca", key="cell_type")
+    pd.testing.assert_frame_equal(found, expected)
+    found = benchmark(ad.read_h5ad(tmp_path / "dense.h5ad", backed="r"), use_rep="X_pca", key="cell_type")
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-3)
+
+
+def test_pca_without_a_matrix_says_what_to_do(embedded) -> None:
+    embedded.X = None
+    with pytest.raises(ValueError, match=r"neither X nor a layer 'counts', expression expected.*leave 'X_pca' out"):
+        benchmark(embedded, key="cell_type", use_rep=["X_good", "X_pca"])

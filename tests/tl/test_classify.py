@@ -106,3 +106,20 @@ def test_a_model_without_a_head_is_an_error(adata, tiny):
     with pytest.raises(ValueError, match=r"the scgpt model has no head, a fine-tuned one expected\. Call tl\.finetune"):
         classify(adata, tiny)
     assert not adata.uns
+
+
+def test_values_leave_no_probabilities_of_earlier_labels(adata, labelled):
+    classify(adata, labelled)
+    assert "scllm_label_probabilities" in adata.obsm
+    labelled.set_heads([HeadSpec("depth", None)])
+    classify(adata, labelled)
+    assert adata.obs["scllm_label"].dtype == np.float32
+    assert "scllm_label_prob" not in adata.obs
+    assert "scllm_label_probabilities" not in adata.obsm
+
+
+def test_heads_on_genes_are_left_out(adata, tiny):
+    tiny.set_heads([HeadSpec("kind", ("x", "y"), level="gene"), HeadSpec("cell_type", ("A", "B"))])
+    classify(adata, tiny.eval())
+    assert set(adata.obs) - {"cell_type", "batch"} == {"scllm_label", "scllm_label_prob"}
+    assert adata.obsm["scllm_label_probabilities"].shape == (60, 2)

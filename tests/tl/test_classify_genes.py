@@ -12,6 +12,7 @@ import torch
 from anndata import AnnData
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score
 
 from scllm import models
 from scllm.data.source import open_source
@@ -257,3 +258,17 @@ def test_genes_are_not_held_out_where_no_epoch_is_chosen_and_nothing_is_drawn(ad
     everything = classify_genes(adata, begun, **options)
     assert classify_genes(adata, begun, validation=0.9, **options).equals(everything)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_average_precision_is_of_the_class_that_is_rarer_in_all_genes(adata, begun):
+    # 6 of 13 genes are rare, and a fold holds as many of either class
+    codes = np.array([0, 1] * 6 + [0])
+    names = pd.Series(np.array(["common", "rare"])[codes], adata.var_names[10:23])
+    table = classify_genes(adata, begun, labels=names, freeze="encoder", n_folds=2, baseline=False)
+    fold, probabilities = gene_folds(codes, 2), adata.varm["gene_label_probabilities"][10:23]
+    assert sorted(codes[fold == number].mean() for number in range(2))[1] == 0.5
+    for number in range(2):
+        at = fold == number
+        expected, of_the_other = (average_precision_score(codes[at] == k, probabilities[at, k]) for k in (1, 0))
+        assert table.loc[("model", number), "auprc"] == pytest.approx(expected)
+        assert expected != pytest.approx(of_the_other)

@@ -8,7 +8,7 @@ import pytest
 
 from scllm import models
 from scllm.models import CellModel, scgpt
-from scllm.tl import classify_genes
+from scllm.tl import TrainConfig, classify_genes
 
 
 class NoGenes(scgpt.Model):
@@ -59,6 +59,12 @@ BAD = {
     "an option": ({"upsample": True}, TypeError, "'upsample' is no option of classify_genes", "expected", "Leave it"),
     "a misspelt option": ({"epoch": 1}, TypeError, "'epoch' is no option", "expected", "Did you mean 'epochs'"),
     "a loss": ({"loss": "mse"}, ValueError, "loss is {'mse': 1.0}", "expected", "Use loss='ce'"),
+    "adapters of what stays": ({"freeze": "encoder", "lora": 2}, TypeError, "lora= adapts the encoder",
+                               "one of them expected", "Leave one out"),
+    "what heads on cells read": ({"config": TrainConfig(head_reads="both")}, TypeError, "config has head_reads='both'",
+                                 "settings that heads on genes have expected", "Leave it out"),
+    "smooth labels": ({"config": TrainConfig(label_smoothing=0.1)}, TypeError, "config has label_smoothing=0.1",
+                      "settings that heads on genes have expected", "Leave it out"),
     "blocks": ({"freeze": 9}, ValueError, "freeze is 9", "0 to 2 blocks expected", "The model has 2 blocks"),
 }  # fmt: skip
 

@@ -9,20 +9,23 @@ import torch
 from scipy import sparse
 
 from scllm.data.genes import match
+from scllm.data.source import open_source
 from scllm.models.base import Batch
 from scllm.tl import embed_genes
+from scllm.tl._embed import _contextual_means
+from scllm.tl._model import gene_match
 
 
 def states_slowly(adata, model) -> np.ndarray:
     """State of each gene in each cell, NaN where the cell does not express it, ``(n_cells, n_genes, d)``."""
     genes = match(adata.var_names, model.vocab)
     tokens = model.encoder(genes.tokens(adata.X), model.vocab, measured=genes.measured)
-    states = np.full((*adata.shape, model.config.d_model), np.nan, np.float32)
+    states = np.full((adata.n_obs, len(model.vocab), model.config.d_model), np.nan, np.float32)
     for cell in range(adata.n_obs):
         batch = Batch.from_tokens(tokens.take(np.array([cell])))
         with torch.no_grad():
             states[cell, batch.genes[1:]] = model.hidden(batch)[1:]
-    return states
+    return states[:, genes.token_ids]
 
 
 def test_the_table_is_looked_up_by_gene(adata, tiny):
@@ -63,3 +66,13 @@ def test_a_missing_group_offers_close_names_and_writes_nothing(adata, tiny):
     assert not adata.uns
     assert "scllm_genes" in embed_genes(adata, tiny, copy=True).varm
     assert not len(adata.varm)
+
+
+def test_means_are_kept_for_the_genes_of_the_data_alone(adata, tiny):
+    part = adata[:, [30, 7, 12, 3, 25, *range(31, 40)]].copy()
+    source = open_source(part)
+    genes = gene_match(part, source, tiny)
+    means = _contextual_means(tiny, source, genes, np.zeros(60, np.int64), 1)
+    assert means.shape == (14, 1, 16)
+    embed_genes(part, tiny, contextual=True)
+    np.testing.assert_allclose(part.varm["scllm_genes"], np.nanmean(states_slowly(part, tiny), axis=0), atol=1e-5)

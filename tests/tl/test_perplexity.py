@@ -14,7 +14,7 @@ from scllm.data.tokens import Tokens
 from scllm.engine import likelihood
 from scllm.metrics import permutation_bound, unigram_nats
 from scllm.models.base import Batch
-from scllm.tl import perplexity, pretrain
+from scllm.tl import _perplexity, perplexity, pretrain
 
 FAMILIES = ("gpt2", "albert", "xlnet")
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -109,6 +109,34 @@ def test_the_kind_is_told_with_bound_and_baselines(adata):
         assert written["unigram"] < np.log(42) + 0.1
         assert written["unigram_by_position"] > 0
     assert kinds == {"gpt2": "causal", "albert": "pseudo", "xlnet": "permutation"}
+
+
+@pytest.mark.parametrize("new", [1, 100, 2**20])
+def test_baselines_are_those_of_genes_counted_one_by_one(adata, monkeypatch, new):
+    monkeypatch.setattr(_perplexity, "_NEW", new)
+    model = built("gpt2")
+    perplexity(adata, model, batch_size=2)
+    counts = np.zeros((model.encoder.max_len, len(model.vocab)), np.uint32)
+    for cell in range(adata.n_obs):
+        genes = sentence(adata, model, cell).genes.numpy()
+        for place in range(1, len(genes)):
+            counts[place, genes[place]] += 1
+    written = adata.uns["scllm"]["perplexity"]
+    assert (written["unigram"], written["unigram_by_position"]) == unigram_nats(sparse.csr_array(counts.astype(float)))
+
+
+def test_counts_are_put_together_seldom(monkeypatch):
+    monkeypatch.setattr(_perplexity, "_NEW", 100)
+    rng, expected, sizes = np.random.default_rng(0), np.zeros((50, 400)), set()
+    places = _perplexity._Places((50, 400))
+    for _ in range(500):
+        place, gene = rng.integers(0, 50, 20), rng.integers(0, 400, 20)
+        np.add.at(expected, (place, gene), 1)
+        places.add(place, gene)
+        sizes.add(places._counts.nnz)
+    # 0, 100, 200, 400, ...
+    assert len(sizes) < 10
+    np.testing.assert_array_equal(places.counts().toarray(), expected)
 
 
 def test_results_can_be_written(adata, tmp_path):

@@ -78,6 +78,8 @@ def test_chosen_genes_are_predicted_from_the_cell_expressed_or_not(adata, tiny):
         ({"mask_ratio": 1.0}, ValueError, "mask_ratio is 1.0, a share between 0 and 1"),
         ({"genes": ["gene_1", "TP53"]}, KeyError, "'TP53' is not a gene of both the data and the model"),
         ({"genes": ["gene_1"], "mask_ratio": 0.5}, TypeError, "genes= and mask_ratio="),
+        ({"genes": ["gene_1"], "copy": True}, TypeError, "genes= and copy=True .* are returned, .* Leave one out"),
+        ({"genes": ["gene_1"], "key_added": "mine"}, TypeError, "genes= and key_added='mine' are both given"),
         ({"target_depth": 1e4}, ValueError, "target_depth=10000.0 goes with models"),
     ],
 )

@@ -11,11 +11,12 @@ import typer
 
 if TYPE_CHECKING:
     from scllm.engine.config import TrainConfig
+    from scllm.models.base import CellModel
 
 __all__ = [
     "BatchSize", "Config", "DataPaths", "Device", "Epochs", "Family", "GroupKey", "Layer", "LearningRate", "ModelPath",
     "NGpus", "NProcs", "Precision", "RandomState", "Resume", "RunDir", "WrittenData", "one_or_all", "read_config",
-    "read_resume", "read_validation", "read_weights",
+    "read_model", "read_resume", "read_validation", "read_weights",
 ]  # fmt: skip
 
 DataPaths = Annotated[
@@ -58,7 +59,12 @@ Config = Annotated[
     Path | None, typer.Option(help="TOML file with the other training settings, the fields of scllm.tl.TrainConfig.")
 ]
 RandomState = Annotated[int, typer.Option(help="What weights, order, masks and dropout are a function of.")]
-Family = Annotated[str | None, typer.Option(help="Module of a model family from another package.")]
+Family = Annotated[
+    str | None,
+    typer.Option(
+        help="Family of a published checkpoint (scgpt, geneformer, ...), or module of a family from another package."
+    ),
+]
 
 
 def read_config(path: Path | None) -> TrainConfig | None:
@@ -74,6 +80,13 @@ def read_config(path: Path | None) -> TrainConfig | None:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"--config {path} is not TOML: {error}. Write one `name = value` a line.") from error
     return TrainConfig.from_dict(settings)
+
+
+def read_model(path: str, family: str | None) -> CellModel:
+    """A model that scllm wrote, or with its family a published checkpoint."""
+    from scllm import models
+
+    return models.load(path, family=family)
 
 
 def read_resume(given: bool | None) -> Any:

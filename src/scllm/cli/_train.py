@@ -30,6 +30,7 @@ from scllm.cli._options import (
     RunDir,
     one_or_all,
     read_config,
+    read_model,
     read_resume,
     read_validation,
     read_weights,
@@ -43,6 +44,7 @@ def pretrain(
     model: Annotated[
         str, typer.Option(help="Name of a family for fresh weights, or a model or run directory to go on from.")
     ] = "scgpt",
+    family: Family = None,
     size: Annotated[str, typer.Option(help="Architecture of a fresh model: tiny, small or base.")] = "base",
     n_gpus: NGpus = None,
     n_procs: NProcs = None,
@@ -85,6 +87,7 @@ def pretrain(
     from scllm.cli._estimate import what_would_run
     from scllm.tl._pretrain import prepare
 
+    begun = model if family is None else read_model(model, family)
     options = {
         "size": size, "n_gpus": n_gpus, "n_procs": n_procs, "device": device, "epochs": epochs,
         "batch_size": batch_size, "lr": lr, "mask_ratio": mask_ratio or None, "left_out": left_out, "dropout": dropout,
@@ -92,15 +95,16 @@ def pretrain(
         "config": read_config(config), "random_state": random_state,
     }  # fmt: skip
     if dry_run:
-        typer.echo(what_would_run(one_or_all(data), prepare(one_or_all(data), model, **options), run_dir))
+        typer.echo(what_would_run(one_or_all(data), prepare(one_or_all(data), begun, **options), run_dir))
         return
-    typer.echo(tl.pretrain(one_or_all(data), model, run_dir=run_dir, resume=read_resume(resume), **options))
+    typer.echo(tl.pretrain(one_or_all(data), begun, run_dir=run_dir, resume=read_resume(resume), **options))
 
 
 def finetune(
     data: DataPaths,
     model: ModelPath,
     key: Annotated[list[str], typer.Option(help="Column of obs to predict; repeat it for several heads.")],
+    family: Family = None,
     freeze: Annotated[
         list[str] | None,
         typer.Option(help="What stays as it is: the first n blocks, encoder, or patterns of weight names (repeat it)."),
@@ -136,7 +140,7 @@ def finetune(
     from scllm import tl
 
     trained = tl.finetune(
-        one_or_all(data), model, key=one_or_all(key), freeze=_freeze(freeze or ["0"]),
+        one_or_all(data), read_model(model, family), key=one_or_all(key), freeze=_freeze(freeze or ["0"]),
         loss=read_weights("--loss", loss or ["ce"]), upsample=upsample,  # type: ignore[arg-type]
         class_weight=read_weights("--class-weight", class_weight) if class_weight else None,  # type: ignore[arg-type]
         lora=lora,

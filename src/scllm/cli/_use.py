@@ -7,8 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from scllm import _keys
 from scllm.cli._app import Debug, Verbose
-from scllm.cli._options import BatchSize, Device, Layer, ModelPath, Precision, WrittenData, one_or_all
+from scllm.cli._options import (
+    BatchSize,
+    Device,
+    Family,
+    Layer,
+    ModelPath,
+    Precision,
+    WrittenData,
+    one_or_all,
+    read_model,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -23,8 +34,13 @@ def embed(
         Path,
         typer.Option(help="Where the embedding goes: .npy or .zarr (streamed), or .h5ad (the data with it in obsm)."),
     ],
+    family: Family = None,
     pooling: Annotated[
-        str | None, typer.Option(help="cls, mean or max over gene tokens. [default: the family's own]")
+        str | None,
+        typer.Option(
+            help="cls; mean, max or ranked (a mean that the highest genes lead) over gene tokens; all (scfoundation). "
+            "[default: the family's own]"
+        ),
     ] = None,
     hidden_layer: Annotated[int, typer.Option(help="-1 is the output of the last block, -2 of the one before.")] = -1,
     layer: Layer = None,
@@ -46,10 +62,10 @@ def embed(
     }  # fmt: skip
     if out.suffix == ".h5ad":
         adata = _read(data)
-        tl.embed(adata, model, **options)
+        tl.embed(adata, read_model(model, family), **options)
         _write(adata, out)
     else:
-        tl.embed(one_or_all(data), model, out=out, **options)
+        tl.embed(one_or_all(data), read_model(model, family), out=out, **options)
     typer.echo(f"embedding written to {out}")
 
 
@@ -57,6 +73,7 @@ def classify(
     data: WrittenData,
     model: ModelPath,
     out: Annotated[Path, typer.Option(help="Where labels go: .csv (one row a cell), or .h5ad (the data with them).")],
+    family: Family = None,
     key_added: Annotated[str, typer.Option(help="Column to write; several heads append _<key>.")] = "scllm_label",
     threshold: Annotated[
         float | None, typer.Option(help="Cells whose best label is less probable are called unknown.")
@@ -70,18 +87,20 @@ def classify(
 ) -> None:
     """Label cells with a fine-tuned model."""
     from scllm import tl
+    from scllm.tl._classify import columns_of_heads
 
     _check_ending(out, (".csv", ".h5ad"))
     adata = _read(data, backed=out.suffix == ".csv")
+    chosen = read_model(model, family)
     tl.classify(
-        adata, model, key_added=key_added, threshold=threshold, layer=layer, batch_size=batch_size, device=device,
+        adata, chosen, key_added=key_added, threshold=threshold, layer=layer, batch_size=batch_size, device=device,
         precision=precision,  # type: ignore[arg-type]
     )  # fmt: skip
     if out.suffix == ".h5ad":
         _write(adata, out)
     else:
-        written = [name for name in adata.obs if name == key_added or name.startswith(f"{key_added}_")]
-        adata.obs[written].to_csv(out, index_label="cell")
+        named = [name + more for name in columns_of_heads(chosen, key_added) for more in ("", _keys.PROBABILITY)]
+        adata.obs[[name for name in named if name in adata.obs]].to_csv(out, index_label="cell")
     typer.echo(f"labels of {adata.n_obs:,} cells written to {out}")
 
 
@@ -111,6 +130,10 @@ def _read(paths: list[str], *, backed: bool = False) -> AnnData:
     for path in map(Path, paths):
         open_source(path)  # says what is wrong with a path that is none of ours
         inside = sorted(file for file in path.iterdir() if file.suffix in (".h5ad", ".zarr")) if path.is_dir() else []
+        if path.is_dir() and path.suffix != ".zarr" and not inside:
+            raise ValueError(
+                f"'{path}' holds no .h5ad or .zarr, which --out .h5ad and labels need. Pass such files, or --out .npy."
+            )
         files += inside if inside and path.suffix != ".zarr" else [path]
     if backed and len(files) == 1 and files[0].suffix == ".h5ad":
         return ad.read_h5ad(files[0], backed="r")

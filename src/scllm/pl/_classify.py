@@ -61,6 +61,8 @@ def confusion_matrix(
     >>> ax.images[0].get_array().shape
     (10, 21)
     """
+    if order not in ("size", "similarity"):
+        raise ValueError(f"order is {order!r}, 'size' or 'similarity' expected. Pass one of those.")
     both = pd.DataFrame({"truth": groups(adata.obs, truth), "predicted": groups(adata.obs, predicted)})
     both = both.dropna().astype(str)
     if both.empty:

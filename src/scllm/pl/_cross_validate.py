@@ -31,7 +31,7 @@ _FEW = 5  # cells of a bin whose share of right ones is mostly chance
 def cv_scores(
     adata: AnnData | pd.DataFrame,
     *,
-    metrics: Sequence[str] | None = None,
+    metrics: str | Sequence[str] | None = None,
     ax: Axes | Sequence[Axes] | AxesArray | None = None,
     show: bool | None = None,
 ) -> Axes | AxesArray | None:
@@ -56,7 +56,7 @@ def cv_scores(
     The axes (an array if there are several) with ``show=False`` or without a screen, else nothing.
     """
     table = _wide(adata)
-    names = list(table.columns) if metrics is None else list(metrics)
+    names = list(table.columns) if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
     for name in names:
         if name not in table:
             raise missing_key(name, table.columns, "a metric of the table")

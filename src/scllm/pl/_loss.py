@@ -40,7 +40,7 @@ _VALIDATION_DASHES = (0, (4, 1.5))
 def loss_curves(
     source: Source | Sequence[Source],
     *,
-    metrics: Sequence[str] | None = None,
+    metrics: str | Sequence[str] | None = None,
     perplexity: bool = False,
     smooth: int | None = None,
     labels: Sequence[str] | None = None,
@@ -67,7 +67,7 @@ def loss_curves(
     smooth
         Logged points in the running mean; 1 = none. ``None`` = a 25th of the curve.
     labels
-        Names of the sources in the legend. ``None`` = the directories' names, or numbers.
+        Names of the sources in the legend. ``None`` = the directories' names, or numbers; of one source, ``train``.
     ax
         Axes to draw on, as many as panels. ``None`` = a new figure.
     show
@@ -85,7 +85,10 @@ def loss_curves(
     'loss'
     """
     curves = _read_all(source, labels)
-    terms = list(metrics) if metrics is not None else ["loss"] if perplexity else _loss_terms(curves)
+    if metrics is None:
+        terms = ["loss"] if perplexity else _loss_terms(curves)
+    else:
+        terms = [metrics] if isinstance(metrics, str) else list(metrics)
     n_columns = min(3, len(terms))
     figsize = (0.8 + 4.4 * n_columns, 3.4 * -(-len(terms) // n_columns))
     axes = axis_grid(ax, len(terms), figsize, n_columns=n_columns)
@@ -121,7 +124,7 @@ def _read_all(source: Source | Sequence[Source], labels: Sequence[str] | None) -
     if labels is not None and len(labels) != len(sources):
         raise ValueError(f"{len(labels)} labels for {len(sources)} sources, as many expected. Name each source once.")
     if labels is None:
-        labels = [_name(one, at) for at, one in enumerate(sources)]
+        labels = [_name(one, at) for at, one in enumerate(sources)] if len(sources) > 1 else ["train"]
     return [_Curve(label, _history(one)) for one, label in zip(sources, labels, strict=True)]
 
 
@@ -192,7 +195,7 @@ def _draw(ax: Axes, curve: _Curve, term: str, hues: tuple[str, str], smooth: int
     mean = pd.Series(values).rolling(window, center=True, min_periods=1).mean().to_numpy()
     if window > 1:
         ax.plot(steps, scale(values), color=hues[0], linewidth=0.7, alpha=0.25 if alone else 0.12, label="_logged")
-    ax.plot(steps, scale(mean), color=hues[0], linewidth=1.8, label="train" if alone else curve.label)
+    ax.plot(steps, scale(mean), color=hues[0], linewidth=1.8, label=curve.label)
     steps, values = curve.points(term, "validation")
     if not len(steps):
         return

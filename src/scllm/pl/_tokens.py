@@ -152,7 +152,8 @@ def reconstruction(
         raise ValueError(
             f"layer {layer!r} stores no entry, predictions expected. Call scllm.tl.reconstruct(adata) again."
         )
-    true = _values_at(predicted, _layer(adata, truth))
+    advice = "scllm.pp.bin_expression(adata) writes 'binned'; truth=None is X."
+    true = _values_at(predicted, _layer(adata, truth, advice=advice))
     ax = one_axis(ax, (4.6, 3.9))
     edges = _histogram_edges(true, predicted.data)
     density = np.histogram2d(true, predicted.data, bins=edges)[0].T
@@ -207,7 +208,11 @@ def _draw_shares(ax: Axes, match: dict) -> None:
 def _layer(adata: AnnData, layer: str | None, *, advice: str = "") -> CSR:
     if layer is not None and layer not in adata.layers:
         raise missing_key(layer, adata.layers, "in adata.layers", advice)
-    return sparse.csr_matrix(adata.X if layer is None else adata.layers[layer])
+    if layer is not None:
+        return sparse.csr_matrix(adata.layers[layer])
+    if adata.X is None:
+        raise ValueError("adata.X is None, expression expected. Set it, or name a layer.")
+    return sparse.csr_matrix(adata.X[:] if adata.isbacked else adata.X)
 
 
 def _cells_by_group(adata: AnnData, group_key: str | None) -> dict[str, NDArray[np.intp]]:

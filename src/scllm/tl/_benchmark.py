@@ -78,13 +78,12 @@ def benchmark(
     truth = classes.to_numpy(dtype=object)[cells]
     origin = None if batches is None else batches.to_numpy(dtype=object)[cells]
     _check_classes(truth, origin, key, batch_key)
-    embedded = adata.uns.get(_keys.UNS, {}).get("embed", {}).get("params", {})
-    if embedded.get("key_added") in names and key in embedded.get("heads", ()):
+    for name in _trained_on(adata, names, key):
         log.warning(
             "obsm[%r] is of a model that was fine-tuned on a column %r, one that has not seen these labels expected: "
             "if it learnt them from these cells, its scores are too high. Embed with the pretrained model, or score "
             "cells that were held out.",
-            embedded["key_added"], key,
+            name, key,
         )  # fmt: skip
     embeddings = {name: _embedding(adata, name)[cells] for name in dict.fromkeys(names)}
     rows = {}
@@ -95,6 +94,15 @@ def benchmark(
     params = {"use_rep": names, "key": key, "batch_key": batch_key, "n_cells": int(cells.sum())}
     record(adata, "benchmark", params, table)
     return table
+
+
+def _trained_on(adata: AnnData, names: Sequence[str], key: str) -> list[str]:
+    """Embeddings whose model was fine-tuned on a column of this name."""
+    heads = adata.uns.get(_keys.UNS, {}).get("embed", {}).get("heads")
+    if heads is None:
+        return []
+    told = heads.loc[heads["head"] == key, "embedding"].astype(str)
+    return [name for name in dict.fromkeys(names) if name in set(told)]
 
 
 def _scored_cells(classes: pd.Series, batches: pd.Series | None, key: str) -> NDArray[np.bool_]:
@@ -141,7 +149,15 @@ def _pca(adata: AnnData) -> FloatArray:
     """Principal components of log-normalised expression, ``(n_cells, 50)``."""
     import scanpy as sc
 
-    expression = AnnData(adata.layers[_keys.COUNTS].copy() if _keys.COUNTS in adata.layers else adata.X.copy())
+    if _keys.COUNTS in adata.layers:
+        expression = AnnData(adata.layers[_keys.COUNTS].copy())
+    elif adata.X is not None:
+        expression = AnnData(adata.X[:] if adata.isbacked else adata.X.copy())
+    else:
+        raise ValueError(
+            "adata has neither X nor a layer 'counts', expression expected, of which 'X_pca' is computed. Set adata.X, "
+            "or leave 'X_pca' out of use_rep=."
+        )
     if not is_log_like(expression.X):
         sc.pp.normalize_total(expression, target_sum=1e4)
         sc.pp.log1p(expression)

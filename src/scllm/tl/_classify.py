@@ -20,7 +20,7 @@ from scllm.models.base import Batch, CellModel, HeadSpec
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
 
-__all__ = ["classify"]
+__all__ = ["classify", "columns_of_heads"]
 
 _UNKNOWN = "unknown"
 
@@ -84,7 +84,8 @@ def classify(
         raise ValueError(
             f"threshold is {threshold}, a probability from 0 to 1 expected. Leave it out to have every cell labelled."
         )
-    for spec in chosen.head_specs:
+    specs = [spec for spec in chosen.head_specs if spec.level == "cell"]
+    for spec in specs:
         if spec.classes is not None:
             warn_of_unknown_labels(
                 adata.obs, spec.key, spec.classes, "pass threshold= to have doubtful cells called 'unknown'"
@@ -95,28 +96,37 @@ def classify(
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
         outputs = replica.head_outputs(batch)
-        return torch.cat([outputs[spec.key].float() for spec in replica.head_specs], dim=1)
+        return torch.cat([outputs[spec.key].float() for spec in specs], dim=1)
 
     results = predict(
         chosen, source, match, forward, batch_size=batch_size, device=device, precision=precision, desc="classifying"
     )
     outputs = torch.cat([values for _, values in results]).numpy()
     adata = adata.copy() if copy else adata
-    edges = np.cumsum([spec.n_outputs for spec in chosen.head_specs])[:-1]
+    edges = np.cumsum([spec.n_outputs for spec in specs])[:-1]
     classes: dict[str, NDArray[np.object_]] = {}
-    for spec, output in zip(chosen.head_specs, np.split(outputs, edges, axis=1), strict=True):
-        suffix = f"_{spec.key}" if len(chosen.head_specs) > 1 else ""
-        _write(adata, spec, output, key_added + suffix, threshold)
+    columns = columns_of_heads(chosen, key_added)
+    for spec, column, output in zip(specs, columns, np.split(outputs, edges, axis=1), strict=True):
+        _write(adata, spec, output, column, threshold)
         if spec.classes is not None:
-            classes[f"classes{suffix}"] = np.array(spec.classes, dtype=object)
+            classes["classes" + column.removeprefix(key_added)] = np.array(spec.classes, dtype=object)
     record(adata, "classify", {"key_added": key_added, "threshold": threshold, "layer": layer}, **classes)
     remember(adata, chosen)
     return adata if copy else None
 
 
+def columns_of_heads(model: CellModel, key_added: str) -> list[str]:
+    """Column that each head on cells writes; several append their key."""
+    keys = model.heads_on("cell")
+    return [f"{key_added}_{key}" for key in keys] if len(keys) > 1 else [key_added]
+
+
 def _write(adata: AnnData, spec: HeadSpec, output: FloatArray, key: str, threshold: float | None) -> None:
     if spec.classes is None:
         adata.obs[key] = (output[:, 0] * spec.std + spec.mean).astype(np.float32)
+        # what a model with labels left under the same name
+        adata.obs.drop(columns=key + _keys.PROBABILITY, errors="ignore", inplace=True)
+        adata.obsm.pop(key + _keys.PROBABILITIES, None)
         return
     probabilities = torch.from_numpy(output / spec.temperature).softmax(1).numpy()
     best = probabilities.argmax(1)

@@ -115,7 +115,7 @@ def classify_genes(
     """
     check_adata(adata, key_added=key_added)
     options = _checked(finetune_options)
-    _check_numbers(n_folds, max_cells, options)
+    _check_options(n_folds, max_cells, freeze, options)
     losses = {loss: 1.0} if isinstance(loss, str) else dict(loss)
     check_loss(losses)
     chosen = resolve(model, adata)
@@ -176,7 +176,7 @@ def _checked(given: Mapping[str, Any]) -> Options:
     return Options(**given)
 
 
-def _check_numbers(n_folds: int, max_cells: int, options: Options) -> None:
+def _check_options(n_folds: int, max_cells: int, freeze: Freeze, options: Options) -> None:
     for name, value, least in (("n_folds", n_folds, 2), ("max_cells", max_cells, 1)):
         if value < least:
             raise ValueError(f"{name} is {value}, at least {least} expected. Leave it out for the default.")
@@ -184,6 +184,10 @@ def _check_numbers(n_folds: int, max_cells: int, options: Options) -> None:
         raise ValueError(
             f"validation is {options.validation!r}, a share from 0 up to below 1 of the training genes expected. Leave "
             "it out to train for all epochs."
+        )
+    if options.lora is not None and freeze == "encoder":
+        raise TypeError(
+            "lora= adapts the encoder and freeze='encoder' keeps it as it is, one of them expected. Leave one out."
         )
     if options.class_weight not in ("balanced", None):
         raise ValueError(f"class_weight is {options.class_weight!r}, 'balanced' or None expected. Leave it out.")
@@ -209,21 +213,22 @@ def gene_folds(codes: IntArray, n_folds: int, *, random_state: int = 0) -> IntAr
 def _table(found: GeneLabels, fold: IntArray, probabilities: Mapping[str, FloatArray]) -> pd.DataFrame:
     """Metrics of each method on the genes of each fold."""
     names = np.array(found.classes)
+    sizes = np.bincount(found.codes, minlength=len(names))
+    # of two classes the rarer one, the same in all folds
+    scored = [int(sizes.argmin())] if len(names) == 2 else list(range(len(names)))
     rows = {}
     for method, outputs in probabilities.items():
         for number in range(fold.max() + 1):
             at = fold == number
             truth, output = names[found.codes[at]], outputs[at]
             scores = metrics.classification_scores(truth, names[output.argmax(1)], output, names)
-            rows[method, number] = {**scores, "auprc": _average_precision(found.codes[at], output)}
+            rows[method, number] = {**scores, "auprc": _average_precision(found.codes[at], output, scored)}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(METRICS))
     return table.rename_axis(["method", "fold"])
 
 
-def _average_precision(codes: IntArray, outputs: FloatArray) -> float:
-    """Of the rarer of two classes; of more, the mean over them."""
-    sizes = np.bincount(codes, minlength=outputs.shape[1])
-    classes = [int(sizes.argmin())] if len(sizes) == 2 else list(range(len(sizes)))
+def _average_precision(codes: IntArray, outputs: FloatArray, classes: list[int]) -> float:
+    """Mean over some of the classes."""
     return float(np.mean([average_precision_score(codes == k, outputs[:, k]) for k in classes]))
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from scllm import _keys
 from scllm._checks import check_adata, groups
 from scllm._results import record
-from scllm._typing import FloatArray
+from scllm._typing import FloatArray, IntArray
+from scllm.data.genes import GeneMatch
 from scllm.data.replace import replaced_when_whole
 from scllm.data.source import open_source
 from scllm.engine.config import Precision
@@ -92,6 +93,9 @@ def embed(
     ------
     ``adata.obsm[key_added]``
         float32 ``(n_cells, d)``.
+    ``adata.uns["scllm"]["embed"]``
+        Settings and, where a model with heads was used, ``heads``: one row for each key in ``obsm`` and column of
+        ``obs`` that its model was fine-tuned on.
 
     Examples
     --------
@@ -143,9 +147,17 @@ def embed(
         "key_added": key_added,
         "heads": list(chosen.heads_on("cell")) or None,
     }
-    record(adata, "embed", params)
+    record(adata, "embed", params, heads=_heads_of_all(adata, key_added, list(chosen.heads_on("cell"))))
     remember(adata, chosen)
     return adata if copy else None
+
+
+def _heads_of_all(adata: AnnData, key_added: str, heads: list[str]) -> pd.DataFrame | None:
+    """Which columns the models of all embeddings were fine-tuned on, this embedding in place of an earlier one."""
+    earlier = adata.uns.get(_keys.UNS, {}).get("embed", {}).get("heads", pd.DataFrame(columns=["embedding", "head"]))
+    others = earlier[earlier["embedding"] != key_added]
+    found = pd.concat([others, pd.DataFrame({"embedding": key_added, "head": heads})], ignore_index=True)
+    return found if len(found) else None
 
 
 def embed_genes(
@@ -208,7 +220,7 @@ def embed_genes(
             names, codes = list(column.cat.categories), column.cat.codes.to_numpy().astype(np.int64)
         means = _contextual_means(chosen, source, match, codes, 1 if names is None else len(names))
         vectors = np.full((adata.n_vars, *means.shape[1:]), np.nan, np.float32)
-        vectors[known] = means[match.token_ids[known]]
+        vectors[known] = means[_row_of_token(match, chosen)[match.token_ids[known]]]
         vectors = vectors[:, 0] if names is None else vectors
     adata = adata.copy() if copy else adata
     adata.varm[key_added] = vectors
@@ -219,10 +231,11 @@ def embed_genes(
 
 
 def _contextual_means(model, source, match, codes, n_groups) -> FloatArray:
-    """Mean state of each token over the cells of each group that hold it, ``(n_tokens, n_groups, d)``."""
-    d = model.config.d_model
-    total = torch.zeros(len(model.vocab) * n_groups, d, dtype=torch.float64)
-    count = torch.zeros(len(model.vocab) * n_groups)
+    """Mean state of each measured token over the cells of each group that hold it, ``(n_measured, n_groups, d)``."""
+    d, n_measured = model.config.d_model, len(match.measured)
+    row = torch.from_numpy(_row_of_token(match, model))
+    total = torch.zeros(n_measured * n_groups, d, dtype=torch.float64)
+    count = torch.zeros(n_measured * n_groups)
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
         # token and cell travel beside the state, so that one array comes back
@@ -232,12 +245,19 @@ def _contextual_means(model, source, match, codes, n_groups) -> FloatArray:
 
     for rows, found in predict(model, source, match, forward, desc="embedding genes of"):
         group = torch.from_numpy(codes[rows])[found[:, 1].long()]
-        place = found[:, 0].long() * n_groups + group
+        place = row[found[:, 0].long()] * n_groups + group
         there = group >= 0
         total.index_add_(0, place[there], found[there, 2:].double())
         count.index_add_(0, place[there], torch.ones(int(there.sum())))
-    means = (total / count[:, None]).float()  # NaN where a gene was not seen
-    return means.view(len(model.vocab), n_groups, d).numpy()
+    total /= count[:, None]  # NaN where a gene was not seen
+    return total.float().view(n_measured, n_groups, d).numpy()
+
+
+def _row_of_token(match: GeneMatch, model: CellModel) -> IntArray:
+    """Place of each token among those that the data measure, ``(n_tokens,)``; -1 for others."""
+    row = np.full(len(model.vocab), -1)
+    row[match.measured] = np.arange(len(match.measured))
+    return row
 
 
 def _check_out(out: Path, data: object) -> None:

@@ -53,12 +53,20 @@ class Options:
 
 
 def gene_config(model: CellModel, options: Options) -> TrainConfig:
-    """Training settings with nothing left open."""
+    """Training settings with nothing left open; an error for those that heads on genes do not have."""
     defaults = {**models.family_module(model.family).FINETUNE, "epochs": _EPOCHS, "lr": _LR, "gene_init": "random"}
     given = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
-    return merged_config(
+    config = merged_config(
         options.config, given, defaults, precision=options.precision, random_state=options.random_state
     )
+    for name in ("head_reads", "label_smoothing"):
+        value = getattr(options.config, name, None)
+        if value:
+            raise TypeError(
+                f"config has {name}={value!r}, settings that heads on genes have expected: it is one of heads on "
+                "cells. Leave it out."
+            )
+    return config
 
 
 @dataclass(frozen=True)

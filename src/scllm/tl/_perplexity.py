@@ -11,6 +11,7 @@ from torch import Tensor
 from scllm import _keys, metrics
 from scllm._checks import check_adata
 from scllm._results import record
+from scllm._typing import IntArray
 from scllm.data.source import open_source
 from scllm.engine.likelihood import N_ORDERS, gene_nats
 from scllm.engine.predict import predict
@@ -23,6 +24,8 @@ __all__ = ["perplexity"]
 # logits held at once where the caller leaves the batch size open: a gigabyte
 _LOGITS = 2**28
 _CELLS = 64
+# genes kept one by one before they are counted
+_NEW = 2**20
 
 
 def perplexity(
@@ -105,7 +108,7 @@ def perplexity(
         longest = min(chosen.encoder.max_len, len(chosen.vocab))
         batch_size = max(1, min(_CELLS, _LOGITS // (longest * len(chosen.vocab))))
     total, n_genes = np.zeros(source.n_obs), np.zeros(source.n_obs)
-    places = sparse.csr_array((chosen.encoder.max_len, len(chosen.vocab)))
+    places = _Places((chosen.encoder.max_len, len(chosen.vocab)))
     results = predict(
         chosen, source, match, forward, batch_size=batch_size, device=device, precision="fp32", desc="scoring"
     )
@@ -114,9 +117,9 @@ def perplexity(
         n = rows.stop - rows.start
         total[rows] = np.bincount(cell, weights=found[:, 3].double().numpy(), minlength=n)
         n_genes[rows] = np.bincount(cell, minlength=n)
-        places = places + sparse.csr_array((np.ones(len(gene)), (place, gene)), shape=places.shape)
+        places.add(place, gene)
     nats = np.divide(total, n_genes, out=np.full(len(total), np.nan), where=n_genes > 0)
-    unigram, by_position = metrics.unigram_nats(places)
+    unigram, by_position = metrics.unigram_nats(places.counts())
 
     adata = adata.copy() if copy else adata
     adata.obs[key_added] = np.exp(nats)
@@ -130,3 +133,31 @@ def perplexity(
     )  # fmt: skip
     remember(adata, chosen)
     return adata if copy else None
+
+
+class _Places:
+    """How often each gene stands in each place of a sentence.
+
+    New genes are added to the counts once they are as many as the counts: time then grows with the genes, where adding
+    every batch takes the square of it.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self._counts = sparse.csr_array(shape)
+        self._new: list[IntArray] = []
+        self._n_new = 0
+
+    def add(self, place: IntArray, gene: IntArray) -> None:
+        """Count genes that stand in places."""
+        self._new.append(np.stack([place, gene]).astype(np.int32))
+        self._n_new += len(gene)
+        if self._n_new >= max(_NEW, self._counts.nnz):
+            self.counts()
+
+    def counts(self) -> sparse.csr_array:
+        """Places by genes."""
+        if self._new:
+            place, gene = np.concatenate(self._new, axis=1)
+            self._counts = self._counts + sparse.csr_array((np.ones(len(gene)), (place, gene)), self._counts.shape)
+            self._new, self._n_new = [], 0
+        return self._counts

@@ -96,6 +96,12 @@ def reconstruct(
             f"genes= and mask_ratio={mask_ratio} are both given, one of them expected: chosen genes are predicted with "
             "everything shown. Leave one out."
         )
+    if genes is not None and (copy or key_added != _keys.RECONSTRUCTED):
+        given = "copy=True" if copy else f"key_added={key_added!r}"
+        raise TypeError(
+            f"genes= and {given} are both given, one of them expected: predictions of chosen genes are returned, and "
+            "nothing is written. Leave one out."
+        )
     source = open_source(adata)
     check_layer(source, chosen, None, adata, takes_layer=False)
     match = gene_match(adata, source, chosen)
