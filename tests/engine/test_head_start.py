@@ -56,8 +56,7 @@ def test_a_started_head_says_what_a_probe_of_the_same_states_says(model, cells, 
     rows, tested = np.arange(0, 400, 2), np.arange(1, 400, 2)
     with caplog.at_level("INFO", logger="scllm"):
         tuned = started(model, cells, rows)
-    # an epoch of 200 cells ends with 72
-    assert "on the last 72 training cells they saw, with dropout" in caplog.text
+    assert "the heads start at a loss of" in caplog.text
     codes = cells.obs["cell_type"].cat.codes.to_numpy()
     answers = outputs(tuned, cells, lambda replica, batch: replica.head_outputs(batch)["cell_type"]).argmax(1)
     states = outputs(model, cells, lambda replica, batch: replica.head_inputs(batch))
@@ -66,6 +65,25 @@ def test_a_started_head_says_what_a_probe_of_the_same_states_says(model, cells, 
     by_probe = (probe.predict(scaler.transform(states[tested])) == codes[tested]).mean()
     assert (answers[tested] == codes[tested]).mean() > by_probe - 0.08
     assert by_probe > 0.5  # of four types
+
+
+def test_a_linear_head_is_the_logistic_regression_of_whitened_states(cells):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = models.build("scgpt", vocab=cells.var_names, size="tiny").eval()
+    labels = cells.obs["cell_type"].cat
+    model.set_heads([HeadSpec("cell_type", tuple(labels.categories), pooling="ranked", reads="both")])
+    rows = np.arange(0, 400, 2)
+    tuned = started(model, cells, rows)
+    logits = outputs(tuned, cells, lambda replica, batch: replica.head_outputs(batch)["cell_type"])
+    states = outputs(model, cells, lambda replica, batch: replica.head_inputs(batch)).astype(np.float64)
+    mean = states[rows].mean(0)
+    variance, directions = np.linalg.eigh(np.cov(states[rows].T, bias=True))
+    # a tenth of the mean variance is added to each
+    white = (states - mean) @ directions / np.sqrt(variance + 0.1 * variance.mean())
+    probe = LogisticRegression(C=0.1, max_iter=5000, tol=1e-8).fit(white[rows], labels.codes.to_numpy()[rows])
+    expected = log_softmax(probe.decision_function(white), axis=1)
+    np.testing.assert_allclose(log_softmax(logits, axis=1), expected, atol=0.01)
 
 
 def test_only_heads_are_changed_and_nothing_global_is_drawn(model, cells):

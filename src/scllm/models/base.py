@@ -20,7 +20,7 @@ from scllm.data.encode import Encoder, encoder_to_dict
 from scllm.data.vocab import Vocab
 from scllm.models.batch import Batch, Outputs
 from scllm.models.config import ModelConfig
-from scllm.models.heads import HeadSpec, Level, PooledHead, Pooling
+from scllm.models.heads import HeadSpec, Level, Pooling
 from scllm.models.int8 import WeightDtype, to_float
 from scllm.models.pruning import compression
 from scllm.models.rank_weights import rank_weights
@@ -72,7 +72,7 @@ class CellModel(nn.Module):
     unit_length: ClassVar[bool] = False
     """Whether the family's own cell embedding is scaled to length one."""
     head_pooling: ClassVar[Pooling | None] = None
-    """How fresh heads, of one hidden layer, read a cell's states; ``None``: they are like the published ones."""
+    """How fresh heads, which are linear, read a cell's states; ``None``: they are like the published ones."""
     heads_read_cells: ClassVar[bool] = True
     """Whether heads read one vector a cell, and not the states of all its tokens."""
     reads_depth: ClassVar[bool] = False
@@ -202,8 +202,10 @@ class CellModel(nn.Module):
         # what a published head reads is known to the family alone
         if spec.pooling is None:
             return self.new_head(spec.n_outputs)
-        d = self.config.d_model
-        return PooledHead(2 * d if spec.reads == "both" else d, d, spec.n_outputs, self.config.dropout)
+        head = nn.Linear(self.config.d_model * (2 if spec.reads == "both" else 1), spec.n_outputs)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        return head
 
     def is_expressed(self, batch: Batch) -> Tensor:
         """Which tokens are expressed genes, ``(t,)``: no specials and no zeros."""

@@ -123,8 +123,7 @@ class Model(CellModel):
 
     def new_head(self, n_outputs: int) -> nn.Module:
         """The original's classifier, but started as PyTorch does: from a spread of 0.02 small models hardly learn."""
-        d = self.config.d_model
-        return PooledHead(d, d, n_outputs, self.config.dropout)
+        return PooledHead(self.config.d_model, n_outputs, self.config.dropout)
 
     def inputs(self, batch: Batch) -> Tensor:
         """What the first block reads, ``(t, d)``."""

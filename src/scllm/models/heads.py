@@ -29,7 +29,7 @@ class HeadSpec:
     mean, std
         Of the values a value head was trained on: its output times ``std`` plus ``mean`` is the value.
     pooling
-        How the head, of one hidden layer, reads a cell's states; ``None``: it is like the family's published heads.
+        How the head, which is linear, reads a cell's states; ``None``: it is like the family's published heads.
     reads
         Which states those are: ``"inputs"`` of the first block, those after the ``"last"`` block, or ``"both"``.
     temperature
@@ -56,12 +56,12 @@ class HeadSpec:
 class PooledHead(nn.Module):
     """One hidden layer, as in BERT's classifier: pooler, dropout, one linear."""
 
-    def __init__(self, d_in: int, d_model: int, n_outputs: int, dropout: float) -> None:
+    def __init__(self, d_model: int, n_outputs: int, dropout: float) -> None:
         super().__init__()
-        self.pooler = nn.Linear(d_in, d_model)
+        self.pooler = nn.Linear(d_model, d_model)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(d_model, n_outputs)
 
     def forward(self, cell: Tensor) -> Tensor:
-        """``(b, d_in)`` to ``(b, k)``."""
+        """``(b, d)`` to ``(b, k)``."""
         return self.out(self.dropout(torch.tanh(self.pooler(cell))))
