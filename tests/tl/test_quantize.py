@@ -81,7 +81,7 @@ def test_what_is_not_trained_is_int8_and_heads_are_trained(adata, tiny, tmp_path
     assert tuned.history["loss"].nunique() > 2
     assert tuned.weight_dtype == "int8"
     assert torch.equal(tuned.gene_embedding.weight_int8, small.gene_embedding.weight_int8)
-    assert tuned.heads[0].out.weight.dtype == torch.float32
+    assert tuned.heads[0].weight.dtype == torch.float32
     # floats that were trained on top of int8 weights come back as they are
     tuned.save(tmp_path / "model")
     assert models.load(tmp_path / "model").hash() == tuned.hash()

@@ -61,10 +61,11 @@ def finetune(
     """Train a head that predicts ``obs[key]``, together with the model below it.
 
     Heads are linear and read the states of a cell's genes before the first block and after the last one, its highest
-    genes weighing most. They first learn alone, as logistic regression does (in seconds); then all that is not frozen
-    trains on, without dropout. The best weights by validation loss are kept, those of the start among them, and their
-    probabilities are calibrated on the validation cells. Heads of scbert and scfoundation are like the published ones;
-    that of scbert, which reads every position, has no such start.
+    genes weighing most (``tl.embed(pooling="ranked")`` shows the latter). They first learn alone, as logistic
+    regression does (in seconds); then all that is not frozen trains on, without dropout. The best weights by validation
+    loss are kept, those of the start among them, and their probabilities are calibrated on the validation cells. Heads
+    of scbert and scfoundation are like the published ones; that of scbert, which reads every position, has no such
+    start.
 
     Parameters
     ----------
