@@ -15,7 +15,6 @@ from scllm.data.encode import Encoder, RankEncoder
 from scllm.data.vocab import Vocab
 from scllm.models.base import Batch, CellModel, Checkpoint, ModelConfig, Outputs, Pooling
 from scllm.models.geneformer_files import MedianLike, VocabLike, read_folder, write
-from scllm.models.heads import PooledHead
 from scllm.models.layers import Block, linear_cross_entropy
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "read"]
@@ -195,6 +194,20 @@ class Model(CellModel):
     def write_original(self, path: Path) -> None:
         """Write a Hugging Face directory with the dictionaries beside it."""
         write(self, path)
+
+
+class PooledHead(nn.Module):
+    """One hidden layer, as in BERT's classifier: pooler, dropout, one linear."""
+
+    def __init__(self, d_model: int, n_outputs: int, dropout: float) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(d_model, n_outputs)
+
+    def forward(self, cell: Tensor) -> Tensor:
+        """``(b, d)`` to ``(b, k)``."""
+        return self.out(self.dropout(torch.tanh(self.pooler(cell))))
 
 
 def read(path: str | Path, vocab: VocabLike | None = None, medians: MedianLike | None = None) -> Checkpoint:

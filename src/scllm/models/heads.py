@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
-
 from scllm._typing import HeadReads
 
-__all__ = ["HeadSpec", "Level", "PooledHead", "Pooling"]
+__all__ = ["HeadSpec", "Level", "Pooling"]
 
 Level = Literal["cell", "gene"]
 Pooling = Literal["cls", "mean", "ranked", "max", "all"]
@@ -51,17 +48,3 @@ class HeadSpec:
     def n_outputs(self) -> int:
         """Width of the head's output."""
         return 1 if self.classes is None else len(self.classes)
-
-
-class PooledHead(nn.Module):
-    """One hidden layer, as in BERT's classifier: pooler, dropout, one linear."""
-
-    def __init__(self, d_model: int, n_outputs: int, dropout: float) -> None:
-        super().__init__()
-        self.pooler = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(d_model, n_outputs)
-
-    def forward(self, cell: Tensor) -> Tensor:
-        """``(b, d)`` to ``(b, k)``."""
-        return self.out(self.dropout(torch.tanh(self.pooler(cell))))
