@@ -176,12 +176,13 @@ def _take(new_indptr, indptr, rows, array, out):
 
 @jit
 def _restrict(indptr, indices, data, ids, new_indptr, kept_ids, kept):
-    n = 0
+    # unsigned: a signed position is asked at every entry whether it counts from the end, which takes half the time
+    n = np.uint64(0)
     new_indptr[0] = 0
     for row in range(indptr.size - 1):
-        for j in range(indptr[row], indptr[row + 1]):
-            kept_ids[n], kept[n] = ids[indices[j]], data[j]
-            n += np.int64((ids[indices[j]] >= 0) & (data[j] != 0))
+        for j in range(np.uint64(indptr[row]), np.uint64(indptr[row + 1])):
+            kept_ids[n], kept[n] = ids[np.uint64(indices[j])], data[j]
+            n += np.uint64((kept_ids[n] >= 0) & (data[j] != 0))
         new_indptr[row + 1] = n
 
 
@@ -194,23 +195,24 @@ def _crop_top(indptr, values, is_byte, new_indptr, positions):
             for j in range(n_kept):
                 positions[start + j] = begin + j
         elif n_kept:
-            lowest = _nth_highest(values[begin:end], n_kept, is_byte)
-            _crop_row(values[begin:end], lowest, begin, positions[start : start + n_kept])
+            lowest, room = _nth_highest(values[begin:end], n_kept, is_byte)
+            _crop_row(values[begin:end], lowest, room, begin, positions[start : start + n_kept])
 
 
 @jit
 def _nth_highest(values, n, is_byte):
+    """The lowest of the n highest values, and how many of the n are equal to it."""
     if not is_byte:
         return _nth_by_buckets(values, n)
     # bins: counting them is a fifth of the time of partitioning them
     tally = np.zeros(256, np.int64)
     for value in values:
         tally[np.uint8(value)] += 1
-    highest, n_above = np.uint8(255), tally[255]
-    while n_above < n:
-        highest -= np.uint8(1)
-        n_above += tally[highest]
-    return values.dtype.type(highest)
+    value, n_above = np.uint8(255), 0
+    while n_above + tally[value] < n:
+        n_above += tally[value]
+        value -= np.uint8(1)
+    return values.dtype.type(value), n - n_above
 
 
 @jit
@@ -219,53 +221,60 @@ def _nth_by_buckets(values, n):
     lowest, highest = values.min(), values.max()
     scale = (_BUCKETS - 1) / (np.float64(highest) - np.float64(lowest))
     if not 0 < scale < np.inf:  # all the same, or too far apart to tell
-        return np.partition(values, values.size - n)[values.size - n]
-    tally = np.zeros(_BUCKETS, np.int64)
+        return _nth_by_sorting(values, n)
+    tally = np.zeros(_BUCKETS, np.uint32)
     for value in values:
-        tally[np.int64((np.float64(value) - lowest) * scale)] += 1
+        tally[_bucket(value, lowest, scale)] += np.uint32(1)
     bucket, n_above = _BUCKETS - 1, 0
     while n_above + tally[bucket] < n:
         n_above += tally[bucket]
         bucket -= 1
-    inside = np.empty(tally[bucket], values.dtype)
-    i = 0
+    inside = np.empty(tally[bucket] + 1, values.dtype)  # one more: those of other buckets are written and overwritten
+    i = np.uint64(0)
     for value in values:
-        if np.int64((np.float64(value) - lowest) * scale) == bucket:
-            inside[i] = value
-            i += 1
-    at = inside.size - (n - n_above)
-    return np.partition(inside, at)[at]
+        inside[i] = value
+        i += np.uint64(_bucket(value, lowest, scale) == np.uint64(bucket))
+    return _nth_by_sorting(inside[:-1], n - n_above)
 
 
 @jit
-def _crop_row(values, lowest, begin, positions):
+def _bucket(value, lowest, scale):
+    return np.uint64(np.int64((np.float64(value) - lowest) * scale))
+
+
+@jit
+def _nth_by_sorting(values, n):
+    rising = np.sort(values)
+    at = rising.size - n
+    room = np.int64(0)
+    while at + room < rising.size and rising[at + room] == rising[at]:
+        room += 1
+    return rising[at], room
+
+
+@jit
+def _crop_row(values, lowest, room, begin, positions):
     """Positions of the highest values; of those equal to the lowest kept value, only the earliest have room."""
-    n_kept = positions.size
-    room = n_kept
-    for j in range(values.size):
-        room -= np.int64(values[j] > lowest)
-    n, j = 0, 0
+    n, j, n_kept = np.uint64(0), np.uint64(0), np.uint64(positions.size)
     # written whether kept or not and overwritten by the next: branches here would be mispredicted
     while n < n_kept:
-        is_lowest = np.int64((values[j] == lowest) & (room > 0))
-        positions[n] = begin + j
-        n += np.int64(values[j] > lowest) | is_lowest
-        room -= is_lowest
-        j += 1
+        is_lowest = np.uint64((values[j] == lowest) & (room > 0))
+        positions[n] = begin + np.int64(j)
+        n += np.uint64(values[j] > lowest) | is_lowest
+        room -= np.int64(is_lowest)
+        j += np.uint64(1)
 
 
 @jit
 def _prepend(new_indptr, indptr, values, first, out):
     for row in range(indptr.size - 1):
-        start, begin = new_indptr[row], indptr[row]
+        start, stop = new_indptr[row], new_indptr[row + 1]
         out[start] = first
-        for j in range(indptr[row + 1] - begin):
-            out[start + 1 + j] = values[begin + j]
+        out[start + 1 : stop] = values[indptr[row] : indptr[row + 1]]
 
 
 @jit
 def _pad(indptr, values, out):
     for row in range(indptr.size - 1):
-        begin = indptr[row]
-        for j in range(indptr[row + 1] - begin):
-            out[row, j] = values[begin + j]
+        begin, end = indptr[row], indptr[row + 1]
+        out[row, : end - begin] = values[begin:end]
