@@ -94,7 +94,7 @@ def _as_bits(keys: NDArray[np.floating]) -> NDArray[np.uint32]:
 @jit
 def _scaled(values, ids, scale, out):
     for j in range(values.size):
-        out[j] = values[j] / scale[ids[j]]
+        out[j] = values[j] / scale[np.uint64(ids[j])]  # unsigned: not asked whether it counts from the end
 
 
 @row_kernel
@@ -105,11 +105,10 @@ def _top_rows(indptr, bits, entries, new_indptr, out):
         pairs, tally = _scratch(indptr, first, last)
         for row in range(first, last):
             begin, end = indptr[row], indptr[row + 1]
-            start, stop = new_indptr[row], new_indptr[row + 1]
-            of_row = entries[begin:end]
+            of_row, top = entries[begin:end], out[new_indptr[row] : new_indptr[row + 1]]
             position = _sort_row(bits[begin:end], pairs, tally)
-            for j in range(stop - start):
-                out[start + j] = of_row[pairs[0, j] & position]
+            for j in range(top.size):
+                top[j] = of_row[pairs[0, j] & position]
 
 
 @row_kernel
