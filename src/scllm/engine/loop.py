@@ -6,9 +6,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from scllm._log import log, show_progress
@@ -61,120 +63,126 @@ def fit(
     track
         Is given each line of the history, on the first rank.
     """
-    rank, world, device, sharded = ranks.rank(), ranks.world(), model.device, sharding.is_sharded(model)
-    per_epoch = batches.n_batches()
+    rank, world, per_epoch = ranks.rank(), ranks.world(), batches.n_batches()
     n_steps = config.steps or per_epoch * (config.epochs or 1)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
     if config.use_dropout is False:
         without_dropout(model)
-    optimise = optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    step, best, since_best = _resume(run, model, optimise, scaler, precision)
+    updates = _Updates(model, objective, config, precision)
+    step, best, since_best = _resume(run, updates)
     saved = step
     if from_start and validation is not None and step == 0:
         best = _judge_start(model, validation, objective, precision, run, track)
     with tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=not show_progress()) as bar:
         while step < n_steps and (config.patience is None or since_best < config.patience):
             epoch = step // per_epoch
-            began = time.perf_counter()
-            here = {"start": step % per_epoch, "rank": rank, "world": world, "parts": config.accumulate}
-            with closing(batches.epoch(epoch, **here)) as read:
-                for parts in read:
+            read = batches.epoch(epoch, start=step % per_epoch, rank=rank, world=world, parts=config.accumulate)
+            with closing(read):
+                began = time.perf_counter()
+                for parts in islice(read, n_steps - step):
                     lr = learning_rate(step, epoch, n_steps, config)
-                    for group in optimise.param_groups:
-                        group["lr"] = lr * group["scale"]
-                    train_mode(model)
-                    model.at_step(step, config.random_state or 0)
-                    totals = _Totals(objective.logs(model), device)
-                    with _seeded(device, config.random_state or 0, step, rank):
-                        for batch in parts:
-                            batch = batch.to(device)
-                            with autocast(precision, device):
-                                loss = objective(model, batch, step)
-                            scaler.scale(loss.sum).backward()
-                            totals.add(loss, batch)
-                    for weight in trained:
-                        # ranks without cells, and heads without labels, contribute nothing
-                        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                    if not sharded:
-                        ranks.sum_over_ranks([weight.grad for weight in trained])  # type: ignore[misc]
-                    means, count, n_cells = totals.reduced()
-                    scaler.unscale_(optimise)
-                    # sharded gradients were averaged over ranks on the way
-                    torch._foreach_div_([weight.grad for weight in trained], max(count, 1) / (world if sharded else 1))
-                    norm = sharding.full_norm(trained, config.clip)
-                    if not math.isfinite(means["loss"]) or not (norm.isfinite() or scaler.is_enabled()):
-                        raise RuntimeError(
-                            f"the loss or its gradient is not finite at step {step + 1} (loss {means['loss']}, norm "
-                            f"{norm:.3g}), finite numbers expected. Nothing was updated; the last checkpoint is step "
-                            f"{saved}. Lower lr, or use precision='fp32'."
-                        )
-                    scaler.step(optimise)
-                    scaler.update()
-                    optimise.zero_grad(set_to_none=True)
+                    means, n_cells = updates.update(parts, step, lr, saved)
                     step += 1
-
-                    now = time.perf_counter()
-                    cells_per_s, began = n_cells / (now - began), now
-                    line = {
-                        "step": step,
-                        "epoch": epoch,
-                        "split": "train",
-                        **objective.report(means, step - 1),
-                        "lr": lr,
-                    }
-                    lines = [line | {"cells_per_s": round(cells_per_s, 2)}] if step % config.log_every == 0 else []
+                    seconds = time.perf_counter() - began
+                    report = objective.report(means, step - 1)
+                    line: dict[str, Any] = {"step": step, "epoch": epoch, "split": "train", **report, "lr": lr}
+                    lines = []
+                    if step % config.log_every == 0:
+                        lines.append(line | {"cells_per_s": round(n_cells / seconds, 2)})
                     ends = step % per_epoch == 0 or step == n_steps
                     if ends:
                         found = line if validation is None else evaluate(model, validation, objective, precision)
+                        _check_validation(found["loss"], step, saved)
                         if validation is not None:
                             lines.append({"step": step, "epoch": epoch, "split": "validation", **found, "lr": lr})
-                        if not math.isfinite(found["loss"]):
-                            raise RuntimeError(
-                                f"the validation loss is {found['loss']} at step {step}, a finite number expected. The "
-                                f"last checkpoint is step {saved}. Lower lr, or use precision='fp32'."
-                            )
                         # without validation cells the last weights are the best
                         score = -step if validation is None else found["loss"]
-                        since_best = 0 if score < best else since_best + 1
+                        best, since_best = (score, 0) if score < best else (best, since_best + 1)
                         log.info(
                             "epoch %d, step %d of %d: loss %.4g, %.4g on validation",
-                            epoch,
-                            step,
-                            n_steps,
-                            means["loss"],
-                            found["loss"],
-                        )
+                            epoch, step, n_steps, means["loss"], found["loss"],
+                        )  # fmt: skip
                     if rank == 0:
-                        with checkpoint.writing(run.history):
-                            append_history(run.history, lines)
-                        for logged in lines:
-                            track(logged)
-                    saves = ends or bool(config.save_every and step % config.save_every == 0)
-                    if saves and (rank == 0 or sharded):
-                        state = {
-                            "model": sharding.weights(model),
-                            "optimizer": sharding.optimizer_state(model, optimise),
-                            "scaler": scaler.state_dict(),
-                            "precision": precision,
-                        }
-                    if rank == 0 and ends and since_best == 0:
-                        checkpoint.save(run.best, state["model"])
-                    best = min(best, score) if ends else best
-                    if saves:
+                        _log_lines(run, lines, track)
+                    if ends or (config.save_every and step % config.save_every == 0):
+                        standing = {"step": step, "best": best, "since_best": since_best}
+                        _save(run, updates, standing, is_best=ends and since_best == 0)
                         saved = step
-                        if rank == 0:
-                            checkpoint.save(run.last, state | {"step": step, "best": best, "since_best": since_best})
                     bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
                     bar.update()
-                    began = time.perf_counter() if ends else began
-                    if step >= n_steps:
-                        break
+                    began = time.perf_counter()
 
 
-def _resume(
-    run: Run, model: CellModel, optimise: torch.optim.Optimizer, scaler: torch.amp.GradScaler, precision: str
-) -> tuple[int, float, int]:
+class _Updates:
+    """Updates of a model's weights, one a step."""
+
+    def __init__(self, model: CellModel, objective: Objective, config: TrainConfig, precision: str) -> None:
+        self.model, self.objective, self.config, self.precision = model, objective, config, precision
+        self.device = model.device
+        self.sharded = sharding.is_sharded(model)
+        self.trained: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
+        self.optimizer = optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+
+    def update(self, parts: Sequence[Batch], step: int, lr: float, saved: int) -> tuple[dict[str, float], int]:
+        """Take one step on this rank's cells; means of the losses and the number of cells, over all ranks."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        means, count, n_cells = self._gradients(parts, step)
+        gradients = [cast(Tensor, weight.grad) for weight in self.trained]
+        if not self.sharded:
+            ranks.sum_over_ranks(gradients)
+        self.scaler.unscale_(self.optimizer)
+        # sharded gradients were averaged over ranks on the way
+        cells = max(count, 1) / (ranks.world() if self.sharded else 1)
+        torch._foreach_div_(gradients, cells)
+        norm = sharding.full_norm(self.trained, self.config.clip)
+        if not math.isfinite(means["loss"]) or not (norm.isfinite() or self.scaler.is_enabled()):
+            raise RuntimeError(
+                f"the loss or its gradient is not finite at step {step + 1} (loss {means['loss']}, norm {norm:.3g}), "
+                f"finite numbers expected. Nothing was updated; the last checkpoint is step {saved}. Lower lr, or use "
+                "precision='fp32'."
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return means, n_cells
+
+    def _gradients(self, parts: Sequence[Batch], step: int) -> tuple[dict[str, float], float, int]:
+        """Sum this rank's gradients; means of the losses, what they are means over, and the cells, over all ranks."""
+        train_mode(self.model)
+        self.model.at_step(step, self.config.random_state or 0)
+        totals = _Totals(self.objective.logs(self.model), self.device)
+        with _seeded(self.device, self.config.random_state or 0, step, ranks.rank()):
+            for batch in parts:
+                batch = batch.to(self.device)
+                with autocast(self.precision, self.device):
+                    loss = self.objective(self.model, batch, step)
+                self.scaler.scale(loss.sum).backward()
+                totals.add(loss, batch)
+        for weight in self.trained:
+            # ranks without cells, and heads without labels, contribute nothing
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        return totals.reduced()
+
+    def state(self) -> dict[str, Any]:
+        """What training goes on from; where the model is sharded, all ranks must ask for it."""
+        return {
+            "model": sharding.weights(self.model),
+            "optimizer": sharding.optimizer_state(self.model, self.optimizer),
+            "scaler": self.scaler.state_dict(),
+            "precision": self.precision,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to what :meth:`state` gave."""
+        sharding.load_weights(self.model, state["model"])
+        sharding.load_optimizer(self.model, self.optimizer, state["optimizer"])
+        if state["scaler"]:
+            # empty where the run has not scaled its loss so far
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _resume(run: Run, updates: _Updates) -> tuple[int, float, int]:
     """Step, best validation loss and epochs since then at the last checkpoint; all of it goes back there."""
     state = checkpoint.restore(run.last)
     ranks.wait_for_all()
@@ -182,14 +190,36 @@ def _resume(
         cut_history(run.history, -1 if state is None else state["step"])
     if state is None:
         return 0, math.inf, 0
-    sharding.load_weights(model, state["model"])
-    sharding.load_optimizer(model, optimise, state["optimizer"])
-    if state["scaler"]:
-        # empty where the run has not scaled its loss so far
-        scaler.load_state_dict(state["scaler"])
-    before = state.get("precision", precision)
-    log.info("continuing at step %d%s", state["step"], "" if before == precision else f", in {before} until there")
+    updates.restore(state)
+    before = state.get("precision", updates.precision)
+    changed = "" if before == updates.precision else f", in {before} until there"
+    log.info("continuing at step %d%s", state["step"], changed)
     return state["step"], state["best"], state["since_best"]
+
+
+def _save(run: Run, updates: _Updates, standing: dict[str, float], *, is_best: bool) -> None:
+    if ranks.rank() != 0 and not updates.sharded:
+        return
+    state = updates.state()
+    if ranks.rank() == 0:
+        if is_best:
+            checkpoint.save(run.best, state["model"])
+        checkpoint.save(run.last, state | standing)
+
+
+def _log_lines(run: Run, lines: list[dict[str, Any]], track: Callable[[dict[str, Any]], None]) -> None:
+    with checkpoint.writing(run.history):
+        append_history(run.history, lines)
+    for line in lines:
+        track(line)
+
+
+def _check_validation(loss: float, step: int, saved: int) -> None:
+    if not math.isfinite(loss):
+        raise RuntimeError(
+            f"the validation loss is {loss} at step {step}, a finite number expected. The last checkpoint is step "
+            f"{saved}. Lower lr, or use precision='fp32'."
+        )
 
 
 def _judge_start(
@@ -204,11 +234,8 @@ def _judge_start(
     found = evaluate(model, validation, objective, precision)
     weights = sharding.weights(model)
     if ranks.rank() == 0:
-        line = {"step": 0, "epoch": 0, "split": "validation", **found, "lr": 0.0}
-        with checkpoint.writing(run.history):
-            append_history(run.history, [line])
+        _log_lines(run, [{"step": 0, "epoch": 0, "split": "validation", **found, "lr": 0.0}], track)
         checkpoint.save(run.best, weights)
-        track(line)
     log.info("before the first step: loss %.4g on validation", found["loss"])
     return found["loss"]
 
