@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
+from numpy.typing import NDArray
 
 from scllm._log import warn
 from scllm._typing import CSR, IntArray
 from scllm.data.source import CellSource, open_source
 
-__all__ = ["check_source", "check_values", "layer_with_counts", "warn_of_empty_cells"]
+__all__ = ["check_source", "check_values", "is_log_like", "layer_with_counts", "warn_of_empty_cells"]
 
 _LOGGED_MAXIMUM = 50  # log1p of any real count is far below; a count matrix of a whole cell is not
 _SAMPLED_ROWS = 2_048
@@ -82,6 +84,12 @@ def check_values(counts: CSR, source: CellSource, rows: IntArray, *, layer: str 
         f"{_name(layer)} holds {what} values (first: {data[at]:g}, gene {gene!r} in cell {cell!r}), non-negative "
         "finite expression expected. Scaled or regressed data cannot be used: pass a layer with counts with `layer=`."
     )
+
+
+def is_log_like(values: NDArray[Any]) -> bool:
+    """Whether values were logged or scaled already: negative, or fractions under a maximum that counts exceed."""
+    has_fractions = bool(np.any(values != np.rint(values)))
+    return has_fractions and bool(values.min() < 0 or values.max() < _LOGGED_MAXIMUM)
 
 
 def layer_with_counts(data: object, takes_layer: bool = True) -> str:

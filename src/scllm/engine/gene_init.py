@@ -14,6 +14,7 @@ from scipy import sparse
 
 from scllm._log import progress
 from scllm._typing import CSR, FloatArray, IntArray
+from scllm.data.checks import is_log_like
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource
 from scllm.models.base import CellModel
@@ -24,7 +25,6 @@ _ROWS = 8_192
 _MAX_CELLS = 200_000  # singular vectors of more cells are the same to any digit that matters
 _TARGET_SUM = 1e4
 _STANDS_OUT = 1.05
-_LOGGED_MAXIMUM = 50
 
 
 def start_from_data(
@@ -92,7 +92,7 @@ def _log_normalised(source: CellSource, match: GeneMatch, rows: IntArray, n_toke
         values = np.asarray(tokens.values, np.float64)
         cell = np.repeat(np.arange(len(tokens)), tokens.lengths)
         if is_logged is None:
-            is_logged = bool(len(values)) and values.max() < _LOGGED_MAXIMUM and bool((values != np.rint(values)).any())
+            is_logged = is_log_like(values)
         logged = values
         if not is_logged:
             totals = np.bincount(cell, weights=values, minlength=len(tokens))

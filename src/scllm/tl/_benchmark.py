@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
+from scipy import sparse
 
 from scllm import _keys, metrics
 from scllm._checks import check_adata, embedding, groups, labels
 from scllm._log import log, warn
 from scllm._results import record
 from scllm._typing import FloatArray
-from scllm.tl._baseline import is_log_like
+from scllm.data.checks import is_log_like
 
 __all__ = ["benchmark"]
 
@@ -158,7 +159,8 @@ def _pca(adata: AnnData) -> FloatArray:
             "adata has neither X nor a layer 'counts', expression expected, of which 'X_pca' is computed. Set adata.X, "
             "or leave 'X_pca' out of use_rep=."
         )
-    if not is_log_like(expression.X):
+    values = expression.X
+    if not is_log_like(values.data if sparse.issparse(values) else values):
         sc.pp.normalize_total(expression, target_sum=1e4)
         sc.pp.log1p(expression)
     n_comps = min(_N_COMPONENTS, min(expression.shape) - 1)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scllm import _keys
 from scllm._typing import CSR, FloatArray, IntArray
+from scllm.data.checks import is_log_like
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource, open_source
 from scllm.engine.config import Precision
@@ -27,7 +28,6 @@ __all__ = ["GeneCells", "choose_cells", "gene_statistics", "pooled"]
 _CELLS_READ = 512
 _N_COMPONENTS = 10
 _TARGET_SUM = 1e4
-_LOGGED_MAXIMUM = 50
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _log_normalised(cells: GeneCells, n_tokens: int) -> CSR:
     """Cells by tokens; what was logged before stays as it is."""
     counts = cells.match.tokens(sparse.csr_matrix(cells.adata.X))
     values = counts.values.astype(np.float64)
-    if not (np.any(values != np.rint(values)) and values.max() < _LOGGED_MAXIMUM):
+    if not is_log_like(values):
         total = np.asarray(cells.adata.X.sum(1), np.float64).ravel()
         values = np.log1p(values * np.repeat(_TARGET_SUM / np.maximum(total, 1e-12), counts.lengths))
     return sparse.csr_matrix((values, counts.genes, counts.indptr), shape=(len(counts), n_tokens))
