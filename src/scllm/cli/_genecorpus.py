@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scllm.cli._app import Debug, Verbose
-from scllm.cli._options import DataPaths, Layer, one_or_all
+from scllm.cli._options import DataPaths, Family, Layer, one_or_all, read_model
 
 if TYPE_CHECKING:
     from scllm.data.tokens import Tokens
@@ -26,6 +26,7 @@ def genecorpus(
         str | None,
         typer.Option(help="Geneformer model whose genes, medians and length are taken. [default: those of the data]"),
     ] = None,
+    family: Family = None,
     column: Annotated[
         list[str] | None, typer.Option(help="Column of obs to keep beside each sentence; repeat it for several.")
     ] = None,
@@ -38,7 +39,6 @@ def genecorpus(
 
     import numpy as np
 
-    from scllm import models
     from scllm.data import genes
     from scllm.data.checks import check_source
     from scllm.data.encode import RankEncoder
@@ -53,7 +53,7 @@ def genecorpus(
         config = geneformer.Config()
         vocab, encoder = config.vocab(dict.fromkeys(genes.strip_version(source.genes))), config.encoder()
     else:
-        chosen = models.load(model)
+        chosen = read_model(model, family)
         vocab, encoder = chosen.vocab, chosen.encoder
     if not isinstance(encoder, RankEncoder):
         raise ValueError(f"{model} does not rank genes, a geneformer model expected. Leave --model out.")
