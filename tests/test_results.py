@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from scllm import _checks
-from scllm._results import record, recorded
+from scllm._results import record, recorded, storable_table
 
 
 @dataclass(frozen=True)
@@ -125,3 +125,29 @@ def test_embedding_is_finite_and_there(adata) -> None:
     adata.obsm["X_scllm"][3, 1] = np.nan
     with pytest.raises(ValueError, match=r"1 of 60 cells.*first: 'cell_3'"):
         _checks.embedding(adata, "X_scllm")
+
+
+@pytest.mark.parametrize("extension", ["h5ad", "zarr"])
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [
+        (pd.cut(pd.Series([1.0, 5.0, 9.0]), [0, 4, 10]), ["(0, 4]", "(4, 10]", "(4, 10]"]),
+        (
+            pd.Series(pd.to_datetime(["2020-01-02", None, "2021-01-02"])),
+            ["2020-01-02 00:00:00", None, "2021-01-02 00:00:00"],
+        ),
+        (pd.Series(["x", None, "y"], dtype="string"), ["x", None, "y"]),
+        (pd.Series([1, "a", "1"]).astype("category"), ["1", "a", "1"]),
+        (pd.Series([1, None, 3], dtype="Int64"), [1, None, 3]),
+        (pd.Series([None] * 3), [None] * 3),
+    ],
+    ids=["intervals", "dates", "strings with gaps", "mixed categories", "integers with gaps", "nothing"],
+)
+def test_any_column_of_obs_can_be_stored(tmp_path, column, text, extension) -> None:
+    table = storable_table(pd.DataFrame({"column": column}))
+    table.index = [f"cell_{i}" for i in range(len(table))]
+    path = tmp_path / f"a.{extension}"
+    getattr(ad.AnnData(np.ones((len(table), 1)), obs=table), f"write_{extension}")(path)
+    back = getattr(ad, f"read_{extension}")(path).obs["column"]
+    for found, expected in zip(back, text, strict=True):
+        assert pd.isna(found) if expected is None else found == expected

@@ -69,18 +69,23 @@ def match_settings(data: object) -> dict[str, Any]:
 
 
 def storable_table(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy that every AnnData file format takes: text with gaps is categorical, ``Float64`` is float64."""
+    """A copy that every AnnData file format takes: what is no number becomes text, text with gaps categorical."""
     table = table.copy()
     table.columns = table.columns.map(str)
     if not isinstance(table.index, pd.RangeIndex):
         table.index = table.index.map(str)
     for name, column in table.items():
-        if isinstance(column.dtype, np.dtype) and column.dtype == object:
-            known = column.dropna()
-            text = column.where(column.isna(), column.map(str)) if len(known) else column.astype(float)
-            table[name] = text.astype("category") if column.isna().any() and len(known) else text
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            if not pd.api.types.is_numeric_dtype(column.dtype.categories):
+                names = column.cat.categories.map(str)
+                as_text = column.astype(object).map(str, na_action="ignore").astype("category")  # 1 and "1" are one
+                table[name] = column.cat.rename_categories(names) if names.is_unique else as_text
         elif isinstance(column.dtype, (pd.Float32Dtype, pd.Float64Dtype)):
             table[name] = column.to_numpy(np.float64, na_value=np.nan)
+        elif not pd.api.types.is_numeric_dtype(column.dtype):
+            is_known = column.notna()
+            text = column.astype(object).map(str, na_action="ignore") if is_known.any() else column.isna() * np.nan
+            table[name] = text.astype("category") if is_known.any() and not is_known.all() else text
     return table
 
 

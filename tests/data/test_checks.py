@@ -9,7 +9,8 @@ import pytest
 from anndata import AnnData
 from scipy import sparse
 
-from scllm.data.checks import check_source, warn_of_empty_cells
+import scllm
+from scllm.data.checks import check_source, layer_with_counts, warn_of_empty_cells
 from scllm.data.source import open_source
 
 
@@ -79,3 +80,11 @@ def test_cells_without_a_known_gene_are_counted():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_empty_cells(0, 9)
+
+
+def test_bins_and_ranks_are_not_proposed_as_counts(adata):
+    scllm.pp.bin_expression(adata)
+    scllm.pp.rank_expression(adata, key_added="order")
+    assert layer_with_counts(adata) == ""
+    adata.layers["raw"] = adata.X.copy()
+    assert layer_with_counts(adata) == "Layer 'raw' holds counts: pass layer='raw'."

@@ -74,3 +74,13 @@ def test_a_folder_without_dictionaries_is_an_error(folder):
     (folder / "token_dictionary.json").unlink()
     with pytest.raises(FileNotFoundError, match="holds 0 files token_dictionary"):
         open_source(folder)
+
+
+def test_a_missing_label_stays_missing(adata, tmp_path):
+    adata.obs["cell_type"] = adata.obs["cell_type"].where(np.arange(adata.n_obs) != 1)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    arguments = ["genecorpus", str(tmp_path / "cells.h5ad"), "--out", str(tmp_path / "corpus"), "--column", "cell_type"]
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0, found.output
+    column = open_source(tmp_path / "corpus").obs(["cell_type"])["cell_type"]
+    assert np.flatnonzero(column.isna()).tolist() == [1]

@@ -569,3 +569,31 @@ def test_pickle_of_a_deleted_file_is_an_error_when_read(h5ad):
     h5ad.unlink()
     with pytest.raises(OSError, match=r"blood.h5ad"):
         pickle.loads(pickled).read(slice(0, 3))
+
+
+@pytest.mark.filterwarnings("ignore:Element:anndata.OldFormatWarning")
+def test_categories_as_anndata_0_7_wrote_them_are_read(tmp_path):
+    adata = make_adata(3)
+    adata.obs = pd.DataFrame(index=adata.obs_names)
+    adata.obs["n"] = 1
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        obs = file["obs"]
+        obs["ct"] = np.array([1, 0, -1], np.int8)
+        obs["__categories/ct"] = np.array(["A", "B"], dtype=h5py.string_dtype())
+        obs["ct"].attrs["categories"] = obs["__categories/ct"].ref
+        obs.attrs["column-order"] = np.array(["n", "ct"], dtype=h5py.string_dtype())
+        obs.attrs["encoding-version"] = "0.1.0"
+        obs["__categories/ct"].attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+    expected = anndata.read_h5ad(tmp_path / "a.h5ad").obs["ct"]
+    found = open_source(tmp_path / "a.h5ad").obs(["ct"])["ct"]
+    assert found.astype(object).where(found.notna(), None).tolist() == ["B", "A", None]
+    pd.testing.assert_series_equal(found, expected, check_names=False)
+
+
+def test_columns_of_other_types_of_categories_are_united(tmp_path):
+    first, second = make_adata(4), make_adata(3)
+    first.obs["cluster"] = pd.Categorical([1, 2, 2, None])
+    second.obs["cluster"] = pd.Categorical(["1", "3", "1"])
+    united = open_source([first, second]).obs(["cluster"])["cluster"]
+    assert united.astype(object).where(united.notna(), None).tolist() == ["1", "2", "2", None, "1", "3", "1"]

@@ -82,3 +82,8 @@ def test_the_only_cell_of_a_label_is_not_held_out(seed):
     part = split_cells(15, (0.9, 0.1), stratify=labels, random_state=seed)
     assert part[14] == 0
     assert (part == 1).sum() == 2
+
+
+def test_shares_that_are_no_numbers_are_an_error():
+    with pytest.raises(ValueError, match="two or three positive shares"):
+        split_cells(10, (0.8, float("nan")))

@@ -90,3 +90,14 @@ def test_published_vocabularies_keep_their_own_ids(shared):
     vocab = Vocab.read(path)
     assert {token: int(i) for token, i in zip(vocab.tokens, vocab.ids(vocab.tokens), strict=True)} == given_ids
     assert vocab.pad_id == given_ids["<pad>"]
+
+
+def test_files_with_fewer_or_odd_entries(tmp_path):
+    file = tmp_path / "vocab.json"
+    file.write_text(json.dumps({"tokens": ["a", "b"]}))
+    assert (Vocab.read(file).tokens, Vocab.read(file).pad) == (("a", "b"), None)
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(["a", "b"]).encode())
+    assert Vocab.read(file).tokens == ("a", "b")
+    file.write_text(json.dumps({"a": "x", "b": 1}))
+    with pytest.raises(ValueError, match="the id of 'a' is 'x', a whole number expected"):
+        Vocab.read(file)

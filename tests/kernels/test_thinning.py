@@ -79,3 +79,8 @@ def test_another_key_gives_another_draw():
 def test_empty_rows_stay_empty():
     indptr, ids, kept = thin(np.array([0, 0, 0]), np.empty(0, np.int64), np.empty(0), mix(0, np.arange(2)), 0.5)
     assert (indptr.tolist(), len(ids), len(kept)) == ([0, 0, 0], 0, 0)
+
+
+def test_a_share_of_nothing_takes_nothing():
+    counts = np.array([5.0, 40.0, 7.0])
+    assert one_cell(counts, int(mix(0, 1)), 0.0).tolist() == counts.tolist()

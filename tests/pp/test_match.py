@@ -104,7 +104,8 @@ def test_later_verbs_take_the_settings_over(adata):
     with pytest.raises(ValueError, match="at least 30 %"):
         tokenize(adata, vocab=few)
     match_genes(adata, few, min_coverage=0.1)
-    tokenize(adata, vocab=few)
+    with pytest.warns(UserWarning, match="2 of 60 cells express no gene"):
+        tokenize(adata, vocab=few)
 
 
 def test_a_copy_leaves_the_original_alone(adata):
@@ -112,3 +113,10 @@ def test_a_copy_leaves_the_original_alone(adata):
     assert "token_id" in changed.var
     assert "token_id" not in adata.var
     assert "scllm" not in adata.uns
+
+
+def test_names_are_enough(adata):
+    names = ad.AnnData(var=adata.var, shape=adata.shape)
+    match_genes(names, list(adata.var_names[:30]))
+    assert (names.var["token_id"] >= 0).sum() == 30
+    assert names.uns["scllm"]["match_genes"]["table"]["gene"].tolist() == list(adata.var_names[30:])

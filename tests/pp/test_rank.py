@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
 from scllm import get
 from scllm.data.medians import MedianSketch
-from scllm.pp import gene_medians, rank_expression, tokenize
+from scllm.pp import bin_expression, gene_medians, rank_expression, tokenize
 
 
 def medians_slowly(counts):
@@ -122,3 +123,46 @@ def test_medians_may_be_a_column_that_gene_medians_wrote(adata):
     assert (adata.layers["by_column"] != adata.layers["by_itself"]).nnz == 0
     with pytest.raises(KeyError, match=r"'medians' is not a column of adata\.var"):
         rank_expression(adata, medians="medians")
+
+
+def test_ranks_stay_when_the_counts_are_changed_in_place(adata):
+    rank_expression(adata)
+    before = adata.layers["ranked"].toarray()
+    adata.X.data[::2] = 0
+    adata.X.eliminate_zeros()
+    np.testing.assert_array_equal(adata.layers["ranked"].toarray(), before)
+
+
+def test_medians_that_are_no_names_or_names_twice_are_an_error(adata):
+    with pytest.raises(TypeError, match="medians are of type list, a Series or dict by gene"):
+        rank_expression(adata, medians=[1.0] * 40)
+    with pytest.raises(ValueError, match="1 gene names are duplicated"):
+        rank_expression(adata, medians=pd.Series(1.0, index=[*adata.var_names, "gene_0"]))
+
+
+@pytest.mark.parametrize("verb", [bin_expression, rank_expression, gene_medians])
+def test_duplicated_genes_are_an_error(adata, verb):
+    adata.var_names = ["gene_1", *adata.var_names[1:]]
+    with pytest.raises(ValueError, match="1 gene names are duplicated"):
+        verb(adata)
+
+
+@pytest.mark.parametrize("value", [-5, np.nan])
+@pytest.mark.parametrize("verb", [bin_expression, rank_expression, gene_medians, tokenize])
+def test_wrong_values_that_a_sample_misses_are_found_while_reading(tmp_path, verb, value):
+    counts = np.random.default_rng(0).poisson(1, (6000, 6)).astype(np.float32)
+    counts[1, 2] = value  # every second row is looked at before
+    ad.AnnData(sparse.csr_matrix(counts)).write_h5ad(tmp_path / "a.h5ad")
+    data = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    with pytest.raises(ValueError, match="in cell '1'"):
+        verb(data)
+    assert not data.obsm
+    assert not data.uns
+
+
+def test_medians_are_refused_where_they_could_not_be_written(adata, tmp_path):
+    with pytest.raises(ValueError, match="a name without '/'"):
+        gene_medians(adata, key_added="a/b")
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(ValueError, match="copy=True is given, and adata is backed"):
+        gene_medians(ad.read_h5ad(tmp_path / "a.h5ad", backed="r"), copy=True)

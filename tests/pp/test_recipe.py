@@ -136,3 +136,46 @@ def test_duplicated_genes_are_an_error(adata):
     adata.var_names = ["same", "same", *adata.var_names[2:]]
     with pytest.raises(ValueError, match="'same'"):
         recipe_scgpt(adata, n_top_genes=20)
+
+
+def test_samples_in_which_nothing_varies_are_an_error_and_change_nothing(cells):
+    alike = cells.copy()
+    alike.X = sparse.csr_matrix(np.repeat(cells.X[0].toarray(), 200, axis=0))
+    with pytest.raises(ValueError, match="0 genes vary between the 200 cells of the cells, at least 4 expected"):
+        recipe_scgpt(alike, n_top_genes=10)
+    cells.X = sparse.csr_matrix(sparse.vstack([cells.X[[0, 0, 0]], cells.X[3:]]))
+    cells.obs["sample"] = [7] * 3 + [8] * 197
+    with pytest.raises(ValueError, match="0 genes vary between the 3 cells of sample '7'"):
+        recipe_scgpt(cells, n_top_genes=10, batch_key="sample")
+    assert cells.shape == (200, 100)
+    assert not cells.layers
+
+
+@pytest.mark.parametrize("flavor", ["seurat_v3", "seurat", "cell_ranger"])
+def test_samples_may_be_numbers(cells, flavor):
+    cells.obs["number"] = np.arange(200) % 2
+    cells.obs["name"] = cells.obs["number"].map({0: "a", 1: "b"})
+    by_number, by_name = (
+        recipe_scgpt(cells, n_top_genes=20, batch_key=key, flavor=flavor, copy=True) for key in ("number", "name")
+    )
+    assert by_number.var_names.tolist() == by_name.var_names.tolist()
+    assert by_number.n_vars == 20
+
+
+def test_sparse_arrays_and_doubled_entries_give_the_same(cells):
+    expected = recipe_scgpt(cells, n_top_genes=20, copy=True)
+    as_array, doubled = cells.copy(), cells.copy()
+    as_array.X = sparse.csr_array(cells.X)
+    parts = cells.X.tocoo()
+    half = np.floor(parts.data / 2)
+    entries = np.concatenate([half, parts.data - half])
+    places = np.tile(np.argsort(parts.row, kind="stable"), 2)
+    order = np.argsort(parts.row[places], kind="stable")
+    doubled.X = sparse.csr_matrix(
+        (entries[order].astype(np.float32), parts.col[places][order], 2 * cells.X.indptr), shape=cells.shape
+    )
+    for other in (as_array, doubled):
+        recipe_scgpt(other, n_top_genes=20)
+        assert other.var_names.tolist() == expected.var_names.tolist()
+        np.testing.assert_allclose(other.X.toarray(), expected.X.toarray(), rtol=1e-6)
+        np.testing.assert_array_equal(other.layers["binned"].toarray(), expected.layers["binned"].toarray())

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scllm.datasets import toy
 from scllm.pp import split
 
 
@@ -52,3 +53,10 @@ def test_the_column_is_in_the_order_of_the_cells(adata):
     assert len(adata.obs["part"]) == 60
     runs = np.flatnonzero(np.diff(adata.obs["part"].cat.codes))
     assert len(runs) > 10  # not the first half and the second
+
+
+def test_a_part_without_cells_is_said():
+    cells = toy(n_cells=10, n_genes=20)
+    with pytest.warns(UserWarning, match="leave validation without any"):
+        split(cells)
+    assert (cells.obs["split"] == "train").all()

@@ -9,7 +9,7 @@ from scipy import sparse
 from scllm import get
 from scllm.data.encode import BinEncoder, ValueEncoder
 from scllm.data.vocab import Vocab
-from scllm.pp import bin_expression, tokenize
+from scllm.pp import bin_expression, match_genes, tokenize
 
 
 def test_tokens_are_cls_and_the_expressed_genes_with_their_bins(adata):
@@ -73,7 +73,8 @@ def test_an_unknown_encoder_is_an_error(adata):
 
 def test_a_cell_without_genes_is_cls_alone(adata):
     adata.X = sparse.csr_matrix(adata.X.multiply((np.arange(60) != 7)[:, None]))
-    tokenize(adata)
+    with pytest.warns(UserWarning, match="^1 of 60 cells express no gene"):
+        tokenize(adata)
     genes, _ = get.tokens(adata)
     assert genes[7].tolist() == [40] + [41] * (genes.shape[1] - 1)
 
@@ -83,3 +84,30 @@ def test_a_copy_leaves_the_original_alone(adata):
     assert set(changed.obsm) == {"tokens", "tokens_values"}
     assert not len(adata.obsm)
     assert "scllm" not in adata.uns
+
+
+def test_values_of_an_earlier_call_do_not_stay_beside_ranks(adata):
+    tokenize(adata)
+    tokenize(adata, encoder="ranks")
+    assert get.tokens(adata)[1] is None
+
+
+def test_without_a_vocabulary_all_genes_are_read_whatever_they_were_matched_by(adata):
+    adata.var["symbol"] = [f"S{i}" for i in range(40)]
+    match_genes(adata, list(adata.var["symbol"]), gene_key="symbol")
+    tokenize(adata)
+    lengths = np.diff(adata.obsm["tokens"].indptr)
+    np.testing.assert_array_equal(lengths, 1 + (adata.X > 0).sum(1).A1)
+
+
+def test_cells_without_a_known_gene_are_counted(adata):
+    n_empty = int((adata.X[:, :5].toarray() == 0).all(1).sum())
+    with pytest.warns(UserWarning, match=rf"^{n_empty} of 60 cells express no gene"):
+        tokenize(adata, vocab=Vocab.from_genes(adata.var_names[:5]))
+
+
+def test_a_path_or_a_list_of_names_says_what_to_pass(adata):
+    with pytest.raises(TypeError, match=r"pass scllm.models.load\('runs/x'\)"):
+        tokenize(adata, model="runs/x")
+    with pytest.raises(TypeError, match=r"Vocab.from_genes\(names\)"):
+        tokenize(adata, vocab=list(adata.var_names))

@@ -40,7 +40,7 @@ def genecorpus(
     import numpy as np
 
     from scllm.data import genes
-    from scllm.data.checks import check_source
+    from scllm.data.checks import check_source, read_checked
     from scllm.data.encode import RankEncoder
     from scllm.data.genecorpus import write_genecorpus
     from scllm.data.medians import token_medians
@@ -64,7 +64,7 @@ def genecorpus(
 
     def sentences() -> Iterator[Tokens]:
         for start in range(0, source.n_obs, _ROWS):
-            counts = match.tokens(source.read(np.arange(start, min(start + _ROWS, source.n_obs))))
+            counts = match.tokens(read_checked(source, np.arange(start, min(start + _ROWS, source.n_obs))))
             yield encoder(counts, vocab, measured=match.measured)
 
     write_genecorpus(sentences(), out, vocab=vocab, medians=medians, obs=source.obs(column or []))

@@ -138,11 +138,20 @@ class FileTables:
     def obs(self, columns: Sequence[str]) -> pd.DataFrame:
         """Read columns of ``obs``."""
         obs = self._file.root["obs"]
-        return pd.DataFrame({column: read_elem(obs[column]) for column in columns}, index=self.obs_names)
+        return pd.DataFrame({column: _column(obs[column]) for column in columns}, index=self.obs_names)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _column(node: Any) -> Any:
+    """A column of ``obs``; in an ``.h5ad``, anndata 0.7 wrote its categories elsewhere."""
+    if not isinstance(node, h5py.Dataset) or "categories" not in node.attrs:
+        return read_elem(node)
+    categories = node.file[node.attrs["categories"]]
+    ordered = bool(categories.attrs.get("ordered", False))
+    return pd.Categorical.from_codes(node[:], read_elem(categories), ordered=ordered)
 
 
 def is_array(node: Any) -> bool:

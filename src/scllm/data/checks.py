@@ -10,11 +10,12 @@ import numpy as np
 from anndata import AnnData
 from numpy.typing import NDArray
 
+from scllm import _keys
 from scllm._log import warn
 from scllm._typing import CSR, IntArray
 from scllm.data.source import CellSource, open_source
 
-__all__ = ["check_source", "check_values", "is_log_like", "layer_with_counts", "warn_of_empty_cells"]
+__all__ = ["check_source", "check_values", "is_log_like", "layer_with_counts", "read_checked", "warn_of_empty_cells"]
 
 _LOGGED_MAXIMUM = 50  # log1p of any real count is far below; a count matrix of a whole cell is not
 _SAMPLED_ROWS = 2_048
@@ -61,9 +62,10 @@ def check_source(
             f"raw counts expected. {advice}"
         )
     if n_odd:
+        looked_at = "" if len(rows) == source.n_obs else f" in the {len(rows):,} cells looked at"
         warn(
-            f"{_name(layer)} holds {n_odd:,} values that are no integers (first: {first_odd}), raw counts are "
-            "expected. They are used as they are; pass the layer with raw counts with `layer=` if there is one."
+            f"{_name(layer)} holds {n_odd:,} values that are no integers (first: {first_odd}){looked_at}, raw counts "
+            "are expected. They are used as they are; pass the layer with raw counts with `layer=` if there is one."
         )
 
 
@@ -86,6 +88,14 @@ def check_values(counts: CSR, source: CellSource, rows: IntArray, *, layer: str 
     )
 
 
+def read_checked(source: CellSource, rows: IntArray) -> CSR:
+    """Rows of a source; what :func:`check_source` saw only a sample of is looked at now."""
+    counts = source.read(rows)
+    if source.chunked:
+        check_values(counts, source, rows, layer=source.layer)
+    return counts
+
+
 def is_log_like(values: NDArray[Any]) -> bool:
     """Whether values were logged or scaled already: negative, or fractions under a maximum that counts exceed."""
     has_fractions = bool(np.any(values != np.rint(values)))
@@ -97,6 +107,8 @@ def layer_with_counts(data: object, takes_layer: bool = True) -> str:
     if not isinstance(data, AnnData):
         return ""
     for name in data.layers:
+        if name in _written(data):
+            continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # of non-integers: they are no counts
@@ -106,6 +118,13 @@ def layer_with_counts(data: object, takes_layer: bool = True) -> str:
         advice = f"pass layer={name!r}" if takes_layer else f"put it into X (adata.X = adata.layers[{name!r}])"
         return f"Layer {name!r} holds counts: {advice}."
     return "" if takes_layer else "Put raw counts into X."
+
+
+def _written(adata: AnnData) -> set[str]:
+    """Layers of bins and ranks: integers, and no counts."""
+    verbs = adata.uns.get(_keys.UNS, {})
+    keys = (verbs.get(verb, {}).get("params", {}).get("key_added") for verb in ("bin_expression", "rank_expression"))
+    return {_keys.BINNED, _keys.RANKED, *(str(key) for key in keys if key is not None)}
 
 
 def warn_of_empty_cells(n_empty: int, n_cells: int) -> None:

@@ -39,7 +39,9 @@ def read_dictionary(path: str | PathLike[str]) -> dict[str, Any]:
     raw = read_whole(path, "a dictionary (.json, .json.gz, .pkl)")
     try:
         content = _PlainUnpickler(BytesIO(raw)).load() if raw[:1] == b"\x80" else json.loads(raw)
-    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, TypeError) as error:
+    except (
+        pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, TypeError, OverflowError, MemoryError,
+    ) as error:  # fmt: skip
         raise ValueError(
             f"{path} cannot be read ({error}); a dictionary of strings and numbers expected, as JSON or a pickle. It "
             "is truncated, damaged or holds code, which is never executed: fetch it again, or write it as JSON."

@@ -126,7 +126,7 @@ def write_genecorpus(
     datasets = _datasets()
     if path.exists() and any(path.iterdir()):
         raise FileExistsError(f"{path} is not empty, a new folder expected. Remove it, or choose another.")
-    plain = {name: column.astype(str) if column.dtype == "category" else column for name, column in obs.items()}
+    plain = {name: _plain(column) if column.dtype == "category" else column for name, column in obs.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".genecorpus.", dir=path.parent) as folder:
         file, row, writer = Path(folder) / "sentences.arrow", 0, None
@@ -179,3 +179,8 @@ def _datasets() -> Any:
             '[genecorpus]".'
         ) from error
     return datasets
+
+
+def _plain(column: pd.Series) -> pd.Series:
+    """Names of categories; a missing one stays missing."""
+    return column.astype(object).map(str, na_action="ignore").where(column.notna(), None)

@@ -9,6 +9,7 @@ from scipy import sparse
 
 from scllm._log import progress
 from scllm._typing import CSR, FloatArray, IntArray
+from scllm.data.checks import read_checked
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource
 from scllm.kernels.tally import BIN_CENTRES, add_to_tally
@@ -86,4 +87,4 @@ def _normalised(counts: CSR, target_sum: float) -> FloatArray:
 def _blocks(source: CellSource, rows: IntArray) -> Iterator[CSR]:
     starts = range(0, len(rows), _ROWS)
     for start in progress(starts, desc="medians", total=len(starts), unit="block"):
-        yield source.read(rows[start : start + _ROWS])
+        yield read_checked(source, rows[start : start + _ROWS])

@@ -385,6 +385,8 @@ def _no_layer(layer: str, layers: list[str], name: str) -> str:
 def _united(columns: list[pd.Series]) -> Any:
     """One column out of several; categorical if all are."""
     if all(isinstance(column.dtype, pd.CategoricalDtype) for column in columns):
+        if len({column.cat.categories.dtype for column in columns}) > 1:
+            columns = [column.cat.rename_categories(column.cat.categories.map(str)) for column in columns]
         return pd.api.types.union_categoricals(columns, ignore_order=True)
     return pd.concat(columns).array
 

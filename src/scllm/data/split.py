@@ -63,7 +63,7 @@ def split_cells(
 def check_fractions(fractions: Sequence[float]) -> None:
     """Raise unless there are two or three positive shares that add up to one."""
     shares = np.atleast_1d(fractions)
-    if len(shares) not in (2, 3) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+    if len(shares) not in (2, 3) or min(shares) <= 0 or not abs(sum(shares) - 1) <= 1e-6:
         raise ValueError(
             f"fractions are {fractions}, two or three positive shares that add up to 1 expected (train, "
             "validation and test). Pass for example fractions=(0.8, 0.1, 0.1)."
@@ -96,11 +96,13 @@ def _by_group(groups: pd.Series, fractions: Sequence[float], rng: np.random.Gene
     missing = np.array(fractions) * len(codes)
     # largest first, each to the part that lacks most; equal sizes in random order
     order = np.lexsort((rng.permutation(len(names)), -sizes))
+    used: set[int] = set()
     for place, group in enumerate(order):
-        empty = [number for number in range(len(fractions)) if number not in part_of[order[:place]]]
+        empty = [number for number in range(len(fractions)) if number not in used]
         # no part may stay empty
         open_to = empty if len(empty) == len(order) - place else range(len(fractions))
         chosen = max(open_to, key=lambda number: missing[number])
         part_of[group] = chosen
+        used.add(chosen)
         missing[chosen] -= sizes[group]
     return part_of[codes]

@@ -151,9 +151,8 @@ class Vocab:
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Vocab:
         """Read what :meth:`to_dict` wrote."""
-        return cls(
-            tuple(saved["tokens"]), saved["pad"], saved["mask"], saved["cls"], saved["eos"], saved.get("aliases", {})
-        )
+        pad, mask, first, last = (saved.get(role) for role in ("pad", "mask", "cls", "eos"))
+        return cls(tuple(saved["tokens"]), pad, mask, first, last, saved.get("aliases", {}))
 
     @classmethod
     def from_tokens(cls, tokens: Iterable[str]) -> Vocab:
@@ -177,7 +176,7 @@ def read_tokens(path: Path) -> list[str] | dict[str, Any]:
     if raw[:1] == b"\x80":
         return _in_order(read_dictionary(path), path)
     try:
-        text = raw.decode()
+        text = raw.decode("utf-8-sig")
         if not text.lstrip().startswith(("{", "[")):
             return [line.strip() for line in text.splitlines() if line.strip()]
         content = json.loads(text)
@@ -195,6 +194,9 @@ def read_tokens(path: Path) -> list[str] | dict[str, Any]:
 
 def _in_order(content: Mapping[str, int], path: Path) -> list[str]:
     """The tokens of a ``{token: id}`` dictionary in the order of their ids, which have no gaps."""
+    odd = next((token for token, found in content.items() if not isinstance(found, int)), None)
+    if odd is not None:
+        raise ValueError(f"{path}: the id of {odd!r} is {content[odd]!r}, a whole number expected. Mend the file.")
     tokens = sorted(content, key=content.__getitem__)
     ids = [content[token] for token in tokens]
     if ids != list(range(len(ids))):

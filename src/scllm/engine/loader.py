@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scllm._typing import CSR, FloatArray, IntArray
-from scllm.data.checks import check_values
+from scllm.data.checks import read_checked
 from scllm.data.encode import Encoder
 from scllm.data.genes import GeneMatch
 from scllm.data.plan import Read, n_batches, plan
@@ -131,10 +131,7 @@ class Loader:
         keys = mix(self.seed, epoch, rows)
         # in the order of the file, dealt out batch by batch: the arrays of a whole read would leave the caches
         ascending, place = np.unique(rows, return_inverse=True)
-        counts = self.source.read(ascending)
-        if self.source.chunked:
-            # in memory this was asked once; on disk only a sample was
-            check_values(counts, self.source, ascending, layer=self.source.layer)
+        counts = read_checked(self.source, ascending)
         edges = np.concatenate([[0], np.cumsum(read.sizes)])
         for first, last in zip(edges[skip:-1], edges[skip + 1 :], strict=True):
             tokens = self.match.tokens(_taken(counts, place[first:last]))

@@ -55,6 +55,8 @@ def _thin(indptr, ids, counts, keys, most, kept):
                 u, k = draw(keys[row], _COUNT, piece), 0
                 chance = (1.0 - p) ** size
                 total = chance
+                if p == 1.0:  # nothing is taken, and the ratio below would be endless
+                    k = size
                 while u >= total and k < size:
                     chance *= (size - k) / (k + 1) * p / (1.0 - p)
                     k += 1

@@ -11,6 +11,7 @@ from scllm._checks import check_adata
 from scllm._results import record
 from scllm.data.checks import check_source
 from scllm.data.encode.bins import Ties, check_n_bins, check_ties, tie_draws
+from scllm.data.genes import check_unique
 from scllm.data.source import open_source
 from scllm.data.tokens import Tokens
 from scllm.kernels.binning import bin_rows
@@ -57,7 +58,8 @@ def bin_expression(
     ------
     ``adata.layers[key_added]``
         Bins (CSR, uint8 up to 256 bins, else uint16). Where the input is CSR without stored zeros, the layer shares its
-        row structure (``indices``) with the input and adds one byte a value.
+        row structure (``indices``) with the input and adds one byte a value: call this after whatever changes the
+        structure of the input in place (``eliminate_zeros``, :func:`scanpy.pp.downsample_counts`), or again.
 
     Examples
     --------
@@ -69,6 +71,7 @@ def bin_expression(
     check_adata(adata, copy, key_added)
     check_n_bins(n_bins)
     check_ties(ties)
+    check_unique(adata.var_names)
     source = open_source(adata, layer=layer)
     check_source(source, needs_counts=False, layer=layer)
     adata = adata.copy() if copy else adata

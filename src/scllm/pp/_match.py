@@ -80,10 +80,11 @@ def match_genes(
     check_adata(adata, copy)
     vocab = _vocabulary(vocab)
     found = genes.match(adata.var_names, vocab, var=adata.var, gene_key=gene_key, min_coverage=min_coverage)
+    lost = _lost(adata, found.token_ids)
     adata = adata.copy() if copy else adata
     adata.var[_keys.TOKEN_ID] = found.token_ids
     record(
-        adata, "match_genes", {"gene_key": gene_key, "min_coverage": min_coverage}, _lost(adata, found.token_ids),
+        adata, "match_genes", {"gene_key": gene_key, "min_coverage": min_coverage}, lost,
         column=found.column, id_type=found.id_type, n_matched=found.n_matched, n_data=adata.n_vars,
         n_vocab=found.n_vocab, coverage=found.coverage,
     )  # fmt: skip
@@ -112,10 +113,10 @@ def _read(path: Path) -> Vocab:
 
 
 def _lost(adata: AnnData, token_ids: np.ndarray) -> pd.DataFrame:
-    """The most expressed genes that the vocabulary does not have."""
-    source = open_source(adata)
-    total = np.zeros(adata.n_vars)
-    for start in range(0, source.n_obs, 4096):
+    """The most expressed genes that the vocabulary does not have; names are enough, expression need not be there."""
+    total = np.full(adata.n_vars, np.nan if adata.X is None else 0.0)
+    source = None if adata.X is None else open_source(adata)
+    for start in range(0, 0 if source is None else source.n_obs, 4096):
         total += np.asarray(source.read(np.arange(start, min(start + 4096, source.n_obs))).sum(0)).ravel()
     lost = np.flatnonzero(token_ids < 0)
     most = lost[np.argsort(-total[lost], kind="stable")][:_LOST_SHOWN]

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 
+import numpy as np
 import pandas as pd
 from anndata import AnnData
 
 from scllm import _keys
+from scllm._checks import check_adata
 from scllm._results import record
 from scllm.data.checks import check_source, layer_with_counts
+from scllm.data.genes import check_unique
 from scllm.data.medians import exact_medians, streamed_medians
 from scllm.data.source import CellSource, open_source
 from scllm.pp._stored import stored_rows
@@ -60,9 +63,12 @@ def gene_medians(
     >>> bool((adata.var["median_expression"] > 0).all())
     True
     """
-    if not target_sum > 0:
-        raise ValueError(f"target_sum is {target_sum}, a number above zero expected. Geneformer uses 1e4.")
+    if not 0 < target_sum < np.inf:
+        raise ValueError(f"target_sum is {target_sum}, a finite number above zero expected. Geneformer uses 1e4.")
+    if isinstance(data, AnnData):
+        check_adata(data, copy, key_added)
     source = open_source(data, layer=layer)
+    check_unique(source.genes)
     check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(data))
     if not isinstance(data, AnnData):
         if copy:

@@ -14,6 +14,7 @@ from scllm._checks import check_adata, missing_key
 from scllm._results import record
 from scllm._typing import FloatArray
 from scllm.data.checks import check_source, layer_with_counts
+from scllm.data.genes import check_unique
 from scllm.data.medians import exact_medians
 from scllm.data.source import open_source
 from scllm.kernels.ranking import rank_rows, scaled
@@ -62,6 +63,7 @@ def rank_expression(
     True
     """
     check_adata(adata, copy, key_added)
+    check_unique(adata.var_names)
     source = open_source(adata, layer=layer)
     check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(adata))
     adata = adata.copy() if copy else adata
@@ -72,7 +74,9 @@ def rank_expression(
         matrix.eliminate_zeros()
         matrix.sort_indices()
     ranks = rank_rows(matrix.indptr, scaled(matrix.data, matrix.indices, scale))
-    adata.layers[key_added] = sparse.csr_matrix((ranks, matrix.indices, matrix.indptr), shape=matrix.shape)
+    # its own row structure: a change of X in place must not reach the layer
+    structure = matrix.indices.copy(), matrix.indptr.copy()
+    adata.layers[key_added] = sparse.csr_matrix((ranks, *structure), shape=matrix.shape)
     record(adata, "rank_expression", {"with_medians": medians is not None, "layer": layer, "key_added": key_added})
     return adata if copy else None
 
@@ -84,7 +88,14 @@ def _aligned(medians: Mapping[str, float] | pd.Series | str, adata: AnnData) -> 
         if medians not in adata.var:
             raise missing_key(medians, adata.var.columns, "a column of adata.var", "Call pp.gene_medians(adata) first.")
         medians = adata.var[medians]
-    found = pd.Series(medians, dtype=np.float64).reindex(names).to_numpy()
+    if not isinstance(medians, (Mapping, pd.Series)):
+        raise TypeError(
+            f"medians are of type {type(medians).__name__}, a Series or dict by gene, or a column of adata.var, "
+            "expected. Pass for example pd.Series(medians, index=adata.var_names)."
+        )
+    medians = pd.Series(medians, dtype=np.float64)
+    check_unique(medians.index)
+    found = medians.reindex(names).to_numpy()
     if not np.isfinite(found).any():
         first = next(iter(medians.keys()), None)
         raise ValueError(

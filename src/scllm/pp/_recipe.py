@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from anndata import AnnData
 from numpy.typing import NDArray
+from scipy import sparse
 
 from scllm import _keys
 from scllm._checks import check_adata, groups, obs_column
@@ -21,6 +22,8 @@ from scllm.pp._bin import bin_expression
 __all__ = ["recipe_scgpt"]
 
 Flavor = Literal["seurat_v3", "seurat_v3_paper", "seurat", "cell_ranger"]
+
+_LEAST_VARYING = 4
 
 
 def recipe_scgpt(
@@ -94,6 +97,7 @@ def recipe_scgpt(
     adata = adata.copy() if copy else adata
     adata._inplace_subset_obs(cells)
     adata._inplace_subset_var(genes)
+    adata.X = _matrix(adata.X)
     adata.layers[_keys.COUNTS] = adata.X.copy()
     sc.pp.normalize_total(adata, target_sum=target_sum)
     sc.pp.log1p(adata)
@@ -107,7 +111,7 @@ def recipe_scgpt(
 
 
 def _check_settings(n_top_genes: int, flavor: str, target_sum: float) -> None:
-    if n_top_genes < 1 or not target_sum > 0:
+    if n_top_genes < 1 or not 0 < target_sum < np.inf:
         raise ValueError(
             f"n_top_genes is {n_top_genes} and target_sum {target_sum}, positive numbers expected. "
             "scGPT uses 1200 and 1e4."
@@ -128,7 +132,9 @@ def _kept(
     """Which cells and genes stay, as masks; chosen on a copy, so that a failure changes nothing."""
     import scanpy as sc
 
-    part = AnnData(adata.X, adata.obs[[] if batch_key is None else [batch_key]])
+    part = AnnData(_matrix(adata.X), adata.obs[[] if batch_key is None else [batch_key]])
+    if batch_key is not None:
+        part.obs[batch_key] = groups(part.obs, batch_key)
     genes, _ = sc.pp.filter_genes(part, min_counts=min_gene_counts, inplace=False)
     cells = np.ones(adata.n_obs, bool)
     if min_genes is not None:
@@ -147,12 +153,12 @@ def _kept(
     if flavor in ("seurat", "cell_ranger"):  # these rank logged values
         sc.pp.normalize_total(part, target_sum=target_sum)
         sc.pp.log1p(part)
-    smallest = _check_samples(part, batch_key)
+    smallest = _check_samples(part, batch_key, flavor)
     try:
         ranked = sc.pp.highly_variable_genes(
             part, n_top_genes=n_top_genes, flavor=flavor, batch_key=batch_key, inplace=False
         )
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise ValueError(
             f"genes could not be ranked with flavor={flavor!r} ({error}), more cells expected: there are {smallest}. "
             "Merge or drop small samples, or use flavor='seurat'."
@@ -161,11 +167,12 @@ def _kept(
     return cells, genes
 
 
-def _check_samples(part: AnnData, batch_key: str | None) -> str:
-    """The smallest sample, in words; an error where genes cannot vary in it (scanpy's fit then ends the process)."""
+def _check_samples(part: AnnData, batch_key: str | None, flavor: Flavor) -> str:
+    """The smallest sample, in words; an error where too few genes vary in one."""
     if batch_key is None:
+        _check_varying(part.X, flavor, "the cells")
         return f"{part.n_obs} cells"
-    samples = groups(part.obs, batch_key)
+    samples = part.obs[batch_key]
     sizes = samples.value_counts()
     if samples.isna().any() or sizes.min() < 2:
         raise ValueError(
@@ -173,7 +180,35 @@ def _check_samples(part: AnnData, batch_key: str | None) -> str:
             f"{sizes.idxmin()!r} has {sizes.min()}; a sample of at least 2 cells expected for each. Merge or drop "
             "small samples."
         )
+    for sample in sizes.index:
+        _check_varying(part.X[(samples == sample).to_numpy()], flavor, f"sample {sample!r}")
     return f"{sizes.min()} cells in {sizes.idxmin()!r}"
+
+
+def _check_varying(matrix: Any, flavor: Flavor, name: str) -> None:
+    """Raise where the fit of variances, which is one over genes, has too few: it would end the process."""
+    if not flavor.startswith("seurat_v3"):
+        return
+    highest, lowest = matrix.max(axis=0), matrix.min(axis=0)
+    spread = highest.toarray() - lowest.toarray() if sparse.issparse(highest) else np.asarray(highest - lowest)
+    n_varying = np.count_nonzero(spread)
+    if n_varying < _LEAST_VARYING:
+        raise ValueError(
+            f"{n_varying} genes vary between the {matrix.shape[0]} cells of {name}, at least {_LEAST_VARYING} expected "
+            f"with flavor={flavor!r}. Merge or drop small samples, or use flavor='seurat'."
+        )
+
+
+def _matrix(matrix: Any) -> Any:
+    """As scanpy takes it: no sparse array, no entry in two parts."""
+    if not sparse.issparse(matrix):
+        return matrix
+    if not isinstance(matrix, sparse.spmatrix):
+        matrix = sparse.csr_matrix(matrix)
+    if matrix.format in ("csr", "csc") and not matrix.has_canonical_format:
+        matrix = matrix.copy()
+        matrix.sum_duplicates()
+    return matrix
 
 
 def _hint(adata: AnnData) -> str:

@@ -8,6 +8,7 @@ from anndata import AnnData
 
 from scllm import _keys
 from scllm._checks import check_adata, obs_column
+from scllm._log import warn
 from scllm._results import record
 from scllm.data.split import PARTS, split_cells
 
@@ -66,8 +67,14 @@ def split(
     groups = None if group_key is None else obs_column(adata.obs, group_key)
     labels = None if stratify is None else obs_column(adata.obs, stratify)
     parts = split_cells(adata.n_obs, fractions, groups=groups, stratify=labels, random_state=random_state)
-    adata = adata.copy() if copy else adata
     names = list(PARTS[: len(fractions)])
+    empty = [name for number, name in enumerate(names) if not (parts == number).any()]
+    if empty:
+        warn(
+            f"{adata.n_obs} cells divided by {fractions} leave {' and '.join(empty)} without any, at least one cell a "
+            "part expected. Pass larger shares for it."
+        )
+    adata = adata.copy() if copy else adata
     adata.obs[key_added] = pd.Categorical.from_codes(np.asarray(parts), categories=names)
     params = {"fractions": fractions, "group_key": group_key, "stratify": stratify, "random_state": random_state}
     record(adata, "split", params)

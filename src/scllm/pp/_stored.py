@@ -7,6 +7,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scllm._typing import CSR
+from scllm.data.checks import read_checked
 from scllm.data.source import CellSource
 
 __all__ = ["stored_rows"]
@@ -19,6 +20,6 @@ def stored_rows(adata: AnnData, source: CellSource, layer: str | None) -> CSR:
         return stored
     step = 4096
     rows = (np.arange(start, min(start + step, source.n_obs)) for start in range(0, source.n_obs, step))
-    matrix = sparse.csr_matrix(sparse.vstack([source.read(chunk) for chunk in rows], format="csr"))
+    matrix = sparse.csr_matrix(sparse.vstack([read_checked(source, chunk) for chunk in rows], format="csr"))
     matrix.eliminate_zeros()
     return matrix

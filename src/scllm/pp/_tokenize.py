@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from os import PathLike
 from typing import Literal, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from scllm import _keys
 from scllm._checks import check_adata
 from scllm._results import match_settings, record
 from scllm.data import genes
-from scllm.data.checks import check_source, layer_with_counts
+from scllm.data.checks import check_source, layer_with_counts, read_checked, warn_of_empty_cells
 from scllm.data.encode import BinEncoder, Encoder, RankEncoder, ValueEncoder
 from scllm.data.medians import token_medians
 from scllm.data.source import open_source
@@ -80,26 +81,38 @@ def tokenize(
     True
     """
     check_adata(adata, copy, key_added)
+    settings = match_settings(adata)
     if model is not None:
+        if isinstance(model, (str, PathLike)):
+            raise TypeError(f"model is {model!r}, a model expected: pass scllm.models.load({str(model)!r}).")
         encoder, vocab = model.encoder, model.vocab
-    vocab = Vocab.from_genes(adata.var_names) if vocab is None else vocab
+    elif vocab is None:
+        vocab, settings = Vocab.from_genes(adata.var_names), {"gene_key": "var_names"}
+    elif not isinstance(vocab, Vocab):
+        raise TypeError(
+            f"vocab is of type {type(vocab).__name__}, a Vocab expected. Make one of names: Vocab.from_genes(names)."
+        )
     encode = _encoder(encoder)
     if max_len is not None:
         encode = replace(encode, max_len=max_len)  # type: ignore[type-var]
     source = open_source(adata, layer=layer)
     check_source(source, needs_counts=encode.needs_counts, layer=layer, hint=lambda: layer_with_counts(adata))
-    match = genes.match(adata.var_names, vocab, var=adata.var, **match_settings(adata))
+    match = genes.match(adata.var_names, vocab, var=adata.var, **settings)
     if encoder == "ranks":
         medians = token_medians(source, match, np.arange(adata.n_obs), len(vocab))
         encode = replace(encode, medians=medians)  # type: ignore[type-var]
-    blocks = []
+    blocks, n_empty = [], 0
     for start in range(0, adata.n_obs, 4096):
-        counts = match.tokens(source.read(np.arange(start, min(start + 4096, adata.n_obs))))
+        counts = match.tokens(read_checked(source, np.arange(start, min(start + 4096, adata.n_obs))))
+        n_empty += int((counts.lengths == 0).sum())
         blocks.append(encode(counts, vocab, measured=match.measured, random_state=random_state))
+    warn_of_empty_cells(n_empty, adata.n_obs)
     adata = adata.copy() if copy else adata
     tokens = _concatenated(blocks)
     adata.obsm[key_added] = _by_position(tokens, tokens.genes)
-    if tokens.values is not None:
+    if tokens.values is None:
+        adata.obsm.pop(key_added + _keys.TOKEN_VALUES, None)  # of an earlier call
+    else:
         adata.obsm[key_added + _keys.TOKEN_VALUES] = _by_position(tokens, tokens.values)
     params = {
         "encoder": encode, "kind": type(encode).__name__, "layer": layer, "key_added": key_added,

@@ -79,6 +79,8 @@ class BinEncoder:
 
 def check_n_bins(n_bins: int) -> None:
     """Raise unless there is room for the zero bin and at least one more."""
+    if not isinstance(n_bins, (int, np.integer)):
+        raise TypeError(f"n_bins is {n_bins!r}, an integer expected. scGPT uses n_bins=51.")
     if not 2 <= n_bins <= 65_536:
         raise ValueError(
             f"n_bins is {n_bins}, at least 2 (the zero bin and one more) and at most 65536 expected. scGPT uses "
