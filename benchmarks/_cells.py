@@ -1,4 +1,4 @@
-"""Cells for the benchmarks: real blood cells where the shared data are there, made ones otherwise."""
+"""Cells for the benchmarks: real blood cells where `SCLLM_SHARED` has them, made ones otherwise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.coverage_table``: how many genes of each shared data set the published vocabularies hold."""
+"""``python -m benchmarks.coverage_table``: genes of each data set that published vocabularies hold."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import log_softmax
 
 import scllm
 from scllm.data import genes
@@ -199,3 +200,16 @@ def test_downsampling_takes_counts_away_only_in_training(toy, model):
 
     assert total(downsample=0.5) < 0.9 * total()
     assert total(downsample=0.5, training=False) == total(training=False)
+
+
+def test_losses_are_weighed_as_asked():
+    rng = np.random.default_rng(0)
+    logits, codes, weight = rng.normal(size=(12, 3)), rng.integers(3, size=12), np.array([1.0, 2.0, 0.5])
+    objective = Label({"ce": 2.0, "bce": 0.5}, class_weight={"a": tuple(weight.tolist())}, label_smoothing=0.1)
+    specs, labels = (HeadSpec("a", ("x", "y", "z")),), {"label:a": torch.tensor(codes)}
+    found = objective.of(specs, {"a": torch.tensor(logits).float()}, labels)
+    one = np.eye(3)[codes]
+    ce = -((0.9 * one + 0.1 / 3) * weight * log_softmax(logits, 1)).sum()
+    p = 1 / (1 + np.exp(-logits))
+    bce = -(weight[codes] * (one * np.log(p) + (1 - one) * np.log(1 - p)).sum(1)).sum()
+    assert float(found.sum) == pytest.approx(2 * ce + 0.5 * bce, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Showing, returning and drawing on given axes are alike in every plot."""
+"""Showing, returning and drawing on given axes, which all plots leave to one function; seen in ``loss_curves``."""
 
 from __future__ import annotations
 

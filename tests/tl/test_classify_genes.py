@@ -21,7 +21,7 @@ from scllm.models import CellModel
 from scllm.models.base import Batch, HeadSpec
 from scllm.tl import classify, classify_genes
 from scllm.tl._classify_genes import gene_folds
-from scllm.tl._gene_states import choose_cells, pooled
+from scllm.tl._gene_states import choose_cells, gene_statistics, pooled
 from scllm.tl._model import gene_match
 
 METRICS = ["accuracy", "macro_f1", "balanced_accuracy", "auroc", "auprc"]
@@ -95,16 +95,17 @@ def test_folds_hold_every_gene_once_and_every_class_alike(sizes, n_folds, seed):
 def test_genes_of_a_fold_carry_no_label_in_its_training(adata, begun, markers, tmp_path):
     options = {"epochs": 1, "n_folds": 4, "baseline": False, "validation": 0.2, "run_dir": tmp_path / "run"}
     classify_genes(adata, begun, labels=markers, **options)
-    seen = []
+    seen, n_cells = [], adata.X.getnnz(0)
     for number in range(4):
         objective = json.loads((tmp_path / "run" / f"fold-{number}" / "spec.json").read_text())["objective"]
         training, held_out = (set(np.concatenate(objective[name])) for name in ("genes", "held_out"))
         assert len(training & held_out) == 0
         assert len(held_out) == 3
         seen.append(set(range(20)) - training - held_out)
-        # classes and genes weigh alike
-        weights = [sum(w) for w in objective["weights"]]
-        assert weights[0] > 0
+        # classes weigh alike, and genes in however many cells they are
+        shares = [np.multiply(w, n_cells[g]) for w, g in zip(objective["weights"], objective["genes"], strict=True)]
+        np.testing.assert_allclose(np.concatenate([share / share.mean() for share in shares]), 1)
+        assert shares[0].sum() == pytest.approx(shares[1].sum())
     assert sorted(np.concatenate([list(fold) for fold in seen])) == list(range(20))
 
 
@@ -272,3 +273,32 @@ def test_average_precision_is_of_the_class_that_is_rarer_in_all_genes(adata, beg
         expected, of_the_other = (average_precision_score(codes[at] == k, probabilities[at, k]) for k in (1, 0))
         assert table.loc[("model", number), "auprc"] == pytest.approx(expected)
         assert expected != pytest.approx(of_the_other)
+
+
+@pytest.mark.parametrize("loss", ["ce", "dice", "focal", {"ce": 1.0, "bce": 0.5}], ids=str)
+def test_planted_markers_are_told_apart_with_every_loss(adata, begun, markers, loss):
+    table = classify_genes(adata, begun, labels=markers, loss=loss, freeze="encoder", baseline=False)
+    assert table.loc["model", "auroc"].mean() > 0.9
+
+
+def test_a_layer_is_read(adata, begun, markers):
+    options = {"labels": markers, "freeze": "encoder", "n_folds": 2}
+    classify_genes(adata, begun, **options)
+    expected = adata.varm["gene_label_probabilities"].copy()
+    adata.layers["counts"], adata.X = adata.X, adata.X[:, ::-1]
+    classify_genes(adata, begun, layer="counts", **options)
+    np.testing.assert_array_equal(adata.varm["gene_label_probabilities"], expected)
+
+
+def test_statistics_of_genes_are_those_of_numpy(adata, begun):
+    source, genes = open_source(adata), np.arange(40)
+    match = gene_match(adata, source, begun)
+    cells = choose_cells(adata, source, match, begun, genes, max_cells=1000, random_state=0)
+    counts = cells.adata.X.toarray().astype(float)
+    logged = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4)
+    simple = np.column_stack([logged.mean(0), logged.var(0), (counts > 0).mean(0)])
+    found = gene_statistics(cells, len(begun.vocab))
+    np.testing.assert_allclose(found[:, :3], np.log(simple + 1 / (1e4 * len(counts))), rtol=1e-5)
+    _, strength, directions = np.linalg.svd((logged - logged.mean(0)) / logged.std(0), full_matrices=False)
+    loadings = directions[:10].T * strength[:10] / np.sqrt(len(counts) - 1)
+    np.testing.assert_allclose(np.abs(found[:, 3:]), np.abs(loadings), atol=1e-5)

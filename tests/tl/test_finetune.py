@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from scllm import models
+from scllm.data.anndata_file import MemoryTables
 from scllm.data.plan import plan
+from scllm.data.source import StoredCells
+from scllm.data.storage import MemoryRows
+from scllm.datasets import toy
 from scllm.pp import split
 from scllm.tl import TrainConfig, finetune
 
@@ -319,3 +323,52 @@ def test_other_labels_in_the_same_directory_are_an_error(adata, tiny, tmp_path):
     adata.obs["cell_type"] = adata.obs["cell_type"].to_numpy()[::-1]
     with pytest.raises(ValueError, match=r"holds a run with other settings \(data\.cells: "):
         finetune(adata, tiny, **options)
+
+
+def test_what_is_left_open_is_as_documented(tune):
+    tuned = tune(lr=None)
+    train = spec_of(tuned)["train"]
+    expected = {"lr": 3e-5, "schedule": "linear", "warmup": 20, "use_dropout": False}
+    assert {name: train[name] for name in expected} == expected
+    assert (tuned.head_specs[0].pooling, tuned.head_specs[0].reads) == ("ranked", "both")
+
+
+@pytest.mark.filterwarnings("ignore:after the first epoch the model gives one label")
+def test_training_reads_rare_labels_as_often(adata, tiny, tmp_path):
+    class Recorded(StoredCells):
+        """Cells in memory that remember which rows were asked for."""
+
+        def read(self, rows):
+            seen.append(np.asarray(rows))
+            return super().read(rows)
+
+    adata.obs["label"] = ["rare"] * 6 + ["common"] * 54
+    tables = MemoryTables(adata.obs, adata.var)
+    source, seen = Recorded(MemoryRows(adata.X), tables, name="adata", layer=None), []
+    finetune(source, tiny, key="label", upsample=True, validation=0, epochs=20, batch_size=16, run_dir=tmp_path / "r")
+    rows = np.concatenate([rows for rows in seen if len(rows) < 17])  # batches of training, each cell once
+    assert (rows < 6).mean() > 0.25  # a tenth of the cells
+
+
+@pytest.mark.filterwarnings("ignore:after the first epoch")
+def test_a_start_that_nothing_beats_is_kept(tiny, tune):
+    tuned = tune(lr=1.0, epochs=1, validation=0.3, config=TrainConfig(warmup=0, schedule="constant"))
+    losses = tuned.history.query("split == 'validation'").set_index("step")["loss"]
+    assert losses.idxmin() == 0
+    assert not [name for name, weight in tiny.state_dict().items() if (weight != tuned.state_dict()[name]).any()]
+
+
+def test_a_layer_is_trained_on(adata, tune):
+    expected = tune().hash()
+    adata.layers["counts"], adata.X = adata.X, adata.X[:, ::-1]
+    assert tune(layer="counts").hash() == expected != tune().hash()
+
+
+@pytest.mark.slow
+def test_two_processes_start_and_train_heads_as_one(tmp_path):
+    cells = toy(n_cells=120, n_genes=40)
+    tiny = models.build("scgpt", vocab=cells.var_names, size="tiny")
+    options = {"key": "cell_type", "epochs": 2, "batch_size": 16, "device": "cpu"}
+    one, two = (finetune(cells, tiny, n_procs=n, run_dir=tmp_path / str(n), **options) for n in (1, 2))
+    np.testing.assert_allclose(one.history["loss"], two.history["loss"], atol=1e-5)
+    assert one.head_specs[0].temperature == pytest.approx(two.head_specs[0].temperature, rel=1e-4)

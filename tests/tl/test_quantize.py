@@ -74,7 +74,7 @@ def test_what_is_not_trained_is_int8_and_heads_are_trained(adata, tiny, tmp_path
         tl.finetune(adata, small, key="cell_type", epochs=1)
     with pytest.raises(ValueError, match="int8 weights, which cannot be trained"):
         tl.pretrain(adata, small, epochs=1)
-    assert not (settings.run_dir / "finetune").exists()
+    assert not settings.run_dir.exists()
     heads = {"key": "cell_type", "freeze": "encoder", "epochs": 4, "lr": 1e-4}
     tuned, of_floats = tl.finetune(adata, small, **heads), tl.finetune(adata, tiny, **heads)
     np.testing.assert_allclose(tuned.history["loss"], of_floats.history["loss"], rtol=0.05)
@@ -118,7 +118,7 @@ def test_embeddings_do_not_depend_on_the_batch(adata, tiny, pooling, batch_size)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int8_dynamic"])
-def test_reference_checkpoints_keep_their_labels(shared, dtype):
+def test_reference_checkpoints_keep_their_embedding(shared, dtype):
     import anndata as ad
 
     folder = shared / "parity" / "scgpt"

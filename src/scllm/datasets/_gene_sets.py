@@ -58,7 +58,7 @@ def gene_set(name: str = _NAME, path: str | PathLike[str] | None = None) -> pd.D
 
 def _fetched() -> pd.DataFrame:
     advice = (
-        "Fetch the CSV files with another machine, or take a table of your own with the columns "
+        "Download the CSV files where there is a connection, or take a table of your own with the columns "
         f"{', '.join(_COLUMNS)}, and pass it with path=."
     )
     parts = []

@@ -47,7 +47,7 @@ def pancreas(path: str | PathLike[str] | None = None) -> AnnData:
         raise FileNotFoundError(f"{path} is not there, an h5ad file of pancreas cells expected. Check the path.")
     file = Path(path) if path is not None else fetch(
         "human_pancreas_norm_complexBatch.h5ad", _URL, partial(figshare_md5, _ARTICLE, _FILE),
-        advice="Fetch it with another machine and pass it with path=.",
+        advice="Download it where there is a connection, and pass it with path=.",
     )  # fmt: skip
     adata = ad.read_h5ad(file)
     if path is None and adata.shape != _SHAPE:

@@ -56,7 +56,7 @@ class TrainConfig:
     gamma
         Factor of the learning rate an epoch with ``schedule="step"``.
     weight_decay
-        Of AdamW, on matrices only.
+        Of AdamW, on matrices other than tables of embeddings.
     layer_decay
         Factor of the learning rate from each block to the one before it; 1 trains all alike.
     clip
@@ -73,7 +73,8 @@ class TrainConfig:
         family's own (scfoundation: 0.8 in pretraining, all others 0).
     gene_init
         Where the gene table of a fresh model starts: ``"svd"`` (right singular vectors of the log-normalised
-        training cells) or ``"random"``.
+        training cells, in place of a trained table too) or ``"random"`` (as it is). ``None``: ``"svd"`` where
+        :func:`pretrain` makes the model from a family's name.
     strategy
         ``"ddp"``: every process holds the whole model; ``"fsdp"``: weights, gradients and optimiser state are split
         over the processes, for models that do not fit on one GPU.
@@ -88,8 +89,8 @@ class TrainConfig:
     save_every
         Steps between two checkpoints; ``None``: one an epoch.
     use_dropout
-        Whether the model's dropout is on in training. ``None``: yes, but for :func:`finetune`, whose heads start from
-        states without that noise.
+        Whether the model's dropout is on in training. ``None``: yes, but for :func:`finetune` of all families except
+        scbert, whose heads start from states without that noise.
     head_reads
         What the heads of :func:`finetune` read of a cell: the ``"inputs"`` of the first block, which know no context
         and compare best between studies; the states after the ``"last"`` block; or ``"both"``. ``None``: both, but

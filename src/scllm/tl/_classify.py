@@ -67,7 +67,7 @@ def classify(
     ``adata.obsm[key_added + "_probabilities"]``
         float32 ``(n_cells, n_classes)``.
     ``adata.uns["scllm"]["classify"]``
-        Settings, and the names of the classes.
+        Settings, and the names of the classes: ``classes``, with several heads ``classes_<key>``.
 
     Examples
     --------

@@ -62,10 +62,10 @@ def finetune(
 
     Heads are linear and read the states of a cell's genes before the first block and after the last one, its highest
     genes weighing most (``tl.embed(pooling="ranked")`` shows the latter). They first learn alone, as logistic
-    regression does (in seconds); then all that is not frozen trains on, without dropout. The best weights by validation
-    loss are kept, those of the start among them, and their probabilities are calibrated on the validation cells. Heads
-    of scbert and scfoundation are like the published ones; that of scbert, which reads every position, has no such
-    start.
+    regression does (in seconds); then all that is not frozen trains on, without dropout (scbert: with its own). The
+    best weights by validation loss are kept, those of the start among them, and their probabilities are calibrated on
+    the validation cells. Heads of scbert and scfoundation are like the published ones; that of scbert, which reads
+    every position, has no such start.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def finetune(
     config
         The rest, see :class:`scllm.tl.TrainConfig`. A value given both ways is a ``TypeError``.
     random_state
-        What the head, order, crops and dropout are a function of.
+        What parts, order and crops (and dropout, where it is on) are a function of.
 
     Returns
     -------
