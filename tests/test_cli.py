@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from scllm import models, tl
 from scllm.cli import _train, _use, app
-from scllm.cli._app import Debug, Verbose
+from scllm.cli._app import Debug, Verbose, _exit_code, _one_line
 
 # what the command line has beside the verb, and what only an AnnData in memory has
 ONLY_COMMAND = {"family", "out", "dry_run", "verbose", "debug"}
@@ -333,13 +333,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_other_failures_are_one_line_and_exit_code_1(monkeypatch) -> None:
-    def fail(*_, **__):
-        raise RuntimeError("the disk is full\nand so on")
-
-    monkeypatch.setattr(tl, "pretrain", fail)
-    done = call("pretrain", "cells.h5ad")
-    assert (done.exit_code, done.stderr) == (1, "error: the disk is full\n")
+def test_failures_elsewhere_are_one_line_and_exit_code_1(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        (tmp_path / "absent").unlink()
+    assert _exit_code(caught.value) == 1
+    assert _one_line(RuntimeError("the disk is full\nand so on")) == "the disk is full"
 
 
 def test_debug_shows_the_traceback() -> None:

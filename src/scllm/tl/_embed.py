@@ -65,7 +65,7 @@ def embed(
         ``"cls"``, ``"mean"`` or ``"max"`` over gene tokens, ``"ranked"`` (a mean in which a cell's highest genes weigh
         most, for cells of unequal depth), ``"all"`` (scfoundation: both depths, maximum and mean); ``None`` is the
         family's own (scgpt: ``<cls>`` scaled to unit length; geneformer: ``<cls>`` where the model has it, else the
-        mean; scfoundation: all; the others: mean).
+        mean; scfoundation: all; the others: mean). A family has what stands in ``model.poolings``.
     hidden_layer
         -1 is the output of the last block, -2 of the one before.
     layer

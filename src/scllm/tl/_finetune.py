@@ -97,7 +97,7 @@ def finetune(
     epochs
         Passes over the cells; ``None`` is the family's own (3; scbert: 10).
     batch_size
-        Cells of one optimiser step, over all processes (scgpt, geneformer: 32).
+        Cells of one optimiser step, over all processes; ``None`` is the family's own (32; scbert: 8).
     lr
         Highest learning rate (3e-5; scbert: 1e-4), reached after 20 steps, which falls to zero.
     n_gpus
