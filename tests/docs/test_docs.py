@@ -31,7 +31,7 @@ def test_examples_in_docstrings_run(name: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_public_functions_have_examples() -> None:
-    names = [f"{space}.{name}" for space in ("pp", "tl", "datasets") for name in getattr(scllm, space).__all__]
+    names = [f"{space}.{name}" for space in ("pp", "tl", "pl", "datasets") for name in getattr(scllm, space).__all__]
     objects = {name: getattr(getattr(scllm, name.split(".")[0]), name.split(".")[1]) for name in names}
     without = [name for name, thing in objects.items() if callable(thing) and ">>>" not in (thing.__doc__ or "")]
     assert set(without) <= {"tl.TrainConfig", "tl.LoraSettings"}

@@ -144,6 +144,15 @@ def load(
     Returns
     -------
     The model, in evaluation mode, on the CPU.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> model = scllm.models.build("scgpt", vocab=["CD3D", "CD19"], size="tiny")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save(f"{folder}/model")
+    ...     scllm.models.load(f"{folder}/model").hash() == model.hash()
+    True
     """
     if isinstance(path, CellModel):
         return path

@@ -51,6 +51,13 @@ def benchmark_table(adata: AnnData | pd.DataFrame, *, ax: Axes | None = None, sh
     Returns
     -------
     The axes with ``show=False`` or without a screen, else nothing.
+
+    Examples
+    --------
+    >>> import pandas as pd, scllm
+    >>> table = pd.DataFrame({"nmi": [0.8, 0.7], "overall": [0.8, 0.7]}, index=["X_scllm", "X_pca"])
+    >>> [tick.get_text() for tick in scllm.pl.benchmark_table(table, show=False).get_yticklabels()]
+    ['X_scllm', 'X_pca']
     """
     if isinstance(adata, AnnData):
         table = recorded(adata, "benchmark", made_by="scllm.tl.benchmark(adata, key=...)")["table"]

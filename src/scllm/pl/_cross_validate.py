@@ -54,6 +54,14 @@ def cv_scores(
     Returns
     -------
     The axes (an array if there are several) with ``show=False`` or without a screen, else nothing.
+
+    Examples
+    --------
+    >>> import pandas as pd, scllm
+    >>> folds = pd.MultiIndex.from_product([["model", "baseline"], [0], [0, 1]], names=["method", "repeat", "fold"])
+    >>> table = pd.DataFrame({"accuracy": [0.9, 0.92, 0.88, 0.9], "macro_f1": [0.8, 0.85, 0.8, 0.8]}, index=folds)
+    >>> [tick.get_text() for tick in scllm.pl.cv_scores(table, show=False).get_xticklabels()]
+    ['accuracy', 'macro F1']
     """
     table = _wide(adata)
     names = list(table.columns) if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
@@ -110,6 +118,16 @@ def calibration(
     Returns
     -------
     The axes with ``show=False`` or without a screen, else nothing.
+
+    Examples
+    --------
+    >>> import pandas as pd, scllm
+    >>> adata = scllm.datasets.toy()
+    >>> truth = pd.get_dummies(adata.obs["cell_type"]).to_numpy(float)
+    >>> adata.obs["label"] = adata.obs["cell_type"]
+    >>> adata.obsm["label_probabilities"] = 0.8 * truth + 0.1
+    >>> scllm.pl.calibration(adata, truth="cell_type", predicted="label", show=False).get_ylabel()
+    'share of cells that are right'
     """
     sources = predictions(adata, truth, predicted)
     ax = one_axis(ax, (4.2, 4.2))
@@ -164,6 +182,16 @@ def roc(
     Returns
     -------
     The axes with ``show=False`` or without a screen, else nothing.
+
+    Examples
+    --------
+    >>> import pandas as pd, scllm
+    >>> adata = scllm.datasets.toy()
+    >>> truth = pd.get_dummies(adata.obs["cell_type"]).to_numpy(float)
+    >>> adata.obs["label"] = adata.obs["cell_type"]
+    >>> adata.obsm["label_probabilities"] = 0.8 * truth + 0.1
+    >>> scllm.pl.roc(adata, truth="cell_type", predicted="label", show=False).get_ylabel()
+    'true positive rate'
     """
     sources = predictions(adata, truth, predicted)
     ax = one_axis(ax, (4.2, 4.2))

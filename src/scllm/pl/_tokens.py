@@ -50,6 +50,14 @@ def gene_coverage(
     Returns
     -------
     Both axes with ``show=False`` or without a screen, else nothing.
+
+    Examples
+    --------
+    >>> import scllm
+    >>> adata = scllm.datasets.toy()
+    >>> scllm.pp.match_genes(adata, list(adata.var_names[10:]))
+    >>> len(scllm.pl.gene_coverage(adata, show=False))
+    2
     """
     match = recorded(adata, "match_genes", made_by="scllm.pp.match_genes(adata, vocab)")
     lost = match["table"].nlargest(n_lost, "mean_expression")
@@ -93,6 +101,14 @@ def bin_distribution(
     Returns
     -------
     Both axes with ``show=False`` or without a screen, else nothing.
+
+    Examples
+    --------
+    >>> import scllm
+    >>> adata = scllm.datasets.toy()
+    >>> scllm.pp.bin_expression(adata)
+    >>> len(scllm.pl.bin_distribution(adata, show=False))
+    2
     """
     bins = _layer(adata, layer, advice="scllm.pp.bin_expression(adata) writes 'binned'.")
     n_bins = int(bins.data.max(initial=1)) + 1
@@ -146,6 +162,15 @@ def reconstruction(
     Returns
     -------
     The axes with ``show=False`` or without a screen, else nothing.
+
+    Examples
+    --------
+    >>> import scllm
+    >>> adata = scllm.datasets.toy()
+    >>> scllm.pp.bin_expression(adata)
+    >>> adata.layers["reconstructed"] = 0.5 * adata.layers["binned"]
+    >>> scllm.pl.reconstruction(adata, show=False).get_ylabel()
+    'predicted (reconstructed)'
     """
     predicted = _layer(adata, layer, advice="scllm.tl.reconstruct(adata) writes 'reconstructed'.")
     if not predicted.nnz:
