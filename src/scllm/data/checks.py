@@ -113,7 +113,7 @@ def layer_with_counts(data: object, takes_layer: bool = True) -> str:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # of non-integers: they are no counts
                 check_source(open_source(data, layer=name), needs_counts=True, layer=name)
-        except (ValueError, UserWarning):
+        except (ValueError, TypeError, UserWarning):  # or it cannot be read at all
             continue
         advice = f"pass layer={name!r}" if takes_layer else f"put it into X (adata.X = adata.layers[{name!r}])"
         return f"Layer {name!r} holds counts: {advice}."
