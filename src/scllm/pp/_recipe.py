@@ -189,9 +189,8 @@ def _check_varying(matrix: Any, flavor: Flavor, name: str) -> None:
     """Raise where the fit of variances, which is one over genes, has too few: it would end the process."""
     if not flavor.startswith("seurat_v3"):
         return
-    highest, lowest = matrix.max(axis=0), matrix.min(axis=0)
-    spread = highest.toarray() - lowest.toarray() if sparse.issparse(highest) else np.asarray(highest - lowest)
-    n_varying = np.count_nonzero(spread)
+    spread = matrix.max(axis=0) - matrix.min(axis=0)
+    n_varying = spread.count_nonzero() if sparse.issparse(spread) else np.count_nonzero(spread)
     if n_varying < _LEAST_VARYING:
         raise ValueError(
             f"{n_varying} genes vary between the {matrix.shape[0]} cells of {name}, at least {_LEAST_VARYING} expected "
