@@ -106,9 +106,8 @@ def layer_with_counts(data: object, takes_layer: bool = True) -> str:
     """Which layer of an AnnData holds counts, as advice; nothing for other data, or if none does."""
     if not isinstance(data, AnnData):
         return ""
-    for name in data.layers:
-        if name in _written(data):
-            continue
+    written = _written(data)
+    for name in (name for name in data.layers if name not in written):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # of non-integers: they are no counts

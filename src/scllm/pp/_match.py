@@ -114,10 +114,11 @@ def _read(path: Path) -> Vocab:
 
 def _lost(adata: AnnData, token_ids: np.ndarray) -> pd.DataFrame:
     """The most expressed genes that the vocabulary does not have; names are enough, expression need not be there."""
-    total = np.full(adata.n_vars, np.nan if adata.X is None else 0.0)
-    source = None if adata.X is None else open_source(adata)
-    for start in range(0, 0 if source is None else source.n_obs, 4096):
-        total += np.asarray(source.read(np.arange(start, min(start + 4096, source.n_obs))).sum(0)).ravel()
+    total = np.full(adata.n_vars, np.nan)
+    if adata.X is not None:
+        source, total = open_source(adata), np.zeros(adata.n_vars)
+        for start in range(0, source.n_obs, 4096):
+            total += np.asarray(source.read(np.arange(start, min(start + 4096, source.n_obs))).sum(0)).ravel()
     lost = np.flatnonzero(token_ids < 0)
     most = lost[np.argsort(-total[lost], kind="stable")][:_LOST_SHOWN]
     return pd.DataFrame(
