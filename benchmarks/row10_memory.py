@@ -40,13 +40,8 @@ def added() -> tuple[int, int]:
     adata = table(sparse.csr_matrix((data, indices, indptr), shape=(N_CELLS, N_GENES)))
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the high-water mark starts at what is resident now
-    before = _high_water()
+    before = peak_rss()
     tracemalloc.start()
     pp.bin_expression(adata)
     allocated = tracemalloc.get_traced_memory()[1]
-    return allocated, _high_water() - before
-
-
-def _high_water() -> int:
-    with open("/proc/self/status") as file:
-        return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), peak_rss())
+    return allocated, peak_rss() - before
