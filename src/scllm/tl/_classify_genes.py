@@ -19,8 +19,9 @@ from scllm._log import log
 from scllm._results import record
 from scllm._typing import FloatArray, IntArray
 from scllm.data.source import open_source
+from scllm.engine.lora import adapted_layers, lora_settings
 from scllm.engine.objectives import LossName, check_loss
-from scllm.engine.optim import Freeze, check_freeze
+from scllm.engine.optim import Freeze, check_freeze, frozen_weights
 from scllm.models.base import CellModel
 from scllm.tl._folds import folds_directory
 from scllm.tl._gene_labels import GeneLabels, LabelLike, check_enough, read_labels
@@ -76,8 +77,9 @@ def classify_genes(
     loss
         ``"bce"`` (each label against the rest), ``"ce"``, ``"dice"``, ``"focal"``, or weights of several.
     freeze
-        What stays as it is: the first n blocks, ``"encoder"`` (all but the head) or patterns of weight names. With
-        ``"encoder"`` states are computed once for all folds, which takes as long as embedding the cells.
+        What stays as it is: the first n blocks, ``"encoder"`` (all but the head), or a pattern of weight names or a
+        list of such. With ``"encoder"`` states are computed once for all folds, which takes as long as embedding the
+        cells.
     baseline
         Whether the logistic regression is fitted too.
     key_added
@@ -134,6 +136,8 @@ def classify_genes(
     run_dir = None
     if freeze != "encoder":  # heads on frozen states need no runs
         check_trainable(begun, freeze)
+        if options.lora is not None:
+            adapted_layers(begun, frozen_weights(begun, freeze))
         run_dir = folds_directory("classify_genes", options.run_dir, options.resume)
 
     cells = choose_cells(adata, source, match, begun, found.tokens, max_cells=max_cells, random_state=seed)
@@ -185,7 +189,7 @@ def _check_options(n_folds: int, max_cells: int, freeze: Freeze, options: Option
             f"validation is {options.validation!r}, a share from 0 up to below 1 of the training genes expected. Leave "
             "it out to train for all epochs."
         )
-    if options.lora is not None and freeze == "encoder":
+    if lora_settings(options.lora) is not None and freeze == "encoder":
         raise TypeError(
             "lora= adapts the encoder and freeze='encoder' keeps it as it is, one of them expected. Leave one out."
         )
