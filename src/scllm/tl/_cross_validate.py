@@ -198,6 +198,10 @@ class _Cells:
                 data, options["validation"] = self.adata, part
             else:
                 data, options["validation"] = self.adata[training].copy(), share
+                if isinstance(options.get("class_weight"), Mapping):  # of labels that only the tested cells have too
+                    there = set(data.obs[self.target.key].astype(str))
+                    weights = {str(name): weight for name, weight in options["class_weight"].items()}
+                    options["class_weight"] = {name: weight for name, weight in weights.items() if name in there}
             tuned = finetune(data, model, key=self.target.key, run_dir=run_dir, **options)
         test = self.adata[tested].copy()
         del test.obs[self.target.key]  # nothing to be warned of: labels that the fold tests alone were named before
