@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 
 from scllm import _keys, metrics
-from scllm._checks import check_adata
+from scllm._checks import check_adata, check_options
 from scllm._log import log
 from scllm._results import record
 from scllm._typing import FloatArray, IntArray
@@ -116,7 +115,8 @@ def classify_genes(
     ['model', 'baseline', 'majority']
     """
     check_adata(adata, key_added=key_added)
-    options = _checked(finetune_options)
+    check_options(finetune_options, list(Options.__dataclass_fields__), "classify_genes")
+    options = Options(**finetune_options)
     _check_options(n_folds, max_cells, freeze, options)
     losses = {loss: 1.0} if isinstance(loss, str) else dict(loss)
     check_loss(losses)
@@ -167,17 +167,6 @@ def classify_genes(
     record(adata, "classify_genes", params, _long(table), classes=np.array(found.classes, dtype=object))
     remember(adata, chosen)
     return table
-
-
-def _checked(given: Mapping[str, Any]) -> Options:
-    """Options of ``finetune`` that go with genes; an error for others."""
-    known = list(Options.__dataclass_fields__)
-    for name in given:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            offer = f"Did you mean {close[0]!r}?" if close else "Leave it out."
-            raise TypeError(f"{name!r} is no option of classify_genes, one of {', '.join(known)} expected. {offer}")
-    return Options(**given)
 
 
 def _check_options(n_folds: int, max_cells: int, freeze: Freeze, options: Options) -> None:

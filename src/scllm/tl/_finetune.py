@@ -159,12 +159,7 @@ def finetune(
     }
     settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
     seed = settings.random_state or 0
-    adapters = lora_settings(lora)
-    if adapters is not None and settings.head_reads == "inputs":
-        raise TypeError(
-            "lora= adapts the blocks, and heads with head_reads='inputs' read what comes before them, one of the two "
-            "expected. Leave one out."
-        )
+    adapters = _adapters(lora, settings.head_reads)
 
     there = np.any([target.is_there for target in targets], axis=0)
     labelled = next((target for target in targets if target.classes is not None), None)
@@ -207,6 +202,16 @@ def _names(key: str | Sequence[str]) -> list[str]:
     if not keys or len(set(keys)) < len(keys):
         raise ValueError(f"key is {keys}, one column of obs or several different ones expected. Name each once.")
     return keys
+
+
+def _adapters(lora: int | LoraSettings | None, reads: HeadReads | None) -> LoraSettings | None:
+    """Settings of the adapters, if there shall be any."""
+    if lora is not None and reads == "inputs":
+        raise TypeError(
+            "lora= adapts the blocks, and heads with head_reads='inputs' read what comes before them, one of the two "
+            "expected. Leave one out."
+        )
+    return lora_settings(lora)
 
 
 def _target(source: CellSource, key: str) -> Target:

@@ -171,8 +171,8 @@ def train(
     trained = launch(run, n_procs=where.n, device=where.device, source=source, family=family)
     shutil.rmtree(run.data, ignore_errors=True)  # the run is done: nothing reads the copy again
     if isinstance(data, AnnData):
-        settings = {**objective_to_dict(objective), "freeze": freeze, "lora": lora, **params, **config.to_dict()}
-        record(data, verb, {**settings, "run_dir": run.path}, trained.history)
+        said = {**objective_to_dict(objective), "freeze": freeze, "lora": lora, **params, **config.to_dict()}
+        record(data, verb, {**said, "run_dir": run.path}, trained.history)
         remember(data, trained)
     return trained
 
