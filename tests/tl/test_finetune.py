@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import numpy as np
 import pandas as pd
@@ -48,6 +49,14 @@ def test_a_head_is_trained_and_the_model_given_stays_as_it_was(adata, tiny, tune
     assert adata.uns["scllm"]["model"]["hash"] == tuned.hash()
     assert list(adata.uns["scllm"]["finetune"]["params"]["key"]) == ["cell_type"]
     assert any((weight != tuned.state_dict()[name]).any() for name, weight in tiny.state_dict().items())
+
+
+def test_heads_that_are_replaced_are_named(tune, caplog):
+    tuned = tune()
+    with caplog.at_level(logging.INFO, logger="scllm"):
+        again = tune("batch", model=tuned)
+    assert "fresh heads take the place of those on 'cell_type'" in caplog.messages
+    assert [spec.key for spec in again.head_specs] == ["batch"]
 
 
 def test_the_same_call_gives_the_same_weights(tune):

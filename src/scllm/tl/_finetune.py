@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from scllm import models
 from scllm._checks import check_adata, missing_key
-from scllm._log import warn
+from scllm._log import log, warn
 from scllm._typing import HeadReads, IntArray
 from scllm.data.source import CellSource, open_source
 from scllm.engine.config import Precision, TrainConfig
@@ -278,6 +278,8 @@ def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadReads, se
             f"head_reads is {reads!r}, 'last' expected: heads of {model.family} are like the published ones, which "
             "read the states after the last block. Leave it out."
         )
+    if model.head_specs:
+        log.info("fresh heads take the place of those on %s", ", ".join(repr(spec.key) for spec in model.head_specs))
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)  # of the CPU alone: GPUs keep their state
         model.set_heads(replace(spec, pooling=model.head_pooling, reads=reads) for spec in specs)
