@@ -1,8 +1,9 @@
 """Labels out of five folds, on five data sets: ``python -m benchmarks.study_labels FOLDER FAMILY SIZE [SET ...]``.
 
 The model is pretrained on all cells of a set, without labels, and fine-tuned in each fold with the settings that
-are the default; beside it stand logistic regressions on the same folds, on all genes (``tl.cross_validate``'s own
-baseline) and on 50 components of an SVD. What is finished in ``FOLDER`` is not done again.
+are the default, and where whole groups are tested also with heads that read the inputs of the first block. Beside it
+stand logistic regressions on the same folds, on all genes (``tl.cross_validate``'s own baseline) and on 50 components
+of an SVD. What is finished in ``FOLDER`` is not done again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ KEY = "cell_type"
 PRETRAINING = {
     "scgpt": {"left_out": 0.25, "mask_ratio": 0.5, "dropout": 0.1, "lr": 5e-4},
     "geneformer": {"dropout": 0.1, "lr": 5e-4},
+}
+SCORES = ["accuracy", "macro_f1"]
+METHODS: dict[str, dict] = {
+    "fine-tuned": {},
+    "fine-tuned, heads on inputs": {"config": scllm.tl.TrainConfig(head_reads="inputs")},
 }
 
 
@@ -56,15 +62,19 @@ def main(folder: Path, family: str, size: str, names: list[str]) -> None:
         model = pretrained(folder, name, family, size, adata)
         for group_key in chosen.group_keys:
             n_folds = 5 if group_key is None else adata.obs[group_key].nunique()
-            scllm.tl.cross_validate(
-                adata, model, key=KEY, n_folds=n_folds, group_key=group_key,
-                run_dir=folder / f"{name}-{family}-{size}-{group_key or 'cells'}",
-            )  # fmt: skip
-            table = adata.uns["scllm"]["cross_validate"]["table"]
-            scores = table[table["class"].isna()].pivot_table(index="method", columns="metric", values="value")
-            scores.loc["SVD-50"] = svd_scores(adata, n_folds)
-            for method, found in scores[["accuracy", "macro_f1"]].iterrows():
-                rows[name, group_key or "cells", method] = found
+            tested = group_key or "cells"
+            for method, options in METHODS.items():
+                if options and group_key is None:
+                    continue  # for new groups alone
+                found = scllm.tl.cross_validate(
+                    adata, model, key=KEY, n_folds=n_folds, group_key=group_key, baseline=not options,
+                    run_dir=folder / f"{name}-{family}-{size}-{tested}{'-inputs' if options else ''}", **options,
+                )  # fmt: skip
+                means = found.groupby("method")[SCORES].mean()
+                rows[name, tested, method] = means.loc["model"]
+                if not options:
+                    rows[name, tested, "logistic regression"] = means.loc["baseline"]
+                    rows[name, tested, "logistic regression, SVD-50"] = svd_scores(adata, n_folds)
             print(pd.DataFrame.from_dict(rows, orient="index").round(3).to_string(), flush=True)
 
 
@@ -96,7 +106,7 @@ def svd_scores(adata: ad.AnnData, n_folds: int) -> pd.Series:
         linear = make_pipeline(TruncatedSVD(50, random_state=0), StandardScaler(), LogisticRegression(max_iter=2000))
         predicted = linear.fit(logged[training], truth[training]).predict(logged[test])
         found.append(scllm.metrics.classification_scores(truth[test], predicted))
-    return pd.DataFrame(found)[["accuracy", "macro_f1"]].mean()
+    return pd.DataFrame(found)[SCORES].mean()
 
 
 if __name__ == "__main__":

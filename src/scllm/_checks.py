@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 import numpy as np
@@ -48,6 +48,15 @@ def missing_key(key: str, names: Iterable[str], where: str, advice: str = "") ->
     else:
         offer = f"There is {listed(names)}." if names else "There is none at all."
     return KeyError(" ".join(filter(None, (f"{key!r} is not {where}.", offer, advice))))
+
+
+def check_options(given: Iterable[str], known: Sequence[str], verb: str) -> None:
+    """Raise ``TypeError`` where an option is none of a verb's, and offer the closest."""
+    for name in given:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            offer = f"Did you mean {close[0]!r}?" if close else "Leave it out."
+            raise TypeError(f"{name!r} is no option of {verb}, one of {', '.join(known)} expected. {offer}")
 
 
 def obs_column(obs: pd.DataFrame, key: str) -> pd.Series:

@@ -155,6 +155,25 @@ def test_accuracy_of_several_heads_is_per_labelled_cell():
     assert set(reported) == {"loss", "accuracy_a", "commonest_answer_a", "mse_depth:b"}
 
 
+@pytest.mark.parametrize("options", [{"validation": 0}, {"config": tl.TrainConfig(log_every=1000)}], ids=str)
+def test_it_is_noticed_without_validation_cells_and_without_training_lines(cells, tmp_path, options):
+    adata = cells.copy()
+    adata.obs["chance"] = np.random.default_rng(0).choice(["rare", "common"], 400, p=[0.02, 0.98])
+    model = models.build("scgpt", vocab=adata.var_names, size="tiny")
+    with pytest.warns(UserWarning, match="gives one label to all cells") as warned:
+        tl.finetune(adata, model, key="chance", epochs=2, run_dir=tmp_path / "run", **options)
+    assert len(warned) == 1
+
+
+@pytest.mark.slow
+def test_it_is_noticed_in_other_processes(cells, tmp_path):
+    adata = cells.copy()
+    adata.obs["chance"] = np.random.default_rng(0).choice(["rare", "common"], 400, p=[0.02, 0.98])
+    model = models.build("scgpt", vocab=adata.var_names, size="tiny")
+    with pytest.warns(UserWarning, match="gives one label to all cells"):
+        tl.finetune(adata, model, key="chance", epochs=2, run_dir=tmp_path / "run", n_procs=2, device="cpu")
+
+
 @pytest.mark.parametrize("family", ["scgpt", "geneformer"])
 def test_heads_that_published_formats_have_no_room_for_are_not_written(family, tmp_path):
     model = models.build(family, vocab=[f"g{i}" for i in range(9)], size="tiny")

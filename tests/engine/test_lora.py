@@ -38,6 +38,23 @@ def test_frozen_blocks_get_no_adapters(cells, model, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_where_nothing_is_left_to_adapt_is_said_before_anything_is_written(cells, model, tmp_path):
+    with pytest.raises(ValueError, match=r"all of them are frozen\. Freeze fewer blocks"):
+        tuned(cells, model, tmp_path / "run", lora=2, freeze=2)
+    cells.var["marker"] = [i < 20 for i in range(cells.n_vars)]
+    with pytest.raises(ValueError, match=r"all of them are frozen\. Freeze fewer blocks"):
+        tl.classify_genes(cells, model, labels="marker", lora=2, freeze=2, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapters_have_a_dropout_of_their_own(cells, model, tmp_path):
+    without, with_dropout = (
+        tuned(cells, model, tmp_path / str(p), lora=tl.LoraSettings(r=2, dropout=p)).history["loss"] for p in (0.0, 0.5)
+    )
+    assert without.iloc[0] == with_dropout.iloc[0]  # adapters begin at zero
+    assert without.iloc[-1] != with_dropout.iloc[-1]
+
+
 def test_adapters_start_alike_whatever_was_drawn_before(cells, model, tmp_path):
     hashes = []
     for name in "ab":

@@ -93,6 +93,19 @@ def test_dice_is_one_minus_the_mean_overlap(logits):
     same(losses.dice(logits, LABEL), 1 - sum(overlaps) / 4, logits)
 
 
+def test_dice_is_weighted_by_class(logits):
+    p = logits.softmax(1)
+    target = torch.eye(4, dtype=p.dtype)[LABEL]
+    overlap = (2 * (p * target).sum(0) + 1) / (p.sum(0) + target.sum(0) + 1)
+    same(losses.dice(logits, LABEL, WEIGHT), 1 - (overlap * WEIGHT).sum() / WEIGHT.sum(), logits)
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT.double()], ids=["alike", "weighted"])
+@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.binary_cross_entropy, losses.focal, losses.dice])
+def test_gradients_are_those_of_small_differences(logits, loss, weight):
+    assert torch.autograd.gradcheck(lambda x: loss(x, LABEL, weight), logits)
+
+
 def test_dice_leaves_out_classes_that_no_cell_of_the_batch_has(logits):
     two = LABEL[LABEL < 2]
     wide = torch.cat([logits[LABEL < 2][:, :2], torch.full((len(two), 1), -1e4)], dim=1)

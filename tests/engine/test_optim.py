@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import scllm
+from scllm.data import genes
+from scllm.data.source import open_source
 from scllm.engine.config import TrainConfig
+from scllm.engine.loader import Loader
 from scllm.engine.optim import freeze, learning_rate, optimizer, train_mode
 from scllm.models.base import Batch, HeadSpec
 
@@ -30,7 +33,7 @@ def batch(model):
         (1, lambda name: name.startswith("layers.0.")),
         ("encoder", lambda name: not name.startswith("heads.")),
         (
-            ("gene_embedding.*", "layers.?.attention.*"),
+            ["gene_embedding.*", "layers.?.attention.*"],
             lambda name: name.startswith("gene_embedding.") or ".attention." in name,
         ),
     ],
@@ -67,6 +70,21 @@ def test_a_block_is_frozen_in_part(model):
     assert model.layers[0].training
 
 
+@pytest.mark.parametrize("family", ["scgpt", "geneformer", "scfoundation", "gpt2", "albert", "xlnet"])
+def test_a_frozen_encoder_gives_the_same_states_at_every_step(toy, family):
+    model = scllm.models.build(family, vocab=toy.var_names, size="tiny", dropout=0.5)
+    model.set_heads([HeadSpec("cell_type", ("a", "b"), pooling=model.head_pooling)])
+    source = open_source(toy)
+    match = genes.match(source.genes, model.vocab)
+    loader = Loader(source, np.arange(8), match, model.encoder, model.vocab, 8, training=False)
+    ((batch,),) = loader.epoch(0)
+    train_mode(model)
+    assert not torch.equal(model.hidden(batch), model.hidden(batch))
+    freeze(model, "encoder")
+    train_mode(model)
+    assert torch.equal(model.hidden(batch), model.hidden(batch))
+
+
 def test_heads_train_above_a_frozen_encoder(model):
     model.set_heads([HeadSpec("cell_type", ("a", "b"))])
     freeze(model, "encoder")
@@ -87,7 +105,9 @@ def test_a_pattern_that_fits_no_weight_is_an_error(model):
 
 
 def test_freezing_everything_is_an_error(model):
-    freeze(model, "*")
+    with pytest.raises(ValueError, match=r"freeze is '\*', which is every weight, at least one to train expected"):
+        freeze(model, "*")
+    model.requires_grad_(False)
     with pytest.raises(ValueError, match="every weight is frozen"):
         optimizer(model, SETTINGS)
 

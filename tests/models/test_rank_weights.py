@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scllm import datasets, models
+from scllm.data import genes
+from scllm.data.source import open_source
+from scllm.engine.loader import Loader
 from scllm.models.rank_weights import rank_weights
 
 cells_of_values = st.lists(st.lists(st.integers(0, 9), max_size=30), min_size=1, max_size=5)
@@ -63,6 +69,20 @@ def test_a_random_part_of_a_cell_weighs_like_the_whole():
         weight = rank_weights(torch.zeros(300, dtype=torch.long), whole[kept], 1, spacing=torch.tensor([3.0]))
         found.append(float((weight * state[kept]).sum()))
     assert np.mean(found) == pytest.approx(float(expected), rel=0.02)
+
+
+@pytest.mark.parametrize("max_len", [500, 11])
+def test_genes_are_spaced_where_a_cell_was_cut_alone(max_len):
+    cells = datasets.toy(n_cells=12)
+    model = models.build("geneformer", vocab=list(cells.var_names), size="tiny")
+    medians = np.ones(len(model.vocab))
+    medians[::2] = np.nan  # never seen expressed: left out, whatever the length
+    source = open_source(cells)
+    encoder = replace(model.encoder, max_len=max_len, medians=medians)
+    loader = Loader(source, np.arange(12), genes.match(source.genes, model.vocab), encoder, model.vocab, 12)
+    ((batch,),) = loader.epoch(0)
+    assert (batch.spacing > 1).all() == (max_len == 11)
+    assert (batch.spacing == 1).all() == (max_len == 500)
 
 
 def test_genes_that_only_a_deeper_cell_shows_hardly_count():

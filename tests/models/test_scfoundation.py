@@ -18,7 +18,7 @@ from scllm.engine.loader import Loader
 from scllm.engine.objectives import MaskedExpression
 from scllm.kernels.draws import mix
 from scllm.models import scfoundation, storage
-from scllm.models.base import Batch
+from scllm.models.base import Batch, HeadSpec
 
 CLOSE = {"atol": 5e-5, "rtol": 5e-4}
 DECODED = {"atol": 2e-4, "rtol": 2e-3}
@@ -275,6 +275,19 @@ def test_a_run_trains_alike_in_micro_batches_and_its_model_is_tuned_and_classifi
     tuned = tl.finetune(adata, whole, key="cell_type", epochs=15, lr=1e-4, run_dir=tmp_path / "tuned")
     tl.classify(adata, tuned)
     assert (adata.obs["scllm_label"].astype(str) == adata.obs["cell_type"].astype(str)).mean() > 0.9
+
+
+def test_random_features_are_drawn_anew_only_where_the_decoder_is_trained(adata):
+    model = models.build("scfoundation", vocab=adata.var_names, size="tiny", redraw_every=2).train()
+    names = [name for name in model.state_dict() if name.endswith("projection")]
+    before = {name: model.state_dict()[name].clone() for name in names}
+    model.set_heads([HeadSpec("cell_type", ("A", "B"))])
+    model.at_step(2, 0)
+    assert names
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in names)
+    model.set_heads([])
+    model.at_step(2, 0)
+    assert not any(torch.equal(model.state_dict()[name], before[name]) for name in names)
 
 
 def test_published_size():

@@ -173,7 +173,7 @@ def test_a_head_on_genes_is_saved_and_loaded(adata, begun, markers, tmp_path):
         assert logits.shape == (len(batch.genes), 2)
         assert torch.equal(again.gene_head_outputs(batch)["gene_label"], logits)
         assert again.head_outputs(batch) == {}
-    with pytest.raises(ValueError, match="has no head, a fine-tuned one expected"):
+    with pytest.raises(ValueError, match="has a head on genes alone, one on cells expected"):
         classify(adata, again)
 
 

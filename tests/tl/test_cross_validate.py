@@ -360,6 +360,16 @@ def test_rare_labels_are_warned_of_and_scored_where_they_are(adata, tiny):
     assert rows["value"].tolist() == [0]
 
 
+@pytest.mark.filterwarnings("ignore:.*in one fold only")
+def test_labels_that_one_fold_alone_has_may_be_weighed(adata, tiny):
+    adata.obs["label"] = [*["one"] * 3, *["A", "B"] * 28, "A"]
+    adata.obs["donor"] = ["x"] * 20 + ["y"] * 20 + ["z"] * 20
+    table = cross_validate(
+        adata, tiny, key="label", group_key="donor", n_folds=3, validation=0, class_weight={"one": 5, "A": 2}, **FAST
+    )
+    assert np.isfinite(table["macro_f1"]).all()
+
+
 def test_labels_like_numbers_are_labels(adata, tiny):
     adata.obs["leiden"] = np.where(adata.obs["cell_type"] == "A", "0", "1")
     cross_validate(adata, tiny, key="leiden", n_folds=2, **FAST)

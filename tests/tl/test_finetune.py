@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import numpy as np
 import pandas as pd
@@ -48,6 +49,14 @@ def test_a_head_is_trained_and_the_model_given_stays_as_it_was(adata, tiny, tune
     assert adata.uns["scllm"]["model"]["hash"] == tuned.hash()
     assert list(adata.uns["scllm"]["finetune"]["params"]["key"]) == ["cell_type"]
     assert any((weight != tuned.state_dict()[name]).any() for name, weight in tiny.state_dict().items())
+
+
+def test_heads_that_are_replaced_are_named(tune, caplog):
+    tuned = tune()
+    with caplog.at_level(logging.INFO, logger="scllm"):
+        again = tune("batch", model=tuned)
+    assert "fresh heads take the place of those on 'cell_type'" in caplog.messages
+    assert [spec.key for spec in again.head_specs] == ["batch"]
 
 
 def test_the_same_call_gives_the_same_weights(tune):
@@ -122,12 +131,46 @@ def test_a_label_of_one_cell_is_warned_of(adata, tune):
 
 
 def test_labels_of_validation_cells_alone_are_warned_of(adata, tune):
+    adata.obs["part"] = ["validation"] * 12 + ["train"] * 48
+    adata.obs["label"] = ["rare"] * 4 + ["A", "B"] * 28
+    with pytest.warns(
+        UserWarning,
+        match=r"1 labels of obs\['label'\] \(first: 'rare'\) are among the validation .* 4 of 12 .* left out",
+    ):
+        tuned = tune("label", validation="part", class_weight="balanced")
+    assert spec_of(tuned)["objective"]["class_weight"]["label"] == [1.0, 1.0, 0.0]
+    # the other eight decide: with them alone the losses are the same
+    assert tuned.head_specs[0].classes == ("A", "B", "rare")
+    labels = cells_of(tuned)["obs:label:label"]
+    assert labels[:4].tolist() == [-1] * 4
+    assert (labels[4:] >= 0).all()
+
+
+def test_validation_cells_of_other_labels_than_the_training_cells_are_an_error(adata, tune):
     adata.obs["part"] = ["validation"] * 6 + ["train"] * 54
     adata.obs["label"] = ["rare"] * 6 + ["A", "B"] * 27
-    with pytest.warns(
-        UserWarning, match=r"1 labels of obs\['label'\] \(first: 'rare'\) are among the validation cells"
+    with pytest.raises(
+        ValueError, match=r"no label that the validation cells have in obs\['label'\] \(first: 'rare'\)"
     ):
         tune("label", validation="part")
+
+
+def test_cells_without_a_group_are_an_error(adata, tune):
+    adata.obs["donor"] = pd.Categorical(["a", "b", "c", None] * 15)
+    with pytest.raises(
+        ValueError, match=r"15 of 60 cells have no group in obs\['donor'\], one for every cell expected"
+    ):
+        tune(group_key="donor")
+
+
+def test_cells_are_held_out_by_the_first_key_that_has_labels(adata, tune):
+    adata.obs["depth"] = np.asarray(adata.X.sum(1), float).ravel()
+    for keys in (["cell_type"], ["depth", "cell_type"]):
+        tuned = tune(keys, validation=0.2)
+        held_out = adata.obs["cell_type"].iloc[cells_of(tuned)["validation"]]
+        assert held_out.value_counts(normalize=True).to_dict() == pytest.approx(
+            adata.obs["cell_type"].value_counts(normalize=True).to_dict(), abs=0.05
+        )
 
 
 def test_a_warning_points_at_the_line_that_called(adata, tiny, tmp_path):
@@ -299,7 +342,14 @@ def test_down_sampling_needs_counts(adata, tune):
         ({"config": TrainConfig(max_len=1)}, ValueError, "max_len is 1, at least 2 expected"),
         ({"lora": 4, "config": TrainConfig(head_reads="inputs")}, TypeError, r"lora= adapts the blocks.*Leave one out"),
         ({"lora": True}, TypeError, "lora is True, the rank of adapters or LoraSettings expected"),
-        ({"freeze": 1.5}, TypeError, r"freeze is 1\.5, a number of blocks, 'encoder' or patterns"),
+        ({"freeze": 1.5}, TypeError, r"freeze is 1\.5, a number of blocks, 'encoder', or a pattern"),
+        ({"freeze": ["layers.*", 1]}, TypeError, r"freeze is \['layers\.\*', 1\], a number of blocks"),
+        ({"freeze": "*"}, ValueError, r"freeze is '\*', which is every weight, at least one to train expected"),
+        (
+            {"loss": "dice", "config": TrainConfig(label_smoothing=0.1)},
+            TypeError,
+            r"label_smoothing=0\.1 spreads the target of 'ce', and loss is \{'dice': 1\.0\}, both or neither",
+        ),
         ({"loss": ["ce", "dice"]}, TypeError, r"loss is \['ce', 'dice'\], one of .* or a weight for each"),
         ({"key": 5}, TypeError, "key is 5, a column of obs or a list of several expected"),
         ({"random_state": -1}, ValueError, r"random_state is -1, 0 or more expected"),

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from scllm._log import warn
+from scllm.data.run_files import read_history
 
-__all__ = ["watching"]
+__all__ = ["CollapseWatch"]
+
+_LOOKED_AT = 3  # training steps: cells of one may well be alike
 
 
-def watching(track: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
-    """``track``, and a warning after the first epoch where one label was the answer to all cells.
+class CollapseWatch:
+    """Warns once, when the first epoch is over, where one label was the answer to all cells.
 
-    A line of the history has the share of cells that got the commonest answer; it must be all of the validation cells
-    and all of the last training step's, as a few cells may well be alike.
+    A line of the history has the share of cells that got the commonest answer; it must be all of the validation cells,
+    where there are any, and all of the last training steps'.
+
+    Parameters
+    ----------
+    history
+        File that lines are written to, by this process or by others.
     """
-    before: Mapping[str, Any] = {}
 
-    def watch(line: dict[str, Any]) -> None:
-        nonlocal before
-        track(line)
-        if line["split"] == "validation" and line["epoch"] == 0 and line["step"]:
-            for name in line:
-                if name.startswith("commonest_answer") and line[name] == before.get(name) == 1:
-                    _warn(name)
-        before = line
+    def __init__(self, history: Path) -> None:
+        self.history = history
+        self.has_looked = False
 
-    return watch
+    def look(self, line: Mapping[str, Any] | None) -> None:
+        """Judge the first epoch once the last line is one of the second."""
+        if line is not None and line["epoch"] > 0:
+            self.finish()
 
-
-def _warn(name: str) -> None:
-    warn(
-        f"after the first epoch the model gives one label to all cells ({name} = 1), several expected. Try a lower lr, "
-        "upsample=True, class_weight='balanced', or loss={'ce': 1, 'dice': 1}."
-    )
+    def finish(self) -> None:
+        """Judge the first epoch, unless that was done."""
+        table = None if self.has_looked else read_history(self.history)
+        if table is None:
+            return
+        self.has_looked = True
+        table = table[(table["epoch"] == 0) & (table["step"] > 0)]
+        parts = [part.tail(_LOOKED_AT) for _, part in table.groupby("split")]
+        for name in table.columns[table.columns.str.startswith("commonest_answer")]:
+            if parts and all((part[name] == 1).all() for part in parts):
+                warn(
+                    f"after the first epoch the model gives one label to all cells ({name} = 1), several expected. "
+                    "Try a lower lr, upsample=True, class_weight='balanced', or loss={'ce': 1, 'dice': 1}."
+                )

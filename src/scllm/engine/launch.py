@@ -25,14 +25,14 @@ from scllm.data.source import CellSource, fingerprint, open_source
 from scllm.engine import ranks
 from scllm.engine.calibrate import calibrate
 from scllm.engine.checkpoint import restore, save, writing
-from scllm.engine.collapse import watching
+from scllm.engine.collapse import CollapseWatch
 from scllm.engine.config import TrainConfig
 from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.loader import Loader
 from scllm.engine.loop import fit
 from scllm.engine.lora import LoraSettings, add_adapters, merge_adapters
 from scllm.engine.objectives import Label, Objective, objective_from_dict
-from scllm.engine.optim import freeze
+from scllm.engine.optim import freeze, without_dropout
 from scllm.engine.run import Run
 from scllm.engine.sharding import shard
 from scllm.engine.tracking import tracker
@@ -119,6 +119,8 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
         if source is None:
             source = _open(run, spec)
         model = models.load(run.model, family=family)
+        if config.use_dropout is False:
+            without_dropout(model)  # adapters have a dropout of their own
         _choose_trained(model, spec)
         model.to(chosen)
         objective = objective_from_dict(spec["objective"])
@@ -129,12 +131,19 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
             model.speed_up(compile=config.compile, checkpointing=config.checkpointing)
         if config.strategy == "fsdp" and ranks.world() > 1:
             shard(model)
+        watch = CollapseWatch(run.history)
         with tracker(config.logger if ranks.rank() == 0 else None, run) as track:
+
+            def seen(line: dict[str, Any]) -> None:
+                track(line)
+                watch.look(line)
+
             fit(
                 model, training, objective, config, run=run, validation=validation,
-                from_start=spec["verb"] == "finetune", precision=precision, track=watching(track),
+                from_start=spec["verb"] == "finetune", precision=precision, track=seen,
             )  # fmt: skip
         if ranks.rank() == 0:
+            watch.finish()
             _finish(run, family, chosen, validation if isinstance(objective, Label) else None, precision)
         ranks.wait_for_all()
 
@@ -142,7 +151,7 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
 def _choose_trained(model: CellModel, spec: dict[str, Any]) -> None:
     """Freeze what shall stay as it is, and put adapters beside the rest where they are asked for."""
     if spec["freeze"]:
-        freeze(model, tuple(spec["freeze"]) if isinstance(spec["freeze"], list) else spec["freeze"])
+        freeze(model, spec["freeze"])
     if spec["lora"]:
         add_adapters(model, LoraSettings(**spec["lora"]), random_state=spec["train"]["random_state"] or 0)
 
@@ -257,13 +266,18 @@ def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None,
 
 
 def _follow(run: Run, process: subprocess.Popen[bytes]) -> None:
-    """Show progress until the processes end."""
+    """Show progress until the processes end, and say what they cannot: their warnings end in the log."""
+    watch = CollapseWatch(run.history)
     with tqdm(desc=f"training in {run.path.name}", unit="step", disable=not show_progress()) as bar:
         while process.poll() is None:
             time.sleep(0.2)
-            if not bar.disable and (line := _last_line(run.history)) is not None:
+            line = _last_line(run.history)
+            watch.look(line)
+            if line is not None:
                 bar.n = line["step"]
                 bar.set_postfix(loss=f"{line['loss']:.4g}")
+    if run.is_done:
+        watch.finish()
 
 
 def _last_words(log: Path) -> str:

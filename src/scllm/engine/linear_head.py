@@ -51,10 +51,7 @@ def fit_linear_head(
     x = (x - mean) / spread
     slope = torch.zeros(n_classes, x.shape[1], dtype=torch.float64, requires_grad=True)
     offset = torch.zeros(n_classes, dtype=torch.float64, requires_grad=True)
-    # losses are computed in float32: finer steps would be noise
-    optimise = torch.optim.LBFGS(
-        [slope, offset], max_iter=200, tolerance_grad=1e-5, tolerance_change=1e-7, line_search_fn="strong_wolfe"
-    )
+    optimise = torch.optim.LBFGS([slope, offset], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimise.zero_grad()

@@ -161,7 +161,9 @@ class Loader:
         sentences = self.encoder(tokens, self.vocab, keys, measured=self.match.measured)
         n_read = np.maximum(sentences.lengths - self.encoder.n_specials, 1)
         n_genes = len(self.match.measured) if getattr(self.encoder, "include_zeros", False) else tokens.lengths
-        return sentences, np.maximum(n_genes / n_read, 1)
+        # shorter sentences may lack genes as well: those without a median
+        is_cut = sentences.lengths >= self.encoder.max_len
+        return sentences, np.where(is_cut, np.maximum(n_genes / n_read, 1), 1)
 
     def _whole(self, tokens: Tokens) -> Tokens:
         """The cells with all their counts, nothing cut."""

@@ -20,7 +20,7 @@ from scllm.engine.config import TrainConfig
 from scllm.engine.device import autocast
 from scllm.engine.loader import Loader
 from scllm.engine.objectives import Loss, Objective
-from scllm.engine.optim import learning_rate, optimizer, train_mode, without_dropout
+from scllm.engine.optim import learning_rate, optimizer, train_mode
 from scllm.engine.run import Run
 from scllm.kernels.draws import mix
 from scllm.models.base import Batch, CellModel
@@ -65,8 +65,6 @@ def fit(
     """
     rank, world, per_epoch = ranks.rank(), ranks.world(), batches.n_batches()
     n_steps = config.steps or per_epoch * (config.epochs or 1)
-    if config.use_dropout is False:
-        without_dropout(model)
     updates = _Updates(model, objective, config, precision)
     step, best, since_best = _resume(run, updates)
     saved = step

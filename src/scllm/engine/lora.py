@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from scllm.models.base import CellModel
 
-__all__ = ["LoraSettings", "add_adapters", "check_peft", "merge_adapters"]
+__all__ = ["LoraSettings", "adapted_layers", "add_adapters", "lora_settings", "merge_adapters"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,28 @@ class LoraSettings:
             raise ValueError(f"lora is {self.r}, a rank of at least 1 expected. 8 is usual; None trains all weights.")
 
 
-def check_peft() -> None:
-    """Raise where peft is not installed."""
+def lora_settings(lora: int | LoraSettings | None) -> LoraSettings | None:
+    """Settings of the adapters, if there shall be any; an error where they are none, or peft is not installed."""
+    if lora is None:
+        return None
+    if isinstance(lora, bool) or not isinstance(lora, (int, LoraSettings)):
+        raise TypeError(f"lora is {lora!r}, the rank of adapters or LoraSettings expected. 8 is a common rank.")
     if find_spec("peft") is None:
         raise ImportError('lora= needs the package peft, which is not installed. Run: pip install "scllm-tools[peft]"')
+    return LoraSettings(r=lora) if isinstance(lora, int) else lora
+
+
+def adapted_layers(model: CellModel, frozen: Collection[str]) -> list[str]:
+    """Names of the layers that adapters go beside: the linear ones of the blocks whose weights are not frozen."""
+    within = {id(module) for block in model.blocks for module in block.modules()}
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in within and f"{name}.weight" not in frozen
+    ]
+    if not names:
+        raise ValueError("lora= adapts linear layers of the blocks, and all of them are frozen. Freeze fewer blocks.")
+    return names
 
 
 def add_adapters(model: CellModel, settings: LoraSettings, *, random_state: int = 0) -> None:
@@ -49,14 +68,7 @@ def add_adapters(model: CellModel, settings: LoraSettings, *, random_state: int 
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    within = {id(module) for block in model.blocks for module in block.modules()}
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) in within and module.weight.requires_grad
-    ]
-    if not names:
-        raise ValueError("lora= adapts linear layers of the blocks, and all of them are frozen. Freeze fewer blocks.")
+    names = adapted_layers(model, {name for name, weight in model.named_parameters() if not weight.requires_grad})
     heads = [weight for name, weight in model.named_parameters() if name.startswith("heads.") and weight.requires_grad]
     config = LoraConfig(
         r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=names, bias="none"

@@ -42,27 +42,38 @@ def contrastive(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tens
 
 def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
     """Cross-entropy of each cell, ``(b,)``."""
-    return F.cross_entropy(logits.float(), label, weight=weight, reduction="none")
+    logits = _exact(logits)
+    return F.cross_entropy(logits, label, weight=None if weight is None else weight.to(logits), reduction="none")
 
 
 def binary_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
     """One-against-all binary cross-entropy of each cell, summed over classes, ``(b,)``."""
-    target = F.one_hot(label, logits.shape[1]).float()
-    each = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").sum(1)
+    logits = _exact(logits)
+    target = F.one_hot(label, logits.shape[1]).to(logits)
+    each = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
     return each if weight is None else each * weight[label]
 
 
 def focal(logits: Tensor, label: Tensor, weight: Tensor | None = None, gamma: float = 2.0) -> Tensor:
     """Focal loss of each cell: cross-entropy times ``(1 - p)^gamma`` (Lin et al. 2017), ``(b,)``."""
-    log_p = F.log_softmax(logits.float(), dim=1).gather(1, label[:, None]).squeeze(1)
+    log_p = F.log_softmax(_exact(logits), dim=1).gather(1, label[:, None]).squeeze(1)
     each = -((1 - log_p.exp()) ** gamma) * log_p
     return each if weight is None else each * weight[label]
 
 
-def dice(logits: Tensor, label: Tensor, smooth: float = 1.0) -> Tensor:
-    """Soft Dice loss of a batch (Milletari et al. 2016): one minus the mean overlap of class and prediction."""
-    p = logits.float().softmax(1)
-    target = F.one_hot(label, logits.shape[1]).float()
+def dice(logits: Tensor, label: Tensor, weight: Tensor | None = None, smooth: float = 1.0) -> Tensor:
+    """Soft Dice loss of a batch (Milletari et al. 2016): one minus the mean overlap of class and prediction.
+
+    ``weight`` is that of each class in the mean, which is over the classes that the batch has.
+    """
+    p = _exact(logits).softmax(1)
+    target = F.one_hot(label, logits.shape[1]).to(p)
     overlap = (2 * (p * target).sum(0) + smooth) / (p.sum(0) + target.sum(0) + smooth)
-    there = target.sum(0) > 0
-    return 1 - overlap[there].mean()
+    there = (target.sum(0) > 0).to(p)
+    share = there if weight is None else there * weight
+    return 1 - (overlap * share).sum() / share.sum().clamp(min=1e-12)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    """In float32, or float64 where they are: half precision is too coarse for logarithms."""
+    return logits if logits.dtype == torch.float64 else logits.float()

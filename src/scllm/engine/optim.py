@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -12,17 +13,19 @@ from torch import nn
 from scllm.engine.config import TrainConfig
 from scllm.models.base import CellModel
 
-__all__ = ["Freeze", "check_freeze", "freeze", "learning_rate", "optimizer", "train_mode", "without_dropout"]
+__all__ = [
+    "Freeze", "check_freeze", "freeze", "frozen_weights", "learning_rate", "optimizer", "train_mode", "without_dropout"
+]  # fmt: skip
 
-Freeze = int | str | tuple[str, ...]
+Freeze = int | str | Sequence[str]
 
 
 def check_freeze(model: CellModel, what: Freeze) -> None:
-    """Raise where ``what`` names no part of the model."""
-    if isinstance(what, bool) or not isinstance(what, (int, str, tuple)):
+    """Raise where ``what`` names no part of the model, or all of it."""
+    if isinstance(what, bool) or not (isinstance(what, (int, str)) or _is_list_of_names(what)):
         raise TypeError(
-            f"freeze is {what!r}, a number of blocks, 'encoder' or patterns of weight names expected. Leave it out to "
-            "freeze nothing."
+            f"freeze is {what!r}, a number of blocks, 'encoder', or a pattern of weight names or a list of such "
+            "expected. Leave it out to freeze nothing."
         )
     if isinstance(what, int):
         n_blocks = len(list(model.blocks))
@@ -36,24 +39,36 @@ def check_freeze(model: CellModel, what: Freeze) -> None:
                     f"freeze: no weight is called {pattern!r}; names such as {names[:3]} expected. Use patterns like "
                     "'layers.0.*'."
                 )
+        if len(frozen_weights(model, what)) == len(names):
+            raise ValueError(f"freeze is {what!r}, which is every weight, at least one to train expected. Freeze less.")
 
 
 def freeze(model: CellModel, what: Freeze) -> None:
     """Keep weights as they are: the first n blocks, ``"encoder"`` (all but the heads), or name patterns."""
     check_freeze(model, what)
-    if isinstance(what, int):
-        for block in list(model.blocks)[:what]:
-            block.requires_grad_(False)
-        return
+    frozen = frozen_weights(model, what)
     for name, weight in model.named_parameters():
-        if what == "encoder":
-            weight.requires_grad_(name.startswith("heads."))
-        elif any(fnmatch(name, pattern) for pattern in _patterns(what)):
+        if name in frozen:
             weight.requires_grad_(False)
 
 
-def _patterns(what: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (what,) if isinstance(what, str) else what
+def frozen_weights(model: CellModel, what: Freeze) -> set[str]:
+    """Names of the weights that stay as they are."""
+    weights = dict(model.named_parameters())
+    if isinstance(what, int):
+        within = {id(weight) for block in list(model.blocks)[:what] for weight in block.parameters()}
+        return {name for name, weight in weights.items() if id(weight) in within}
+    if what == "encoder":
+        return {name for name in weights if not name.startswith("heads.")}
+    return {name for name in weights if any(fnmatch(name, pattern) for pattern in _patterns(what))}
+
+
+def _patterns(what: str | Sequence[str]) -> Sequence[str]:
+    return [what] if isinstance(what, str) else what
+
+
+def _is_list_of_names(what: object) -> bool:
+    return isinstance(what, (list, tuple)) and len(what) > 0 and all(isinstance(one, str) for one in what)
 
 
 def train_mode(model: nn.Module) -> None:
@@ -63,12 +78,20 @@ def train_mode(model: nn.Module) -> None:
     if not trained:
         model.eval()
         return
-    for child in model.children():
+    below_heads = False
+    for name, child in model.named_children():
         weights = list(child.parameters())
         if weights and not any(weight.requires_grad for weight in weights):
             child.eval()
-        elif weights and not isinstance(child, nn.Sequential):
-            train_mode(child)
+        elif weights:
+            below_heads |= name != "heads"
+            if not isinstance(child, nn.Sequential):
+                train_mode(child)
+    if not below_heads:
+        # dropout between frozen parts
+        for child in model.children():
+            if not list(child.parameters()):
+                child.eval()
 
 
 def without_dropout(model: nn.Module) -> None:

@@ -184,12 +184,11 @@ class Model(CellModel):
         """What heads read, ``(b, d)``: published ones the first token, be it ``<cls>`` or a gene."""
         if self._head_pooling is not None or not self.config.classify_first:
             return self.pool(hidden, batch, self._head_pooling or "mean")
+        if not len(hidden):
+            return hidden.new_zeros(batch.n_cells, hidden.shape[1])
         # without <cls> a cell may have no token at all: it reads zeros
         there = torch.tensor(batch.lengths, device=hidden.device) > 0
-        first = hidden[batch.first.clamp(max=max(0, len(hidden) - 1))] if len(hidden) else hidden.new_zeros(0)
-        return (
-            torch.where(there[:, None], first, 0) if len(hidden) else hidden.new_zeros(batch.n_cells, hidden.shape[1])
-        )
+        return torch.where(there[:, None], hidden[batch.first.clamp(max=len(hidden) - 1)], 0)
 
     def write_original(self, path: Path) -> None:
         """Write a Hugging Face directory with the dictionaries beside it."""

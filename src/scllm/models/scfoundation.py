@@ -200,8 +200,9 @@ class Model(CellModel):
         return nn.Sequential(nn.Linear(4 * self.config.d_model, 256), nn.ReLU(), nn.Linear(256, n_outputs))
 
     def at_step(self, step: int, seed: int) -> None:
-        """Draw the random features anew every ``redraw_every`` steps."""
-        redraw(self, step, seed, self.config.redraw_every)
+        """Draw the decoder's random features anew every ``redraw_every`` steps; heads do not read it."""
+        if not self.head_specs:
+            redraw(self, step, seed, self.config.redraw_every)
 
     def speed_up(self, *, compile: bool = False, checkpointing: bool = False) -> None:
         """As for all models, the decoder included: it holds most of the memory."""

@@ -77,9 +77,8 @@ def classify(
     chosen = resolve(model, adata)
     if not chosen.heads_on("cell"):
         path = f" in {chosen.path}" if chosen.path is not None else ""
-        raise ValueError(
-            f"the {chosen.family} model{path} has no head, a fine-tuned one expected. Call tl.finetune first."
-        )
+        what = "a head on genes alone, one on cells" if chosen.head_specs else "no head, a fine-tuned one"
+        raise ValueError(f"the {chosen.family} model{path} has {what} expected. Call tl.finetune first.")
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(
             f"threshold is {threshold}, a probability from 0 to 1 expected. Leave it out to have every cell labelled."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,14 @@ from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 
 from scllm import _keys, metrics
-from scllm._checks import check_adata
+from scllm._checks import check_adata, check_options
 from scllm._log import log
 from scllm._results import record
 from scllm._typing import FloatArray, IntArray
 from scllm.data.source import open_source
+from scllm.engine.lora import adapted_layers, lora_settings
 from scllm.engine.objectives import LossName, check_loss
-from scllm.engine.optim import Freeze, check_freeze
+from scllm.engine.optim import Freeze, check_freeze, frozen_weights
 from scllm.models.base import CellModel
 from scllm.tl._folds import folds_directory
 from scllm.tl._gene_labels import GeneLabels, LabelLike, check_enough, read_labels
@@ -76,8 +76,9 @@ def classify_genes(
     loss
         ``"bce"`` (each label against the rest), ``"ce"``, ``"dice"``, ``"focal"``, or weights of several.
     freeze
-        What stays as it is: the first n blocks, ``"encoder"`` (all but the head) or patterns of weight names. With
-        ``"encoder"`` states are computed once for all folds, which takes as long as embedding the cells.
+        What stays as it is: the first n blocks, ``"encoder"`` (all but the head), or a pattern of weight names or a
+        list of such. With ``"encoder"`` states are computed once for all folds, which takes as long as embedding the
+        cells.
     baseline
         Whether the logistic regression is fitted too.
     key_added
@@ -114,7 +115,8 @@ def classify_genes(
     ['model', 'baseline', 'majority']
     """
     check_adata(adata, key_added=key_added)
-    options = _checked(finetune_options)
+    check_options(finetune_options, list(Options.__dataclass_fields__), "classify_genes")
+    options = Options(**finetune_options)
     _check_options(n_folds, max_cells, freeze, options)
     losses = {loss: 1.0} if isinstance(loss, str) else dict(loss)
     check_loss(losses)
@@ -134,6 +136,8 @@ def classify_genes(
     run_dir = None
     if freeze != "encoder":  # heads on frozen states need no runs
         check_trainable(begun, freeze)
+        if options.lora is not None:
+            adapted_layers(begun, frozen_weights(begun, freeze))
         run_dir = folds_directory("classify_genes", options.run_dir, options.resume)
 
     cells = choose_cells(adata, source, match, begun, found.tokens, max_cells=max_cells, random_state=seed)
@@ -165,17 +169,6 @@ def classify_genes(
     return table
 
 
-def _checked(given: Mapping[str, Any]) -> Options:
-    """Options of ``finetune`` that go with genes; an error for others."""
-    known = list(Options.__dataclass_fields__)
-    for name in given:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            offer = f"Did you mean {close[0]!r}?" if close else "Leave it out."
-            raise TypeError(f"{name!r} is no option of classify_genes, one of {', '.join(known)} expected. {offer}")
-    return Options(**given)
-
-
 def _check_options(n_folds: int, max_cells: int, freeze: Freeze, options: Options) -> None:
     for name, value, least in (("n_folds", n_folds, 2), ("max_cells", max_cells, 1)):
         if value < least:
@@ -185,7 +178,7 @@ def _check_options(n_folds: int, max_cells: int, freeze: Freeze, options: Option
             f"validation is {options.validation!r}, a share from 0 up to below 1 of the training genes expected. Leave "
             "it out to train for all epochs."
         )
-    if options.lora is not None and freeze == "encoder":
+    if lora_settings(options.lora) is not None and freeze == "encoder":
         raise TypeError(
             "lora= adapts the encoder and freeze='encoder' keeps it as it is, one of them expected. Leave one out."
         )

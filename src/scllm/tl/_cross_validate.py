@@ -6,7 +6,6 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pandas as pd
 from anndata import AnnData
 
 from scllm import _keys
-from scllm._checks import check_adata, missing_key
+from scllm._checks import check_adata, check_options, missing_key
 from scllm._log import log, warn
 from scllm._results import record
 from scllm._typing import CSR, FloatArray, IntArray
@@ -27,7 +26,7 @@ from scllm.tl._classify import classify
 from scllm.tl._finetune import finetune
 from scllm.tl._folds import fold_cells, folds_directory
 from scllm.tl._model import ModelLike, remember, resolve
-from scllm.tl._out_of_fold import METHODS, check_coverage, check_folds, find_groups, fold_scores, overall_scores
+from scllm.tl._out_of_fold import check_coverage, check_folds, find_groups, fold_scores, overall_scores
 from scllm.tl._target import Target, find_target
 from scllm.tl._train import check_config
 
@@ -127,16 +126,16 @@ def cross_validate(
     folds = [_folds(target, groups, n_folds, seed + repeat) for repeat in range(n_repeats)]
     check_coverage(target, folds)
     run_dir = folds_directory("cross_validate", options.pop("run_dir", None), options.pop("resume", "auto"))
-    methods = METHODS if baseline else METHODS[:1]
+    methods = ("model", "baseline") if baseline else ("model",)
     cells = _Cells.of(adata, target, baseline, options.get("layer"))
     tables, first = [], {method: np.full((adata.n_obs, target.n_outputs), np.nan, np.float32) for method in methods}
     for repeat, fold in np.ndindex(n_repeats, n_folds):
         tested = np.flatnonzero(folds[repeat] == fold)
         training = np.flatnonzero((folds[repeat] >= 0) & (folds[repeat] != fold))
         where = run_dir / f"repeat-{repeat}" / f"fold-{fold}" if repeat else run_dir / f"fold-{fold}"
-        found = {METHODS[0]: cells.by_model(chosen, training, tested, _seeded(options, seed + repeat), where)}
+        found = {"model": cells.by_model(chosen, training, tested, _seeded(options, seed + repeat), where)}
         if baseline:
-            found[METHODS[1]] = cells.by_baseline(training, tested)
+            found["baseline"] = cells.by_baseline(training, tested)
         for method, outputs in found.items():
             tables.append(fold_scores(target, tested, outputs).assign(method=method, repeat=repeat, fold=fold))
             if repeat == 0:
@@ -198,6 +197,10 @@ class _Cells:
                 data, options["validation"] = self.adata, part
             else:
                 data, options["validation"] = self.adata[training].copy(), share
+                if isinstance(options.get("class_weight"), Mapping):  # of labels that only the tested cells have too
+                    there = set(data.obs[self.target.key].astype(str))
+                    weights = {str(name): weight for name, weight in options["class_weight"].items()}
+                    options["class_weight"] = {name: weight for name, weight in weights.items() if name in there}
             tuned = finetune(data, model, key=self.target.key, run_dir=run_dir, **options)
         test = self.adata[tested].copy()
         del test.obs[self.target.key]  # nothing to be warned of: labels that the fold tests alone were named before
@@ -231,11 +234,7 @@ def _checked(given: Mapping[str, Any], adata: AnnData) -> tuple[dict[str, Any], 
     """Options of ``finetune`` and the seed; an error for what no fold could use."""
     options = dict(given)
     check_config(options.get("config"))
-    for name in options:
-        if name not in _OPTIONS or name in ("data", "model"):
-            close = get_close_matches(name, set(_OPTIONS) - {"data", "model"}, n=1)
-            offer = f"Did you mean {close[0]!r}?" if close else f"finetune takes {', '.join(list(_OPTIONS)[2:])}."
-            raise TypeError(f"{name!r} is no option of cross_validate, one of tl.finetune expected. {offer}")
+    check_options(options, [name for name in _OPTIONS if name not in ("data", "model", "key")], "cross_validate")
     share = options.get("validation", _OPTIONS["validation"].default)
     if isinstance(share, str) or not 0 <= (share or 0) < 1:
         raise ValueError(
@@ -287,12 +286,13 @@ def _wide(table: pd.DataFrame) -> pd.DataFrame:
 
 def _write(adata: AnnData, target: Target, fold: IntArray, outputs: Mapping[str, FloatArray]) -> None:
     """Predictions of the first repeat, and its folds, in place of an earlier call's."""
-    for method in METHODS:
-        name = target.key + _keys.CROSS_VALIDATED + ("" if method == METHODS[0] else _keys.BASELINE)
+    names = {"model": target.key + _keys.CROSS_VALIDATED}
+    names["baseline"] = names["model"] + _keys.BASELINE
+    for name in names.values():
         adata.obs = adata.obs.drop(columns=[name, name + _keys.PROBABILITY], errors="ignore")
         adata.obsm.pop(name + _keys.PROBABILITIES, None)
     for method, found in outputs.items():
-        name = target.key + _keys.CROSS_VALIDATED + ("" if method == METHODS[0] else _keys.BASELINE)
+        name = names[method]
         if target.classes is None:
             adata.obs[name] = found[:, 0]
             continue

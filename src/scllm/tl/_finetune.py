@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from scllm import models
 from scllm._checks import check_adata, missing_key
-from scllm._log import warn
+from scllm._log import log, warn
 from scllm._typing import HeadReads, IntArray
 from scllm.data.source import CellSource, open_source
 from scllm.engine.config import Precision, TrainConfig
-from scllm.engine.lora import LoraSettings
+from scllm.engine.lora import LoraSettings, lora_settings
 from scllm.engine.objectives import Label, LossName
 from scllm.engine.optim import Freeze, check_freeze
 from scllm.models.base import CellModel, HeadSpec
@@ -77,7 +77,8 @@ def finetune(
         Column of ``obs``, or several for several heads. Categories, strings and booleans are labels, floats are values.
         Rows whose label is missing are left out.
     freeze
-        What stays as it is: the first n blocks, ``"encoder"`` (all but the heads), or patterns of weight names.
+        What stays as it is: the first n blocks, ``"encoder"`` (all but the heads), or a pattern of weight names,
+        or a list of such.
     loss
         ``"ce"`` (cross-entropy), ``"bce"``, ``"dice"``, ``"focal"``, or weights of several.
     upsample
@@ -158,13 +159,16 @@ def finetune(
     }
     settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
     seed = settings.random_state or 0
+    adapters = _adapters(lora, settings.head_reads)
 
     there = np.any([target.is_there for target in targets], axis=0)
-    stratify = pd.Series(targets[0].column[there]) if targets[0].classes is not None else None
+    labelled = next((target for target in targets if target.classes is not None), None)
+    stratify = None if labelled is None else pd.Series(labelled.column[there])
     training, held_out = divide(
         source, validation, group_key=group_key, stratify=stratify, rows=np.flatnonzero(there), random_state=seed
     )
-    specs = [_head(target, training, held_out) for target in targets]
+    specs = [_head(target, training) for target in targets]
+    targets = [_without_unseen(target, training, held_out) for target in targets]
     cells: dict[str, NDArray[Any]] = {"train": training, "validation": held_out}
     cells |= {
         f"obs:label:{target.key}": target.column.astype(np.float32) if target.classes is None else target.column
@@ -182,7 +186,7 @@ def finetune(
     return train(
         "finetune", data, source, begun, objective, settings,
         layer=layer, cells=cells, where=where, run_dir=run_dir, resume=resume, freeze=freeze,
-        lora=_adapters(lora, settings.head_reads),
+        lora=adapters,
         params={
             "key": keys, "upsample": upsample, "class_weight": class_weight, "validation": validation,
             "group_key": group_key, "layer": layer,
@@ -201,17 +205,13 @@ def _names(key: str | Sequence[str]) -> list[str]:
 
 
 def _adapters(lora: int | LoraSettings | None, reads: HeadReads | None) -> LoraSettings | None:
-    """Settings of the adapters, if there are any."""
-    if lora is None:
-        return None
-    if isinstance(lora, bool) or not isinstance(lora, (int, LoraSettings)):
-        raise TypeError(f"lora is {lora!r}, the rank of adapters or LoraSettings expected. 8 is a common rank.")
-    if reads == "inputs":
+    """Settings of the adapters, if there shall be any."""
+    if lora is not None and reads == "inputs":
         raise TypeError(
             "lora= adapts the blocks, and heads with head_reads='inputs' read what comes before them, one of the two "
             "expected. Leave one out."
         )
-    return LoraSettings(r=lora) if isinstance(lora, int) else lora
+    return lora_settings(lora)
 
 
 def _target(source: CellSource, key: str) -> Target:
@@ -232,7 +232,7 @@ def _target(source: CellSource, key: str) -> Target:
     return target
 
 
-def _head(target: Target, training: IntArray, held_out: IntArray) -> HeadSpec:
+def _head(target: Target, training: IntArray) -> HeadSpec:
     """The head, with mean and spread of the training values; an error where they, or the labels, are all alike."""
     seen = target.column[training][target.is_there[training]]
     if len(np.unique(seen)) < 2:
@@ -242,15 +242,33 @@ def _head(target: Target, training: IntArray, held_out: IntArray) -> HeadSpec:
             "expected. Pass another column, hold out other groups, or a smaller share."
         )
     if target.classes is not None:
-        unseen = np.flatnonzero((target.counts(training) == 0) & (target.counts(held_out) > 0))
-        if len(unseen):
-            warn(
-                f"{len(unseen)} labels of obs[{target.key!r}] (first: {target.classes[unseen[0]]!r}) are among the "
-                "validation cells and not among the training cells, training cells of each expected: all count as "
-                "missed. Hold out other cells or groups."
-            )
         return HeadSpec(target.key, target.classes)
     return HeadSpec(target.key, None, mean=float(seen.mean()), std=float(seen.std()))
+
+
+def _without_unseen(target: Target, training: IntArray, held_out: IntArray) -> Target:
+    """The column without labels of validation cells that no training cell has: no model could give them."""
+    if target.classes is None:
+        return target
+    unseen = np.flatnonzero((target.counts(training) == 0) & (target.counts(held_out) > 0))
+    if not len(unseen):
+        return target
+    asked = held_out[target.is_there[held_out]]
+    lost = asked[np.isin(target.column[asked], unseen)]
+    first = target.classes[unseen[0]]
+    if len(lost) == len(asked):
+        raise ValueError(
+            f"no label that the validation cells have in obs[{target.key!r}] (first: {first!r}) is among the training "
+            "cells, labels of both expected. Hold out other cells or groups."
+        )
+    warn(
+        f"{len(unseen)} labels of obs[{target.key!r}] (first: {first!r}) are among the validation cells and not among "
+        f"the training cells, training cells of each expected: {len(lost)} of {len(asked)} validation cells are left "
+        "out. Hold out other cells or groups."
+    )
+    column = target.column.copy()
+    column[lost] = -1
+    return replace(target, column=column)
 
 
 def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadReads, seed: int) -> None:
@@ -260,6 +278,8 @@ def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadReads, se
             f"head_reads is {reads!r}, 'last' expected: heads of {model.family} are like the published ones, which "
             "read the states after the last block. Leave it out."
         )
+    if model.head_specs:
+        log.info("fresh heads take the place of those on %s", ", ".join(repr(spec.key) for spec in model.head_specs))
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)  # of the CPU alone: GPUs keep their state
         model.set_heads(replace(spec, pooling=model.head_pooling, reads=reads) for spec in specs)
@@ -302,7 +322,8 @@ def _weights_of(
     assert target.classes is not None
     if not isinstance(given, Mapping):
         counts = target.counts(training)
-        return tuple((counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist())
+        n_seen = (counts > 0).sum()  # labels that no training cell has weigh nothing
+        return tuple(np.where(counts > 0, counts.sum() / (n_seen * np.maximum(counts, 1)), 0).tolist())
     for name, weight in given.items():
         if not (np.isfinite(weight) and weight >= 0):
             raise ValueError(f"class_weight of {name!r} is {weight}, 0 or more expected. 1 is the weight of the rest.")

@@ -19,7 +19,7 @@ from scllm._typing import FloatArray, IntArray
 from scllm.data.split import split_cells
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.linear_head import chosen_penalty, fit_linear_head
-from scllm.engine.lora import LoraSettings
+from scllm.engine.lora import LoraSettings, lora_settings
 from scllm.engine.objectives import GeneLabel, LossName
 from scllm.engine.optim import Freeze
 from scllm.models.base import Batch, CellModel, HeadSpec
@@ -179,14 +179,13 @@ class GeneTask:
             begun.set_heads((HeadSpec(self.key, self.classes, level="gene"),))
         begun.heads[0].load_state_dict(head.state_dict())
         objective = GeneLabel(*self._labelled(training), *self._labelled(held_out), loss=self.loss)
-        lora = self.options.lora
         return train(
             "classify_genes", self.cells.adata, self.cells.source, begun, objective, self.config,
             layer=None,
             cells={"train": self._cells_with(training), "validation": self._cells_with(held_out)},
             where=self.where,
             run_dir=run_dir, resume="auto", freeze=self.freeze,
-            lora=LoraSettings(r=lora) if isinstance(lora, int) else lora,
+            lora=lora_settings(self.options.lora),
             params={"class_weight": self.options.class_weight, "validation": self.options.validation},
         )  # fmt: skip
 

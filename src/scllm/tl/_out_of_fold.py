@@ -13,9 +13,7 @@ from scllm._log import warn
 from scllm._typing import FloatArray, IntArray
 from scllm.tl._target import Target
 
-__all__ = ["METHODS", "check_coverage", "check_folds", "find_groups", "fold_scores", "overall_scores"]
-
-METHODS = ("model", "baseline")
+__all__ = ["check_coverage", "check_folds", "find_groups", "fold_scores", "overall_scores"]
 
 
 def find_groups(obs: pd.DataFrame, group_key: str | None, target: Target) -> IntArray | None:

@@ -50,9 +50,7 @@ def divide(
         )
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} cell can be trained on, at least 2 expected to hold one out. Pass validation=0.")
-    groups = None
-    if group_key is not None:
-        groups = obs_column(source.obs(column_or_all(source, group_key)), group_key).iloc[rows]
+    groups = None if group_key is None else _groups(source, group_key, rows)
     share = min(max(validation, 1 / len(rows)), 1 - 1 / len(rows))  # at least one cell on either side
     part = split_cells(
         len(rows), (1 - share, share), groups=groups, stratify=None if groups is not None else stratify,
@@ -63,13 +61,26 @@ def divide(
 
 def _check_whole(source: CellSource, group_key: str, validation: str, training: IntArray, held_out: IntArray) -> None:
     """Raise where a column that says train and validation divides a group."""
-    groups = obs_column(source.obs(column_or_all(source, group_key)), group_key).astype(str).to_numpy()
-    divided = sorted(set(groups[training]) & set(groups[held_out]))
+    divided = sorted(
+        set(_groups(source, group_key, training).astype(str)) & set(_groups(source, group_key, held_out).astype(str))
+    )
     if divided:
         raise ValueError(
             f"obs[{validation!r}] has cells of {divided[0]!r} of obs[{group_key!r}] in training and in validation, "
             f"whole groups expected. Make it with pp.split(adata, group_key={group_key!r}), or leave group_key= out."
         )
+
+
+def _groups(source: CellSource, group_key: str, rows: IntArray) -> pd.Series:
+    """Group of each of some cells; an error where one has none."""
+    groups = obs_column(source.obs(column_or_all(source, group_key)), group_key).iloc[rows]
+    n_lacking = int(groups.isna().sum())
+    if n_lacking:
+        raise ValueError(
+            f"{n_lacking} of {len(rows)} cells have no group in obs[{group_key!r}], one for every cell expected. Fill "
+            "them in, or drop those cells."
+        )
+    return groups
 
 
 def column_or_all(source: CellSource, key: str) -> list[str]:

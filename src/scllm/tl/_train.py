@@ -32,9 +32,9 @@ from scllm.engine.estimate import say_cost
 from scllm.engine.gene_init import start_from_data
 from scllm.engine.head_start import start_heads
 from scllm.engine.launch import cluster_command, cropping, launch
-from scllm.engine.lora import LoraSettings, check_peft
+from scllm.engine.lora import LoraSettings, adapted_layers
 from scllm.engine.objectives import Label, Objective, objective_to_dict
-from scllm.engine.optim import Freeze
+from scllm.engine.optim import Freeze, frozen_weights
 from scllm.engine.run import Run
 from scllm.engine.tracking import check_tracker
 from scllm.models.base import CellModel
@@ -171,8 +171,8 @@ def train(
     trained = launch(run, n_procs=where.n, device=where.device, source=source, family=family)
     shutil.rmtree(run.data, ignore_errors=True)  # the run is done: nothing reads the copy again
     if isinstance(data, AnnData):
-        settings = {**objective_to_dict(objective), "freeze": freeze, "lora": lora, **params, **config.to_dict()}
-        record(data, verb, {**settings, "run_dir": run.path}, trained.history)
+        said = {**objective_to_dict(objective), "freeze": freeze, "lora": lora, **params, **config.to_dict()}
+        record(data, verb, {**said, "run_dir": run.path}, trained.history)
         remember(data, trained)
     return trained
 
@@ -192,11 +192,11 @@ def _check_settings(
             "with split weights. Leave precision= out."
         )
     if lora is not None:
-        check_peft()
         if freeze == "encoder":
             raise TypeError(
                 "lora= adapts the encoder and freeze='encoder' keeps it as it is, one of them expected. Leave one out."
             )
+        adapted_layers(model, frozen_weights(model, freeze))
     check_trainable(model, freeze)
     cropping(model, config.max_len)  # says so where sentences would be too short
 

@@ -55,6 +55,11 @@ class Label:
 
     def __post_init__(self) -> None:
         check_loss(self.loss)
+        if self.label_smoothing and "ce" not in self.loss:
+            raise TypeError(
+                f"label_smoothing={self.label_smoothing} spreads the target of 'ce', and loss is {dict(self.loss)}, "
+                "both or neither expected. Leave one out."
+            )
 
     def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
         """Summed over labelled cells and heads."""
@@ -103,7 +108,7 @@ class Label:
                     each = losses.focal(logits, label, weight).sum()
                 case "dice":
                     # does not add up over micro-batches: reported as its value times the cells
-                    each = losses.dice(logits, label) * len(label)
+                    each = losses.dice(logits, label, weight) * len(label)
             total = total + factor * each
         return total
 
