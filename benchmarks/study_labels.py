@@ -61,7 +61,7 @@ def main(folder: Path, family: str, size: str, names: list[str]) -> None:
         adata = read(chosen)
         model = pretrained(folder, name, family, size, adata)
         for group_key in chosen.group_keys:
-            n_folds = 5 if group_key is None else adata.obs[group_key].nunique()
+            n_folds = 5 if group_key is None else min(5, adata.obs[group_key].nunique())
             tested = group_key or "cells"
             for method, options in METHODS.items():
                 if options and group_key is None:
