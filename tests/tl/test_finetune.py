@@ -17,7 +17,7 @@ from scllm.data.source import StoredCells
 from scllm.data.storage import MemoryRows
 from scllm.datasets import toy
 from scllm.pp import split
-from scllm.tl import TrainConfig, finetune
+from scllm.tl import TrainConfig, classify, finetune
 
 
 @pytest.fixture
@@ -235,8 +235,21 @@ def test_heads_that_read_the_inputs_train_what_makes_them_alone(tiny, tune):
     assert tuned.head_specs[0].reads == "inputs"
 
 
-def test_heads_like_the_published_ones_read_the_last_states(adata, tune, tmp_path):
-    with pytest.raises(ValueError, match=r"head_reads is 'both', 'last' expected: heads of scbert are .*Leave it out"):
+@pytest.mark.parametrize("family", ["scgpt", "geneformer"])
+def test_a_head_like_the_published_one_is_written_in_the_published_format(adata, tune, tmp_path, family):
+    model = models.build(family, vocab=adata.var_names, size="tiny")
+    tuned = tune(model=model, config=TrainConfig(head_reads="published"))
+    assert [type(head) for head in tuned.heads] == [type(model.new_head(2))]
+    assert tuned.head_specs[0].temperature != 1
+    tuned.save(tmp_path / "original", format=family)
+    medians = dict.fromkeys(adata.var_names, 1.0) if family == "geneformer" else None
+    again = models.load(tmp_path / "original", family=family, medians=medians)
+    found, expected = (classify(adata, one, copy=True).obsm["scllm_label_probabilities"] for one in (again, tuned))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_family_without_other_heads_than_the_published_ones_says_so(adata, tune, tmp_path):
+    with pytest.raises(ValueError, match=r"head_reads is 'both', 'published' expected: scbert has no .*Leave it out"):
         tune(model=models.build("scbert", vocab=adata.var_names, size="tiny"), config=TrainConfig(head_reads="both"))
     assert not list(tmp_path.iterdir())
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from scllm._typing import HeadReads
+from scllm._typing import HeadSetting
 
 __all__ = ["Precision", "TrainConfig"]
 
@@ -93,8 +93,10 @@ class TrainConfig:
         scbert, whose heads start from states without that noise.
     head_reads
         What the heads of :func:`finetune` read of a cell: the ``"inputs"`` of the first block, which know no context
-        and compare best between studies; the states after the ``"last"`` block; or ``"both"``. ``None``: both, but
-        the last alone in scbert and scfoundation, whose heads are like the published ones.
+        and compare best between studies; the states after the ``"last"`` block; or ``"both"``; or ``"published"``:
+        the head of the family's published checkpoints, with what that reads (scgpt: two hidden layers on ``<cls>``;
+        geneformer: one on ``<cls>`` or the mean; gene language models: none, on the mean). ``None``: both, but
+        published in scbert and scfoundation, which have no other heads.
     label_smoothing
         Share of each label's target that is spread over all labels, in fine-tuning with ``loss="ce"``.
     patience
@@ -127,7 +129,7 @@ class TrainConfig:
     log_every: int = 1
     save_every: int | None = None
     use_dropout: bool | None = None
-    head_reads: HeadReads | None = None
+    head_reads: HeadSetting | None = None
     label_smoothing: float = 0.0
     patience: int | None = None
     compile: bool = False

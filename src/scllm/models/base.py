@@ -334,7 +334,8 @@ class CellModel(nn.Module):
             The folder; made if it is not there.
         format
             ``"native"`` (weights, vocabulary, encoder, heads), or the published format of the model's own family, which
-            has no room for heads that :func:`scllm.tl.finetune` made. It is written into a new or empty folder.
+            has room for heads made with ``head_reads="published"`` alone (:class:`scllm.tl.TrainConfig`). It is written
+            into a new or empty folder.
         """
         path = Path(path).absolute()
         if format == "native":
@@ -342,24 +343,28 @@ class CellModel(nn.Module):
             self.path = path
         elif format == self.family:
             check_empty(path)
-            self._with_floats().write_original(path)
+            self._as_published().write_original(path)
         else:
             raise ValueError(
                 f"format is {format!r}, 'native' or the model's own family {self.family!r} expected. "
                 "A model cannot be written in the format of another family."
             )
 
-    def _with_floats(self) -> CellModel:
+    def _as_published(self) -> CellModel:
         """The model as published formats can hold it."""
         if self.config.block_heads is not None:
             raise ValueError(
                 f"the model was pruned to blocks of different sizes (heads: {list(self.config.block_heads)}), blocks "
                 f"of one size expected: the format of {self.family} holds no others. Use format='native'."
             )
-        if self.weight_dtype == "float32":
-            return self
         model = copy.deepcopy(self)
         to_float(model)
+        with torch.no_grad():
+            for spec, head in zip(model.head_specs, model.heads, strict=True):
+                # what probabilities and values are made with has no place of its own there
+                last = [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
+                last.weight *= spec.std / spec.temperature
+                last.bias.mul_(spec.std / spec.temperature).add_(spec.mean)
         return model
 
     def __repr__(self) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scllm import models
 from scllm._checks import check_adata, missing_key
 from scllm._log import log, warn
-from scllm._typing import HeadReads, IntArray
+from scllm._typing import HeadSetting, IntArray
 from scllm.data.source import CellSource, open_source
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.lora import LoraSettings, lora_settings
@@ -153,7 +153,7 @@ def finetune(
         **module.FINETUNE,
         "gene_init": "random",
         "use_dropout": not begun.heads_read_cells,
-        "head_reads": "last" if begun.head_pooling is None else "both",
+        "head_reads": "published" if begun.head_pooling is None else "both",
         "schedule": "linear",
         "warmup": 20,
     }
@@ -181,7 +181,7 @@ def finetune(
         class_weight=_class_weights(class_weight, targets, training),
         label_smoothing=settings.label_smoothing,
     )
-    _set_heads(begun, specs, settings.head_reads or "last", seed)
+    _set_heads(begun, specs, settings.head_reads, seed)
     check_freeze(begun, freeze)
     return train(
         "finetune", data, source, begun, objective, settings,
@@ -204,7 +204,7 @@ def _names(key: str | Sequence[str]) -> list[str]:
     return keys
 
 
-def _adapters(lora: int | LoraSettings | None, reads: HeadReads | None) -> LoraSettings | None:
+def _adapters(lora: int | LoraSettings | None, reads: HeadSetting | None) -> LoraSettings | None:
     """Settings of the adapters, if there shall be any."""
     if lora is not None and reads == "inputs":
         raise TypeError(
@@ -271,18 +271,21 @@ def _without_unseen(target: Target, training: IntArray, held_out: IntArray) -> T
     return replace(target, column=column)
 
 
-def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadReads, seed: int) -> None:
+def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadSetting | None, seed: int) -> None:
     """Fresh heads, a function of the seed."""
-    if reads != "last" and model.head_pooling is None:
+    if reads != "published" and model.head_pooling is None:
         raise ValueError(
-            f"head_reads is {reads!r}, 'last' expected: heads of {model.family} are like the published ones, which "
-            "read the states after the last block. Leave it out."
+            f"head_reads is {reads!r}, 'published' expected: {model.family} has no other heads than those of its "
+            "published checkpoints. Leave it out."
         )
     if model.head_specs:
         log.info("fresh heads take the place of those on %s", ", ".join(repr(spec.key) for spec in model.head_specs))
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)  # of the CPU alone: GPUs keep their state
-        model.set_heads(replace(spec, pooling=model.head_pooling, reads=reads) for spec in specs)
+        if reads is None or reads == "published":
+            model.set_heads(specs)
+        else:
+            model.set_heads(replace(spec, pooling=model.head_pooling, reads=reads) for spec in specs)
 
 
 def _balancing(targets: Sequence[Target], training: IntArray) -> NDArray[np.float64]:
