@@ -55,6 +55,18 @@ def test_adapters_have_a_dropout_of_their_own(cells, model, tmp_path):
     assert without.iloc[-1] != with_dropout.iloc[-1]
 
 
+def test_a_configuration_of_peft_is_taken_if_it_asks_for_nothing_else(cells, model, tmp_path):
+    from peft import LoraConfig
+
+    given = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, task_type="SEQ_CLS")
+    same = tl.LoraSettings(r=2, alpha=4, dropout=0.1)
+    hashes = [tuned(cells, model, tmp_path / str(i), lora=lora).hash() for i, lora in enumerate((given, same))]
+    assert hashes[0] == hashes[1]
+    with pytest.raises(ValueError, match=r"lora has use_rslora=True, r, lora_alpha, lora_dropout alone .*Leave it out"):
+        tuned(cells, model, tmp_path / "other", lora=LoraConfig(r=2, use_rslora=True))
+    assert not (tmp_path / "other").exists()
+
+
 def test_adapters_start_alike_whatever_was_drawn_before(cells, model, tmp_path):
     hashes = []
     for name in "ab":

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, TypeAlias, Union
 
 import torch
 from torch import nn
 
 from scllm.models.base import CellModel
 
-__all__ = ["LoraSettings", "adapted_layers", "add_adapters", "lora_settings", "merge_adapters"]
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+__all__ = ["Lora", "LoraSettings", "adapted_layers", "add_adapters", "lora_settings", "merge_adapters"]
+
+Lora: TypeAlias = Union[int, "LoraSettings", "LoraConfig"]
 
 
 @dataclass(frozen=True)
@@ -37,15 +43,36 @@ class LoraSettings:
             raise ValueError(f"lora is {self.r}, a rank of at least 1 expected. 8 is usual; None trains all weights.")
 
 
-def lora_settings(lora: int | LoraSettings | None) -> LoraSettings | None:
+def lora_settings(lora: Lora | None) -> LoraSettings | None:
     """Settings of the adapters, if there shall be any; an error where they are none, or peft is not installed."""
     if lora is None:
         return None
-    if isinstance(lora, bool) or not isinstance(lora, (int, LoraSettings)):
-        raise TypeError(f"lora is {lora!r}, the rank of adapters or LoraSettings expected. 8 is a common rank.")
     if find_spec("peft") is None:
         raise ImportError('lora= needs the package peft, which is not installed. Run: pip install "scllm-tools[peft]"')
-    return LoraSettings(r=lora) if isinstance(lora, int) else lora
+    if isinstance(lora, LoraSettings):
+        return lora
+    if isinstance(lora, int) and not isinstance(lora, bool):
+        return LoraSettings(r=lora)
+    from peft import LoraConfig
+
+    if not isinstance(lora, LoraConfig):
+        raise TypeError(f"lora is {lora!r}, the rank of adapters or LoraSettings expected. 8 is a common rank.")
+    return _of_peft(lora)
+
+
+def _of_peft(config: LoraConfig) -> LoraSettings:
+    """Rank, scale and dropout of peft's own configuration; an error where it asks for more."""
+    from peft import LoraConfig
+
+    kept = {"r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    asked, usual = config.to_dict(), LoraConfig(task_type=config.task_type, **kept).to_dict()
+    more = next((name for name in asked if asked[name] != usual[name]), None)
+    if more is not None:
+        raise ValueError(
+            f"lora has {more}={asked[more]!r}, {', '.join(kept)} alone expected: adapters go beside all linear layers "
+            "of the blocks that are not frozen. Leave it out."
+        )
+    return LoraSettings(r=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout)
 
 
 def adapted_layers(model: CellModel, frozen: Collection[str]) -> list[str]:

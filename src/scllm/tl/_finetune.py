@@ -20,7 +20,7 @@ from scllm._log import log, warn
 from scllm._typing import HeadSetting, IntArray
 from scllm.data.source import CellSource, open_source
 from scllm.engine.config import Precision, TrainConfig
-from scllm.engine.lora import LoraSettings, lora_settings
+from scllm.engine.lora import Lora, LoraSettings, lora_settings
 from scllm.engine.objectives import Label, LossName
 from scllm.engine.optim import Freeze, check_freeze
 from scllm.models.base import CellModel, HeadSpec
@@ -42,7 +42,7 @@ def finetune(
     loss: LossName | Mapping[LossName, float] = "ce",
     upsample: bool = False,
     class_weight: Literal["balanced"] | Mapping[str, float] | None = None,
-    lora: int | LoraSettings | None = None,
+    lora: Lora | None = None,
     validation: float | str = 0.1,
     group_key: str | None = None,
     layer: str | None = None,
@@ -88,7 +88,7 @@ def finetune(
         ``"balanced"``, or a weight for each label; ``None`` weighs cells alike.
     lora
         Rank of low-rank adapters that are trained in place of the blocks' weights, and merged into them at the end; or
-        :class:`scllm.tl.LoraSettings`. Needs peft.
+        :class:`scllm.tl.LoraSettings`, or a ``peft.LoraConfig`` of rank, alpha and dropout. Needs peft.
     validation
         Share of cells held out (of every label alike), or a column as :func:`scllm.pp.split` writes it.
     group_key
@@ -204,7 +204,7 @@ def _names(key: str | Sequence[str]) -> list[str]:
     return keys
 
 
-def _adapters(lora: int | LoraSettings | None, reads: HeadSetting | None) -> LoraSettings | None:
+def _adapters(lora: Lora | None, reads: HeadSetting | None) -> LoraSettings | None:
     """Settings of the adapters, if there shall be any."""
     if lora is not None and reads == "inputs":
         raise TypeError(

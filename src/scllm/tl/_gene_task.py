@@ -19,7 +19,7 @@ from scllm._typing import FloatArray, IntArray
 from scllm.data.split import split_cells
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.linear_head import chosen_penalty, fit_linear_head
-from scllm.engine.lora import LoraSettings, lora_settings
+from scllm.engine.lora import Lora, lora_settings
 from scllm.engine.objectives import GeneLabel, LossName
 from scllm.engine.optim import Freeze
 from scllm.models.base import Batch, CellModel, HeadSpec
@@ -37,7 +37,7 @@ class Options:
 
     class_weight: Literal["balanced"] | None = "balanced"
     validation: float = 0.0
-    lora: int | LoraSettings | None = None
+    lora: Lora | None = None
     layer: str | None = None
     epochs: int | None = None
     batch_size: int | None = None

@@ -1,0 +1,102 @@
+"""Labels of int8 models beside those of their originals: ``python -m benchmarks.study_int8 [SET ...]``.
+
+The sets of ``study_labels``; ``scgpt-base`` and ``geneformer-v1-10m`` of ``study_compression`` (full size; fresh
+blocks, gene table of the data's singular vectors), each with a head learnt on 300 cells of the set; labelled are up to
+400 other cells.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import tempfile
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+import scllm
+from benchmarks.study_compression import MAX_LEN, MODELS
+from benchmarks.study_labels import KEY, SETS, read
+from scllm.data.source import open_source
+from scllm.engine.predict import predict
+from scllm.models import CellModel
+from scllm.models.batch import Batch
+from scllm.models.int8 import to_int8
+from scllm.models.storage import bytes_on_disk
+from scllm.tl._model import gene_match
+
+N_TRAINING, N_TESTED = 300, 400
+
+
+def main(names: list[str]) -> None:
+    rows = []
+    for name in names:
+        training, tested = divided(read(SETS[name]))
+        for model_name in ("geneformer-v1-10m", "scgpt-base"):
+            model = MODELS[model_name](training)
+            model.encoder = replace(model.encoder, max_len=MAX_LEN)
+            with tempfile.TemporaryDirectory() as folder:
+                tuned = scllm.tl.finetune(training, model, key=KEY, freeze="encoder", epochs=1, run_dir=folder)
+            torch.set_num_threads(1)  # kernels of numba leave torch with as many threads as they have
+            rows += [{"set": name, "model": model_name, **row} for row in compared(tuned, tested)]
+            print(pd.DataFrame(rows).round(5).to_string(index=False), flush=True)
+
+
+def divided(adata: AnnData) -> tuple[AnnData, AnnData]:
+    """Cells to learn the head on, and cells to label, of every label alike."""
+    cells = np.arange(adata.n_obs)
+    training, rest = train_test_split(cells, train_size=N_TRAINING, stratify=adata.obs[KEY], random_state=0)
+    return adata[np.sort(training)].copy(), adata[np.sort(rest[:N_TESTED])].copy()
+
+
+def compared(model: CellModel, cells: AnnData) -> list[dict[str, float | str]]:
+    """One row for the original and each int8 form."""
+    rows, reference, answers = [], np.empty(0), np.empty(0)
+    truth = cells.obs[KEY].astype(str).to_numpy()
+    for kind in ("original", "int8", "int8_dynamic"):
+        one = copy.deepcopy(model)
+        if kind != "original":
+            to_int8(one, kind)
+        embedding, labels = embedded_and_labelled(one, cells)
+        if kind == "original":
+            reference, answers = embedding, labels
+        rows.append(
+            {
+                "": kind,
+                "MB": bytes_on_disk(one) / 1e6,
+                "x smaller": bytes_on_disk(model) / bytes_on_disk(one),
+                "accuracy": (labels == truth).mean(),
+                "same label": (labels == answers).mean(),
+                **scllm.metrics.agreement(embedding, reference),
+            }
+        )
+    return rows
+
+
+def embedded_and_labelled(model: CellModel, cells: AnnData) -> tuple[np.ndarray, np.ndarray]:
+    """Both in one pass: ``(n, d)`` and ``(n,)``."""
+    source = open_source(cells)
+    parts = predict(model, source, gene_match(cells, source, model), both)
+    found = torch.cat([values for _, values in parts])
+    classes = np.array(model.head_specs[0].classes)
+    embedding, logits = found[:, : -len(classes)].numpy(), found[:, -len(classes) :].numpy()
+    return embedding, classes[logits.argmax(axis=1)]
+
+
+def both(model: CellModel, batch: Batch) -> Tensor:
+    """The family's own embedding beside the logits of the head, ``(b, d + k)``."""
+    first, last = model.first_and_last(batch)
+    read = torch.cat([model.head_state(states, batch) for states in (first, last)], dim=1)
+    return torch.cat([model.pool(last, batch, model.pooling), model.apply_heads(read)[KEY]], dim=1)
+
+
+if __name__ == "__main__":
+    pd.set_option("display.width", 250)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(sys.argv[1:] or list(SETS))
