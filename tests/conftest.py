@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,13 @@ from scipy import sparse
 os.environ.setdefault("MPLBACKEND", "agg")
 # before torch is imported; matrices are small here: more threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _same_weights_in_any_order() -> None:
+    """Fresh models of a test are the same whatever ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")

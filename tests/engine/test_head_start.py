@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -132,13 +133,19 @@ def _temperature(model) -> float:
     return model.head_specs[0].temperature
 
 
-def test_a_model_that_answers_one_label_is_noticed(cells, tmp_path):
+@pytest.fixture
+def one_answer(cells, tmp_path):
+    """Fine-tune a model that has no reason to give any cell but one label."""
     adata = cells.copy()
-    # no gene says which cell is which, and one label is rare
-    adata.obs["chance"] = np.random.default_rng(0).choice(["rare", "common"], 400, p=[0.04, 0.96])
+    # no gene says which cell is which, and cells of one label count for nothing
+    adata.obs["chance"] = np.random.default_rng(0).choice(["rare", "common"], 400, p=[0.02, 0.98])
     model = models.build("scgpt", vocab=adata.var_names, size="tiny")
+    return partial(tl.finetune, adata, model, key="chance", class_weight={"rare": 0}, run_dir=tmp_path / "run")
+
+
+def test_a_model_that_answers_one_label_is_noticed(one_answer):
     with pytest.warns(UserWarning, match="gives one label to all cells.*upsample=True"):
-        tl.finetune(adata, model, key="chance", epochs=1, run_dir=tmp_path / "run", batch_size=8)
+        one_answer(epochs=1, batch_size=8)
 
 
 def test_accuracy_of_several_heads_is_per_labelled_cell():
@@ -156,22 +163,16 @@ def test_accuracy_of_several_heads_is_per_labelled_cell():
 
 
 @pytest.mark.parametrize("options", [{"validation": 0}, {"config": tl.TrainConfig(log_every=1000)}], ids=str)
-def test_it_is_noticed_without_validation_cells_and_without_training_lines(cells, tmp_path, options):
-    adata = cells.copy()
-    adata.obs["chance"] = np.random.default_rng(0).choice(["rare", "common"], 400, p=[0.02, 0.98])
-    model = models.build("scgpt", vocab=adata.var_names, size="tiny")
+def test_it_is_noticed_without_validation_cells_and_without_training_lines(one_answer, options):
     with pytest.warns(UserWarning, match="gives one label to all cells") as warned:
-        tl.finetune(adata, model, key="chance", epochs=2, run_dir=tmp_path / "run", **options)
+        one_answer(epochs=2, **options)
     assert len(warned) == 1
 
 
 @pytest.mark.slow
-def test_it_is_noticed_in_other_processes(cells, tmp_path):
-    adata = cells.copy()
-    adata.obs["chance"] = np.random.default_rng(0).choice(["rare", "common"], 400, p=[0.02, 0.98])
-    model = models.build("scgpt", vocab=adata.var_names, size="tiny")
+def test_it_is_noticed_in_other_processes(one_answer):
     with pytest.warns(UserWarning, match="gives one label to all cells"):
-        tl.finetune(adata, model, key="chance", epochs=2, run_dir=tmp_path / "run", n_procs=2, device="cpu")
+        one_answer(epochs=2, n_procs=2, device="cpu")
 
 
 @pytest.mark.parametrize("family", ["scgpt", "geneformer"])
