@@ -8,7 +8,6 @@ blocks, gene table of the data's singular vectors), each with a head learnt on 3
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -51,8 +50,11 @@ def main(names: list[str]) -> None:
 def divided(adata: AnnData) -> tuple[AnnData, AnnData]:
     """Cells to learn the head on, and cells to label, of every label alike."""
     cells = np.arange(adata.n_obs)
-    training, rest = train_test_split(cells, train_size=N_TRAINING, stratify=adata.obs[KEY], random_state=0)
-    return adata[np.sort(training)].copy(), adata[np.sort(rest[:N_TESTED])].copy()
+    n_tested = min(N_TESTED, adata.n_obs - N_TRAINING)
+    training, tested = train_test_split(
+        cells, train_size=N_TRAINING, test_size=n_tested, stratify=adata.obs[KEY], random_state=0
+    )
+    return adata[np.sort(training)].copy(), adata[np.sort(tested)].copy()
 
 
 def compared(model: CellModel, cells: AnnData) -> list[dict[str, float | str]]:
@@ -98,5 +100,4 @@ def both(model: CellModel, batch: Batch) -> Tensor:
 
 if __name__ == "__main__":
     pd.set_option("display.width", 250)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main(sys.argv[1:] or list(SETS))

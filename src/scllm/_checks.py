@@ -13,7 +13,10 @@ from scllm._log import warn
 from scllm._names import listed
 from scllm._typing import FloatArray
 
-__all__ = ["check_adata", "embedding", "groups", "labels", "missing_key", "obs_column", "warn_of_unknown_labels"]
+__all__ = [
+    "check_adata", "check_options", "embedding", "groups", "labels", "missing_key", "obs_column",
+    "warn_of_unknown_labels",
+]  # fmt: skip
 
 
 def check_adata(adata: object, copy: bool = False, key_added: str | None = None) -> None:

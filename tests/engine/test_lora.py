@@ -67,6 +67,20 @@ def test_a_configuration_of_peft_is_taken_if_it_asks_for_nothing_else(cells, mod
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "the rank of lora is 0, a whole number of at least 1 expected"),
+        ({"r": "8"}, "the rank of lora is '8', a whole number of at least 1 expected"),
+        ({"alpha": 0}, "alpha of lora is 0, a number above 0 expected"),
+        ({"dropout": 2}, "dropout of lora is 2, a share from 0 up to below 1 expected"),
+    ],
+)
+def test_settings_that_no_adapter_could_have_are_an_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        tl.LoraSettings(**options)
+
+
 def test_adapters_start_alike_whatever_was_drawn_before(cells, model, tmp_path):
     hashes = []
     for name in "ab":

@@ -106,6 +106,10 @@ def test_gradients_are_those_of_small_differences(logits, loss, weight):
     assert torch.autograd.gradcheck(lambda x: loss(x, LABEL, weight), logits)
 
 
+def test_gradients_of_smoothed_targets_are_those_of_small_differences(logits):
+    assert torch.autograd.gradcheck(lambda x: losses.cross_entropy(x, LABEL, WEIGHT.double(), 0.1), logits)
+
+
 def test_dice_leaves_out_classes_that_no_cell_of_the_batch_has(logits):
     two = LABEL[LABEL < 2]
     wide = torch.cat([logits[LABEL < 2][:, :2], torch.full((len(two), 1), -1e4)], dim=1)

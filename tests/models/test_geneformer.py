@@ -345,10 +345,10 @@ def test_positions_matter_and_those_there_are_none_for_are_an_error():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("first", [True, False])
-def test_a_cell_without_any_gene_is_embedded(first):
-    model = tiny(specials=False, classify_first=first).eval()
-    model.set_heads([models.HeadSpec("type", ("a", "b"))])
+@pytest.mark.parametrize("pooling", [None, "ranked"])
+def test_a_cell_without_any_gene_is_embedded(pooling):
+    model = tiny(specials=False).eval()
+    model.set_heads([models.HeadSpec("type", ("a", "b"), pooling=pooling)])
     tokens = Tokens(np.array([0, 3, 3, 5, 5]), np.array([5, 9, 7, 8, 6]), None)
     batch = Batch.from_tokens(tokens)
     assert not model.embed(batch)[[1, 3]].any()

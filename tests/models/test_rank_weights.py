@@ -72,7 +72,7 @@ def test_a_random_part_of_a_cell_weighs_like_the_whole():
 
 
 @pytest.mark.parametrize("max_len", [500, 11])
-def test_genes_are_spaced_where_a_cell_was_cut_alone(max_len):
+def test_spacing_is_of_the_genes_that_have_a_rank(max_len):
     cells = datasets.toy(n_cells=12)
     model = models.build("geneformer", vocab=list(cells.var_names), size="tiny")
     medians = np.ones(len(model.vocab))
@@ -81,8 +81,11 @@ def test_genes_are_spaced_where_a_cell_was_cut_alone(max_len):
     encoder = replace(model.encoder, max_len=max_len, medians=medians)
     loader = Loader(source, np.arange(12), genes.match(source.genes, model.vocab), encoder, model.vocab, 12)
     ((batch,),) = loader.epoch(0)
-    assert (batch.spacing > 1).all() == (max_len == 11)
-    assert (batch.spacing == 1).all() == (max_len == 500)
+    has_rank = np.isfinite(medians)[model.vocab.ids(cells.var_names)]
+    n_ranked = (cells.X.toarray()[:, has_rank] > 0).sum(1)
+    n_read = np.diff(batch.cu_seqlens) - encoder.n_specials
+    assert n_read.max() == min(n_ranked.max(), max_len - encoder.n_specials)
+    np.testing.assert_allclose(batch.spacing, n_ranked / n_read)
 
 
 def test_genes_that_only_a_deeper_cell_shows_hardly_count():

@@ -324,7 +324,7 @@ BAD = {
         {"key": "cell_type", "group_key": "cell_type", "n_folds": 2}, ValueError,
         r"without fold 0 the cells hold fewer than 2 labels .*another group_key",
     ),
-    "one fold": ({"key": "cell_type", "n_folds": 1}, ValueError, r"n_folds=1 and n_repeats=1, at least 2 and 1"),
+    "one fold": ({"key": "cell_type", "n_folds": 1}, ValueError, r"n_folds=1 and n_repeats=1, whole numbers"),
     "unknown option": ({"key": "cell_type", "epoch": 3}, TypeError, r"'epoch' is no option.*Did you mean 'epochs'\?"),
     "split column": ({"key": "cell_type", "validation": "split"}, ValueError, r"validation is 'split', a share"),
     "missing layer": ({"key": "cell_type", "layer": "count"}, KeyError, r"'count' is not in adata\.layers"),
@@ -368,6 +368,8 @@ def test_labels_that_one_fold_alone_has_may_be_weighed(adata, tiny):
         adata, tiny, key="label", group_key="donor", n_folds=3, validation=0, class_weight={"one": 5, "A": 2}, **FAST
     )
     assert np.isfinite(table["macro_f1"]).all()
+    with pytest.raises(KeyError, match=r"'on' is not a label of obs\['label'\]. Did you mean 'one'.*class_weight"):
+        cross_validate(adata, tiny, key="label", n_folds=3, validation=0, class_weight={"on": 5}, **FAST)
 
 
 def test_labels_like_numbers_are_labels(adata, tiny):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import numpy as np
 import pandas as pd
@@ -235,9 +236,11 @@ def test_heads_that_read_the_inputs_train_what_makes_them_alone(tiny, tune):
     assert tuned.head_specs[0].reads == "inputs"
 
 
-@pytest.mark.parametrize("family", ["scgpt", "geneformer"])
-def test_a_head_like_the_published_one_is_written_in_the_published_format(adata, tune, tmp_path, family):
-    model = models.build(family, vocab=adata.var_names, size="tiny")
+@pytest.mark.parametrize(
+    ("family", "options"), [("scgpt", {}), ("geneformer", {}), ("geneformer", {"specials": False})], ids=str
+)
+def test_a_head_like_the_published_one_is_written_in_the_published_format(adata, tune, tmp_path, family, options):
+    model = models.build(family, vocab=adata.var_names, size="tiny", **options)
     tuned = tune(model=model, config=TrainConfig(head_reads="published"))
     assert [type(head) for head in tuned.heads] == [type(model.new_head(2))]
     assert tuned.head_specs[0].temperature != 1
@@ -246,6 +249,22 @@ def test_a_head_like_the_published_one_is_written_in_the_published_format(adata,
     again = models.load(tmp_path / "original", family=family, medians=medians)
     found, expected = (classify(adata, one, copy=True).obsm["scllm_label_probabilities"] for one in (again, tuned))
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_values_are_not_written_in_a_published_format(adata, tune, tmp_path):
+    adata.obs["depth"] = np.asarray(adata.X.sum(1), float).ravel()
+    tuned = tune("depth", config=TrainConfig(head_reads="published"))
+    with pytest.raises(ValueError, match=r"the head on 'depth' predicts a value, one of labels expected.*'native'"):
+        tuned.save(tmp_path / "original", format="scgpt")
+
+
+def test_epochs_without_validation_cells_have_one_loss_in_the_log(tune, caplog):
+    for validation, expected in ((0.2, r"loss [\d.]+, [\d.]+ on validation$"), (0, r"loss [\d.]+$")):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="scllm"):
+            tune(validation=validation)
+        (said,) = [line for line in caplog.messages if line.startswith("epoch 0")]
+        assert re.search(expected, said)
 
 
 def test_a_family_without_other_heads_than_the_published_ones_says_so(adata, tune, tmp_path):
@@ -342,10 +361,17 @@ def test_down_sampling_needs_counts(adata, tune):
             r"all 60 labels of obs\['text'\] have one cell only .*If they are values: .*float",
         ),
         ({"key": "names"}, ValueError, r"all 60 labels of obs\['names'\] have one cell only .*or merge them"),
-        ({"class_weight": {"A": -1}}, ValueError, r"class_weight of 'A' is -1, 0 or more expected"),
+        ({"class_weight": {"A": -1}}, ValueError, r"class_weight of 'A' is -1, a number of 0 or more"),
+        ({"class_weight": {"A": "2"}}, ValueError, r"class_weight of 'A' is '2', a number of 0 or more"),
         ({"class_weight": {"a": 1}}, KeyError, r"'a' is not a label of obs\['cell_type'\]. .*Mend class_weight"),
         ({"key": "depth", "class_weight": "balanced"}, TypeError, r"class_weight needs labels, obs\['depth'\] holds"),
         ({"loss": {"ce": 1, "dice": -1}}, ValueError, r"weights of 0 or more expected, one above 0"),
+        ({"loss": {"ce": "1"}}, ValueError, r"weights of 0 or more expected, one above 0"),
+        (
+            {"key": "depth", "loss": "dice"},
+            TypeError,
+            r"loss='dice' and .* are for labels, obs\['depth'\]",
+        ),
         ({"loss": "mse"}, ValueError, r"names of \('ce', 'bce', 'dice', 'focal'\) with weights expected"),
         ({"key": []}, ValueError, r"key is \[\]"),
         ({"key": ["batch", "batch"]}, ValueError, "Name each once"),
@@ -354,7 +380,7 @@ def test_down_sampling_needs_counts(adata, tune):
         ({"epochs": 1, "config": TrainConfig(epochs=2)}, TypeError, "epochs is given twice"),
         ({"config": TrainConfig(max_len=1)}, ValueError, "max_len is 1, at least 2 expected"),
         ({"lora": 4, "config": TrainConfig(head_reads="inputs")}, TypeError, r"lora= adapts the blocks.*Leave one out"),
-        ({"lora": True}, TypeError, "lora is True, the rank of adapters or LoraSettings expected"),
+        ({"lora": True}, TypeError, "lora is True, the rank of adapters, LoraSettings or peft's LoraConfig"),
         ({"freeze": 1.5}, TypeError, r"freeze is 1\.5, a number of blocks, 'encoder', or a pattern"),
         ({"freeze": ["layers.*", 1]}, TypeError, r"freeze is \['layers\.\*', 1\], a number of blocks"),
         ({"freeze": "*"}, ValueError, r"freeze is '\*', which is every weight, at least one to train expected"),
@@ -362,6 +388,11 @@ def test_down_sampling_needs_counts(adata, tune):
             {"loss": "dice", "config": TrainConfig(label_smoothing=0.1)},
             TypeError,
             r"label_smoothing=0\.1 spreads the target of 'ce', and loss is \{'dice': 1\.0\}, both or neither",
+        ),
+        (
+            {"loss": {"ce": 0, "dice": 1}, "config": TrainConfig(label_smoothing=0.1)},
+            TypeError,
+            r"label_smoothing=0\.1 spreads the target of 'ce'",
         ),
         ({"loss": ["ce", "dice"]}, TypeError, r"loss is \['ce', 'dice'\], one of .* or a weight for each"),
         ({"key": 5}, TypeError, "key is 5, a column of obs or a list of several expected"),

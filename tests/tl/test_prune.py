@@ -33,6 +33,8 @@ def test_zeros_leave_the_shape(tiny):
 def test_pruned_models_are_trained_on(adata, tiny):
     small = tl.prune(tiny, amount=0.5, structured=True)
     tuned = tl.finetune(adata, small, key="cell_type", epochs=12, lr=1e-3)
+    with pytest.warns(UserWarning, match=r"has a head on 'cell_type', which learnt from states that pruning shifts"):
+        tl.prune(tuned, structured=True)
     assert tuned.config.block_heads == (1, 1)
     assert tuned.report is None
     losses = tuned.history.query("split == 'train'")["loss"]

@@ -92,11 +92,11 @@ class TrainConfig:
         Whether the model's dropout is on in training. ``None``: yes, but for :func:`finetune` of all families except
         scbert, whose heads start from states without that noise.
     head_reads
-        What the heads of :func:`finetune` read of a cell: the ``"inputs"`` of the first block, which know no context
-        and compare best between studies; the states after the ``"last"`` block; or ``"both"``; or ``"published"``:
-        the head of the family's published checkpoints, with what that reads (scgpt: two hidden layers on ``<cls>``;
-        geneformer: one on ``<cls>`` or the mean; gene language models: none, on the mean). ``None``: both, but
-        published in scbert and scfoundation, which have no other heads.
+        What the heads of :func:`finetune` read of a cell: ``"inputs"`` of the first block, which know no context and
+        compare best between studies; states after the ``"last"`` block; ``"both"``; or ``"published"``, which is the
+        head of the family's published checkpoints and what that reads (scgpt: two hidden layers on ``<cls>``;
+        geneformer: one on the first token; gene language models: none, on the mean). ``None``: both, but published in
+        scbert and scfoundation, which have no other heads.
     label_smoothing
         Share of each label's target that is spread over all labels, in fine-tuning with ``loss="ce"``.
     patience

@@ -160,10 +160,17 @@ class Loader:
             tokens = Tokens(*thin(tokens.indptr, tokens.genes, tokens.values, keys, self.downsample))
         sentences = self.encoder(tokens, self.vocab, keys, measured=self.match.measured)
         n_read = np.maximum(sentences.lengths - self.encoder.n_specials, 1)
-        n_genes = len(self.match.measured) if getattr(self.encoder, "include_zeros", False) else tokens.lengths
-        # shorter sentences may lack genes as well: those without a median
-        is_cut = sentences.lengths >= self.encoder.max_len
-        return sentences, np.where(is_cut, np.maximum(n_genes / n_read, 1), 1)
+        return sentences, np.maximum(self._n_genes(tokens) / n_read, 1)
+
+    def _n_genes(self, tokens: Tokens) -> IntArray:
+        """Genes of each cell that would be read if there were room for all."""
+        if getattr(self.encoder, "include_zeros", False):
+            return np.full(len(tokens), len(self.match.measured))
+        medians = getattr(self.encoder, "medians", None)
+        if medians is None:
+            return tokens.lengths
+        # genes without a median have no rank
+        return np.diff(np.concatenate([[0], np.cumsum(~np.isnan(medians)[tokens.genes])])[tokens.indptr])
 
     def _whole(self, tokens: Tokens) -> Tokens:
         """The cells with all their counts, nothing cut."""

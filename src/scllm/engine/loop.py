@@ -95,10 +95,8 @@ def fit(
                         # without validation cells the last weights are the best
                         score = -step if validation is None else found["loss"]
                         best, since_best = (score, 0) if score < best else (best, since_best + 1)
-                        log.info(
-                            "epoch %d, step %d of %d: loss %.4g, %.4g on validation",
-                            epoch, step, n_steps, means["loss"], found["loss"],
-                        )  # fmt: skip
+                        validated = "" if validation is None else f", {found['loss']:.4g} on validation"
+                        log.info("epoch %d, step %d of %d: loss %.4g%s", epoch, step, n_steps, means["loss"], validated)
                     if rank == 0:
                         _log_lines(run, lines, track)
                     if ends or (config.save_every and step % config.save_every == 0):

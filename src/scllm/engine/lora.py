@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, TypeAlias, Union
 
 import torch
@@ -39,8 +41,15 @@ class LoraSettings:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"lora is {self.r}, a rank of at least 1 expected. 8 is usual; None trains all weights.")
+        if isinstance(self.r, bool) or not isinstance(self.r, Integral) or self.r < 1:
+            raise ValueError(
+                f"the rank of lora is {self.r!r}, a whole number of at least 1 expected. 8 is usual; lora=None trains "
+                "all weights."
+            )
+        if not (isinstance(self.alpha, Real) and 0 < self.alpha < math.inf):
+            raise ValueError(f"alpha of lora is {self.alpha!r}, a number above 0 expected. Twice the rank is usual.")
+        if not (isinstance(self.dropout, Real) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout of lora is {self.dropout!r}, a share from 0 up to below 1 expected. 0 is none.")
 
 
 def lora_settings(lora: Lora | None) -> LoraSettings | None:
@@ -51,12 +60,14 @@ def lora_settings(lora: Lora | None) -> LoraSettings | None:
         raise ImportError('lora= needs the package peft, which is not installed. Run: pip install "scllm-tools[peft]"')
     if isinstance(lora, LoraSettings):
         return lora
-    if isinstance(lora, int) and not isinstance(lora, bool):
-        return LoraSettings(r=lora)
+    if isinstance(lora, Integral) and not isinstance(lora, bool):
+        return LoraSettings(r=int(lora))
     from peft import LoraConfig
 
     if not isinstance(lora, LoraConfig):
-        raise TypeError(f"lora is {lora!r}, the rank of adapters or LoraSettings expected. 8 is a common rank.")
+        raise TypeError(
+            f"lora is {lora!r}, the rank of adapters, LoraSettings or peft's LoraConfig expected. 8 is a common rank."
+        )
     return _of_peft(lora)
 
 

@@ -40,10 +40,11 @@ def contrastive(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tens
     return F.cross_entropy(similarity, torch.arange(len(first), device=first.device))
 
 
-def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Cross-entropy of each cell, ``(b,)``."""
+def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each cell, ``(b,)``, with a share of the target spread over all classes."""
     logits = _exact(logits)
-    return F.cross_entropy(logits, label, weight=None if weight is None else weight.to(logits), reduction="none")
+    weight = None if weight is None else weight.to(logits)
+    return F.cross_entropy(logits, label, weight=weight, reduction="none", label_smoothing=label_smoothing)
 
 
 def binary_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:

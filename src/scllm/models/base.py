@@ -334,8 +334,8 @@ class CellModel(nn.Module):
             The folder; made if it is not there.
         format
             ``"native"`` (weights, vocabulary, encoder, heads), or the published format of the model's own family, which
-            has room for heads made with ``head_reads="published"`` alone (:class:`scllm.tl.TrainConfig`). It is written
-            into a new or empty folder.
+            has room for one head of labels, made with ``head_reads="published"`` (:class:`scllm.tl.TrainConfig`); that
+            of scgpt keeps the order of the labels and not their names. It is written into a new or empty folder.
         """
         path = Path(path).absolute()
         if format == "native":
@@ -352,6 +352,12 @@ class CellModel(nn.Module):
 
     def _as_published(self) -> CellModel:
         """The model as published formats can hold it."""
+        values = [spec.key for spec in self.head_specs if spec.classes is None]
+        if values:
+            raise ValueError(
+                f"the head on {values[0]!r} predicts a value, one of labels expected: the format of {self.family} has "
+                "room for classifiers alone. Use format='native'."
+            )
         if self.config.block_heads is not None:
             raise ValueError(
                 f"the model was pruned to blocks of different sizes (heads: {list(self.config.block_heads)}), blocks "
@@ -361,10 +367,10 @@ class CellModel(nn.Module):
         to_float(model)
         with torch.no_grad():
             for spec, head in zip(model.head_specs, model.heads, strict=True):
-                # what probabilities and values are made with has no place of its own there
+                # the temperature of the probabilities has no place of its own there
                 last = [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
-                last.weight *= spec.std / spec.temperature
-                last.bias.mul_(spec.std / spec.temperature).add_(spec.mean)
+                last.weight.div_(spec.temperature)
+                last.bias.div_(spec.temperature)
         return model
 
     def __repr__(self) -> str:

@@ -19,7 +19,7 @@ from scllm.models.layers import Block, linear_cross_entropy
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "read"]
 
-_V1 = {"specials": False, "classify_first": False, "dropout": 0.02}
+_V1 = {"specials": False, "dropout": 0.02}
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"n_layers": 2, "n_heads": 4, "d_model": 64, "d_hidden": 128},
     "small": {"n_layers": 4, "n_heads": 4, "d_model": 128, "d_hidden": 256},
@@ -54,8 +54,6 @@ class Config(ModelConfig):
         Longest sentence: there is a learnt position for each rank.
     specials
         Whether sentences stand between ``<cls>`` and ``<eos>`` (V2).
-    classify_first
-        Whether heads read the first token (``<cls>``, or as the original does the highest gene); else the mean.
     lm_head
         Whether the model predicts hidden genes; fine-tuned checkpoints of the original do not.
     """
@@ -67,7 +65,6 @@ class Config(ModelConfig):
     d_hidden: int = 512
     max_len: int = 2048
     specials: bool = True
-    classify_first: bool = True
     lm_head: bool = True
 
     def objective(self) -> dict[str, Any]:
@@ -145,7 +142,7 @@ class Model(CellModel):
         """What the heads read of each cell, ``(b, d)``."""
         if self._head_pooling is not None:
             return super().head_inputs(batch)
-        if self.config.classify_first and self.config.specials:
+        if self.config.specials:
             return self.hidden(batch, first_only=True)
         return self.head_state(self.hidden(batch), batch)
 
@@ -181,9 +178,9 @@ class Model(CellModel):
         return self.predictor
 
     def head_state(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """What heads read, ``(b, d)``: published ones the first token, be it ``<cls>`` or a gene."""
-        if self._head_pooling is not None or not self.config.classify_first:
-            return self.pool(hidden, batch, self._head_pooling or "mean")
+        """What heads read, ``(b, d)``: published ones the first token, be it ``<cls>`` or the highest gene."""
+        if self._head_pooling is not None:
+            return self.pool(hidden, batch, self._head_pooling)
         if not len(hidden):
             return hidden.new_zeros(batch.n_cells, hidden.shape[1])
         # without <cls> a cell may have no token at all: it reads zeros

@@ -78,8 +78,6 @@ def read_folder(
         "dropout": settings.get("hidden_dropout_prob", 0.1),
         "max_len": settings["max_position_embeddings"],
         "specials": tokens.cls is not None,
-        # the original's classifiers read the first token, also where it is a gene
-        "classify_first": tokens.cls is not None or (n_classes > 0 and not is_gene),
         "lm_head": "predictor.bias" in weights,
     }
     encoder = RankEncoder(
@@ -97,14 +95,14 @@ def write(model: Model, path: Path) -> None:
     if len(model.heads) > 1:
         raise ValueError(
             f"Geneformer's directories have room for one head, the model has {len(model.heads)} "
-            f"({', '.join(spec.key for spec in model.head_specs)}). Save it native."
+            f"({', '.join(spec.key for spec in model.head_specs)}). Use "
+            "format='native'."
         )
     spec = model.head_specs[0] if model.heads else None
-    read = "cls" if config.classify_first else "mean"
-    if spec is not None and spec.level == "cell" and (spec.pooling or read) != "cls":
+    if spec is not None and spec.level == "cell" and spec.pooling not in (None, "cls"):
         raise ValueError(
-            "the head reads a mean over a cell's genes, BertForSequenceClassification's reads the first token. Save "
-            "it native."
+            "the head reads a mean over a cell's genes, one on the first token as BertForSequenceClassification's "
+            "expected. Fine-tune with TrainConfig(head_reads='published'), or use format='native'."
         )
     kind = {None: "ForMaskedLM", "cell": "ForSequenceClassification", "gene": "ForTokenClassification"}[
         None if spec is None else spec.level

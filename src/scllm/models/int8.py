@@ -8,6 +8,7 @@ scales of output rows are what LLM.int8() (Dettmers et al., NeurIPS 2022, arXiv:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from re import fullmatch
 from typing import Any, Literal, get_args
 
 import torch
@@ -128,15 +129,16 @@ def to_int8(model: nn.Module, dtype: WeightDtype, names: Iterable[str] | None = 
     dtype
         ``"int8_dynamic"`` rounds activations too.
     names
-        Which modules (or ``module.parametrizations.weight``); ``None`` is all whose rows are long enough.
+        Which modules (or ``module.parametrizations.weight``); ``None`` is all whose rows are long enough, but for
+        linear heads: they have few weights, and read how cells differ, which is little beside what they share.
     """
     chosen = None if names is None else set(names)
     tied: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None):
-            is_long = module.weight.shape[1] >= _SHORTEST
+            is_rounded = module.weight.shape[1] >= _SHORTEST and not fullmatch(r"heads\.\d+", name)
             # a file names weights that two layers share once
-            if is_long if chosen is None else name in chosen or id(module.weight) in tied:
+            if is_rounded if chosen is None else name in chosen or id(module.weight) in tied:
                 _replace(model, name, _rounded(module, dtype, tied))
         elif type(module).__name__ == "XLNetRelativeAttention":
             for which, dims in _XLNET.items():

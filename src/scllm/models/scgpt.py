@@ -305,10 +305,13 @@ def write(model: Model, path: Path) -> None:
     config, encoder = model.config, model.encoder
     if len(model.heads) > 1:
         raise ValueError(
-            f"scGPT has room for one classification head, the model has {len(model.heads)}. Save it native."
+            f"scGPT has room for one classification head, the model has {len(model.heads)}. Use format='native'."
         )
     if model.heads and model.head_specs[0].pooling not in (None, "cls"):
-        raise ValueError("the head reads a mean over a cell's genes, scGPT's reads <cls>. Save it native.")
+        raise ValueError(
+            "the head reads a mean over a cell's genes, one on <cls> as scGPT's expected. Fine-tune with "
+            "TrainConfig(head_reads='published'), or use format='native'."
+        )
     args: dict[str, Any] = {
         "embsize": config.d_model, "nheads": config.n_heads, "d_hid": config.d_hidden, "nlayers": config.n_layers,
         "n_layers_cls": config.class_layers, "dropout": config.dropout, "pad_token": "<pad>",

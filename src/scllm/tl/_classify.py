@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import numpy as np
 import pandas as pd
 import torch
@@ -79,9 +81,9 @@ def classify(
         path = f" in {chosen.path}" if chosen.path is not None else ""
         what = "a head on genes alone, one on cells" if chosen.head_specs else "no head, a fine-tuned one"
         raise ValueError(f"the {chosen.family} model{path} has {what} expected. Call tl.finetune first.")
-    if threshold is not None and not 0 <= threshold <= 1:
+    if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
         raise ValueError(
-            f"threshold is {threshold}, a probability from 0 to 1 expected. Leave it out to have every cell labelled."
+            f"threshold is {threshold!r}, a probability from 0 to 1 expected. Leave it out to have every cell labelled."
         )
     specs = [spec for spec in chosen.head_specs if spec.level == "cell"]
     for spec in specs:

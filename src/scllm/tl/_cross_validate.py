@@ -23,7 +23,7 @@ from scllm.engine.config import TrainConfig
 from scllm.models.base import CellModel
 from scllm.tl._baseline import label_baseline, log_normalised, value_baseline
 from scllm.tl._classify import classify
-from scllm.tl._finetune import finetune
+from scllm.tl._finetune import check_class_weight, finetune
 from scllm.tl._folds import fold_cells, folds_directory
 from scllm.tl._model import ModelLike, remember, resolve
 from scllm.tl._out_of_fold import check_coverage, check_folds, find_groups, fold_scores, overall_scores
@@ -116,6 +116,8 @@ def cross_validate(
     target = find_target(adata.obs, key)
     groups = find_groups(adata.obs, group_key, target)
     options, seed = _checked(finetune_options, adata)
+    if target.classes is not None and isinstance(options.get("class_weight"), Mapping):
+        check_class_weight(options["class_weight"], [target])
     check_folds(target, groups, n_folds, n_repeats, group_key)
     chosen = resolve(model, adata)
     if key in chosen.heads_on("cell"):
@@ -197,10 +199,11 @@ class _Cells:
                 data, options["validation"] = self.adata, part
             else:
                 data, options["validation"] = self.adata[training].copy(), share
-                if isinstance(options.get("class_weight"), Mapping):  # of labels that only the tested cells have too
+                if isinstance(options.get("class_weight"), Mapping):  # some labels are those of tested cells alone
                     there = set(data.obs[self.target.key].astype(str))
-                    weights = {str(name): weight for name, weight in options["class_weight"].items()}
-                    options["class_weight"] = {name: weight for name, weight in weights.items() if name in there}
+                    options["class_weight"] = {
+                        name: weight for name, weight in options["class_weight"].items() if str(name) in there
+                    }
             tuned = finetune(data, model, key=self.target.key, run_dir=run_dir, **options)
         test = self.adata[tested].copy()
         del test.obs[self.target.key]  # nothing to be warned of: labels that the fold tests alone were named before

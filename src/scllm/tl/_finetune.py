@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from os import PathLike
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from scllm.tl._parts import column_or_all, divide
 from scllm.tl._target import Target, find_target
 from scllm.tl._train import Data, check_config, merged_config, processes, train
 
-__all__ = ["finetune"]
+__all__ = ["check_class_weight", "finetune"]
 
 
 def finetune(
@@ -64,8 +65,9 @@ def finetune(
     genes weighing most (``tl.embed(pooling="ranked")`` shows the latter). They first learn alone, as logistic
     regression does (in seconds); then all that is not frozen trains on, without dropout (scbert: with its own). The
     best weights by validation loss are kept, those of the start among them, and their probabilities are calibrated on
-    the validation cells. Heads of scbert and scfoundation are like the published ones; that of scbert, which reads
-    every position, has no such start.
+    the validation cells. ``config=TrainConfig(head_reads="published")`` makes heads like those of the published
+    checkpoints, as scbert and scfoundation have them anyway; that of scbert, which reads every position, has no such
+    start.
 
     Parameters
     ----------
@@ -163,6 +165,11 @@ def finetune(
 
     there = np.any([target.is_there for target in targets], axis=0)
     labelled = next((target for target in targets if target.classes is not None), None)
+    if labelled is None and (loss != "ce" or settings.label_smoothing):
+        raise TypeError(
+            f"loss={loss!r} and label_smoothing={settings.label_smoothing} are for labels, obs[{keys[0]!r}] holds "
+            "values, whose loss is the squared error. Leave them out."
+        )
     stratify = None if labelled is None else pd.Series(labelled.column[there])
     training, held_out = divide(
         source, validation, group_key=group_key, stratify=stratify, rows=np.flatnonzero(there), random_state=seed
@@ -181,6 +188,7 @@ def finetune(
         class_weight=_class_weights(class_weight, targets, training),
         label_smoothing=settings.label_smoothing,
     )
+    assert settings.head_reads is not None
     _set_heads(begun, specs, settings.head_reads, seed)
     check_freeze(begun, freeze)
     return train(
@@ -271,7 +279,7 @@ def _without_unseen(target: Target, training: IntArray, held_out: IntArray) -> T
     return replace(target, column=column)
 
 
-def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadSetting | None, seed: int) -> None:
+def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadSetting, seed: int) -> None:
     """Fresh heads, a function of the seed."""
     if reads != "published" and model.head_pooling is None:
         raise ValueError(
@@ -282,7 +290,7 @@ def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadSetting |
         log.info("fresh heads take the place of those on %s", ", ".join(repr(spec.key) for spec in model.head_specs))
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)  # of the CPU alone: GPUs keep their state
-        if reads is None or reads == "published":
+        if reads == "published":
             model.set_heads(specs)
         else:
             model.set_heads(replace(spec, pooling=model.head_pooling, reads=reads) for spec in specs)
@@ -311,12 +319,18 @@ def _class_weights(
     if not labelled:
         raise TypeError(f"class_weight needs labels, obs[{targets[0].key!r}] holds values. Leave it out.")
     given = given if isinstance(given, str) else {str(name): weight for name, weight in given.items()}
+    if isinstance(given, Mapping):
+        check_class_weight(given, labelled)
+    return {target.key: _weights_of(given, target, training) for target in labelled}
+
+
+def check_class_weight(given: Mapping[str, float], labelled: Sequence[Target]) -> None:
+    """Raise where a weight is not that of a label."""
     known = {name for target in labelled for name in target.classes or ()}
-    unknown = [] if given == "balanced" else sorted(set(given) - known)
+    unknown = sorted({str(name) for name in given} - known)
     if unknown:
         where = " or ".join(f"obs[{target.key!r}]" for target in labelled)
         raise missing_key(unknown[0], sorted(known), f"a label of {where}", "Mend class_weight.")
-    return {target.key: _weights_of(given, target, training) for target in labelled}
 
 
 def _weights_of(
@@ -328,6 +342,8 @@ def _weights_of(
         n_seen = (counts > 0).sum()  # labels that no training cell has weigh nothing
         return tuple(np.where(counts > 0, counts.sum() / (n_seen * np.maximum(counts, 1)), 0).tolist())
     for name, weight in given.items():
-        if not (np.isfinite(weight) and weight >= 0):
-            raise ValueError(f"class_weight of {name!r} is {weight}, 0 or more expected. 1 is the weight of the rest.")
+        if not (isinstance(weight, Real) and 0 <= weight < np.inf):
+            raise ValueError(
+                f"class_weight of {name!r} is {weight!r}, a number of 0 or more expected. 1 is the weight of the rest."
+            )
     return tuple(float(given.get(name, 1.0)) for name in target.classes)

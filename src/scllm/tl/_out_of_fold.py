@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -35,8 +36,11 @@ def find_groups(obs: pd.DataFrame, group_key: str | None, target: Target) -> Int
 
 def check_folds(target: Target, groups: IntArray | None, n_folds: int, n_repeats: int, group_key: str | None) -> None:
     """Raise where there are not as many folds to be had, and warn of labels that are not in every fold."""
-    if n_folds < 2 or n_repeats < 1:
-        raise ValueError(f"n_folds={n_folds} and n_repeats={n_repeats}, at least 2 and 1 expected. 5 folds are usual.")
+    if not (isinstance(n_folds, Integral) and isinstance(n_repeats, Integral)) or n_folds < 2 or n_repeats < 1:
+        raise ValueError(
+            f"n_folds={n_folds!r} and n_repeats={n_repeats!r}, whole numbers of at least 2 and 1 expected. 5 folds are "
+            "usual."
+        )
     n_groups = n_folds if groups is None else int(groups.max()) + 1
     if n_groups < n_folds:
         remedy = f"n_folds={n_groups} to leave one group out at a time, or " if n_groups > 1 else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+from scllm._log import warn
 from scllm.models.base import CellModel
 from scllm.models.pruning import prune_structured, prune_weights
 from scllm.tl._model import ModelLike, resolve
@@ -52,6 +53,11 @@ def prune(model: ModelLike, *, amount: float = 0.3, structured: bool = False) ->
         raise ValueError(
             f"the model has {before.weight_dtype} weights, float ones expected: rows are rounded to what is left. "
             "Prune first, then quantize."
+        )
+    if before.head_specs:
+        warn(
+            f"the model has a head on {before.head_specs[0].key!r}, which learnt from states that pruning shifts, one "
+            "trained after it expected: labels may change much. Call tl.finetune on what is returned."
         )
     after = copy.deepcopy(before).eval()
     if structured:

@@ -19,9 +19,9 @@ def quantize(model: ModelLike, *, dtype: WeightDtype = "int8") -> CellModel:
     """Make a model of nearly a quarter of the size, whose weights are int8.
 
     Each row of a linear layer or of an embedding table becomes int8 numbers and one scale, ``w = s round(w / s)`` with
-    ``s = max|w| / 127`` (Dettmers et al. 2022, arXiv:2208.07339). Norms and biases stay as they are, as do layers whose
-    rows are shorter than eight numbers. The model embeds, labels, predicts, is saved and is loaded like any other; of
-    its weights only heads can be trained, with ``tl.finetune(freeze="encoder")``.
+    ``s = max|w| / 127`` (Dettmers et al. 2022, arXiv:2208.07339). Norms and biases stay as they are, as do linear heads
+    and layers whose rows are shorter than eight numbers. The model embeds, labels, predicts, is saved and is loaded
+    like any other; of its weights only heads can be trained, with ``tl.finetune(freeze="encoder")``.
 
     Parameters
     ----------

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from scllm.engine import losses
 from scllm.engine.objectives.base import Loss
@@ -27,7 +27,8 @@ def check_loss(loss: Mapping[LossName, float]) -> None:
         raise TypeError(f"loss is {loss!r}, one of {known} or a weight for each of several expected. Use loss='ce'.")
     if not loss or set(loss) - set(known):
         raise ValueError(f"loss is {dict(loss)}, names of {known} with weights expected. Use loss='ce'.")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in loss.values()) or not any(loss.values()):
+    are_weights = all(isinstance(weight, Real) and 0 <= weight < math.inf for weight in loss.values())
+    if not are_weights or not any(loss.values()):
         raise ValueError(
             f"loss is {dict(loss)}, weights of 0 or more expected, one above 0. Use loss={{'ce': 1.0, 'dice': 1.0}}."
         )
@@ -55,7 +56,7 @@ class Label:
 
     def __post_init__(self) -> None:
         check_loss(self.loss)
-        if self.label_smoothing and "ce" not in self.loss:
+        if self.label_smoothing and not self.loss.get("ce"):
             raise TypeError(
                 f"label_smoothing={self.label_smoothing} spreads the target of 'ce', and loss is {dict(self.loss)}, "
                 "both or neither expected. Leave one out."
@@ -98,10 +99,7 @@ class Label:
         for name, factor in self.loss.items():
             match name:
                 case "ce":
-                    smoothing = self.label_smoothing
-                    each = F.cross_entropy(
-                        logits.float(), label, weight=weight, reduction="sum", label_smoothing=smoothing
-                    )
+                    each = losses.cross_entropy(logits, label, weight, self.label_smoothing).sum()
                 case "bce":
                     each = losses.binary_cross_entropy(logits, label, weight).sum()
                 case "focal":
