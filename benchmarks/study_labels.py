@@ -1,7 +1,7 @@
 """Labels out of five folds, on five data sets: ``python -m benchmarks.study_labels FOLDER FAMILY SIZE [SET ...]``.
 
 The model is pretrained on all cells of a set, without labels, and fine-tuned in each fold with the settings that
-are the default, and where whole groups are tested also with heads that read the inputs of the first block. Beside it
+are the default, and where whole groups are tested also with heads that read the states after the last block too. Beside it
 stand logistic regressions on the same folds, on all genes (``tl.cross_validate``'s own baseline) and on 50 components
 of an SVD. What is finished in ``FOLDER`` is not done again.
 """
@@ -32,7 +32,7 @@ PRETRAINING = {
 SCORES = ["accuracy", "macro_f1"]
 METHODS: dict[str, dict] = {
     "fine-tuned": {},
-    "fine-tuned, heads on inputs": {"config": scllm.tl.TrainConfig(head_reads="inputs")},
+    "fine-tuned, heads on both states": {"config": scllm.tl.TrainConfig(head_reads="both")},
 }
 
 
@@ -68,7 +68,7 @@ def main(folder: Path, family: str, size: str, names: list[str]) -> None:
                     continue  # for new groups alone
                 found = scllm.tl.cross_validate(
                     adata, model, key=KEY, n_folds=n_folds, group_key=group_key, baseline=not options,
-                    run_dir=folder / f"{name}-{family}-{size}-{tested}{'-inputs' if options else ''}", **options,
+                    run_dir=folder / f"{name}-{family}-{size}-{tested}{'-both' if options else ''}", **options,
                 )  # fmt: skip
                 means = found.groupby("method")[SCORES].mean()
                 rows[name, tested, method] = means.loc["model"]

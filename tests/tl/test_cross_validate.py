@@ -19,6 +19,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 
+from scllm import models
 from scllm.tl import TrainConfig, classify, cross_validate, finetune, transfer_labels
 
 FAST = {"epochs": 1, "batch_size": 16}
@@ -370,6 +371,14 @@ def test_labels_that_one_fold_alone_has_may_be_weighed(adata, tiny):
     assert np.isfinite(table["macro_f1"]).all()
     with pytest.raises(KeyError, match=r"'on' is not a label of obs\['label'\]. Did you mean 'one'.*class_weight"):
         cross_validate(adata, tiny, key="label", n_folds=3, validation=0, class_weight={"on": 5}, **FAST)
+
+
+def test_heads_on_groups_that_are_tested_whole_read_the_inputs(adata, tiny, tmp_path):
+    adata.obs["donor"] = ["x"] * 20 + ["y"] * 20 + ["z"] * 20
+    for group_key, reads in ((None, "both"), ("donor", "inputs")):
+        run_dir = tmp_path / reads
+        cross_validate(adata, tiny, key="cell_type", group_key=group_key, n_folds=3, run_dir=run_dir, **FAST)
+        assert {models.load(run_dir / f"fold-{i}" / "model").head_specs[0].reads for i in range(3)} == {reads}
 
 
 def test_labels_like_numbers_are_labels(adata, tiny):

@@ -427,6 +427,13 @@ def test_what_is_left_open_is_as_documented(tune):
     assert (tuned.head_specs[0].pooling, tuned.head_specs[0].reads) == ("ranked", "both")
 
 
+def test_heads_on_new_groups_read_the_inputs_unless_adapters_or_the_caller_say_otherwise(adata, tune):
+    adata.obs["donor"] = pd.Categorical(["a", "b", "c", "d"] * 15)
+    assert tune(group_key="donor").head_specs[0].reads == "inputs"
+    assert tune(group_key="donor", lora=2).head_specs[0].reads == "both"
+    assert tune(group_key="donor", config=TrainConfig(head_reads="last")).head_specs[0].reads == "last"
+
+
 @pytest.mark.filterwarnings("ignore:after the first epoch the model gives one label")
 def test_training_reads_rare_labels_as_often(adata, tiny, tmp_path):
     class Recorded(StoredCells):

@@ -93,10 +93,11 @@ class TrainConfig:
         scbert, whose heads start from states without that noise.
     head_reads
         What the heads of :func:`finetune` read of a cell: ``"inputs"`` of the first block, which know no context and
-        compare best between studies; states after the ``"last"`` block; ``"both"``; or ``"published"``, which is the
-        head of the family's published checkpoints and what that reads (scgpt: two hidden layers on ``<cls>``;
-        geneformer: one on the first token; gene language models: none, on the mean). ``None``: both, but published in
-        scbert and scfoundation, which have no other heads.
+        carry over best to new donors and studies; states after the ``"last"`` block; ``"both"``; or ``"published"``,
+        which is the head of the family's published checkpoints and what that reads (scgpt: two hidden layers on
+        ``<cls>``; geneformer: one on the first token; gene language models: none, on the mean). ``None``: both, but
+        the inputs with ``group_key`` (unless there is ``lora``), and published in scbert and scfoundation, which have
+        no other heads.
     label_smoothing
         Share of each label's target that is spread over all labels, in fine-tuning with ``loss="ce"``.
     patience

@@ -23,7 +23,7 @@ from scllm.engine.config import TrainConfig
 from scllm.models.base import CellModel
 from scllm.tl._baseline import label_baseline, log_normalised, value_baseline
 from scllm.tl._classify import classify
-from scllm.tl._finetune import check_class_weight, finetune
+from scllm.tl._finetune import check_class_weight, default_reads, finetune
 from scllm.tl._folds import fold_cells, folds_directory
 from scllm.tl._model import ModelLike, remember, resolve
 from scllm.tl._out_of_fold import check_coverage, check_folds, find_groups, fold_scores, overall_scores
@@ -70,8 +70,8 @@ def cross_validate(
         How often all is done again with other folds and another seed; the spread between repeats is what chance does.
         Where one group is left out at a time, folds stay the same and only the seed changes.
     group_key
-        Column of groups (donors, studies) that are tested whole. Labels are spread over the folds as evenly as groups
-        allow.
+        Column of groups (donors, studies) that are tested whole, by heads that read what carries over best to new ones
+        (see :func:`finetune`). Labels are spread over the folds as evenly as groups allow.
     baseline
         Whether the linear model is fitted too.
     **finetune_options
@@ -125,6 +125,10 @@ def cross_validate(
             f"the model was fine-tuned on a column {key!r} before, one that has not seen the labels of these cells "
             "expected: if they are the same cells, every score is too high. Pass the pretrained model."
         )
+    config = options.get("config") or TrainConfig()
+    if config.head_reads is None:
+        # finetune cannot know that whole groups are asked for
+        options["config"] = replace(config, head_reads=default_reads(chosen, group_key, options.get("lora")))
     folds = [_folds(target, groups, n_folds, seed + repeat) for repeat in range(n_repeats)]
     check_coverage(target, folds)
     run_dir = folds_directory("cross_validate", options.pop("run_dir", None), options.pop("resume", "auto"))

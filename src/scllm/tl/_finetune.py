@@ -31,7 +31,7 @@ from scllm.tl._parts import column_or_all, divide
 from scllm.tl._target import Target, find_target
 from scllm.tl._train import Data, check_config, merged_config, processes, train
 
-__all__ = ["check_class_weight", "finetune"]
+__all__ = ["check_class_weight", "default_reads", "finetune"]
 
 
 def finetune(
@@ -62,12 +62,13 @@ def finetune(
     """Train a head that predicts ``obs[key]``, together with the model below it.
 
     Heads are linear and read the states of a cell's genes before the first block and after the last one, its highest
-    genes weighing most (``tl.embed(pooling="ranked")`` shows the latter). They first learn alone, as logistic
-    regression does (in seconds); then all that is not frozen trains on, without dropout (scbert: with its own). The
-    best weights by validation loss are kept, those of the start among them, and their probabilities are calibrated on
-    the validation cells. ``config=TrainConfig(head_reads="published")`` makes heads like those of the published
-    checkpoints, as scbert and scfoundation have them anyway; that of scbert, which reads every position, has no such
-    start.
+    genes weighing most (``tl.embed(pooling="ranked")`` shows the latter); with ``group_key`` those before the first
+    block alone, which carry over best to new groups. They first learn alone, as logistic regression does (in seconds);
+    then all that is not frozen trains on, without dropout (scbert: with its own). The best weights by validation loss
+    are kept, those of the start among them, and their probabilities are calibrated on the validation cells.
+
+    ``config=TrainConfig(head_reads="published")`` makes heads like those of the published checkpoints, as scbert and
+    scfoundation have them anyway; that of scbert, which reads every position, has no such start.
 
     Parameters
     ----------
@@ -94,7 +95,7 @@ def finetune(
     validation
         Share of cells held out (of every label alike), or a column as :func:`scllm.pp.split` writes it.
     group_key
-        Column of groups (donors) that are held out whole.
+        Column of groups (donors) that are held out whole, as the question is what comes of new ones.
     layer
         Layer to read; ``None`` is ``X``.
     epochs
@@ -155,7 +156,7 @@ def finetune(
         **module.FINETUNE,
         "gene_init": "random",
         "use_dropout": not begun.heads_read_cells,
-        "head_reads": "published" if begun.head_pooling is None else "both",
+        "head_reads": default_reads(begun, group_key, lora),
         "schedule": "linear",
         "warmup": 20,
     }
@@ -210,6 +211,14 @@ def _names(key: str | Sequence[str]) -> list[str]:
     if not keys or len(set(keys)) < len(keys):
         raise ValueError(f"key is {keys}, one column of obs or several different ones expected. Name each once.")
     return keys
+
+
+def default_reads(model: CellModel, group_key: str | None, lora: Lora | None) -> HeadSetting:
+    """What heads read unless the caller says: what blocks do to states carries over badly to groups never seen."""
+    if model.head_pooling is None:
+        return "published"
+    # adapters are beside blocks, which the inputs have not gone through
+    return "inputs" if group_key is not None and lora is None else "both"
 
 
 def _adapters(lora: Lora | None, reads: HeadSetting | None) -> LoraSettings | None:
