@@ -1,9 +1,9 @@
 """Labels out of five folds, on five data sets: ``python -m benchmarks.study_labels FOLDER FAMILY SIZE [SET ...]``.
 
 The model is pretrained on all cells of a set, without labels, and fine-tuned in each fold with the settings that
-are the default, and where whole groups are tested also with heads that read the states after the last block too. Beside it
-stand logistic regressions on the same folds, on all genes (``tl.cross_validate``'s own baseline) and on 50 components
-of an SVD. What is finished in ``FOLDER`` is not done again.
+are the default, and where whole groups are tested also with heads that read the states after the last block too.
+Beside it stand logistic regressions on the same folds, on all genes (``tl.cross_validate``'s own baseline) and on 50
+components of an SVD. What is finished in ``FOLDER`` is not done again.
 """
 
 from __future__ import annotations
