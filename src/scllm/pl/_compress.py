@@ -142,7 +142,7 @@ def _draw(ax: Axes, panel: _Panel, reports: Sequence[pd.DataFrame]) -> None:
         else:
             ax.barh(row - 0.19, before, height=0.36, color="#BBBBBB")
             ax.barh(row + 0.19, after, height=0.36, color=hues[row])
-            _write(ax, before, row - 0.19, f"{before:.3g}")
+            _write(ax, before, row - 0.19, _short(before))
             _write(ax, after, row + 0.19, _with_ratio(panel, before, after))
         highest = max(highest, before, after)
     # room for the numbers beside the bars
@@ -155,13 +155,18 @@ def _draw(ax: Axes, panel: _Panel, reports: Sequence[pd.DataFrame]) -> None:
 def _with_ratio(panel: _Panel, before: float, after: float) -> str:
     """The value, and what it is of the original's."""
     if panel.column == "accuracy" or not before or not after:
-        return f"{after:.3g}"
+        return _short(after)
     if abs(after / before - 1) < 0.005:
-        return f"{after:.3g}"
-    return f"{after:.3g} ({after / before:.2f}x)"
+        return _short(after)
+    return f"{_short(after)} ({after / before:.2f}x)"
 
 
 def _write(ax: Axes, x: float, y: float, text: str) -> None:
     """Beside the bar's end."""
     place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center_baseline"}
     ax.annotate(text, (x, y), fontsize="small", color="#333333", **place)
+
+
+def _short(value: float) -> str:
+    """Three digits, or a whole number."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
