@@ -17,7 +17,8 @@ from torch import Tensor
 
 from scllm._log import log
 from scllm._typing import FloatArray
-from scllm.data.source import open_source
+from scllm.data.genes import GeneMatch
+from scllm.data.source import CellSource, open_source
 from scllm.engine.predict import predict
 from scllm.metrics import agreement
 from scllm.models.base import Batch, CellModel
@@ -45,9 +46,11 @@ def report(before: CellModel, after: CellModel) -> pd.DataFrame:
     """
     adata = _planted(before, np.random.default_rng(0))
     k = min(15, adata.n_obs // 6)  # of few cells nearly all are neighbours
+    source = open_source(adata)
+    match = gene_match(adata, source, before)
     probes = {"before": _shortened(before), "after": _shortened(after)}
-    found = {name: _looked_at(adata, probe) for name, probe in probes.items()}
-    speed = _cells_per_s(adata[: max(2, adata.n_obs // 4)], probes)
+    found = {name: _looked_at(source, match, probe) for name, probe in probes.items()}
+    speed = _cells_per_s(source, match, probes)
     labels, n_tokens = found["before"]["label"], found["before"]["n_tokens"].mean()
     rows = {}
     for name, model in (("before", before), ("after", after)):
@@ -91,7 +94,7 @@ def _planted(model: CellModel, rng: Generator) -> AnnData:
     return AnnData(sparse.csr_matrix(counts), var=pd.DataFrame(index=pd.Index(genes, dtype=str)))
 
 
-def _looked_at(adata: AnnData, model: CellModel) -> dict[str, FloatArray]:
+def _looked_at(source: CellSource, match: GeneMatch, model: CellModel) -> dict[str, FloatArray]:
     """Embedding, label (of the first head that has classes; -1 without) and length of each cell."""
     key = next((spec.key for spec in model.head_specs if spec.classes is not None and spec.level == "cell"), None)
 
@@ -103,15 +106,14 @@ def _looked_at(adata: AnnData, model: CellModel) -> dict[str, FloatArray]:
         lengths = batch.cu_seqlens.diff().float()
         return torch.cat([embedding, label[:, None], lengths[:, None]], dim=1)
 
-    source = open_source(adata)
-    parts = predict(model, source, gene_match(adata, source, model), forward, desc="comparing")
+    parts = predict(model, source, match, forward, desc="comparing")
     found = torch.cat([part for _, part in parts]).numpy()
     return {"embedding": found[:, :-2], "label": found[:, -2], "n_tokens": found[:, -1]}
 
 
-def _cells_per_s(adata: AnnData, models: dict[str, CellModel]) -> dict[str, float]:
+def _cells_per_s(source: CellSource, match: GeneMatch, models: dict[str, CellModel]) -> dict[str, float]:
     """Cells a second in the model alone; both in turn, since a machine is not equally fast all the time: the best."""
-    source, best = open_source(adata), dict.fromkeys(models, np.inf)
+    rows, best = np.arange(max(2, source.n_obs // 4)), dict.fromkeys(models, np.inf)
     began_at = time.perf_counter()
     for n_looks in count():
         if n_looks >= _REPEATS and time.perf_counter() - began_at > _SECONDS:
@@ -125,7 +127,7 @@ def _cells_per_s(adata: AnnData, models: dict[str, CellModel]) -> dict[str, floa
                 passes.append(time.perf_counter() - began)
                 return embedding
 
-            for _part in predict(model, source, gene_match(adata, source, model), forward, desc="timing"):
+            for _part in predict(model, source, match, forward, rows=rows, desc="timing"):
                 pass
             best[name] = min(best[name], sum(passes))
-    return {name: adata.n_obs / seconds for name, seconds in best.items()}
+    return {name: len(rows) / seconds for name, seconds in best.items()}
