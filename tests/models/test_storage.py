@@ -42,6 +42,15 @@ def test_everything_comes_back(model, tmp_path):
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["model"]
 
 
+def test_a_setting_that_this_version_does_not_have_is_named(model, tmp_path):
+    model.save(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["config"]["rotary"] = True
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has the setting 'rotary', one that scgpt models of this version .*again"):
+        models.load(tmp_path / "model")
+
+
 def test_a_published_format_is_written_beside_other_files_only_and_is_not_where_the_model_is(model, tmp_path):
     model.set_heads(())
     model.save(tmp_path / "native")

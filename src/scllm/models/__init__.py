@@ -221,6 +221,12 @@ def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> Cel
             f"family={saved!r}."
         )
     module = family_module(saved)
+    unknown = sorted(set(config["config"]) - {field.name for field in fields(module.Config)})
+    if unknown:
+        raise ValueError(
+            f"{folder} has the setting {unknown[0]!r}, one that {saved} models of this version of scllm have expected. "
+            "Load it with the version that wrote it, or train it again."
+        )
     heads = tuple(
         HeadSpec(**{**spec, "classes": None if spec["classes"] is None else tuple(spec["classes"])})
         for spec in config["heads"]
