@@ -352,11 +352,10 @@ class CellModel(nn.Module):
 
     def _as_published(self) -> CellModel:
         """The model as published formats can hold it."""
-        values = [spec.key for spec in self.head_specs if spec.classes is None]
-        if values:
+        value = next((spec.key for spec in self.head_specs if spec.classes is None), None)
+        if value is not None:
             raise ValueError(
-                f"the head on {values[0]!r} predicts a value, one of labels expected: the format of {self.family} has "
-                "room for classifiers alone. Use format='native'."
+                f"the head on {value!r} predicts a value, labels expected by {self.family}. Use format='native'."
             )
         if self.config.block_heads is not None:
             raise ValueError(
@@ -369,8 +368,8 @@ class CellModel(nn.Module):
             for spec, head in zip(model.head_specs, model.heads, strict=True):
                 # the temperature of the probabilities has no place of its own there
                 last = [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
-                last.weight.div_(spec.temperature)
-                last.bias.div_(spec.temperature)
+                for weight in last.parameters():
+                    weight.div_(spec.temperature)
         return model
 
     def __repr__(self) -> str:

@@ -309,8 +309,7 @@ def write(model: Model, path: Path) -> None:
         )
     if model.heads and model.head_specs[0].pooling not in (None, "cls"):
         raise ValueError(
-            "the head reads a mean over a cell's genes, one on <cls> as scGPT's expected. Fine-tune with "
-            "TrainConfig(head_reads='published'), or use format='native'."
+            "the head reads a mean over genes, one on <cls> expected. Use head_reads='published' or format='native'."
         )
     args: dict[str, Any] = {
         "embsize": config.d_model, "nheads": config.n_heads, "d_hid": config.d_hidden, "nlayers": config.n_layers,

@@ -20,6 +20,7 @@ from scllm._results import record
 from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.split import PARTS, split_cells
 from scllm.engine.config import TrainConfig
+from scllm.engine.lora import Lora
 from scllm.models.base import CellModel
 from scllm.tl._baseline import label_baseline, log_normalised, value_baseline
 from scllm.tl._classify import classify
@@ -125,10 +126,7 @@ def cross_validate(
             f"the model was fine-tuned on a column {key!r} before, one that has not seen the labels of these cells "
             "expected: if they are the same cells, every score is too high. Pass the pretrained model."
         )
-    config = options.get("config") or TrainConfig()
-    if config.head_reads is None:
-        # finetune cannot know that whole groups are asked for
-        options["config"] = replace(config, head_reads=default_reads(chosen, group_key, options.get("lora")))
+    options["config"] = _with_reads(options.get("config") or TrainConfig(), chosen, group_key, options.get("lora"))
     folds = [_folds(target, groups, n_folds, seed + repeat) for repeat in range(n_repeats)]
     check_coverage(target, folds)
     run_dir = folds_directory("cross_validate", options.pop("run_dir", None), options.pop("resume", "auto"))
@@ -260,6 +258,13 @@ def _checked(given: Mapping[str, Any], adata: AnnData) -> tuple[dict[str, Any], 
         options["config"] = replace(config, random_state=None)
         seed = config.random_state or seed
     return options, int(TrainConfig(random_state=seed).random_state or 0)
+
+
+def _with_reads(config: TrainConfig, model: CellModel, group_key: str | None, lora: Lora | None) -> TrainConfig:
+    """What heads read, which follows from the groups that are tested: ``finetune`` does not see those."""
+    if config.head_reads is not None:
+        return config
+    return replace(config, head_reads=default_reads(model, group_key, lora))
 
 
 def _seeded(options: Mapping[str, Any], seed: int) -> dict[str, Any]:

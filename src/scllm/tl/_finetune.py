@@ -166,11 +166,8 @@ def finetune(
 
     there = np.any([target.is_there for target in targets], axis=0)
     labelled = next((target for target in targets if target.classes is not None), None)
-    if labelled is None and (loss != "ce" or settings.label_smoothing):
-        raise TypeError(
-            f"loss={loss!r} and label_smoothing={settings.label_smoothing} are for labels, obs[{keys[0]!r}] holds "
-            "values, whose loss is the squared error. Leave them out."
-        )
+    if labelled is None:
+        _check_is_for_values(loss, settings.label_smoothing, keys[0])
     stratify = None if labelled is None else pd.Series(labelled.column[there])
     training, held_out = divide(
         source, validation, group_key=group_key, stratify=stratify, rows=np.flatnonzero(there), random_state=seed
@@ -201,6 +198,15 @@ def finetune(
             "group_key": group_key, "layer": layer,
         },
     )  # fmt: skip
+
+
+def _check_is_for_values(loss: LossName | Mapping[LossName, float], label_smoothing: float, key: str) -> None:
+    """Raise where a loss was chosen that only labels have."""
+    if loss != "ce" or label_smoothing:
+        raise TypeError(
+            f"loss={loss!r} and label_smoothing={label_smoothing} are for labels, obs[{key!r}] holds values, whose "
+            "loss is the squared error. Leave them out."
+        )
 
 
 def _names(key: str | Sequence[str]) -> list[str]:
