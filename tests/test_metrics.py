@@ -193,6 +193,13 @@ def test_calibration_error_agrees_with_its_definition(guesses) -> None:
     assert (shares * (bins["accuracy"] - bins["confidence"]).abs()).sum() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("n_bins", [0, 2.5])
+def test_calibration_needs_bins(guesses, n_bins) -> None:
+    truth, _, probabilities, _ = guesses
+    with pytest.raises(ValueError, match=rf"n_bins is {n_bins}, a whole number of at least 1 expected. 15 is usual"):
+        metrics.expected_calibration_error(truth, probabilities, n_bins=n_bins)
+
+
 def test_value_scores_are_those_of_scikit_learn_and_scipy() -> None:
     rng = np.random.default_rng(0)
     truth = rng.normal(1e3, 1, 200)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
@@ -105,11 +107,13 @@ def best_class(truth: ArrayLike, probabilities: FloatArray, classes: ArrayLike |
 
 def calibration_error(confidence: FloatArray, correct: FloatArray, n_bins: int, weights: FloatArray) -> FloatArray:
     """Mean distance of confidence and accuracy over bins of equal width, weighted by their cells."""
-    place = _bin_of(confidence, n_bins)
+    place = _bin_of(confidence, n_bins)  # which also checks their number
     in_bin = sparse.csr_matrix((confidence - correct, place, np.arange(len(place) + 1)), shape=(len(place), n_bins))
     return np.abs(np.asarray(weights @ in_bin)).sum(axis=1) / weights.sum(axis=1)
 
 
 def _bin_of(confidence: FloatArray, n_bins: int) -> IntArray:
     """Bin ``(i / n_bins, (i + 1) / n_bins]`` of each confidence, as in Guo et al. 2017."""
+    if isinstance(n_bins, bool) or not isinstance(n_bins, Integral) or n_bins < 1:
+        raise ValueError(f"n_bins is {n_bins!r}, a whole number of at least 1 expected. {N_BINS} is usual.")
     return np.clip(np.ceil(confidence * n_bins).astype(np.int64) - 1, 0, n_bins - 1)

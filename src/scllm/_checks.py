@@ -19,9 +19,11 @@ __all__ = [
 ]  # fmt: skip
 
 
-def check_adata(adata: object, copy: bool = False, key_added: str | None = None) -> None:
+def check_adata(adata: object, copy: bool = False, key_added: str = "result") -> None:
     """Raise where a verb could not write its result: no AnnData, its file in the way, a key that no file can have."""
-    if key_added is not None and "/" in key_added:
+    if not isinstance(key_added, str):
+        raise TypeError(f"key_added is {key_added!r}, a name expected. Leave it out for the usual one.")
+    if "/" in key_added:
         raise ValueError(
             f"key_added is {key_added!r}, a name without '/' expected: in a file it would be a folder, which cannot be "
             "read back. Use '_'."

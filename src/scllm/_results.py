@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scllm import _keys
 from scllm._checks import missing_key
 
-__all__ = ["match_settings", "record", "recorded", "storable_table"]
+__all__ = ["classes_of", "match_settings", "record", "record_classes", "recorded", "storable_table"]
 
 
 def record(
@@ -58,6 +58,25 @@ def recorded(adata: AnnData, verb: str, *, made_by: str) -> dict[str, Any]:
     if verb not in written:
         raise missing_key(verb, written, "in adata.uns['scllm']", f"Call {made_by} first.")
     return written[verb]
+
+
+def record_classes(adata: AnnData, column: str, classes: Iterable[str]) -> None:
+    """Write what the columns of ``obsm[column + "_probabilities"]`` are, beside those of other verbs and calls."""
+    earlier = _class_names(adata)
+    new = pd.DataFrame({"column": column, "class": list(classes)})
+    table = pd.concat([earlier[earlier["column"] != column], new], ignore_index=True)
+    record(adata, "probabilities", {}, table)
+
+
+def classes_of(adata: AnnData, column: str) -> list[str]:
+    """The names that :func:`record_classes` wrote for a column, in order; empty if none."""
+    table = _class_names(adata)
+    return table.loc[table["column"] == column, "class"].astype(str).tolist()
+
+
+def _class_names(adata: AnnData) -> pd.DataFrame:
+    entry = adata.uns.get(_keys.UNS, {}).get("probabilities", {})
+    return entry.get("table", pd.DataFrame(columns=["column", "class"], dtype=object))
 
 
 def match_settings(data: object) -> dict[str, Any]:

@@ -155,7 +155,16 @@ CASES = {
                 r"has the columns \['a', 'b'\], .* expected", "Rename them"),
     "labels": (lambda folder: datasets.gene_set(
         path=written(folder, "ensembl_id,gene_symbol,dosage_sensitive\nENSG1,A,Yes\n")), ValueError,
-               "dosage_sensitive holds 'Yes' .* expected", "Write it so"),
+               "dosage_sensitive is 'Yes' .* for 'ENSG1', .* expected", "Write it so"),
+    "no label": (lambda folder: datasets.gene_set(
+        path=written(folder, "ensembl_id,gene_symbol,dosage_sensitive\nENSG1,A,True\nENSG2,B,\n")), ValueError,
+                 "dosage_sensitive is nan .* for 'ENSG2', .* expected", "Write it so"),
+    "no row": (lambda folder: datasets.gene_set(path=written(folder, "ensembl_id,gene_symbol,dosage_sensitive\n")),
+               ValueError, "holds no gene, one row a gene expected", "another file"),
+    "nothing": (lambda folder: datasets.gene_set(path=written(folder, "")), ValueError,
+                r"has the columns \[\], .* expected", "Rename them"),
+    "a file as name": (lambda folder: datasets.gene_set("mine.csv"), ValueError, "name is 'mine.csv'",
+                       r"For a file of your own: path='mine\.csv'"),
 }  # fmt: skip
 
 

@@ -37,6 +37,15 @@ def test_models_folders_and_tables_are_drawn_together(small, tmp_path):
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["a", "b"]
 
 
+def test_there_is_something_to_draw(small):
+    with pytest.raises(ValueError, match="source is an empty list, one model expected"):
+        pl.compression([], show=False)
+    with pytest.raises(ValueError, match=r"the report has the columns \['watts'\], one of .* expected"):
+        pl.compression(pd.DataFrame({"watts": [1, 2]}, index=["before", "after"]), show=False)
+    axis = pl.compression(small, labels="mine", show=False)[0]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["mine"]
+
+
 def test_sources_without_a_report_are_an_error(tmp_path):
     whole = models.build("scgpt", vocab=["a", "b"], size="tiny")
     with pytest.raises(ValueError, match=r"the Model has no report of a compression, rows 'before' and 'after'"):

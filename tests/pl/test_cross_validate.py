@@ -9,7 +9,7 @@ from anndata import AnnData
 from sklearn.metrics import roc_auc_score
 
 from scllm import metrics
-from scllm._results import record
+from scllm._results import record, record_classes
 from scllm.pl import calibration, cv_scores, roc
 
 CLASSES = np.array(["CD4+/x", "B", "NK"], dtype=object)
@@ -41,6 +41,8 @@ def cells() -> AnnData:
     ]
     rows.append(rows[0] | {"metric": "f1", "class": "B", "value": 0.1})
     record(adata, "cross_validate", {"key": "type"}, pd.DataFrame(rows), classes=CLASSES)
+    for name in ("type_cv", "type_cv_baseline"):
+        record_classes(adata, name, CLASSES)
     return adata
 
 
@@ -107,15 +109,35 @@ def test_a_curve_is_the_mean_of_the_folds_and_the_area_that_of_scikit_learn(cell
 def test_labels_of_other_verbs_are_drawn_with_the_classes_they_recorded(cells) -> None:
     cells.obs["mine"] = cells.obs["type_cv"].astype(str)
     cells.obsm["mine_probabilities"] = cells.obsm["type_cv_probabilities"]
-    record(cells, "classify", {"key_added": "mine"}, classes=CLASSES)
+    record_classes(cells, "mine", CLASSES)
     cut = cells[cells.obs["type_cv"] != "NK"].copy()  # cutting drops categories, columns stay
     ax = roc(cut, truth="type", predicted=["mine", "type_cv_baseline"], show=False)
     assert labels(ax)[0].startswith("mine  (AUROC ")
     assert len(ax.lines) == 1 + 1 + 3  # no folds of `mine`
-    record(cells, "classify", {"key_added": "other"}, classes=CLASSES)
-    cells.obs["mine"] = "B"
-    with pytest.raises(ValueError, match=r"obsm\['mine_probabilities'\] has 3 columns, and the names"):
+    cells.obs["yours"] = "B"
+    cells.obsm["yours_probabilities"] = cells.obsm["mine_probabilities"]
+    with pytest.raises(ValueError, match=r"obsm\['yours_probabilities'\] has 3 columns, and the names"):
+        roc(cells, truth="type", predicted="yours", show=False)
+    cells.obsm["mine_probabilities"] = cells.obsm["mine_probabilities"][:, :2]
+    with pytest.raises(ValueError, match=r"obsm\['mine_probabilities'\] has 2 columns, and 3 classes are recorded"):
         roc(cells, truth="type", predicted="mine", show=False)
+
+
+@pytest.mark.parametrize("plot", [calibration, roc])
+def test_predictions_of_something_else_are_an_error(cells, plot) -> None:
+    cells.obs["donor"] = np.where(np.arange(300) % 2, "d1", "d2")
+    with pytest.raises(
+        ValueError, match=r"obs\['donor'\] holds 'd2', 'd1', and 'type_cv' is one of .* in common expected"
+    ):
+        plot(cells, truth="donor", predicted="type_cv", show=False)
+    with pytest.raises(ValueError, match="predicted is an empty list, one column of predictions expected"):
+        plot(cells, truth="type", predicted=[], show=False)
+
+
+@pytest.mark.parametrize("n_bins", [0, -1, 2.5, True])
+def test_bins_are_counted(cells, n_bins) -> None:
+    with pytest.raises(ValueError, match=rf"n_bins is {n_bins}, a whole number of at least 1 expected"):
+        calibration(cells, truth="type", n_bins=n_bins, show=False)
 
 
 @pytest.mark.parametrize("plot", [calibration, roc])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from scllm._results import classes_of
 from scllm.data.genes import match
 from scllm.models.base import Batch, HeadSpec
 from scllm.tl import classify
@@ -72,6 +73,38 @@ def test_doubtful_cells_are_unknown(adata, labelled):
     assert list(adata.uns["scllm"]["classify"]["classes"]) == ["A", "B", "C"]
     with pytest.raises(ValueError, match=r"threshold is 1\.5, a probability .* expected\. Leave it out"):
         classify(adata, labelled, threshold=1.5)
+
+
+def test_classes_of_earlier_columns_stay_known(adata, labelled):
+    classify(adata, labelled, key_added="sure", threshold=0.6)
+    classify(adata, labelled, key_added="all")
+    cut = adata[adata.obs["sure"] != "A"].copy()  # loses a category, beside "unknown"
+    assert [classes_of(cut, name) for name in ("sure", "all", "none")] == [["A", "B", "C"], ["A", "B", "C"], []]
+    labelled.set_heads([HeadSpec("kind", ("x", "y"))])
+    classify(adata, labelled, key_added="sure")
+    assert [classes_of(adata, name) for name in ("sure", "all")] == [["x", "y"], ["A", "B", "C"]]
+
+
+def test_a_threshold_is_for_labels(adata, tiny):
+    tiny.set_heads([HeadSpec("depth", None, mean=100.0, std=10.0)])
+    with pytest.raises(TypeError, match=r"threshold=0\.5 is for labels, and the head on 'depth' predicts values"):
+        classify(adata, tiny, threshold=0.5)
+    assert "scllm_label" not in adata.obs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 7.0}, "batch_size is 7.0, a whole number of at least 1 expected"),
+        ({"batch_size": 0}, "batch_size is 0, a whole number of at least 1 expected"),
+        ({"key_added": None}, "key_added is None, a name expected"),
+        ({"key_added": 3}, "key_added is 3, a name expected"),
+    ],
+)
+def test_settings_that_are_none_write_nothing(adata, labelled, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        classify(adata, labelled, **options)
+    assert "scllm_label" not in adata.obs
 
 
 def test_several_heads_append_their_key_and_values_have_no_probability(adata, several):

@@ -133,7 +133,7 @@ def test_groups_are_tested_whole_and_one_is_left_out_at_a_time(adata, tiny):
 def test_values_are_predicted_beside_ridge_regression(adata, tiny):
     depth = np.asarray(adata.X[:, 20:26].sum(1)).ravel()
     adata.obs["activity"] = np.where(np.arange(60) < 4, np.nan, np.log1p(depth))
-    with pytest.warns(UserWarning, match=r"4 of 60 cells have no value in obs\['activity'\]"):
+    with pytest.warns(UserWarning, match=r"4 of 60 cells have no finite value in obs\['activity'\]"):
         table = cross_validate(adata, tiny, key="activity", n_folds=3, **FAST)
     assert list(table.columns) == ["r2", "pearson", "mae"]
     assert table.loc["baseline", "r2"].mean() > 0.3
@@ -181,7 +181,7 @@ def test_nothing_else_of_the_data_changes(adata, tiny):
     }
     assert set(adata.obsm) == {"cell_type_cv_probabilities", "cell_type_cv_baseline_probabilities"}
     assert set(adata.uns) == {"mine", "scllm"}
-    assert set(adata.uns["scllm"]) == {"cross_validate", "model"}
+    assert set(adata.uns["scllm"]) == {"cross_validate", "probabilities", "model"}
     assert adata.uns["scllm"]["model"]["hash"] == tiny.hash()
 
 

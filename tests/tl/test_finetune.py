@@ -105,7 +105,7 @@ def test_several_columns_are_several_heads(adata, tune):
     assert {"accuracy_cell_type", "mse_depth", "accuracy_batch"} <= set(tuned.history)
 
 
-@pytest.mark.parametrize("what", ["label", "value"])
+@pytest.mark.parametrize("what", ["label", "finite value"])
 def test_cells_without_a_label_are_left_out_with_a_warning(adata, tune, what):
     column = adata.obs["cell_type"].astype(object) if what == "label" else pd.Series(np.arange(60.0), adata.obs_names)
     column.iloc[:7] = np.nan
@@ -129,6 +129,13 @@ def test_a_label_of_one_cell_is_warned_of(adata, tune):
     adata.obs["label"] = ["rare", *["A", "B"] * 29, "A"]
     with pytest.warns(UserWarning, match=r"1 labels of obs\['label'\] have one cell only \(first: 'rare'\)"):
         tune("label")
+
+
+def test_labels_of_one_cell_that_are_numbers_may_be_values(adata, tune):
+    adata.obs["age"] = [f"{min(year, 55) / 10:.1f}" for year in range(60)]
+    said = r"55 labels of obs\['age'\] have one cell only.* If they are values: .*astype\(float\)"
+    with pytest.warns(UserWarning, match="among the validation cells"), pytest.warns(UserWarning, match=said):
+        tune("age")
 
 
 def test_labels_of_validation_cells_alone_are_warned_of(adata, tune):
@@ -316,7 +323,7 @@ def test_weights_of_labels_may_be_of_any_head(adata, tune):
 
 
 def test_settings_that_are_no_training_settings_are_recorded_too(adata, tune):
-    tune(loss={"ce": 1, "dice": 0.5}, freeze=1)
+    tune(loss={"ce": np.float32(1), "dice": np.float64(0.5)}, freeze=np.int64(1))  # JSON has no such numbers
     params = adata.uns["scllm"]["finetune"]["params"]
     assert params["freeze"] == 1
     assert dict(zip(params["loss"]["keys"], params["loss"]["values"], strict=True)) == {"ce": 1, "dice": 0.5}
@@ -360,7 +367,7 @@ def test_down_sampling_needs_counts(adata, tune):
             ValueError,
             r"all 60 labels of obs\['text'\] have one cell only .*If they are values: .*float",
         ),
-        ({"key": "names"}, ValueError, r"all 60 labels of obs\['names'\] have one cell only .*or merge them"),
+        ({"key": "names"}, ValueError, r"all 60 labels of obs\['names'\] have one cell only .*Merge them, or pass"),
         ({"class_weight": {"A": -1}}, ValueError, r"class_weight of 'A' is -1, a number of 0 or more"),
         ({"class_weight": {"A": "2"}}, ValueError, r"class_weight of 'A' is '2', a number of 0 or more"),
         ({"class_weight": {"a": 1}}, KeyError, r"'a' is not a label of obs\['cell_type'\]. .*Mend class_weight"),

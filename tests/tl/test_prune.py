@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ def test_the_model_really_shrinks(adata, tiny, tmp_path):
 
 def test_zeros_leave_the_shape(tiny):
     small = tl.prune(tiny, amount=0.4)
-    assert small.config == tiny.config
+    assert small.config == replace(tiny.config, zeros_stay=True)
     assert (small.layers[0].up.weight == 0).float().mean() == pytest.approx(0.4, abs=0.01)
     assert small.report["n_parameters"].nunique() == 1
 
@@ -42,6 +44,24 @@ def test_pruned_models_are_trained_on(adata, tiny):
     assert not torch.equal(tuned.layers[0].attention.out.weight, small.layers[0].attention.out.weight)
 
 
+@pytest.mark.parametrize("n_procs", [None, 2])
+def test_what_is_pruned_stays_out_in_training(adata, tiny, tmp_path, n_procs):
+    small = tl.prune(tiny, amount=0.4)
+    tuned = tl.finetune(adata, small, key="cell_type", epochs=3, lr=1e-3, n_procs=n_procs, run_dir=tmp_path / "run")
+    for before, after in zip(small.layers, models.load(tmp_path / "run" / "model").layers, strict=True):
+        for name in ("attention.qkv", "attention.out", "up", "down"):
+            old, new = before.get_submodule(name).weight, after.get_submodule(name).weight
+            torch.testing.assert_close(new == 0, old == 0, rtol=0, atol=0)
+            assert not torch.equal(new, old)
+    assert "pruned" in repr(tuned)
+    assert (tl.finetune(adata, tiny, key="cell_type", epochs=1).layers[0].up.weight != 0).all()
+
+
+def test_shares_that_round_to_nothing_are_an_error(tiny):
+    with pytest.raises(ValueError, match=r"amount is 0\.01, which rounds to no head and no neuron .* larger share"):
+        tl.prune(tiny, amount=0.01, structured=True)
+
+
 def test_prune_then_quantize(tiny, tmp_path):
     small = tl.quantize(tl.prune(tiny, amount=0.5, structured=True))
     small.save(tmp_path / "model")
@@ -53,7 +73,7 @@ def test_prune_then_quantize(tiny, tmp_path):
         tl.prune(again)
 
 
-@pytest.mark.parametrize("amount", [0, 1, -0.1, 30])
+@pytest.mark.parametrize("amount", [0, 1, -0.1, 30, "0.3", None])
 def test_amounts_are_shares(tiny, amount):
-    with pytest.raises(ValueError, match=f"amount is {amount}, a share between 0 and 1 expected"):
+    with pytest.raises(ValueError, match=f"amount is {amount!r}, a share between 0 and 1 expected"):
         tl.prune(tiny, amount=amount)

@@ -94,8 +94,14 @@ BAD = {
     "no column": ({"key": "kinds"}, KeyError, r"'kinds' is not a column .* Did you mean 'kind'"),
     "one class": ({"key": "one"}, ValueError, r"obs\['one'\] holds 1 classes"),
     "numbers": ({"key": "n"}, ValueError, r"obs\['n'\] holds numbers .*astype\('category'\)"),
-    "large k": ({"k": 61}, ValueError, r"k is 61, 1 to 60 expected: the reference holds 60 cells with a label"),
-    "no k": ({"k": 0}, ValueError, r"k is 0, 1 to 60 expected"),
+    "large k": (
+        {"k": 61},
+        ValueError,
+        r"k is 61, a whole number from 1 to 60 expected: the reference holds 60 cells with a label",
+    ),
+    "no k": ({"k": 0}, ValueError, r"k is 0, a whole number from 1 to 60 expected"),
+    "half k": ({"k": 2.5}, ValueError, r"k is 2\.5, a whole number from 1 to 60 expected"),
+    "k in words": ({"k": "3"}, ValueError, r"k is '3', a whole number from 1 to 60 expected"),
     "other width": ({"use_rep": "wide"}, ValueError, r"has 3 columns in adata and 5 in the reference.*same model"),
     "gaps": ({"use_rep": "gaps"}, ValueError, r"obsm\['gaps'\] is not finite in 1 of 25 cells \(first: 'q0'\)"),
 }

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from scllm.datasets._fetch import fetch
@@ -52,6 +53,7 @@ def gene_set(name: str = _NAME, path: str | PathLike[str] | None = None) -> pd.D
     if name != _NAME:
         close = get_close_matches(str(name), [_NAME], n=1, cutoff=0.3)
         offer = f"Did you mean {close[0]!r}?" if close else f"Pass {_NAME!r}."
+        offer = f"For a file of your own: path={str(name)!r}." if Path(name).suffix else offer
         raise ValueError(f"name is {name!r}, one of {[_NAME]} expected. {offer}")
     return _fetched() if path is None else _read(Path(path))
 
@@ -75,15 +77,22 @@ def _read(path: Path) -> pd.DataFrame:
         raise FileNotFoundError(
             f"{path} is not there, a CSV file with the columns {_COLUMNS} expected. Check the path."
         )
-    table = pd.read_csv(path)
+    try:
+        table = pd.read_csv(path)
+    except pd.errors.EmptyDataError:
+        table = pd.DataFrame()
     missing = [name for name in _COLUMNS if name not in table]
     if missing:
         raise ValueError(
             f"{path} has the columns {list(table.columns)[:8]}, {_COLUMNS} expected. Rename them, or pass another file."
         )
-    if not pd.api.types.is_bool_dtype(table["dosage_sensitive"]):
+    if table.empty:
+        raise ValueError(f"{path} holds no gene, one row a gene expected. Pass another file.")
+    bad = np.flatnonzero([not isinstance(value, bool) for value in table["dosage_sensitive"].tolist()])
+    if len(bad):
         raise ValueError(
-            f"dosage_sensitive holds {table['dosage_sensitive'].iloc[0]!r} in {path}, True or False in every row "
-            "expected. Write it so."
+            f"dosage_sensitive is {table['dosage_sensitive'].iloc[bad[0]]!r} in {path} for "
+            f"{table['ensembl_id'].iloc[bad[0]]!r}, True or False in every row expected. Write it so."
         )
+    table = table.astype({"dosage_sensitive": bool})
     return table.set_index("ensembl_id")[list(_COLUMNS[1:])]

@@ -24,6 +24,7 @@ from scllm.engine.optim import learning_rate, optimizer, train_mode
 from scllm.engine.run import Run
 from scllm.kernels.draws import mix
 from scllm.models.base import Batch, CellModel
+from scllm.models.pruning import pruned_weights
 
 __all__ = ["fit"]
 
@@ -118,6 +119,7 @@ class _Updates:
         self.trained: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer = optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.pruned = pruned_weights(model)
 
     def update(self, parts: Sequence[Batch], step: int, lr: float, saved: int) -> tuple[dict[str, float], int]:
         """Take one step on this rank's cells; means of the losses and the number of cells, over all ranks."""
@@ -139,6 +141,9 @@ class _Updates:
                 "precision='fp32'."
             )
         self.scaler.step(self.optimizer)
+        with torch.no_grad():
+            for weight, stays in self.pruned:
+                weight.mul_(stays)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return means, n_cells

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ __all__ = [
 Freeze = int | str | Sequence[str]
 
 
-def check_freeze(model: CellModel, what: Freeze) -> None:
-    """Raise where ``what`` names no part of the model, or all of it."""
+def check_freeze(model: CellModel, what: Freeze) -> Freeze:
+    """``what`` as a run directory holds it; an error where it names no part of the model, or all of it."""
+    if isinstance(what, Integral) and not isinstance(what, bool):
+        what = int(what)
     if isinstance(what, bool) or not (isinstance(what, (int, str)) or _is_list_of_names(what)):
         raise TypeError(
             f"freeze is {what!r}, a number of blocks, 'encoder', or a pattern of weight names or a list of such "
@@ -41,11 +44,12 @@ def check_freeze(model: CellModel, what: Freeze) -> None:
                 )
         if len(frozen_weights(model, what)) == len(names):
             raise ValueError(f"freeze is {what!r}, which is every weight, at least one to train expected. Freeze less.")
+    return what
 
 
 def freeze(model: CellModel, what: Freeze) -> None:
     """Keep weights as they are: the first n blocks, ``"encoder"`` (all but the heads), or name patterns."""
-    check_freeze(model, what)
+    what = check_freeze(model, what)
     frozen = frozen_weights(model, what)
     for name, weight in model.named_parameters():
         if name in frozen:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -76,8 +77,8 @@ def predict(
     longest = min(model.encoder.max_len, len(model.vocab) + model.encoder.n_specials)
     fitting = max(1, min(_CELLS[first.type], _TOKENS[first.type] // longest))
     size = fitting if batch_size is None else batch_size
-    if size < 1:
-        raise ValueError(f"batch_size is {size}, at least 1 expected. Leave it out to have it chosen.")
+    if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+        raise ValueError(f"batch_size is {size!r}, a whole number of at least 1 expected. Leave it out for the usual.")
     chosen = resolve_precision(precision, first)
     rows = np.arange(source.n_obs) if rows is None else rows
     log.info("%s %d cells on %s in %s, %d at a time", desc, len(rows), first, chosen, size)

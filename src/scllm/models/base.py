@@ -359,8 +359,8 @@ class CellModel(nn.Module):
             )
         if self.config.block_heads is not None:
             raise ValueError(
-                f"the model was pruned to blocks of different sizes (heads: {list(self.config.block_heads)}), blocks "
-                f"of one size expected: the format of {self.family} holds no others. Use format='native'."
+                f"heads and neurons were pruned (heads left: {list(self.config.block_heads)}), whole blocks expected: "
+                f"the format of {self.family} holds no others. Use format='native'."
             )
         model = copy.deepcopy(self)
         to_float(model)

@@ -19,6 +19,8 @@ class ModelConfig:
     block_heads, block_hidden
         Heads and width of the feed-forward layer of each block, where pruning has left other numbers than the model was
         built with; heads keep their width.
+    zeros_stay
+        Whether weights of linear layers that are zero stay zero in training: pruning took them out.
     """
 
     n_layers: int = 12
@@ -27,6 +29,7 @@ class ModelConfig:
     dropout: float = 0.1
     block_heads: tuple[int, ...] | None = None
     block_hidden: tuple[int, ...] | None = None
+    zeros_stay: bool = False
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads:

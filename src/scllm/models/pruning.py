@@ -12,7 +12,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from scllm.models.base import CellModel
 
-__all__ = ["Kept", "compression", "heads", "keep", "neurons", "prune_structured", "prune_weights", "shrink"]
+__all__ = [
+    "Kept", "compression", "heads", "keep", "neurons", "prune_structured", "prune_weights", "pruned_weights", "shrink"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,13 @@ def keep(blocks: Sequence[Any], amount: float) -> list[Kept]:
 def prune_structured(model: CellModel, amount: float) -> None:
     """Take heads and neurons out of all blocks, in place; the configuration says what is left."""
     sizes: dict[str, tuple[int, ...]] = {}
-    for name, blocks in model.prunable().items():
-        kept = keep(blocks, amount)
+    chosen = {name: (blocks, keep(blocks, amount)) for name, blocks in model.prunable().items()}
+    if not any(_loses(block, left) for blocks, kept in chosen.values() for block, left in zip(blocks, kept)):
+        raise ValueError(
+            f"amount is {amount}, which rounds to no head and no neuron of the blocks, at least one expected. Take out "
+            "a larger share, or use structured=False."
+        )
+    for name, (blocks, kept) in chosen.items():
         for block, left in zip(blocks, kept, strict=True):
             shrink(block, left)
         sizes[f"{name}_heads"] = tuple(len(left) for left, _ in kept)
@@ -149,8 +156,8 @@ def prune_structured(model: CellModel, amount: float) -> None:
     model.layers_changed()
 
 
-def prune_weights(model: nn.Module, amount: float) -> None:
-    """Set the smallest weights of each linear layer to zero, in place: the same share of every matrix.
+def prune_weights(model: CellModel, amount: float) -> None:
+    """Set the smallest weights of each linear layer to zero, in place and for good: the same share of every matrix.
 
     Magnitude pruning (Han et al., NeurIPS 2015, arXiv:1506.02626). Matrix by matrix, since a threshold for all would
     empty those that are small as a whole.
@@ -160,6 +167,15 @@ def prune_weights(model: nn.Module, amount: float) -> None:
             n = round(amount * weight.numel())
             smallest = weight.abs().flatten().argsort(stable=True)[:n]
             weight.view(-1)[smallest] = 0
+    model.config = replace(model.config, zeros_stay=True)
+
+
+def pruned_weights(model: CellModel) -> list[tuple[Tensor, Tensor]]:
+    """Matrices in training out of which weights were pruned, and for each 0 where one was and 1 elsewhere."""
+    if not model.config.zeros_stay:
+        return []
+    matrices = [weight for weight in _linear_weights(model) if weight.requires_grad]
+    return [(weight, (weight.detach() != 0).to(weight.dtype)) for weight in matrices]
 
 
 def compression(model: CellModel) -> str:
@@ -174,6 +190,11 @@ def compression(model: CellModel) -> str:
     # rounding to int8 makes zeros of its own
     zeros = _share_of_zeros(model) if model.weight_dtype == "float32" else 0.0
     return ", ".join([*said, f"pruned: {zeros:.0%} of the linear weights are zero"] if zeros > 0.01 else said)
+
+
+def _loses(block: Any, kept: Kept) -> bool:
+    """Whether a block has more heads or neurons than are kept."""
+    return len(kept[0]) < heads(block).n or len(kept[1]) < neurons(block).n
 
 
 def _rows(linear: nn.Module, repeats: int = 1) -> tuple[tuple[nn.Module, str, int, int], ...]:

@@ -50,7 +50,7 @@ _PANELS = (
 def compression(
     source: Source | Sequence[Source],
     *,
-    labels: Sequence[str] | None = None,
+    labels: str | Sequence[str] | None = None,
     ax: Axes | Sequence[Axes] | AxesArray | None = None,
     show: bool | None = None,
 ) -> Axes | AxesArray | None:
@@ -83,11 +83,19 @@ def compression(
     2
     """
     sources = list(source) if isinstance(source, (list, tuple)) else [source]
+    labels = [labels] if isinstance(labels, str) else labels
+    if not sources:
+        raise ValueError("source is an empty list, one model expected at least. Pass what tl.quantize returned.")
     if labels is not None and len(labels) != len(sources):
         raise ValueError(f"{len(labels)} labels for {len(sources)} sources, as many expected. Name each source once.")
     reports = [_report(one) for one in sources]
     names = list(labels) if labels is not None else [_name(one, at, len(sources)) for at, one in enumerate(sources)]
     panels = [panel for panel in _PANELS if any(_has(report, panel.column) for report in reports)]
+    if not panels:
+        columns = [panel.column for panel in _PANELS]
+        raise ValueError(
+            f"the report has the columns {list(reports[0].columns)}, one of {columns} expected. Pass a model's report."
+        )
     axes = axis_grid(ax, len(panels), (0.6 + 2.3 * len(panels), 1.1 + 0.75 * len(reports)))
     for axis, panel in zip(axes, panels, strict=True):
         _draw(axis, panel, reports)

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from scllm import _keys
 from scllm._checks import groups, missing_key
+from scllm._names import listed
+from scllm._results import classes_of
 from scllm._typing import FloatArray
 from scllm.pl._axes import GREY, colors
 
@@ -43,6 +45,8 @@ def predictions(adata: AnnData, truth: str, predicted: str | Sequence[str] | Non
         names = [name for name in titles if name + _keys.PROBABILITIES in adata.obsm]
     else:
         names = [predicted] if isinstance(predicted, str) else list(predicted)
+        if not names:
+            raise ValueError("predicted is an empty list, one column of predictions expected at least. Name it.")
     shades = dict(zip(names, colors(len(names)), strict=True)) | {first + _keys.BASELINE: GREY}
     return [_of_column(adata, labels, name, titles.get(name, name), shades[name]) for name in names]
 
@@ -60,31 +64,28 @@ def _of_column(adata: AnnData, labels: pd.Series, name: str, title: str, color: 
             f"no cell has both a label in obs[{labels.name!r}] and probabilities in obsm[{key!r}], some expected. "
             "Check both."
         )
+    known = labels.to_numpy(dtype=object)[cells]
+    if not np.isin(known, classes).any():
+        raise ValueError(
+            f"obs[{labels.name!r}] holds {listed(list(pd.unique(known)))}, and {name!r} is one of "
+            f"{listed(list(classes))}, labels in common expected. Pass the column that was predicted as truth=."
+        )
     found = adata.obs.get(name.removesuffix(_keys.BASELINE) + _keys.FOLD)
     fold = None if found is None else found.astype("category").cat.codes.to_numpy()[cells]
-    return Predictions(title, color, labels.to_numpy(dtype=object)[cells], probabilities[cells], classes, fold)
+    return Predictions(title, color, known, probabilities[cells], classes, fold)
 
 
 def _classes(adata: AnnData, name: str, n_classes: int) -> NDArray[np.object_]:
     """Names of the columns: what the verb that wrote them recorded, else the categories of the labels themselves."""
-    written = adata.uns.get(_keys.UNS, {})
-    for verb in ("classify", "transfer_labels", "cross_validate"):
-        entry = written.get(verb, {})
-        params = entry.get("params", {})
-        if verb == "cross_validate":
-            made = str(params.get("key")) + _keys.CROSS_VALIDATED
-            recorded = entry.get("classes") if name in (made, made + _keys.BASELINE) else None
-        else:
-            made = str(params.get("key_added"))
-            suffix = name.removeprefix(made) if name.startswith(made) else None
-            recorded = entry.get(f"classes{suffix}") if suffix is not None else None
-        if recorded is not None and len(recorded) == n_classes:
-            return np.asarray(recorded, dtype=object)
+    recorded = classes_of(adata, name)
+    if len(recorded) == n_classes:
+        return np.array(recorded, dtype=object)
     column = adata.obs.get(name)
-    categories = [] if column is None else list(column.astype("category").cat.categories)
+    categories = [] if column is None or recorded else list(column.astype("category").cat.categories)
     if len(categories) != n_classes:
+        seen = f"{len(recorded)} classes are recorded" if recorded else "the names of their classes are not recorded"
         raise ValueError(
-            f"obsm[{name + _keys.PROBABILITIES!r}] has {n_classes} columns, and the names of their classes are not "
-            f"recorded; {n_classes} categories of obs[{name!r}] expected. Call the verb that wrote them again."
+            f"obsm[{name + _keys.PROBABILITIES!r}] has {n_classes} columns, and {seen}; {n_classes} classes or "
+            f"categories of obs[{name!r}] expected. Call the verb that wrote them again."
         )
     return np.array([str(category) for category in categories], dtype=object)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scllm import _keys
 from scllm._checks import check_adata, warn_of_unknown_labels
-from scllm._results import record
+from scllm._results import record, record_classes
 from scllm._typing import FloatArray
 from scllm.data.source import open_source
 from scllm.engine.config import Precision
@@ -70,6 +70,8 @@ def classify(
         float32 ``(n_cells, n_classes)``.
     ``adata.uns["scllm"]["classify"]``
         Settings, and the names of the classes: ``classes``, with several heads ``classes_<key>``.
+    ``adata.uns["scllm"]["probabilities"]``
+        ``table`` of the classes of all columns with probabilities, whichever verb wrote them.
 
     Examples
     --------
@@ -86,6 +88,10 @@ def classify(
             f"threshold is {threshold!r}, a probability from 0 to 1 expected. Leave it out to have every cell labelled."
         )
     specs = [spec for spec in chosen.head_specs if spec.level == "cell"]
+    if threshold is not None and all(spec.classes is None for spec in specs):
+        raise TypeError(
+            f"threshold={threshold} is for labels, and the head on {specs[0].key!r} predicts values. Leave it out."
+        )
     for spec in specs:
         if spec.classes is not None:
             warn_of_unknown_labels(
@@ -111,6 +117,7 @@ def classify(
         _write(adata, spec, output, column, threshold)
         if spec.classes is not None:
             classes["classes" + column.removeprefix(key_added)] = np.array(spec.classes, dtype=object)
+            record_classes(adata, column, spec.classes)
     record(adata, "classify", {"key_added": key_added, "threshold": threshold, "layer": layer}, **classes)
     remember(adata, chosen)
     return adata if copy else None

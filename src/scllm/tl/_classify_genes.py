@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from scllm._results import record
 from scllm._typing import FloatArray, IntArray
 from scllm.data.source import open_source
 from scllm.engine.lora import adapted_layers, lora_settings
-from scllm.engine.objectives import LossName, check_loss
+from scllm.engine.objectives import LossName, loss_weights
 from scllm.engine.optim import Freeze, check_freeze, frozen_weights
 from scllm.models.base import CellModel
 from scllm.tl._folds import folds_directory
@@ -115,11 +116,11 @@ def classify_genes(
     ['model', 'baseline', 'majority']
     """
     check_adata(adata, key_added=key_added)
+    _check_not_overwritten(adata, labels, key_added)
     check_options(finetune_options, list(Options.__dataclass_fields__), "classify_genes")
     options = Options(**finetune_options)
     _check_options(n_folds, max_cells, freeze, options)
-    losses = {loss: 1.0} if isinstance(loss, str) else dict(loss)
-    check_loss(losses)
+    losses = loss_weights(loss)
     chosen = resolve(model, adata)
     _check_states(chosen)
     source = open_source(adata, layer=options.layer)
@@ -129,7 +130,7 @@ def classify_genes(
     check_enough(found, n_folds)
     begun = copy.deepcopy(chosen).cpu().eval()
     begun.history, begun.report, begun.path = None, None, None
-    check_freeze(begun, freeze)
+    freeze = check_freeze(begun, freeze)
     config = gene_config(begun, options)
     seed = config.random_state or 0
     where = processes(options.n_gpus, options.n_procs, options.device)
@@ -144,6 +145,11 @@ def classify_genes(
     seen = cells.n_cells > 0
     found, cells = found.take(seen), cells.take(seen)
     check_enough(found, n_folds)
+    if baseline and cells.adata.n_obs < 2:
+        raise ValueError(
+            "labelled genes are expressed in one cell, at least two expected by the baseline. Pass more cells, or "
+            "baseline=False."
+        )
     log.info(
         "%d labelled genes in %d cells, %d to %d cells a gene",
         len(found.codes), cells.adata.n_obs, cells.n_cells.min(), cells.n_cells.max(),
@@ -169,10 +175,21 @@ def classify_genes(
     return table
 
 
+def _check_not_overwritten(adata: AnnData, labels: LabelLike, key_added: str) -> None:
+    """Raise where predictions would take the place of the labels that they are predictions of."""
+    if isinstance(labels, str) and labels in (key_added, key_added + _keys.PROBABILITY):
+        raise ValueError(
+            f"labels and key_added={key_added!r} are one column of adata.var, different ones expected: predictions "
+            "would take the place of the labels. Pass another key_added."
+        )
+
+
 def _check_options(n_folds: int, max_cells: int, freeze: Freeze, options: Options) -> None:
     for name, value, least in (("n_folds", n_folds, 2), ("max_cells", max_cells, 1)):
-        if value < least:
-            raise ValueError(f"{name} is {value}, at least {least} expected. Leave it out for the default.")
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ValueError(
+                f"{name} is {value!r}, a whole number of at least {least} expected. Leave it out for the default."
+            )
     if isinstance(options.validation, str) or not 0 <= (options.validation or 0) < 1:
         raise ValueError(
             f"validation is {options.validation!r}, a share from 0 up to below 1 of the training genes expected. Leave "

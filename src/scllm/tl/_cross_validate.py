@@ -16,7 +16,7 @@ from anndata import AnnData
 from scllm import _keys
 from scllm._checks import check_adata, check_options, missing_key
 from scllm._log import log, warn
-from scllm._results import record
+from scllm._results import record, record_classes
 from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.split import PARTS, split_cells
 from scllm.engine.config import TrainConfig
@@ -193,7 +193,7 @@ class _Cells:
         share = options.pop("validation", _OPTIONS["validation"].default)
         with warnings.catch_warnings():
             # said once for all folds
-            said = r"have no (label|value)|have one cell only|are among the validation cells"
+            said = r"have no (label|finite value)|have one cell only|are among the validation cells"
             warnings.filterwarnings("ignore", message=rf".* ({said})")
             if share:
                 part = f"{self.target.key}_{_keys.SPLIT}"
@@ -312,5 +312,6 @@ def _write(adata: AnnData, target: Target, fold: IntArray, outputs: Mapping[str,
         adata.obs[name] = pd.Categorical.from_codes(best, categories=list(target.classes))
         adata.obs[name + _keys.PROBABILITY] = found.max(axis=1)
         adata.obsm[name + _keys.PROBABILITIES] = found
+        record_classes(adata, name, target.classes)
     folds = [str(number) for number in range(fold.max() + 1)]
     adata.obs[target.key + _keys.CROSS_VALIDATED + _keys.FOLD] = pd.Categorical.from_codes(fold, categories=folds)

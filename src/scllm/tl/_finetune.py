@@ -22,7 +22,7 @@ from scllm._typing import HeadSetting, IntArray
 from scllm.data.source import CellSource, open_source
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.lora import Lora, LoraSettings, lora_settings
-from scllm.engine.objectives import Label, LossName
+from scllm.engine.objectives import Label, LossName, loss_weights
 from scllm.engine.optim import Freeze, check_freeze
 from scllm.models.base import CellModel, HeadSpec
 from scllm.tl._inputs import check_layer
@@ -182,13 +182,13 @@ def finetune(
     if upsample:
         cells["weights"] = _balancing(targets, training)
     objective = Label(
-        loss={loss: 1.0} if isinstance(loss, str) else loss,
+        loss=loss_weights(loss),
         class_weight=_class_weights(class_weight, targets, training),
         label_smoothing=settings.label_smoothing,
     )
     assert settings.head_reads is not None
     _set_heads(begun, specs, settings.head_reads, seed)
-    check_freeze(begun, freeze)
+    freeze = check_freeze(begun, freeze)
     return train(
         "finetune", data, source, begun, objective, settings,
         layer=layer, cells=cells, where=where, run_dir=run_dir, resume=resume, freeze=freeze,
@@ -250,7 +250,7 @@ def _target(source: CellSource, key: str) -> Target:
         if len(single):
             warn(
                 f"{len(single)} labels of obs[{key!r}] have one cell only (first: {target.classes[single[0]]!r}), at "
-                "least 2 expected: they cannot be validated. Merge or drop them."
+                f"least 2 expected: they cannot be validated. {target.advice}"
             )
     return target
 

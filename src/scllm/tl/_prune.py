@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from numbers import Real
 
 from scllm._log import warn
 from scllm.models.base import CellModel
@@ -17,7 +18,8 @@ def prune(model: ModelLike, *, amount: float = 0.3, structured: bool = False) ->
     """Make a model without its smallest weights, or without its smallest heads and neurons.
 
     Nothing is trained again: how much a model bears is for ``report`` to say, and for :func:`scllm.tl.finetune` (or
-    ``pretrain(model=...)``) to mend.
+    ``pretrain(model=...)``) to mend. What is taken out stays out in both, but for adapters (``lora=``), which fill
+    zeros when they are merged.
 
     Parameters
     ----------
@@ -46,8 +48,8 @@ def prune(model: ModelLike, *, amount: float = 0.3, structured: bool = False) ->
     >>> scllm.tl.prune(model, amount=0.5, structured=True).config.block_hidden
     (32, 32)
     """
-    if not 0 < amount < 1:
-        raise ValueError(f"amount is {amount}, a share between 0 and 1 expected. 0.3 takes out three tenths.")
+    if not (isinstance(amount, Real) and 0 < amount < 1):
+        raise ValueError(f"amount is {amount!r}, a share between 0 and 1 expected. 0.3 takes out three tenths.")
     before = resolve(model, None)
     if before.weight_dtype != "float32":
         raise ValueError(

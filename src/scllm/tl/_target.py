@@ -38,7 +38,7 @@ class Target:
         """What to do where labels have too few cells: numbers that were read as text look like such labels."""
         if pd.to_numeric(pd.Series(self.classes), errors="coerce").notna().all():
             return f"If they are values: adata.obs[{self.key!r}] = adata.obs[{self.key!r}].astype(float)."
-        return "Pass a column with fewer labels with `key=`, or merge them."
+        return "Merge them, or pass a column with fewer labels with `key=`."
 
     def counts(self, cells: IntArray) -> IntArray:
         """Of some cells, how many have each label."""
@@ -70,7 +70,7 @@ def find_target(obs: pd.DataFrame, key: str) -> Target:
         target = Target(key, tuple(classes.cat.categories), classes.cat.codes.to_numpy().astype(np.int64))
     n_missing = int((~target.is_there).sum())
     if n_missing:
-        what = "value" if target.classes is None else "label"
+        what = "finite value" if target.classes is None else "label"
         warn(
             f"{n_missing} of {len(obs)} cells have no {what} in obs[{key!r}] and are left out. Drop them to silence "
             "this."

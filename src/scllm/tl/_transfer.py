@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -10,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from scllm import _keys
 from scllm._checks import check_adata, embedding, labels, warn_of_unknown_labels
 from scllm._log import warn
-from scllm._results import record
+from scllm._results import record, record_classes
 from scllm._typing import FloatArray
 
 __all__ = ["transfer_labels"]
@@ -67,7 +69,8 @@ def transfer_labels(
     >>> query.obs["cell_type_transferred"].cat.categories.to_list()
     ['alpha', 'beta', 'delta', 'gamma']
     """
-    check_adata(adata, copy, key_added)
+    name = f"{key}{_keys.TRANSFERRED}" if key_added is None else key_added
+    check_adata(adata, copy, name)
     if not isinstance(reference, AnnData):
         raise TypeError(
             f"reference is of type {type(reference).__name__}, an AnnData expected. Read files with anndata.read_h5ad."
@@ -76,12 +79,11 @@ def transfer_labels(
     known, new = _embeddings(adata, reference, use_rep)
     codes = classes.cat.codes.to_numpy()
     there = np.flatnonzero(codes >= 0)
-    if not 1 <= k <= len(there):
+    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= len(there):
         raise ValueError(
-            f"k is {k}, 1 to {len(there)} expected: the reference holds {len(there)} cells with a label in "
-            f"obs[{key!r}]. Pass fewer neighbours, or a larger reference."
+            f"k is {k!r}, a whole number from 1 to {len(there)} expected: the reference holds {len(there)} cells "
+            f"with a label in obs[{key!r}]. Pass fewer neighbours, or a larger reference."
         )
-    name = key + _keys.TRANSFERRED if key_added is None else key_added
     advice = f"obs[{name + _keys.PROBABILITY!r}] says how sure that is"
     warn_of_unknown_labels(adata.obs, key, classes.cat.categories, advice)
     votes = KNeighborsClassifier(k, weights="distance").fit(known[there], codes[there]).predict_proba(new)
@@ -90,6 +92,7 @@ def transfer_labels(
     adata.obs[name + _keys.PROBABILITY] = votes.max(axis=1).astype(np.float32)
     adata.obsm[name + _keys.PROBABILITIES] = votes.astype(np.float32)
     params = {"key": key, "use_rep": use_rep, "k": k, "key_added": name}
+    record_classes(adata, name, classes.cat.categories)
     record(adata, "transfer_labels", params, classes=classes.cat.categories.to_numpy(dtype=object))
     return adata if copy else None
 

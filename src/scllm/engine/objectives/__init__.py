@@ -8,7 +8,7 @@ from typing import Any
 
 from scllm.engine.objectives.base import Loss, Objective
 from scllm.engine.objectives.gene_label import GeneLabel
-from scllm.engine.objectives.label import Label, LossName, check_loss
+from scllm.engine.objectives.label import Label, LossName, loss_weights
 from scllm.engine.objectives.masked_expression import MaskedExpression
 from scllm.engine.objectives.masked_gene import MaskedGene
 from scllm.engine.objectives.masked_level import MaskedLevel
@@ -18,7 +18,7 @@ from scllm.engine.objectives.permuted_gene import PermutedGene
 
 __all__ = [
     "GeneLabel", "Label", "Loss", "LossName", "MaskedExpression", "MaskedGene", "MaskedLevel", "MaskedValue",
-    "NextGene", "Objective", "PermutedGene", "check_loss", "objective_from_dict", "objective_to_dict",
+    "NextGene", "Objective", "PermutedGene", "loss_weights", "objective_from_dict", "objective_to_dict",
 ]  # fmt: skip
 
 _ALL = (GeneLabel, Label, MaskedExpression, MaskedGene, MaskedLevel, MaskedValue, NextGene, PermutedGene)

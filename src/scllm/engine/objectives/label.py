@@ -15,9 +15,16 @@ from scllm.engine import losses
 from scllm.engine.objectives.base import Loss
 from scllm.models.base import Batch, CellModel, HeadSpec
 
-__all__ = ["Label", "LossName", "check_loss"]
+__all__ = ["Label", "LossName", "check_loss", "loss_weights"]
 
 LossName = Literal["ce", "bce", "dice", "focal"]
+
+
+def loss_weights(loss: LossName | Mapping[LossName, float]) -> dict[LossName, float]:
+    """The weight of each loss, as a run directory holds it; an error where it is none."""
+    weights = {loss: 1.0} if isinstance(loss, str) else loss
+    check_loss(weights)
+    return {name: float(weight) for name, weight in weights.items()}
 
 
 def check_loss(loss: Mapping[LossName, float]) -> None:
