@@ -178,7 +178,7 @@ def test_networks_whose_heads_are_not_known_are_an_error(adata):
 
 def test_published_formats_hold_no_pruned_blocks(adata, tmp_path):
     after = pruned(built("scgpt", adata.var_names), 0.3)
-    with pytest.raises(ValueError, match=r"pruned to blocks of different sizes \(heads: .* Use format='native'"):
+    with pytest.raises(ValueError, match=r"heads and neurons were pruned \(heads left: .* Use format='native'"):
         after.save(tmp_path / "model", format="scgpt")
 
 

@@ -300,7 +300,7 @@ def test_parity_scgpt_gene_embeddings(original, checkpoint, cells):
 
 
 def test_a_batch_of_no_cells_is_an_error(adata, tiny):
-    with pytest.raises(ValueError, match="batch_size is 0, at least 1 expected"):
+    with pytest.raises(ValueError, match="batch_size is 0, a whole number of at least 1 expected"):
         embed(adata, tiny, batch_size=0)
 
 
