@@ -44,10 +44,10 @@ def test_pruned_models_are_trained_on(adata, tiny):
     assert not torch.equal(tuned.layers[0].attention.out.weight, small.layers[0].attention.out.weight)
 
 
-@pytest.mark.parametrize("n_procs", [None, 2])
-def test_what_is_pruned_stays_out_in_training(adata, tiny, tmp_path, n_procs):
+@pytest.mark.parametrize("processes", [{}, {"n_procs": 2}, {"n_procs": 2, "config": tl.TrainConfig(strategy="fsdp")}])
+def test_what_is_pruned_stays_out_in_training(adata, tiny, tmp_path, processes):
     small = tl.prune(tiny, amount=0.4)
-    tuned = tl.finetune(adata, small, key="cell_type", epochs=3, lr=1e-3, n_procs=n_procs, run_dir=tmp_path / "run")
+    tuned = tl.finetune(adata, small, key="cell_type", epochs=3, lr=1e-3, run_dir=tmp_path / "run", **processes)
     for before, after in zip(small.layers, models.load(tmp_path / "run" / "model").layers, strict=True):
         for name in ("attention.qkv", "attention.out", "up", "down"):
             old, new = before.get_submodule(name).weight, after.get_submodule(name).weight
