@@ -10,6 +10,7 @@ import anndata as ad
 from anndata import AnnData
 
 from scllm import _keys
+from scllm.data.source import open_source
 from scllm.datasets._fetch import fetch, figshare_md5
 
 __all__ = ["pancreas"]
@@ -49,6 +50,7 @@ def pancreas(path: str | PathLike[str] | None = None) -> AnnData:
         "human_pancreas_norm_complexBatch.h5ad", _URL, partial(figshare_md5, _ARTICLE, _FILE),
         advice="Download it where there is a connection, and pass it with path=.",
     )  # fmt: skip
+    open_source(file)  # raises where the file is none of anndata's, and says so
     adata = ad.read_h5ad(file)
     if path is None and adata.shape != _SHAPE:
         raise ValueError(
