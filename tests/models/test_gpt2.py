@@ -178,4 +178,4 @@ def test_networks_that_are_no_gene_language_models_are_refused():
 
 
 def test_the_first_token_is_no_embedding():
-    assert built("gpt2").poolings == ("mean", "ranked", "max")
+    assert built("gpt2").poolings == ("mean", "ranked", "linear", "max")

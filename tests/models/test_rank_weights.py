@@ -19,27 +19,30 @@ from scllm.models.rank_weights import rank_weights
 cells_of_values = st.lists(st.lists(st.integers(0, 9), max_size=30), min_size=1, max_size=5)
 
 
-def slowly(values: list[float]) -> np.ndarray:
+def slowly(values: list[float], how: str = "ranked") -> np.ndarray:
     """One rank at a time: each of equal values gets the mean over all ranks that they span."""
     order = np.argsort([-value for value in values], kind="stable")
-    edges = 100 * np.arange(len(values) + 1) / (100 + np.arange(len(values) + 1))  # the integral of (1 + r / 100)^-2
-    by_rank = dict(zip(order, np.diff(edges), strict=True))
+    edges = np.arange(len(values) + 1)
+    # the integrals of (1 + r / 100)^-2 and of 1 - r / n
+    integral = 100 * edges / (100 + edges) if how == "ranked" else edges - edges**2 / (2 * max(len(values), 1))
+    by_rank = dict(zip(order, np.diff(integral), strict=True))
     alike = {value: np.mean([by_rank[i] for i, other in enumerate(values) if other == value]) for value in set(values)}
     found = np.array([alike[value] for value in values])
     return found / found.sum()
 
 
-def weights(cells: list[list[float]]) -> list[np.ndarray]:
+def weights(cells: list[list[float]], how: str = "ranked") -> list[np.ndarray]:
     cell = torch.repeat_interleave(torch.arange(len(cells)), torch.tensor([len(values) for values in cells]))
-    found = rank_weights(cell, torch.tensor([value for values in cells for value in values]).float(), len(cells))
+    found = rank_weights(cell, torch.tensor([value for values in cells for value in values]).float(), len(cells), how)
     return [found[cell == i].numpy() for i in range(len(cells))]
 
 
-@given(cells_of_values)
-def test_equal_values_share_the_weights_of_their_ranks(cells):
-    for values, found in zip(cells, weights(cells), strict=True):
+@pytest.mark.parametrize("how", ["ranked", "linear"])
+@given(cells=cells_of_values)
+def test_equal_values_share_the_weights_of_their_ranks(how, cells):
+    for values, found in zip(cells, weights(cells, how), strict=True):
         if values:
-            np.testing.assert_allclose(found, slowly(values), rtol=1e-5)
+            np.testing.assert_allclose(found, slowly(values, how), rtol=1e-5)
 
 
 @given(cells_of_values, st.randoms(use_true_random=False))
@@ -51,22 +54,29 @@ def test_neither_the_order_of_genes_nor_other_cells_matter(cells, random):
         np.testing.assert_allclose(alone, together[order], rtol=1e-6)
 
 
-def test_without_values_genes_stand_in_falling_order():
+@pytest.mark.parametrize("how", ["ranked", "linear"])
+def test_without_values_genes_stand_in_falling_order(how):
     cell = torch.tensor([0, 0, 0, 2, 2])
-    found = rank_weights(cell, None, 3)
-    np.testing.assert_allclose(found[:3], slowly([3, 2, 1]), rtol=1e-6)
-    np.testing.assert_allclose(found[3:], slowly([2, 1]), rtol=1e-6)
+    found = rank_weights(cell, None, 3, how)
+    np.testing.assert_allclose(found[:3], slowly([3, 2, 1], how), rtol=1e-6)
+    np.testing.assert_allclose(found[3:], slowly([2, 1], how), rtol=1e-6)
 
 
-def test_a_random_part_of_a_cell_weighs_like_the_whole():
+def test_linear_weights_are_in_proportion_to_how_far_a_gene_is_from_the_lowest():
+    found = rank_weights(torch.tensor([0, 0, 0, 1]), None, 2, "linear")
+    np.testing.assert_allclose(found, [5 / 9, 3 / 9, 1 / 9, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["ranked", "linear"])
+def test_a_random_part_of_a_cell_weighs_like_the_whole(how):
     rng = np.random.default_rng(0)
     whole = torch.arange(900.0).flip(0)
     state = torch.exp(-torch.arange(900.0) / 80)  # of some meaning to the highest genes
-    expected = (rank_weights(torch.zeros(900, dtype=torch.long), whole, 1) * state).sum()
+    expected = (rank_weights(torch.zeros(900, dtype=torch.long), whole, 1, how) * state).sum()
     found = []
     for _ in range(300):
         kept = np.sort(rng.choice(900, 300, replace=False))
-        weight = rank_weights(torch.zeros(300, dtype=torch.long), whole[kept], 1, spacing=torch.tensor([3.0]))
+        weight = rank_weights(torch.zeros(300, dtype=torch.long), whole[kept], 1, how, spacing=torch.tensor([3.0]))
         found.append(float((weight * state[kept]).sum()))
     assert np.mean(found) == pytest.approx(float(expected), rel=0.02)
 

@@ -38,8 +38,8 @@ def embed(
     pooling: Annotated[
         str | None,
         typer.Option(
-            help="cls; mean, max or ranked (a mean that the highest genes lead) over gene tokens; all (scfoundation). "
-            "[default: the family's own]"
+            help="cls; mean, max, ranked or linear (means that the highest genes lead) over gene tokens; all "
+            "(scfoundation). [default: the family's own]"
         ),
     ] = None,
     hidden_layer: Annotated[int, typer.Option(help="-1 is the output of the last block, -2 of the one before.")] = -1,

@@ -67,12 +67,12 @@ class CellModel(nn.Module):
 
     family: ClassVar[str]
     pooling: Pooling = "cls"
-    poolings: tuple[Pooling, ...] = ("cls", "mean", "ranked", "max")
+    poolings: tuple[Pooling, ...] = ("cls", "mean", "ranked", "linear", "max")
     """Ways of making one vector of a cell's states that the family has."""
     unit_length: ClassVar[bool] = False
     """Whether the family's own cell embedding is scaled to length one."""
     head_pooling: ClassVar[Pooling | None] = None
-    """How fresh heads, which are linear, read a cell's states; ``None``: they are like the published ones."""
+    """How fresh, linear heads read a cell's states (inputs: ``"ranked"``); ``None``: they are like published ones."""
     heads_read_cells: ClassVar[bool] = True
     """Whether heads read one vector a cell, and not the states of all its tokens."""
     reads_depth: ClassVar[bool] = False
@@ -215,7 +215,7 @@ class CellModel(nn.Module):
     def pool(self, hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
         """One vector a cell, ``(b, d)``; means and maxima leave special tokens out.
 
-        ``"ranked"`` is a mean in which genes weigh less the lower they rank in their cell, see :func:`rank_weights`.
+        ``"ranked"`` and ``"linear"`` are means in which genes of low rank weigh less, see :func:`rank_weights`.
         """
         if pooling == "cls":
             return hidden[batch.first]
@@ -225,9 +225,9 @@ class CellModel(nn.Module):
         if pooling == "max":
             index = cell[:, None].expand(-1, shape[1])
             return hidden.new_zeros(shape).scatter_reduce(0, index, hidden[gene], "amax", include_self=False)
-        if pooling == "ranked":
+        if pooling == "ranked" or pooling == "linear":
             values = None if batch.values is None else batch.values[gene]
-            weight = rank_weights(cell, values, batch.n_cells, spacing=batch.spacing)
+            weight = rank_weights(cell, values, batch.n_cells, pooling, spacing=batch.spacing)
         else:
             weight = 1 / torch.bincount(cell, minlength=batch.n_cells)[cell]
         # a sum of a thousand terms in bfloat16 would lose most of them

@@ -86,7 +86,7 @@ class Model(CellModel):
     """BERT (Devlin et al. 2019): learnt positions, post-norm blocks, the table tied to the output."""
 
     family = "geneformer"
-    head_pooling = "ranked"
+    head_pooling = "linear"
     likelihood = "pseudo"
     config: Config
 
@@ -94,7 +94,7 @@ class Model(CellModel):
         super().__init__(config, vocab, encoder)
         # V1 has no <cls>: its embedding is the mean over the genes
         self.pooling: Pooling = "cls" if config.specials else "mean"
-        self.poolings = ("cls", "mean", "ranked", "max") if config.specials else ("mean", "ranked", "max")
+        self.poolings = type(self).poolings if config.specials else type(self).poolings[1:]
         d = config.d_model
         self.token_embedding = nn.Embedding(len(vocab), d)
         self.position_embedding = nn.Embedding(config.max_len, d)

@@ -44,4 +44,4 @@ class Model(GeneLM):
     """GPT-2: pre-norm blocks that look back only, learnt positions, the table of genes also in the output."""
 
     family = "gpt2"
-    poolings = ("mean", "ranked", "max")  # the first token has seen nothing of the cell
+    poolings = ("mean", "ranked", "linear", "max")  # the first token has seen nothing of the cell

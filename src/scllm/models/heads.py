@@ -10,7 +10,7 @@ from scllm._typing import HeadReads
 __all__ = ["HeadSpec", "Level", "Pooling"]
 
 Level = Literal["cell", "gene"]
-Pooling = Literal["cls", "mean", "ranked", "max", "all"]
+Pooling = Literal["cls", "mean", "ranked", "linear", "max", "all"]
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,11 @@ def finetune(
     """Train a head that predicts ``obs[key]``, together with the model below it.
 
     Heads are linear and read the states of a cell's genes before the first block and after the last one, its highest
-    genes weighing most (``tl.embed(pooling="ranked")`` shows the latter); with ``group_key`` those before the first
-    block alone, which carry over best to new groups. They first learn alone, as logistic regression does (in seconds);
-    then all that is not frozen trains on, without dropout (scbert: with its own). The best weights by validation loss
-    are kept, those of the start among them, and their probabilities are calibrated on the validation cells.
+    genes weighing most (``tl.embed`` shows the latter with ``pooling="ranked"``, of geneformer with ``"linear"``); with
+    ``group_key`` those before the first block alone, which carry over best to new groups. They first learn alone, as
+    logistic regression does (in seconds); then all that is not frozen trains on, without dropout (scbert: with its
+    own). The best weights by validation loss are kept, those of the start among them, and their probabilities are
+    calibrated on the validation cells.
 
     ``config=TrainConfig(head_reads="published")`` makes heads like those of the published checkpoints, as scbert and
     scfoundation have them anyway; that of scbert, which reads every position, has no such start.
@@ -308,7 +309,9 @@ def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadSetting, 
         if reads == "published":
             model.set_heads(specs)
         else:
-            model.set_heads(replace(spec, pooling=model.head_pooling, reads=reads) for spec in specs)
+            # inputs are read where whole groups are new, and there these weights carry over best
+            pooling = "ranked" if reads == "inputs" else model.head_pooling
+            model.set_heads(replace(spec, pooling=pooling, reads=reads) for spec in specs)
 
 
 def _balancing(targets: Sequence[Target], training: IntArray) -> NDArray[np.float64]:
