@@ -1,4 +1,4 @@
-"""What heads should read: ``python -m benchmarks.study_pooling``.
+"""What heads should read: ``python -m benchmarks.study_pooling [FAMILY ...]``.
 
 A linear probe on states of an untrained model (``size="tiny"``, gene table from the training cells' singular vectors),
 pooled over genes in each way, on the sets of ``study_labels``: from one pancreas study to the other, and out of folds.
@@ -7,6 +7,7 @@ pooled over genes in each way, on the sets of ``study_labels``: from one pancrea
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 
 import anndata as ad
@@ -25,15 +26,15 @@ N_FOLDS = {"pbmc68k": 5, "kang": 5, "zheng": 2}
 STRENGTHS = (0.01, 0.1, 1.0)
 
 
-def main() -> None:
+def main(families: list[str]) -> None:
     rows = {}
-    for family in ("scgpt", "geneformer"):
+    for family in families:
         for name, training, test in divisions():
             adata = read(SETS["pancreas" if name.startswith("pancreas") else name])
             model = started(family, adata.n_vars, "tiny")(adata[training].copy())
             if family == "geneformer":
                 model = with_medians(model, adata[training].copy())
-            for pooling in ("mean", "ranked", "max"):
+            for pooling in ("mean", "ranked", "linear", "max"):
                 states = scllm.tl.embed(adata, model, pooling=pooling, copy=True).obsm["X_scllm"]
                 found = scores(states, adata.obs[KEY].to_numpy(dtype=object), training, test)
                 rows.setdefault((name, family, pooling), []).append(found)
@@ -75,4 +76,4 @@ def scores(states, truth, training, test) -> list[float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    main()
+    main(sys.argv[1:] or ["scgpt", "geneformer"])
