@@ -151,7 +151,7 @@ CASES = {
     "another set": (lambda folder: datasets.gene_set("dosage"), ValueError, "name is 'dosage'", "Did you mean"),
     "no file": (lambda folder: datasets.gene_set(path=folder / "none"), FileNotFoundError, "is not there", "Check"),
     "no h5ad": (lambda folder: datasets.pancreas(folder / "none"), FileNotFoundError, "is not there", "Check"),
-    "text": (lambda folder: datasets.pancreas(written(folder, "a,b")), ValueError, "is not an HDF5 file", "whole"),
+    "text": (lambda folder: datasets.pancreas(written(folder, "a,b")), ValueError, "cannot be read", "again"),
     "columns": (lambda folder: datasets.gene_set(path=written(folder, "a,b\n1,2\n")), ValueError,
                 r"has the columns \['a', 'b'\], .* expected", "Rename them"),
     "labels": (lambda folder: datasets.gene_set(

@@ -65,7 +65,7 @@ def test_pooling_leaves_specials_out_and_gives_zeros_without_genes(model, batch)
     assert model.pool(hidden, batch, "max").tolist() == expected
 
 
-@pytest.mark.parametrize("pooling", ["mean", "ranked"])
+@pytest.mark.parametrize("pooling", ["mean", "ranked", "linear"])
 def test_means_of_long_cells_are_as_good_in_half_precision_as_one_rounding(model, pooling):
     values = torch.arange(2_000, 0, -1, dtype=torch.float32)
     cell = Batch.from_tokens(Tokens(np.array([0, 2_000]), np.arange(2_000) % 9, values.numpy()))

@@ -345,7 +345,7 @@ def test_positions_matter_and_those_there_are_none_for_are_an_error():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pooling", [None, "ranked"])
+@pytest.mark.parametrize("pooling", [None, "ranked", "linear"])
 def test_a_cell_without_any_gene_is_embedded(pooling):
     model = tiny(specials=False).eval()
     model.set_heads([models.HeadSpec("type", ("a", "b"), pooling=pooling)])

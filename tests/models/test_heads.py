@@ -27,7 +27,7 @@ def batch(model):
 
 
 def with_head(model, reads):
-    model.set_heads([HeadSpec("cell_type", ("x", "y"), pooling="ranked", reads=reads)])
+    model.set_heads([HeadSpec("cell_type", ("x", "y"), pooling=model.head_pooling, reads=reads)])
     return model.eval()
 
 
@@ -39,8 +39,8 @@ def test_some_families_have_heads_that_pool():
 @pytest.mark.parametrize("reads", ["inputs", "last", "both"])
 def test_heads_read_the_states_they_say(model, batch, reads):
     model = with_head(model, reads)
-    before = model.pool(model.hidden(batch, layer=-model.config.n_layers - 1), batch, "ranked")
-    after = model.pool(model.hidden(batch), batch, "ranked")
+    before = model.pool(model.hidden(batch, layer=-model.config.n_layers - 1), batch, model.head_pooling)
+    after = model.pool(model.hidden(batch), batch, model.head_pooling)
     expected = {"inputs": before, "last": after, "both": torch.cat([before, after], dim=1)}[reads]
     torch.testing.assert_close(model.head_inputs(batch), expected)
     said = model.heads[0](expected)

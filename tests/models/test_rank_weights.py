@@ -81,6 +81,21 @@ def test_a_random_part_of_a_cell_weighs_like_the_whole(how):
     assert np.mean(found) == pytest.approx(float(expected), rel=0.02)
 
 
+def test_linear_weights_end_where_sentences_are_cut():
+    rng = np.random.default_rng(0)
+    values = torch.arange(900.0).flip(0)
+    state = torch.exp(-torch.arange(900.0) / 80)
+    cut = (rank_weights(torch.zeros(300, dtype=torch.long), values[:300], 1, "linear", longest=300) * state[:300]).sum()
+    found = []
+    for _ in range(300):
+        kept = np.sort(rng.choice(900, 300, replace=False))
+        cell, spacing = torch.zeros(300, dtype=torch.long), torch.tensor([3.0])
+        weight = rank_weights(cell, values[kept], 1, "linear", spacing=spacing, longest=300)
+        assert not weight[101:].any()
+        found.append(float((weight * state[kept]).sum()))
+    assert np.mean(found) == pytest.approx(float(cut), rel=0.02)
+
+
 @pytest.mark.parametrize("max_len", [500, 11])
 def test_spacing_is_of_the_genes_that_have_a_rank(max_len):
     cells = datasets.toy(n_cells=12)

@@ -441,11 +441,12 @@ def test_heads_on_new_groups_read_the_inputs_unless_adapters_or_the_caller_say_o
     assert tune(group_key="donor", config=TrainConfig(head_reads="last")).head_specs[0].reads == "last"
 
 
-def test_heads_on_ranks_alone_read_linear_weights_but_of_inputs(adata, tune):
+def test_heads_of_geneformer_read_linear_weights_but_of_inputs(adata, tune):
     adata.obs["donor"] = pd.Categorical(["a", "b", "c", "d"] * 15)
     model = models.build("geneformer", vocab=adata.var_names, size="tiny")
     assert tune(model=model).head_specs[0].pooling == "linear"
     assert tune(model=model, group_key="donor").head_specs[0].pooling == "ranked"
+    assert tune(model=model, group_key="donor", lora=2).head_specs[0].pooling == "linear"
 
 
 @pytest.mark.filterwarnings("ignore:after the first epoch the model gives one label")

@@ -10,7 +10,6 @@ import anndata as ad
 from anndata import AnnData
 
 from scllm import _keys
-from scllm.data.source import open_source
 from scllm.datasets._fetch import fetch, figshare_md5
 
 __all__ = ["pancreas"]
@@ -50,8 +49,12 @@ def pancreas(path: str | PathLike[str] | None = None) -> AnnData:
         "human_pancreas_norm_complexBatch.h5ad", _URL, partial(figshare_md5, _ARTICLE, _FILE),
         advice="Download it where there is a connection, and pass it with path=.",
     )  # fmt: skip
-    open_source(file)  # raises where the file is none of anndata's, and says so
-    adata = ad.read_h5ad(file)
+    try:
+        adata = ad.read_h5ad(file)
+    except (OSError, TypeError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}), a whole .h5ad file expected. Copy or download it again."
+        ) from error
     if path is None and adata.shape != _SHAPE:
         raise ValueError(
             f"{file} holds {adata.n_obs} cells x {adata.n_vars} genes, {_SHAPE[0]} x {_SHAPE[1]} expected. Delete the "

@@ -72,7 +72,7 @@ class CellModel(nn.Module):
     unit_length: ClassVar[bool] = False
     """Whether the family's own cell embedding is scaled to length one."""
     head_pooling: ClassVar[Pooling | None] = None
-    """How fresh, linear heads read a cell's states (inputs: ``"ranked"``); ``None``: they are like published ones."""
+    """How fresh linear heads read states, but for those of inputs; ``None``: they are like the published ones."""
     heads_read_cells: ClassVar[bool] = True
     """Whether heads read one vector a cell, and not the states of all its tokens."""
     reads_depth: ClassVar[bool] = False
@@ -213,10 +213,7 @@ class CellModel(nn.Module):
         return gene if batch.values is None else gene & (batch.values > 0)
 
     def pool(self, hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
-        """One vector a cell, ``(b, d)``; means and maxima leave special tokens out.
-
-        ``"ranked"`` and ``"linear"`` are means in which genes of low rank weigh less, see :func:`rank_weights`.
-        """
+        """One vector a cell, ``(b, d)``, of its genes (``"cls"``: of its first token); see :func:`rank_weights`."""
         if pooling == "cls":
             return hidden[batch.first]
         gene = ~self.is_special[batch.genes]
@@ -225,9 +222,10 @@ class CellModel(nn.Module):
         if pooling == "max":
             index = cell[:, None].expand(-1, shape[1])
             return hidden.new_zeros(shape).scatter_reduce(0, index, hidden[gene], "amax", include_self=False)
-        if pooling == "ranked" or pooling == "linear":
+        if pooling in ("ranked", "linear"):
             values = None if batch.values is None else batch.values[gene]
-            weight = rank_weights(cell, values, batch.n_cells, pooling, spacing=batch.spacing)
+            longest = self.encoder.max_len - self.encoder.n_specials
+            weight = rank_weights(cell, values, batch.n_cells, pooling, spacing=batch.spacing, longest=longest)
         else:
             weight = 1 / torch.bincount(cell, minlength=batch.n_cells)[cell]
         # a sum of a thousand terms in bfloat16 would lose most of them

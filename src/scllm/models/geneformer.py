@@ -94,7 +94,7 @@ class Model(CellModel):
         super().__init__(config, vocab, encoder)
         # V1 has no <cls>: its embedding is the mean over the genes
         self.pooling: Pooling = "cls" if config.specials else "mean"
-        self.poolings = type(self).poolings if config.specials else type(self).poolings[1:]
+        self.poolings = tuple(how for how in type(self).poolings if config.specials or how != "cls")
         d = config.d_model
         self.token_embedding = nn.Embedding(len(vocab), d)
         self.position_embedding = nn.Embedding(config.max_len, d)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["RankWeights", "rank_weights"]
+__all__ = ["rank_weights"]
 
 RankWeights = Literal["ranked", "linear"]
 
@@ -18,7 +18,13 @@ _SCALE = 100.0
 
 
 def rank_weights(
-    cell: Tensor, values: Tensor | None, n_cells: int, how: RankWeights = "ranked", *, spacing: Tensor | None = None
+    cell: Tensor,
+    values: Tensor | None,
+    n_cells: int,
+    how: RankWeights,
+    *,
+    spacing: Tensor | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """Weights that fall with the rank r of a gene among the n of its cell, and add up to 1 in each cell.
 
@@ -35,10 +41,11 @@ def rank_weights(
     n_cells
         Number of cells.
     how
-        As 1 / (1 + r / 100)² (``"ranked"``), or as 1 - r / n (``"linear"``), which keeps more of the order where that
-        is all that is known of expression.
+        As 1 / (1 + r / 100)² (``"ranked"``), or as 1 - r / n (``"linear"``), which keeps more of the order.
     spacing
         Of how many genes of each cell one is here, ``(n_cells,)``: ranks are those among all. ``None``: all are here.
+    longest
+        Genes that are read of a cell at most where no random part is: ``"linear"`` weights end there. ``None``: all.
 
     Returns
     -------
@@ -56,12 +63,15 @@ def rank_weights(
     tie = is_new.cumsum(0) - 1
     low = rank[is_new][tie]
     high = low + torch.bincount(tie)[tie]
+    n = size[cell]
+    if spacing is not None:
+        low, high, n = low * spacing[cell], high * spacing[cell], n * spacing[cell]
+    # means over the ranks from low to high
     if how == "linear":
-        each = 1 - (low + high) / (2 * size[cell])  # r / n is the same in a random part
+        n = n if longest is None else n.clamp(max=longest)
+        bottom, top = low.clamp(max=n), high.clamp(max=n)
+        each = (top - bottom) * (1 - (bottom + top) / (2 * n)) / (high - low)
     else:
-        if spacing is not None:
-            low, high = low * spacing[cell], high * spacing[cell]
-        # the mean of (1 + r / scale)^-2 over the ranks from low to high
         each = 1 / ((1 + low / _SCALE) * (1 + high / _SCALE))
     weight = torch.empty_like(each)
     weight[order] = each

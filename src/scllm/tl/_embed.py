@@ -63,7 +63,7 @@ def embed(
         A model, or the path of a model or run directory; ``None`` is the one recorded on ``data`` last.
     pooling
         ``"cls"``, ``"mean"`` or ``"max"`` over gene tokens, ``"ranked"`` (a mean in which a cell's highest genes weigh
-        most, for cells of unequal depth), ``"linear"`` (a mean in which weights fall in proportion to the rank),
+        most, for cells of unequal depth), ``"linear"`` (weights that fall evenly to none at the lowest gene),
         ``"all"`` (scfoundation: both depths, maximum and mean); ``None`` is the family's own (scgpt: ``<cls>`` scaled
         to unit length; geneformer: ``<cls>`` where the model has it, else the mean; scfoundation: all; the others:
         mean). A family has what stands in ``model.poolings``.

@@ -63,10 +63,10 @@ def finetune(
 
     Heads are linear and read the states of a cell's genes before the first block and after the last one, its highest
     genes weighing most (``tl.embed`` shows the latter with ``pooling="ranked"``, of geneformer with ``"linear"``); with
-    ``group_key`` those before the first block alone, which carry over best to new groups. They first learn alone, as
-    logistic regression does (in seconds); then all that is not frozen trains on, without dropout (scbert: with its
-    own). The best weights by validation loss are kept, those of the start among them, and their probabilities are
-    calibrated on the validation cells.
+    ``group_key`` those before the first block alone, as ``"ranked"``, which carry over best to new groups. They first
+    learn alone, as logistic regression does (in seconds); then all that is not frozen trains on, without dropout
+    (scbert: with its own). The best weights by validation loss are kept, those of the start among them, and their
+    probabilities are calibrated on the validation cells.
 
     ``config=TrainConfig(head_reads="published")`` makes heads like those of the published checkpoints, as scbert and
     scfoundation have them anyway; that of scbert, which reads every position, has no such start.
@@ -309,7 +309,7 @@ def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadSetting, 
         if reads == "published":
             model.set_heads(specs)
         else:
-            # inputs are read where whole groups are new, and there these weights carry over best
+            # of inputs, which are read for new groups, these weights carry over best in all families
             pooling = "ranked" if reads == "inputs" else model.head_pooling
             model.set_heads(replace(spec, pooling=pooling, reads=reads) for spec in specs)
 
