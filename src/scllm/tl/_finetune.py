@@ -309,7 +309,7 @@ def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadSetting, 
         if reads == "published":
             model.set_heads(specs)
         else:
-            # of inputs, which are read for new groups, these weights carry over best in all families
+            # of inputs, which are read for new groups, these weights carry over best (docs/study.md)
             pooling = "ranked" if reads == "inputs" else model.head_pooling
             model.set_heads(replace(spec, pooling=pooling, reads=reads) for spec in specs)
 
