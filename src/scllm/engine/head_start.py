@@ -10,7 +10,7 @@ regression of the states.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +29,19 @@ __all__ = ["start_heads"]
 
 _MAX_CELLS = 100_000  # more cells do not change where a head of this size starts
 _MAX_STEPS = 300
-# Half of it times the squared weights is added to the summed loss, as C = 0.1 of a logistic regression: right as often
-# as with 3 in cells of the same study, and more often in those of another.
-_PENALTY = 10.0
-_RIDGE = 0.1  # of the mean variance: directions far below it are noise
+
+
+class _Strength(NamedTuple):
+    """How freely a head learns."""
+
+    ridge: float  # of the mean variance, added to that of every direction before it is brought near one
+    penalty: float  # half of it times the squared weights is added to the summed loss: 1 / C of a logistic regression
+
+
+# Chosen on labelled sets of both kinds (docs/study.md). Cells of the same groups vary most where the labelled ones did,
+# so a head may lean on that; other groups differ from them there first.
+_SAME_GROUPS = _Strength(ridge=0.3, penalty=3.0)
+_NEW_GROUPS = _Strength(ridge=0.1, penalty=10.0)
 
 
 def start_heads(
@@ -77,12 +86,14 @@ def start_heads(
         precision="fp32", desc="starting the heads: states",
     )  # fmt: skip
     states = torch.cat([values for _, values in parts])
-    mean, whiten = _whitening(states)
+    # heads on inputs are those for new groups
+    strength = _NEW_GROUPS if model.head_specs[0].reads == "inputs" else _SAME_GROUPS
+    mean, whiten = _whitening(states, strength.ridge)
     columns = {name: torch.from_numpy(column[rows[chosen]]) for name, column in targets.items()}
     probability = None if weights is None else weights[chosen] / weights[chosen].sum()
     with torch.random.fork_rng([]), torch.enable_grad():
         torch.default_generator.manual_seed(random_state)
-        _fit(model, (states - mean) @ whiten, columns, objective, probability, rng)
+        _fit(model, (states - mean) @ whiten, columns, objective, strength.penalty, probability, rng)
     with torch.no_grad():
         for head in model.heads:
             first = next(layer for layer in head.modules() if isinstance(layer, nn.Linear))
@@ -90,14 +101,14 @@ def start_heads(
             first.bias -= first.weight @ mean
 
 
-def _whitening(states: Tensor) -> tuple[Tensor, Tensor]:
+def _whitening(states: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Mean, and the matrix ``(d, d)`` by which centred states get variances near one and no correlations."""
     mean = states.mean(0)
     centred = (states - mean).double()
     variance, directions = torch.linalg.eigh(centred.T @ centred / len(states))
     variance = variance.clamp(min=0)
     # states that are the same in all cells say nothing
-    scale = (variance + _RIDGE * variance.mean().clamp(min=1e-12)).rsqrt()
+    scale = (variance + ridge * variance.mean().clamp(min=1e-12)).rsqrt()
     return mean, ((directions * scale) @ directions.T).to(states.dtype)
 
 
@@ -106,6 +117,7 @@ def _fit(
     states: Tensor,
     targets: Mapping[str, Tensor],
     objective: Label,
+    penalty: float,
     probability: FloatArray | None,
     rng: np.random.Generator,
 ) -> None:
@@ -122,7 +134,7 @@ def _fit(
     def closure() -> Tensor:
         optimise.zero_grad()
         loss = objective.of(model.head_specs, model.apply_heads(states), targets)
-        value = loss.sum / loss.count.clamp(min=1) + _PENALTY / len(states) * sum((w**2).sum() for w in matrices) / 2
+        value = loss.sum / loss.count.clamp(min=1) + penalty / len(states) * sum((w**2).sum() for w in matrices) / 2
         value.backward()
         return value
 
