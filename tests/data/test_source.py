@@ -591,6 +591,13 @@ def test_categories_as_anndata_0_7_wrote_them_are_read(tmp_path):
     pd.testing.assert_series_equal(found, expected, check_names=False)
 
 
+def test_dense_matrices_as_anndata_0_7_wrote_them_are_read(adata, tmp_path):
+    with_matrix(adata, adata.X.toarray()).write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        del file["X"].attrs["encoding-type"], file["X"].attrs["encoding-version"]
+    assert_same(open_source(tmp_path / "a.h5ad").read(ROWS), adata.X[ROWS])
+
+
 def test_columns_of_other_types_of_categories_are_united(tmp_path):
     first, second = make_adata(4), make_adata(3)
     first.obs["cluster"] = pd.Categorical([1, 2, 2, None])

@@ -368,7 +368,7 @@ def _open_matrix(file: AnnDataFile, layer: str | None) -> RowStore:
             return SparseRows(file, key)
         case "csc_matrix":
             return TransposedRows(file, key)
-        case "array" if is_array(node):
+        case "array" | None if is_array(node):  # anndata 0.7 wrote no kind beside dense matrices
             return DenseRows(file, key)
         case None | "null" if layer is None:
             raise KeyError(f"'{file.path}' has no matrix X. Pass a layer with `layer=`; there are {listed(layers)}.")
