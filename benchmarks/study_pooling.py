@@ -20,7 +20,7 @@ from sklearn.model_selection import StratifiedKFold
 import scllm
 from benchmarks.study_compression import started
 from benchmarks.study_labels import KEY, SETS, read
-from scllm.engine.head_start import _whitening
+from scllm.engine.head_start import whitening
 
 N_FOLDS = {"pbmc68k": 5, "kang": 5, "zheng": 2}
 STRENGTHS = (0.01, 0.1, 1.0)
@@ -64,7 +64,7 @@ def with_medians(model: scllm.models.CellModel, adata: ad.AnnData) -> scllm.mode
 
 def scores(states, truth, training, test) -> list[float]:
     """Accuracy and macro F1 of a logistic regression on whitened states, of each strength."""
-    mean, whiten = _whitening(torch.from_numpy(states[training]))
+    mean, whiten = whitening(torch.from_numpy(states[training]), ridge=0.1)
     white = (torch.from_numpy(states) - mean) @ whiten
     found = []
     for strength in STRENGTHS:

@@ -25,7 +25,7 @@ from scllm.engine.objectives import Label
 from scllm.engine.predict import predict
 from scllm.models.base import CellModel
 
-__all__ = ["start_heads"]
+__all__ = ["start_heads", "whitening"]
 
 _MAX_CELLS = 100_000  # more cells do not change where a head of this size starts
 _MAX_STEPS = 300
@@ -34,7 +34,7 @@ _MAX_STEPS = 300
 class _Strength(NamedTuple):
     """How freely a head learns."""
 
-    ridge: float  # of the mean variance, added to that of every direction before it is brought near one
+    ridge: float  # of the whitening
     penalty: float  # half of it times the squared weights is added to the summed loss: 1 / C of a logistic regression
 
 
@@ -88,7 +88,7 @@ def start_heads(
     states = torch.cat([values for _, values in parts])
     # heads on inputs are those for new groups
     strength = _NEW_GROUPS if model.head_specs[0].reads == "inputs" else _SAME_GROUPS
-    mean, whiten = _whitening(states, strength.ridge)
+    mean, whiten = whitening(states, strength.ridge)
     columns = {name: torch.from_numpy(column[rows[chosen]]) for name, column in targets.items()}
     probability = None if weights is None else weights[chosen] / weights[chosen].sum()
     with torch.random.fork_rng([]), torch.enable_grad():
@@ -101,8 +101,11 @@ def start_heads(
             first.bias -= first.weight @ mean
 
 
-def _whitening(states: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Mean, and the matrix ``(d, d)`` by which centred states get variances near one and no correlations."""
+def whitening(states: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Mean ``(d,)``, and the matrix ``(d, d)`` by which centred states get variances near one and no correlations.
+
+    ``ridge`` times the mean variance is added to that of every direction.
+    """
     mean = states.mean(0)
     centred = (states - mean).double()
     variance, directions = torch.linalg.eigh(centred.T @ centred / len(states))
