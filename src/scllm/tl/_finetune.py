@@ -96,7 +96,8 @@ def finetune(
     validation
         Share of cells held out (of every label alike), or a column as :func:`scllm.pp.split` writes it.
     group_key
-        Column of groups (donors) that are held out whole, as the question is what comes of new ones.
+        Column of groups (donors, studies) that are held out whole. Pass it where cells of other groups are to be
+        labelled: heads then read what carries over. Of one group alone: ``config=TrainConfig(head_reads="inputs")``.
     layer
         Layer to read; ``None`` is ``X``.
     epochs
