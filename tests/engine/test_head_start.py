@@ -68,21 +68,21 @@ def test_a_started_head_says_what_a_probe_of_the_same_states_says(model, cells, 
     assert by_probe > 0.5  # of four types
 
 
-@pytest.mark.parametrize(("reads", "ridge", "penalty"), [("both", 0.3, 3), ("last", 0.3, 3), ("inputs", 0.1, 10)])
-def test_a_linear_head_is_the_logistic_regression_of_whitened_states(cells, reads, ridge, penalty):
+def test_a_linear_head_is_the_logistic_regression_of_whitened_states(cells):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = models.build("scgpt", vocab=cells.var_names, size="tiny").eval()
     labels = cells.obs["cell_type"].cat
-    model.set_heads([HeadSpec("cell_type", tuple(labels.categories), pooling="ranked", reads=reads)])
+    model.set_heads([HeadSpec("cell_type", tuple(labels.categories), pooling="ranked", reads="both")])
     rows = np.arange(0, 400, 2)
     tuned = started(model, cells, rows)
     logits = outputs(tuned, cells, lambda replica, batch: replica.head_outputs(batch)["cell_type"])
     states = outputs(model, cells, lambda replica, batch: replica.head_inputs(batch)).astype(np.float64)
     mean = states[rows].mean(0)
     variance, directions = np.linalg.eigh(np.cov(states[rows].T, bias=True))
-    white = (states - mean) @ directions / np.sqrt(variance + ridge * variance.mean())
-    probe = LogisticRegression(C=1 / penalty, max_iter=5000, tol=1e-8).fit(white[rows], labels.codes.to_numpy()[rows])
+    # a tenth of the mean variance is added to each
+    white = (states - mean) @ directions / np.sqrt(variance + 0.1 * variance.mean())
+    probe = LogisticRegression(C=0.1, max_iter=5000, tol=1e-8).fit(white[rows], labels.codes.to_numpy()[rows])
     expected = log_softmax(probe.decision_function(white), axis=1)
     np.testing.assert_allclose(log_softmax(logits, axis=1), expected, atol=0.01)
 
