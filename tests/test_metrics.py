@@ -6,6 +6,7 @@ from collections import Counter
 from math import log
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse, stats
 from scipy.special import softmax
@@ -74,6 +75,37 @@ def test_auroc_leaves_out_classes_without_cells() -> None:
     probabilities = np.array([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.1, 0.9, 0.0]])
     found = metrics.classification_scores(["a", "a", "b"], ["a", "a", "b"], probabilities, classes=["a", "b", "c"])
     assert found["auroc"] == 1.0
+
+
+SCORES_OF_LABELS = {
+    "classification_scores": lambda truth, *given: metrics.classification_scores(truth, truth, *given),
+    "bootstrap_interval": lambda truth, *given: metrics.bootstrap_interval(truth, truth, *given),
+    "expected_calibration_error": metrics.expected_calibration_error,
+    "reliability": metrics.reliability,
+    "mean_roc": metrics.mean_roc,
+}
+
+
+@pytest.mark.parametrize("name", SCORES_OF_LABELS)
+@pytest.mark.parametrize(
+    ("truth", "message"),
+    [
+        ([0, 1, 1, 0], r"type integer \(first: 0\) and classes of type string \(first: '0'\).*truth\.astype\(str\)"),
+        ([False, True, True, False], r"type boolean \(first: False\) and classes of type string"),
+        (pd.Categorical(["0", None, "1", "0"]), r"1 of 4 labels are missing, one for each cell expected"),
+        (["0", "1", "1"], r"probabilities are of shape \(4, 2\), 3 cells by 2 classes expected"),
+    ],
+    ids=["integers", "booleans", "a gap", "a label too few"],
+)
+def test_labels_that_do_not_go_with_the_columns_are_an_error(name, truth, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        SCORES_OF_LABELS[name](truth, np.eye(2)[[0, 1, 1, 0]], ["0", "1"])
+
+
+@pytest.mark.parametrize("name", SCORES_OF_LABELS)
+def test_labels_outside_the_classes_are_misses(name) -> None:
+    SCORES_OF_LABELS[name](["x", "y", "x", "y"], np.eye(2)[[0, 1, 1, 0]], ["0", "1"])
+    assert metrics.expected_calibration_error(["x", "y"], np.eye(2), ["0", "1"]) == 1
 
 
 def test_confusion_counts_pairs() -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from scllm._calibration import N_BINS, best_class, calibration_error
+from scllm._calibration import N_BINS, all_labels, best_class, calibration_error, scored_labels
 from scllm._typing import FloatArray, IntArray
 
 __all__ = ["bootstrap_interval", "value_scores"]
@@ -92,15 +92,15 @@ def _resampled_scores(
     truth, predicted = np.asarray(truth), np.asarray(predicted)
     if np.issubdtype(truth.dtype, np.floating):
         return value_scores(truth.astype(float), predicted.astype(float), weights)
-    known, code = np.unique(truth, return_inverse=True)
+    known, code = np.unique(all_labels(truth), return_inverse=True)
     guess = pd.Index(known).get_indexer(predicted)
     found = label_scores(confusions(code, guess, len(known), weights))
     found.pop("f1")
     if probabilities is None:
         return found
-    columns = known if classes is None else np.asarray(classes)
+    truth, probabilities, columns = scored_labels(truth, probabilities, classes)
     ranked = [
-        ranking_scores(truth == name, np.asarray(probabilities)[:, k], weights)
+        ranking_scores(truth == name, probabilities[:, k], weights)
         for k, name in enumerate(columns)
         if 0 < (truth == name).sum() < len(truth)
     ]

@@ -6,14 +6,17 @@ from numbers import Integral
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from scllm._typing import FloatArray, IntArray
 
-__all__ = ["N_BINS", "best_class", "calibration_error", "expected_calibration_error", "reliability", "temperature"]
+__all__ = [
+    "N_BINS", "all_labels", "best_class", "calibration_error", "expected_calibration_error", "reliability",
+    "scored_labels", "temperature",
+]  # fmt: skip
 
 N_BINS = 15
 _TEMPERATURES = (0.05, 20.0)
@@ -99,10 +102,40 @@ def temperature(logits: FloatArray, labels: IntArray) -> float:
 
 def best_class(truth: ArrayLike, probabilities: FloatArray, classes: ArrayLike | None) -> tuple[FloatArray, FloatArray]:
     """Probability of each cell's best class, and whether that is the true one."""
-    truth, probabilities = np.asarray(truth), np.asarray(probabilities, np.float64)
-    names = np.unique(truth) if classes is None else np.asarray(classes)
+    truth, probabilities, names = scored_labels(truth, probabilities, classes)
     best = probabilities.argmax(axis=1)
     return probabilities[np.arange(len(best)), best], (names[best] == truth).astype(float)
+
+
+def scored_labels(
+    truth: ArrayLike, probabilities: ArrayLike, classes: ArrayLike | None
+) -> tuple[NDArray, FloatArray, NDArray]:
+    """Labels, probabilities and names of their columns as arrays; an error unless they go together."""
+    labels, found = all_labels(truth), np.asarray(probabilities, np.float64)
+    names = np.unique(labels) if classes is None else np.asarray(classes)
+    if found.shape != (len(labels), len(names)):
+        raise ValueError(
+            f"probabilities are of shape {found.shape}, {len(labels)} cells by {len(names)} classes expected. Pass a "
+            "row for each label, and with classes= the name of each column."
+        )
+    types = [pd.api.types.infer_dtype(values) for values in (labels, names)]
+    if types[0] != types[1] and not np.isin(labels.astype(object), names.astype(object)).any():
+        raise ValueError(
+            f"labels are of type {types[0]} (first: {labels.tolist()[0]!r}) and classes of type {types[1]} (first: "
+            f"{names.tolist()[0]!r}), labels as classes are named expected. Pass both as strings: truth.astype(str)."
+        )
+    return labels, found, names
+
+
+def all_labels(truth: ArrayLike) -> NDArray:
+    """Labels as an array; an error where some are missing."""
+    labels = np.asarray(truth)
+    n_missing = int(pd.isna(labels).sum())
+    if n_missing:
+        raise ValueError(
+            f"{n_missing} of {len(labels)} labels are missing, one for each cell expected. Leave those cells out."
+        )
+    return labels
 
 
 def calibration_error(confidence: FloatArray, correct: FloatArray, n_bins: int, weights: FloatArray) -> FloatArray:

@@ -33,7 +33,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from scllm._bootstrap import bootstrap_interval, value_scores
-from scllm._calibration import expected_calibration_error, reliability, temperature
+from scllm._calibration import all_labels, expected_calibration_error, reliability, scored_labels, temperature
 from scllm._typing import CSR, FloatArray, IntArray
 
 __all__ = [
@@ -96,7 +96,7 @@ def classification_scores(
     >>> {name: round(value, 3) for name, value in scores.items()}
     {'accuracy': 0.75, 'macro_f1': 0.733, 'balanced_accuracy': 0.75}
     """
-    truth, predicted = np.asarray(truth), np.asarray(predicted)
+    truth, predicted = all_labels(truth), np.asarray(predicted)
     known = np.unique(truth)
     scores = {
         "accuracy": float(accuracy_score(truth, predicted)),
@@ -104,7 +104,7 @@ def classification_scores(
         "balanced_accuracy": float(recall_score(truth, predicted, labels=known, average="macro", zero_division=0)),
     }
     if probabilities is not None:
-        columns = known if classes is None else np.asarray(classes)
+        truth, probabilities, columns = scored_labels(truth, probabilities, classes)
         is_class = truth[:, None] == columns  # (n, k)
         scored = is_class.any(axis=0) & ~is_class.all(axis=0)
         for name, area in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
@@ -159,8 +159,8 @@ def mean_roc(
     n_points
         Rates between 0 and 1 at which curves are averaged.
     """
-    truth = np.asarray(truth)
-    is_class = truth[:, None] == (np.unique(truth) if classes is None else np.asarray(classes))
+    truth, probabilities, names = scored_labels(truth, probabilities, classes)
+    is_class = truth[:, None] == names
     scored = np.flatnonzero(is_class.any(axis=0) & ~is_class.all(axis=0))
     false = np.linspace(0, 1, n_points)
     curves = [roc_curve(is_class[:, k], probabilities[:, k]) for k in scored]
