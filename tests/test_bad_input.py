@@ -74,6 +74,13 @@ def label(key: str, values: object) -> Callable[[AnnData, Path], None]:
     return lambda adata, folder: adata.obs.__setitem__(key, values)
 
 
+def twice(key: str) -> Callable[[AnnData, Path], None]:
+    def spoil(adata: AnnData, folder: Path) -> None:
+        adata.obs = pd.concat([adata.obs, adata.obs[[key]]], axis=1)
+
+    return spoil
+
+
 def finetune(key: str) -> Callable[[AnnData, Path], object]:
     return lambda adata, folder: scllm.tl.finetune(adata, small(), key=key, run_dir=folder / "run")
 
@@ -199,6 +206,15 @@ CASES = {
     "integer labels": Case(
         label("n", np.arange(60) % 3 + 5), finetune("n"), r"obs\['n'\] holds integers \(first: 5\)",
         "labels or float values expected", r"\.astype\('category'\)",
+    ),
+    "numbers as objects": Case(
+        label("n", pd.Series([*range(5), None] * 10, dtype=object).to_numpy()), finetune("n"),
+        r"obs\['n'\] holds numbers as objects \(first: 0\)", "labels or float values expected",
+        r"\.astype\('category'\)",
+    ),
+    "two columns of one name": Case(
+        twice("cell_type"), finetune("cell_type"), "2 columns of adata.obs are called 'cell_type'", "one expected",
+        "Rename or drop one",
     ),
     "too many GPUs": Case(
         lambda adata, folder: None, pretrain(n_gpus=8), "n_gpus is 8", r"this machine has \d",

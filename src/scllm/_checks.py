@@ -68,7 +68,18 @@ def obs_column(obs: pd.DataFrame, key: str) -> pd.Series:
     """The column ``key`` of ``obs`` as it is; ``KeyError`` if there is none."""
     if key not in obs.columns:
         raise missing_key(key, obs.columns, "a column of adata.obs")
-    return obs[key]
+    column = obs[key]
+    if isinstance(column, pd.DataFrame):
+        raise ValueError(
+            f"{column.shape[1]} columns of adata.obs are called {key!r}, one expected. Rename or drop one."
+        )
+    return column
+
+
+def holds_numbers(column: pd.Series) -> bool:
+    """Whether what is there are numbers, also as Python objects; categories are labels, whatever they are named."""
+    numbers = ("integer", "floating", "mixed-integer-float", "decimal", "complex")
+    return pd.api.types.infer_dtype(column, skipna=True) in numbers
 
 
 def groups(obs: pd.DataFrame, key: str) -> pd.Series:
@@ -82,7 +93,7 @@ def labels(obs: pd.DataFrame, key: str) -> pd.Series:
     Numbers and fewer than two classes are a ``ValueError``: they cannot be told apart from values, or learned.
     """
     column = obs_column(obs, key)
-    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+    if holds_numbers(column):
         raise ValueError(
             f"obs[{key!r}] holds numbers ({column.dtype}), labels expected. "
             f"If the numbers are classes: adata.obs[{key!r}] = adata.obs[{key!r}].astype('category')."

@@ -116,6 +116,18 @@ def test_cells_without_a_label_are_left_out_with_a_warning(adata, tune, what):
     assert sorted([*cells["train"], *cells["validation"]]) == list(range(7, 60))
 
 
+def test_codes_with_a_gap_are_values_and_a_warning_says_so(adata, tune):
+    adata.obs["cluster"] = np.where(np.arange(60) < 7, np.nan, np.arange(60) % 3)
+    with pytest.warns(
+        UserWarning, match=r"whole numbers, which are taken as values; if they are labels: (.*)\."
+    ) as said:
+        tuned = tune("cluster")
+    assert tuned.head_specs[0].classes is None
+    exec(str(said[0].message).split("labels: ")[1].removesuffix("."), {"adata": adata})
+    with pytest.warns(UserWarning, match="7 of 60 cells have no label"):
+        assert tune("cluster").head_specs[0].classes == ("0", "1", "2")
+
+
 def test_with_several_heads_a_cell_with_one_label_takes_part(adata, tune):
     adata.obs["a"], adata.obs["b"] = adata.obs["cell_type"].astype(object), adata.obs["batch"].astype(object)
     adata.obs.loc[adata.obs_names[:10], "a"] = np.nan

@@ -11,7 +11,7 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from scllm._checks import missing_key
+from scllm._checks import holds_numbers, missing_key
 from scllm._log import warn
 from scllm._typing import IntArray
 from scllm.data import genes
@@ -141,8 +141,7 @@ def _by_row(adata: AnnData, labels: LabelLike) -> pd.Series:
 def _as_labels(column: pd.Series, what: str) -> pd.Series:
     """Labels as strings; numbers are an error."""
     known = column.dropna()
-    inferred = pd.api.types.infer_dtype(known, skipna=True)
-    if inferred in ("floating", "integer", "mixed-integer-float", "decimal", "complex"):
+    if holds_numbers(known):
         raise ValueError(
             f"{what} holds numbers (first: {known.iloc[0]}), labels expected. If they are classes, make them strings: "
             ".astype(str) on those that are not missing."

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from scllm._checks import labels, obs_column
+from scllm._checks import holds_numbers, labels, obs_column
 from scllm._log import warn
 from scllm._typing import IntArray
 
@@ -53,9 +53,10 @@ class Target:
 def find_target(obs: pd.DataFrame, key: str) -> Target:
     """The column to predict; an error where it is neither labels nor values, a warning where cells have none."""
     column = obs_column(obs, key)
-    if pd.api.types.is_integer_dtype(column):
+    if holds_numbers(column) and not pd.api.types.is_float_dtype(column):
+        first, what = column.dropna().iloc[0], "numbers as objects" if column.dtype == object else "integers"
         raise ValueError(
-            f"obs[{key!r}] holds integers (first: {column.iloc[0]}), labels or float values expected. If they are "
+            f"obs[{key!r}] holds {what} (first: {first}), labels or float values expected. If they are "
             f"labels: adata.obs[{key!r}] = adata.obs[{key!r}].astype('category'); if they are values: .astype(float)."
         )
     if pd.api.types.is_float_dtype(column):
@@ -73,6 +74,17 @@ def find_target(obs: pd.DataFrame, key: str) -> Target:
         what = "finite value" if target.classes is None else "label"
         warn(
             f"{n_missing} of {len(obs)} cells have no {what} in obs[{key!r}] and are left out. Drop them to silence "
-            "this."
+            f"this.{_of_whole_numbers(target)}"
         )
     return target
+
+
+def _of_whole_numbers(target: Target) -> str:
+    """Codes of labels become floats where one is missing, and would be taken for values without a word."""
+    values = target.column[target.is_there]
+    if target.classes is not None or (values % 1).any():
+        return ""
+    return (
+        " The others hold whole numbers, which are taken as values; if they are labels: "
+        f"adata.obs[{target.key!r}] = adata.obs[{target.key!r}].astype('Int64').astype('category')."
+    )
