@@ -189,7 +189,7 @@ def test_the_matrix_is_shared_with_what_is_trained_on(adata):
     from scllm.tl._cross_validate import _Cells
     from scllm.tl._target import find_target
 
-    cells = _Cells.of(adata, find_target(adata.obs, "cell_type"), baseline=False, layer=None)
+    cells = _Cells.of(adata, find_target(adata.obs, "cell_type"), layer=None)
     assert np.shares_memory(cells.adata.X.data, adata.X.data)
     cells.adata.obs["new"] = 1
     assert "new" not in adata.obs
@@ -200,7 +200,7 @@ def test_the_only_training_cell_of_a_label_is_trained_on(adata):
     from scllm.tl._target import find_target
 
     adata.obs["label"] = ["rare", *["often"] * 59]
-    cells = _Cells.of(adata, find_target(adata.obs, "label"), baseline=False, layer=None)
+    cells = _Cells.of(adata, find_target(adata.obs, "label"), layer=None)
     for seed in range(8):
         parts = cells._parts(np.arange(40), 0.5, seed)
         assert parts[0] == "train"
@@ -345,6 +345,38 @@ def test_requests_that_cannot_be_met_write_nothing(adata, tiny, tmp_path, name):
         cross_validate(adata, tiny, run_dir=tmp_path / "run", **FAST, **options)
     assert not (tmp_path / "run").exists()
     assert list(adata.obs) == columns
+    assert not adata.uns
+
+
+UNFIT: dict[str, tuple[dict, str]] = {
+    "negative values": ({}, "negative"),
+    "missing values": ({}, "non-finite"),
+    "no matrix": ({}, "adata.X is None"),
+    "genes that the model lacks": ({}, "0 of 40 genes"),
+    "a gene twice": ({}, "gene_0"),
+    "too many frozen blocks": ({"freeze": 99}, "freeze is 99"),
+    "an unknown loss": ({"loss": "mse"}, "mse"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_no_fold_could_be_trained_on_leaves_no_directory(adata, tiny, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("scllm.settings.run_dir", tmp_path / "runs")
+    options, message = UNFIT[name]
+    if name in ("negative values", "missing values"):
+        adata.X.data[:] = -1 if name == "negative values" else np.nan
+    elif name == "no matrix":
+        adata.X = None
+    elif name == "genes that the model lacks":
+        adata.var_names = [f"other_{i}" for i in range(adata.n_vars)]
+    elif name == "a gene twice":
+        adata.var_names = ["gene_0", *adata.var_names[:-1]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # the linear model must not be first to read the matrix
+        with pytest.raises((ValueError, KeyError), match=message):
+            cross_validate(adata, tiny, key="cell_type", n_folds=3, **FAST, **options)
+    assert not (tmp_path / "runs").exists()
     assert not adata.uns
 
 

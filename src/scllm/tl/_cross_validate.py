@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def cross_validate(
     check_coverage(target, folds)
     run_dir = folds_directory("cross_validate", options.pop("run_dir", None), options.pop("resume", "auto"))
     methods = ("model", "baseline") if baseline else ("model",)
-    cells = _Cells.of(adata, target, baseline, options.get("layer"))
+    cells = _Cells.of(adata, target, options.get("layer"))
     tables, first = [], {method: np.full((adata.n_obs, target.n_outputs), np.nan, np.float32) for method in methods}
     for repeat, fold in np.ndindex(n_repeats, n_folds):
         tested = np.flatnonzero(folds[repeat] == fold)
@@ -175,16 +176,20 @@ class _Cells:
 
     adata: AnnData
     target: Target
-    logged: CSR | None
+    layer: str | None
 
     @classmethod
-    def of(cls, adata: AnnData, target: Target, baseline: bool, layer: str | None) -> _Cells:
+    def of(cls, adata: AnnData, target: Target, layer: str | None) -> _Cells:
         matched = {name: value for name, value in adata.uns.get(_keys.UNS, {}).items() if name == "match_genes"}
         light = AnnData(
             adata.X, obs=adata.obs[[target.key]], var=adata.var, layers=dict(adata.layers), uns={_keys.UNS: matched}
         )
-        matrix = adata.X if layer is None else adata.layers[layer]
-        return cls(light, target, log_normalised(matrix) if baseline else None)
+        return cls(light, target, layer)
+
+    @cached_property
+    def logged(self) -> CSR:
+        """What the linear model reads: made after the first fold's model has found the matrix fit to read."""
+        return log_normalised(self.adata.X if self.layer is None else self.adata.layers[self.layer])
 
     def by_model(
         self, model: CellModel, training: IntArray, tested: IntArray, options: dict[str, Any], run_dir: Path

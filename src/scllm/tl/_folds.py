@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import secrets
 import time
 import warnings
 from pathlib import Path
@@ -69,15 +69,16 @@ def _without_empty_folds(fold: IntArray, groups: IntArray, n_folds: int) -> IntA
 
 
 def folds_directory(verb: str, given: Any, resume: Any) -> Path:
-    """Where the folds' runs go; finished and half-finished ones that are there are continued."""
+    """Where the folds' runs go; finished and half-finished ones that are there are continued.
+
+    Nothing is made yet: the first run that has passed all checks makes it.
+    """
     if resume not in ("auto", True, False):
         raise ValueError(f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues what is there.")
     if given is None and resume is True:
         raise ValueError("resume=True is given and run_dir is not, both expected. Pass the run_dir to continue.")
     if given is None:
-        Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
-        stem = f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-"
-        return Path(tempfile.mkdtemp(prefix=stem, dir=settings.run_dir))
+        return Path(settings.run_dir) / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
     path = Path(given)
     begun = (path / "fold-0").exists()
     if resume is True and not begun:
