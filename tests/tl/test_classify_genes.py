@@ -109,6 +109,15 @@ def test_genes_of_a_fold_carry_no_label_in_its_training(adata, begun, markers, t
     assert sorted(np.concatenate([list(fold) for fold in seen])) == list(range(20))
 
 
+@pytest.mark.parametrize(("share", "n_held_out"), [(0.001, 1), (0.999, 14)])
+def test_a_share_of_genes_leaves_one_on_either_side(adata, begun, markers, tmp_path, share, n_held_out):
+    options = {"epochs": 1, "n_folds": 4, "baseline": False, "run_dir": tmp_path / "run"}
+    classify_genes(adata, begun, labels=markers, validation=share, **options)
+    for number in range(4):
+        spec = json.loads((tmp_path / "run" / f"fold-{number}" / "spec.json").read_text())
+        assert sum(map(len, spec["objective"]["held_out"])) == n_held_out
+
+
 def test_pooled_states_are_those_of_each_cell_by_itself(adata, begun):
     source = open_source(adata)
     match = gene_match(adata, source, begun)

@@ -152,6 +152,7 @@ class GeneTask:
         share = self.options.validation
         if not share:
             return training, training[:0]
+        share = min(max(share, 1 / len(training)), 1 - 1 / len(training))
         part = split_cells(
             len(training), (1 - share, share), stratify=pd.Series(self.codes[training]), random_state=self.seed
         )
