@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -226,6 +227,16 @@ def test_functions_are_short() -> None:
                 long.append(f"{module.name}.{name}: {n_lines}")
     assert walked > 100
     assert not long
+
+
+def test_the_tree_of_the_design_is_that_of_the_source() -> None:
+    tree = (SOURCE.parents[1] / "docs" / "design.md").read_text(encoding="utf-8").split("```")[1]
+    drawn = set(re.findall(r"\w+(?=\.py)|(?<=[ (])_[a-z]\w*", tree))
+    files = {path.stem: path.parent.name for path in SOURCE.rglob("*.py") if path.stem != "__init__"}
+    described_as_one = ("cli", "encode", "objectives")
+    assert len(drawn) > 100
+    assert not {stem for stem, package in files.items() if package not in described_as_one} - drawn
+    assert not drawn - set(files) - {"__init__"}
 
 
 def test_public_modules_say_what_is_public() -> None:
