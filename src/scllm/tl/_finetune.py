@@ -63,10 +63,11 @@ def finetune(
 
     Heads are linear and read the states of a cell's genes before the first block and after the last one, its highest
     genes weighing most (``tl.embed`` shows the latter with ``pooling="ranked"``, of geneformer with ``"linear"``); with
-    ``group_key`` those before the first block alone, as ``"ranked"``, which carry over best to new groups. They first
-    learn alone, as logistic regression does (in seconds); then all that is not frozen trains on, without dropout
-    (scbert: with its own). The best weights by validation loss are kept, those of the start among them, and their
-    probabilities are calibrated on the validation cells.
+    ``group_key`` those before the first block alone, as ``"ranked"``, which carry over best to new groups (blocks are
+    not trained then: embed cells with the model that was given). They first learn alone, as logistic regression does
+    (in seconds); then all that is not frozen trains on, without dropout (scbert: with its own). The best weights by
+    validation loss are kept, those of the start among them, and their probabilities are calibrated on the validation
+    cells.
 
     ``config=TrainConfig(head_reads="published")`` makes heads like those of the published checkpoints, as scbert and
     scfoundation have them anyway; that of scbert, which reads every position, has no such start.
