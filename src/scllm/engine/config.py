@@ -89,8 +89,8 @@ class TrainConfig:
     save_every
         Steps between two checkpoints; ``None``: one an epoch.
     use_dropout
-        Whether the model's dropout is on in training. ``None``: yes, but for :func:`finetune` of all families except
-        scbert, whose heads start from states without that noise.
+        Whether the model's dropout is on in training. ``None``: yes in pretraining and in :func:`finetune` of scbert;
+        in all other fine-tuning heads start from states without that noise, and it stays off.
     head_reads
         What the heads of :func:`finetune` read of a cell: ``"inputs"`` of the first block, which know no context and
         carry over best to new donors and studies; states after the ``"last"`` block; ``"both"``; or ``"published"``,

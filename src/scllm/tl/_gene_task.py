@@ -54,7 +54,15 @@ class Options:
 
 def gene_config(model: CellModel, options: Options) -> TrainConfig:
     """Training settings with nothing left open; an error for those that heads on genes do not have."""
-    defaults = {**models.family_module(model.family).FINETUNE, "epochs": _EPOCHS, "lr": _LR, "gene_init": "random"}
+    defaults = {
+        **models.family_module(model.family).FINETUNE,
+        "epochs": _EPOCHS,
+        "lr": _LR,
+        "gene_init": "random",
+        "use_dropout": False,  # heads start from states without that noise
+        "schedule": "linear",
+        "warmup": 20,
+    }
     given = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
     config = merged_config(
         options.config, given, defaults, precision=options.precision, random_state=options.random_state
