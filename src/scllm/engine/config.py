@@ -56,7 +56,8 @@ class TrainConfig:
     gamma
         Factor of the learning rate an epoch with ``schedule="step"``.
     weight_decay
-        Of AdamW, on matrices other than tables of embeddings.
+        Of AdamW, on matrices other than tables of embeddings; those that the loss does not reach (blocks, where heads
+        read the inputs) shrink too, unless frozen.
     layer_decay
         Factor of the learning rate from each block to the one before it; 1 trains all alike.
     clip
