@@ -38,7 +38,8 @@ def cv_scores(
     """Draw the scores of all folds, the model beside the baseline.
 
     Points are folds, lines join the two methods on one fold, bars are means. Where most lines fall, the model is worth
-    less than a linear one, however high its score.
+    less than a linear one, however high its score. Scores without the calibration error
+    (``metrics=["accuracy", "macro_f1"]``) have an axis that begins just below the lowest fold.
 
     Parameters
     ----------
@@ -141,7 +142,7 @@ def calibration(
         ax.plot(many["confidence"], many["accuracy"], color=source.color, linewidth=1.2, zorder=2)
         ax.scatter(
             bins["confidence"], bins["accuracy"], s=area, color=source.color, edgecolors="white", linewidths=0.6,
-            zorder=3, label=f"{source.name}  (ECE {error:.3f})",
+            alpha=0.85, clip_on=False, zorder=3, label=f"{source.name}  (ECE {error:.3f})",
         )  # fmt: skip
     legend = ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     for handle in legend.legend_handles:
@@ -240,22 +241,26 @@ def _draw_folds(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
     places = dict(zip(methods, np.linspace(-_APART, _APART, len(methods)) if len(methods) > 1 else [0.0], strict=True))
     for at, name in enumerate(names):
         folds = {method: table.loc[method, name].to_numpy() for method in methods}
+        means = [np.nanmean(values) if np.isfinite(values).any() else np.nan for values in folds.values()]
+        digits = 3 if np.ptp(means) < 0.01 else 2
         if len(methods) > 1:
             ax.plot([at - _APART, at + _APART], list(folds.values()), color="#C8C8C8", linewidth=0.8, zorder=1)
-        for method, values in folds.items():
+        for (method, values), mean in zip(folds.items(), means, strict=True):
             x, color = at + places[method], _METHODS[method][1]
             ax.scatter(np.full(len(values), x), values, s=18, color=color, alpha=0.75, linewidths=0, zorder=2)
-            mean = np.nanmean(values) if np.isfinite(values).any() else np.nan
             ax.plot([x - 0.11, x + 0.11], [mean, mean], color=color, linewidth=2.2, solid_capstyle="butt", zorder=3)
             side = -1 if places[method] < 0 else 1
             ax.annotate(
-                f"{mean:.2f}", (x + side * 0.12, mean), xytext=(side * 2, 0), textcoords="offset points", color=color,
-                ha="right" if side < 0 else "left", va="center", fontsize="x-small",
+                f"{mean:.{digits}f}", (x + side * 0.12, mean), xytext=(side * 2, 0), textcoords="offset points",
+                color=color, ha="right" if side < 0 else "left", va="center", fontsize="x-small",
             )  # fmt: skip
     ax.set_xticks(range(len(names)), [_TITLES.get(name, name) for name in names], fontsize="small")
     ax.set_xlim(-0.75, len(names) - 0.25)
-    lowest = np.nanmin(table[list(names)].to_numpy(), initial=0.0)
-    ax.set_ylim(min(0, lowest * 1.05), None if _MAE in names else 1.02)
+    errors = [name for name in (_MAE, "ece") if name in names]
+    # errors begin at zero; where scores are alone, high ones would lie on top of each other on an axis that does
+    lowest = np.nanmin(table[list(names)].to_numpy(), initial=0.0 if errors else 1.0)
+    bottom = 0 if errors and lowest >= 0 else lowest - 0.1 * (1 - lowest)
+    ax.set_ylim(bottom, None if _MAE in names else 1 + min(0.02, 0.04 * (1 - bottom)))
     tidy(ax, grid="y")
     ax.tick_params(axis="x", length=0)
 
