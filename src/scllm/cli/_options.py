@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from scllm.models.base import CellModel
 
 __all__ = [
-    "BatchSize", "Config", "DataPaths", "Device", "Epochs", "Family", "GroupKey", "Layer", "LearningRate", "ModelPath",
-    "NGpus", "NProcs", "Precision", "RandomState", "Resume", "RunDir", "WrittenData", "one_or_all", "read_config",
-    "read_model", "read_resume", "read_validation", "read_weights",
+    "BatchSize", "CellsAtOnce", "Config", "DataPaths", "Device", "Epochs", "Family", "GroupKey", "Layer",
+    "LearningRate", "ModelPath", "NGpus", "NProcs", "Precision", "RandomState", "Resume", "RunDir", "WrittenData",
+    "one_or_all", "read_config", "read_model", "read_resume", "read_validation", "read_weights",
 ]  # fmt: skip
 
 DataPaths = Annotated[
@@ -43,6 +43,10 @@ RunDir = Annotated[
 Epochs = Annotated[int | None, typer.Option(help="Passes over the cells. [default: the family's own]")]
 BatchSize = Annotated[
     int | None, typer.Option(help="Cells of one optimiser step, over all processes. [default: the family's own]")
+]
+CellsAtOnce = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Cells of one forward pass; for speed and memory. [default: chosen]"),
 ]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Highest learning rate. [default: the family's own]")]
 GroupKey = Annotated[str | None, typer.Option(help="Column of obs with groups (donors) that are held out whole.")]

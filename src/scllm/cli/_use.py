@@ -10,7 +10,7 @@ import typer
 from scllm import _keys
 from scllm.cli._app import Debug, Verbose
 from scllm.cli._options import (
-    BatchSize,
+    CellsAtOnce,
     Device,
     Family,
     Layer,
@@ -45,7 +45,7 @@ def embed(
     hidden_layer: Annotated[int, typer.Option(help="-1 is the output of the last block, -2 of the one before.")] = -1,
     layer: Layer = None,
     key_added: Annotated[str, typer.Option(help="Key in obsm, with --out x.h5ad.")] = "X_scllm",
-    batch_size: BatchSize = None,
+    batch_size: CellsAtOnce = None,
     device: Device = "auto",
     n_gpus: Annotated[int, typer.Option(help="GPUs that share the cells.")] = 1,
     precision: Precision = "auto",
@@ -79,7 +79,7 @@ def classify(
         float | None, typer.Option(help="Cells whose best label is less probable are called unknown.")
     ] = None,
     layer: Layer = None,
-    batch_size: BatchSize = None,
+    batch_size: CellsAtOnce = None,
     device: Device = "auto",
     precision: Precision = "auto",
     verbose: Verbose = False,
