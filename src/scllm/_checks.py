@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from inspect import signature
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ from scllm._names import listed
 from scllm._typing import FloatArray
 
 __all__ = [
-    "check_adata", "check_options", "embedding", "groups", "labels", "missing_key", "obs_column",
+    "check_adata", "check_options", "embedding", "groups", "holds_numbers", "labels", "missing_key", "obs_column",
     "warn_of_unknown_labels",
 ]  # fmt: skip
 
@@ -55,23 +57,25 @@ def missing_key(key: str, names: Iterable[str], where: str, advice: str = "") ->
     return KeyError(" ".join(filter(None, (f"{key!r} is not {where}.", offer, advice))))
 
 
-def check_options(given: Iterable[str], known: Sequence[str], verb: str) -> None:
-    """Raise ``TypeError`` where an option is none of a verb's, and offer the closest."""
+def check_options(given: Iterable[str], passed_on: Iterable[str], verb: Callable[..., Any]) -> None:
+    """Raise ``TypeError`` where an option is neither the verb's own nor one that it passes on; offer the closest."""
+    own = [one.name for one in signature(verb).parameters.values() if one.kind is one.KEYWORD_ONLY]
+    known = [*own, *passed_on]
     for name in given:
         if name not in known:
             close = get_close_matches(name, known, n=1)
             offer = f"Did you mean {close[0]!r}?" if close else "Leave it out."
-            raise TypeError(f"{name!r} is no option of {verb}, one of {', '.join(known)} expected. {offer}")
+            raise TypeError(f"{name!r} is no option of {verb.__name__}, one of {', '.join(known)} expected. {offer}")
 
 
-def obs_column(obs: pd.DataFrame, key: str) -> pd.Series:
-    """The column ``key`` of ``obs`` as it is; ``KeyError`` if there is none."""
+def obs_column(obs: pd.DataFrame, key: str, *, owner: str = "adata") -> pd.Series:
+    """The column ``key`` of ``obs`` as it is; ``KeyError`` if there is none. ``owner`` is whose ``obs`` it is."""
     if key not in obs.columns:
-        raise missing_key(key, obs.columns, "a column of adata.obs")
+        raise missing_key(key, obs.columns, f"a column of {owner}.obs")
     column = obs[key]
     if isinstance(column, pd.DataFrame):
         raise ValueError(
-            f"{column.shape[1]} columns of adata.obs are called {key!r}, one expected. Rename or drop one."
+            f"{column.shape[1]} columns of {owner}.obs are called {key!r}, one expected. Rename or drop one."
         )
     return column
 
@@ -87,16 +91,16 @@ def groups(obs: pd.DataFrame, key: str) -> pd.Series:
     return _as_categories(obs_column(obs, key))
 
 
-def labels(obs: pd.DataFrame, key: str) -> pd.Series:
+def labels(obs: pd.DataFrame, key: str, *, owner: str = "adata") -> pd.Series:
     """``obs[key]`` as the classes that occur, named as strings and missing where the label is missing.
 
     Numbers and fewer than two classes are a ``ValueError``: they cannot be told apart from values, or learned.
     """
-    column = obs_column(obs, key)
+    column = obs_column(obs, key, owner=owner)
     if holds_numbers(column):
         raise ValueError(
             f"obs[{key!r}] holds numbers ({column.dtype}), labels expected. "
-            f"If the numbers are classes: adata.obs[{key!r}] = adata.obs[{key!r}].astype('category')."
+            f"If the numbers are classes: {owner}.obs[{key!r}] = {owner}.obs[{key!r}].astype('category')."
         )
     classes = _as_categories(column)
     if len(classes.cat.categories) < 2:
@@ -120,10 +124,10 @@ def warn_of_unknown_labels(obs: pd.DataFrame, key: str, known: Iterable[str], ad
         )
 
 
-def embedding(adata: AnnData, use_rep: str, *, advice: str = "") -> FloatArray:
+def embedding(adata: AnnData, use_rep: str, *, advice: str = "", owner: str = "adata") -> FloatArray:
     """``obsm[use_rep]`` as a finite dense array, ``(n_cells, d)``."""
     if use_rep not in adata.obsm:
-        raise missing_key(use_rep, adata.obsm, "in adata.obsm", advice)
+        raise missing_key(use_rep, adata.obsm, f"in {owner}.obsm", advice)
     values = np.asarray(adata.obsm[use_rep])
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.number):
         raise ValueError(

@@ -495,7 +495,7 @@ def test_file_of_another_kind_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("data", [None, 3, [], {"a": 1}, np.zeros((2, 2))])
 def test_anything_else_is_a_type_error(data):
-    with pytest.raises(TypeError, match=r"holds no cells that could be read"):
+    with pytest.raises(TypeError, match=r"data is of type \w+, an AnnData, a path .* expected. Data come first"):
         open_source(data)
 
 

@@ -75,6 +75,13 @@ def test_doubtful_cells_are_unknown(adata, labelled):
         classify(adata, labelled, threshold=1.5)
 
 
+def test_a_class_called_unknown_is_warned_of(adata, labelled):
+    labelled.set_heads([HeadSpec("cell_type", ("A", "B", "unknown"))])
+    classify(adata, labelled)
+    with pytest.warns(UserWarning, match=r"'unknown' is a class of the head on 'cell_type' and what threshold="):
+        classify(adata, labelled, threshold=0.9)
+
+
 def test_classes_of_earlier_columns_stay_known(adata, labelled):
     classify(adata, labelled, key_added="sure", threshold=0.6)
     classify(adata, labelled, key_added="all")

@@ -128,6 +128,14 @@ def test_codes_with_a_gap_are_values_and_a_warning_says_so(adata, tune):
         assert tune("cluster").head_specs[0].classes == ("0", "1", "2")
 
 
+def test_a_second_call_without_a_model_says_that_it_goes_on_from_the_first(adata, tune):
+    tune()
+    with pytest.warns(UserWarning, match="was fine-tuned on 'cell_type' before, a pretrained one expected"):
+        tune(model=None)
+    tune("batch", model=None)  # of another column nothing is known
+    tune("batch")
+
+
 def test_with_several_heads_a_cell_with_one_label_takes_part(adata, tune):
     adata.obs["a"], adata.obs["b"] = adata.obs["cell_type"].astype(object), adata.obs["batch"].astype(object)
     adata.obs.loc[adata.obs_names[:10], "a"] = np.nan

@@ -90,8 +90,12 @@ def test_embeddings_of_two_models_are_warned_of(query, reference) -> None:
 
 
 BAD = {
-    "no embedding": ({"use_rep": "X_scvi"}, KeyError, r"'X_scvi' is not in adata\.obsm.*tl\.embed\(reference, model"),
-    "no column": ({"key": "kinds"}, KeyError, r"'kinds' is not a column .* Did you mean 'kind'"),
+    "no embedding": (
+        {"use_rep": "X_scvi"},
+        KeyError,
+        r"'X_scvi' is not in reference\.obsm.*embed\(reference, model",
+    ),
+    "no column": ({"key": "kinds"}, KeyError, r"'kinds' is not a column of reference\.obs\. Did you mean 'kind'"),
     "one class": ({"key": "one"}, ValueError, r"obs\['one'\] holds 1 classes"),
     "numbers": ({"key": "n"}, ValueError, r"obs\['n'\] holds numbers .*astype\('category'\)"),
     "large k": (

@@ -107,8 +107,8 @@ def open_source(data: AnnData | str | os.PathLike | Sequence | CellSource, *, la
         case Sequence() if len(data):
             return ConcatenatedCells([open_source(part, layer=layer) for part in data])
     raise TypeError(
-        f"{data!r:.80} ({type(data).__name__}) holds no cells that could be read. An AnnData, a path to .h5ad or "
-        ".zarr, a list or a folder of such was expected; write the data with `adata.write_h5ad` and pass the path."
+        f"data is of type {type(data).__name__}, an AnnData, a path to .h5ad or .zarr, a folder or a list of one "
+        "or more expected. Data come first, a model after them; write cells of another kind with `adata.write_h5ad`."
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scllm import _keys
 from scllm._checks import check_adata, warn_of_unknown_labels
+from scllm._log import warn
 from scllm._results import record, record_classes
 from scllm._typing import FloatArray
 from scllm.data.source import open_source
@@ -93,6 +94,11 @@ def classify(
             f"threshold={threshold} is for labels, and the head on {specs[0].key!r} predicts values. Leave it out."
         )
     for spec in specs:
+        if threshold is not None and _UNKNOWN in (spec.classes or ()):
+            warn(
+                f"{_UNKNOWN!r} is a class of the head on {spec.key!r} and what threshold= calls doubtful cells, "
+                "different names expected: they cannot be told apart. Rename the class and fine-tune again."
+            )
         if spec.classes is not None:
             warn_of_unknown_labels(
                 adata.obs, spec.key, spec.classes, "pass threshold= to have doubtful cells called 'unknown'"

@@ -117,7 +117,7 @@ def classify_genes(
     """
     check_adata(adata, key_added=key_added)
     _check_not_overwritten(adata, labels, key_added)
-    check_options(finetune_options, list(Options.__dataclass_fields__), "classify_genes")
+    check_options(finetune_options, Options.__dataclass_fields__, classify_genes)
     options = Options(**finetune_options)
     _check_options(n_folds, max_cells, freeze, options)
     losses = loss_weights(loss)

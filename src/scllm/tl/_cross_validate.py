@@ -244,7 +244,7 @@ def _checked(given: Mapping[str, Any], adata: AnnData) -> tuple[dict[str, Any], 
     """Options of ``finetune`` and the seed; an error for what no fold could use."""
     options = dict(given)
     check_config(options.get("config"))
-    check_options(options, [name for name in _OPTIONS if name not in ("data", "model", "key")], "cross_validate")
+    check_options(options, [name for name in _OPTIONS if name not in ("data", "model", "key")], cross_validate)
     share = options.get("validation", _OPTIONS["validation"].default)
     if isinstance(share, str) or not 0 <= (share or 0) < 1:
         raise ValueError(

@@ -151,6 +151,7 @@ def finetune(
     targets = [_target(source, name) for name in keys]
     where = processes(n_gpus, n_procs, device)
     begun = copy.deepcopy(resolve(model, adata)).cpu()
+    _say_if_tuned_before(begun, keys, model)
     begun.history, begun.report, begun.path = None, None, None
     check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample or 0.0)
     module = models.family_module(begun.family)
@@ -201,6 +202,16 @@ def finetune(
             "group_key": group_key, "layer": layer,
         },
     )  # fmt: skip
+
+
+def _say_if_tuned_before(begun: CellModel, keys: Sequence[str], given: ModelLike | None) -> None:
+    """A second call without a model goes on from the model that the first one left."""
+    before = [key for key in begun.heads_on("cell") if key in keys]
+    if given is None and before:
+        warn(
+            f"the model recorded on the data was fine-tuned on {before[0]!r} before, a pretrained one expected: its "
+            "validation cells may have been trained on. Pass the model to start from."
+        )
 
 
 def _check_is_for_values(loss: LossName | Mapping[LossName, float], label_smoothing: float, key: str) -> None:

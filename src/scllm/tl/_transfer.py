@@ -75,7 +75,7 @@ def transfer_labels(
         raise TypeError(
             f"reference is of type {type(reference).__name__}, an AnnData expected. Read files with anndata.read_h5ad."
         )
-    classes = labels(reference.obs, key)
+    classes = labels(reference.obs, key, owner="reference")
     known, new = _embeddings(adata, reference, use_rep)
     codes = classes.cat.codes.to_numpy()
     there = np.flatnonzero(codes >= 0)
@@ -117,4 +117,5 @@ def _embeddings(adata: AnnData, reference: AnnData, use_rep: str) -> tuple[Float
 
 
 def _embedding(data: AnnData, use_rep: str, name: str) -> FloatArray:
-    return embedding(data, use_rep, advice=f"Embed with scllm.tl.embed({name}, model, key_added={use_rep!r}).")
+    advice = f"Embed with scllm.tl.embed({name}, model, key_added={use_rep!r})."
+    return embedding(data, use_rep, advice=advice, owner=name)
