@@ -70,6 +70,8 @@ def test_the_returned_table_is_drawn_and_metrics_are_chosen(cells) -> None:
     assert [ax.get_xticklabels()[0].get_text() for ax in axes] == ["R²", "mean absolute\nerror ↓"]
     assert [ax.get_ylim()[0] for ax in axes] == pytest.approx([0.45, 0])  # errors begin at zero
     assert cv_scores(table, metrics=["r2"], show=False).get_ylim()[1] == pytest.approx(1.02)
+    table["r2"] = 1.0
+    assert cv_scores(table, metrics=["r2"], show=False).get_ylim()[0] == pytest.approx(0.978)  # not without a height
     with pytest.raises(KeyError, match="'rr' is not a metric of the table"):
         cv_scores(table, metrics=["rr"], show=False)
     with pytest.raises(ValueError, match="method, repeat and fold expected"):

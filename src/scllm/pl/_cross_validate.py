@@ -259,7 +259,7 @@ def _draw_folds(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
     errors = [name for name in (_MAE, "ece") if name in names]
     # errors begin at zero; where scores are alone, high ones would lie on top of each other on an axis that does
     lowest = np.nanmin(table[list(names)].to_numpy(), initial=0.0 if errors else 1.0)
-    bottom = 0 if errors and lowest >= 0 else lowest - 0.1 * (1 - lowest)
+    bottom = 0 if errors and lowest >= 0 else 1 - 1.1 * max(1 - lowest, 0.02)
     ax.set_ylim(bottom, None if _MAE in names else 1 + min(0.02, 0.04 * (1 - bottom)))
     tidy(ax, grid="y")
     ax.tick_params(axis="x", length=0)
