@@ -41,6 +41,17 @@ def test_rows_are_percentages(labelled) -> None:
     assert shown[0].tolist() == [75, 0, 25, 0]
 
 
+def test_long_names_leave_room_for_the_fields(labelled) -> None:
+    long = "naive thymus-derived CD8-positive, alpha-beta T cell"
+    labelled.obs = labelled.obs.astype(object).replace({"T": long}).astype("category")
+    ax = confusion_matrix(labelled, truth="truth", predicted="label", show=False)
+    ax.figure.canvas.draw()
+    inches = np.array(ax.get_window_extent().size) / ax.images[0].get_array().shape[::-1] / ax.figure.dpi
+    assert (inches > 0.4).all()
+    for label in [*ax.get_xticklabels(), *ax.get_yticklabels()]:
+        assert ax.figure.bbox.contains(*label.get_window_extent().min)
+
+
 def test_similar_types_stand_side_by_side() -> None:
     rng = np.random.default_rng(0)
     truth = np.repeat(["a", "b", "c", "d"], [50, 40, 30, 20])

@@ -18,6 +18,8 @@ from scllm.pl._axes import one_axis, show_or_return
 
 __all__ = ["confusion_matrix"]
 
+_LONG = 16  # letters of a name that stand slanted below a field without running into the next
+
 
 def confusion_matrix(
     adata: AnnData,
@@ -45,7 +47,7 @@ def confusion_matrix(
     order
         Rows and columns by falling size, or with types that are taken for each other side by side.
     ax
-        Axes to draw on. ``None`` = a new figure.
+        Axes to draw on, of a figure with ``layout="constrained"`` where names are long. ``None`` = a new figure.
     show
         Whether to show the figure. ``None`` = if there is a screen.
 
@@ -78,11 +80,14 @@ def confusion_matrix(
         rows = [rows[at] for at in place]
         counts = counts[place][:, [*place, *range(len(rows), counts.shape[1])]]
     columns = [*rows, *others]
-    ax = one_axis(ax, (2.4 + 0.45 * len(columns), 1.9 + 0.42 * len(rows)))
+    # inches that long names, such as those of the Cell Ontology, would take from the fields
+    extra = 0.075 * max(0, max(map(len, columns)) - _LONG)
+    ax = one_axis(ax, (2.4 + 0.45 * len(columns) + extra, 1.9 + 0.42 * len(rows) + extra))
     _draw(ax, counts, normalize)
     names = [f"{name} ({n:,})" for name, n in zip(rows, counts.sum(axis=1), strict=True)]
     ax.set_yticks(range(len(rows)), names)
-    ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
+    slant = {"rotation": 90} if extra else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(range(len(columns)), columns, **slant)
     ax.set(xlabel=f"predicted ({predicted})", ylabel=f"true ({truth})")
     _frame(ax, len(rows), len(columns))
     return show_or_return(ax, show)
