@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -41,3 +42,9 @@ def test_numbers_of_numpy_and_whole_numbers_for_others_are_taken_and_kept_as_pla
     config = TrainConfig(batch_size=np.int64(4), lr=np.float32(0.1), weight_decay=0, clip=None, downsample=0)
     assert config == TrainConfig(batch_size=4, lr=float(np.float32(0.1)), weight_decay=0.0, clip=None, downsample=0.0)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(("name", "offer"), [("epoch", "Did you mean 'epochs'?"), ("colour", "Leave it out.")])
+def test_an_unknown_setting_of_a_file_is_an_error_that_offers_the_closest(name, offer):
+    with pytest.raises(ValueError, match=f"'{name}' is not a training setting, one of .* expected. {re.escape(offer)}"):
+        TrainConfig.from_dict({name: 3})

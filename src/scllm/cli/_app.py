@@ -40,8 +40,13 @@ class _OneLineErrors(TyperGroup):
 
 def _one_line(error: Exception) -> str:
     if hasattr(error, "format_message"):  # a wrong option or argument
-        where = error.ctx.command_path if getattr(error, "ctx", None) is not None else "scllm"
-        return f"{' '.join(error.format_message().split())} See `{where} --help`."
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "scllm"
+        text = " ".join(error.format_message().split())
+        if text.startswith("Missing argument"):  # one word is taken for the last argument, so all are named
+            names = [one.metavar for one in context.command.params if one.param_type_name == "argument"]
+            text = f"{text.rstrip('.')}, `{where} {' '.join(names)}` expected."
+        return f"{text} See `{where} --help`."
     # the text of a KeyError is its quoted argument
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if _exit_code(error) == BAD_INPUT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -181,9 +182,9 @@ class TrainConfig:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(saved) - known)
         if unknown:
-            raise ValueError(
-                f"{unknown[0]!r} is not a training setting, one of {sorted(known)} expected. Check the spelling."
-            )
+            close = get_close_matches(unknown[0], known, n=1)
+            offer = f"Did you mean {close[0]!r}?" if close else "Leave it out."
+            raise ValueError(f"{unknown[0]!r} is not a training setting, one of {sorted(known)} expected. {offer}")
         return cls(**saved)
 
 
