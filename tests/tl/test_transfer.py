@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from anndata import AnnData
 
+from scllm.models import build
 from scllm.tl import embed, transfer_labels
 
 
@@ -80,13 +81,26 @@ def test_planted_types_carry_over_to_another_batch(adata, tiny) -> None:
     assert (query.obs["cell_type_transferred"] == query.obs["cell_type"]).mean() > 0.6
 
 
-def test_embeddings_of_two_models_are_warned_of(query, reference) -> None:
-    query.uns["scllm"], reference.uns["scllm"] = {"model": {"hash": "abc"}}, {"model": {"hash": "def"}}
-    with pytest.warns(UserWarning, match="used last with model abc, the reference with def, the same expected"):
-        transfer_labels(query, reference, key="kind")
+def test_embeddings_of_two_models_are_warned_of(adata, tiny, tmp_path) -> None:
+    other = build("scgpt", vocab=tiny.vocab, size="tiny", d_model=16, n_heads=4)
+    reference, query = adata[:30].copy(), adata[30:].copy()
+    embed(query, tiny)
+    embed(reference, other)
     for data in (query, reference):
-        data.obsm["X_pca"] = data.obsm["X_scllm"]
-    transfer_labels(query, reference, key="kind", use_rep="X_pca")  # of no model
+        embed(data, tiny, key_added="X_again")  # used last: one model for both
+    reference.write_h5ad(tmp_path / "reference.h5ad")
+    for known in (reference, ad.read_h5ad(tmp_path / "reference.h5ad")):
+        with pytest.warns(UserWarning, match=f"of model {tiny.hash()} in adata and of {other.hash()} in the reference"):
+            transfer_labels(query, known, key="cell_type")
+        transfer_labels(query, known, key="cell_type", use_rep="X_again")
+
+
+def test_another_model_used_after_embedding_is_no_reason_to_warn(adata, tiny) -> None:
+    reference, query = adata[:30].copy(), adata[30:].copy()
+    for data in (query, reference):
+        embed(data, tiny)
+    embed(query, build("scgpt", vocab=tiny.vocab, size="tiny"), key_added="X_other")
+    transfer_labels(query, reference, key="cell_type")  # warnings are errors here
 
 
 BAD = {

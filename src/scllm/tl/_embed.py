@@ -95,8 +95,8 @@ def embed(
     ``adata.obsm[key_added]``
         float32 ``(n_cells, d)``.
     ``adata.uns["scllm"]["embed"]``
-        Settings and, where a model with heads was used, ``heads``: one row for each key in ``obsm`` and column of
-        ``obs`` that its model was fine-tuned on.
+        Settings; ``models``, one row for each key in ``obsm`` with the hash of its model; and, where a model with heads
+        was used, ``heads``: one row for each key in ``obsm`` and column of ``obs`` that its model was fine-tuned on.
 
     Examples
     --------
@@ -148,16 +148,19 @@ def embed(
         "key_added": key_added,
         "heads": list(chosen.heads_on("cell")) or None,
     }
-    record(adata, "embed", params, heads=_heads_of_all(adata, key_added, list(chosen.heads_on("cell"))))
     remember(adata, chosen)
+    written = adata.uns[_keys.UNS]["model"]["hash"]
+    models = _of_all(adata, "models", key_added, "hash", [written])
+    heads = _of_all(adata, "heads", key_added, "head", list(chosen.heads_on("cell")))
+    record(adata, "embed", params, models=models, heads=heads)
     return adata if copy else None
 
 
-def _heads_of_all(adata: AnnData, key_added: str, heads: list[str]) -> pd.DataFrame | None:
-    """Which columns the models of all embeddings were fine-tuned on, this embedding in place of an earlier one."""
-    earlier = adata.uns.get(_keys.UNS, {}).get("embed", {}).get("heads", pd.DataFrame(columns=["embedding", "head"]))
+def _of_all(adata: AnnData, name: str, key_added: str, column: str, values: list[str]) -> pd.DataFrame | None:
+    """What is written of the models of all embeddings, this embedding in place of an earlier one of its name."""
+    earlier = adata.uns.get(_keys.UNS, {}).get("embed", {}).get(name, pd.DataFrame(columns=["embedding", column]))
     others = earlier[earlier["embedding"] != key_added]
-    found = pd.concat([others, pd.DataFrame({"embedding": key_added, "head": heads})], ignore_index=True)
+    found = pd.concat([others, pd.DataFrame({"embedding": key_added, column: values})], ignore_index=True)
     return found if len(found) else None
 
 

@@ -106,14 +106,20 @@ def _embeddings(adata: AnnData, reference: AnnData, use_rep: str) -> tuple[Float
             f"obsm[{use_rep!r}] has {new.shape[1]} columns in adata and {known.shape[1]} in the reference, the same "
             "number expected. Embed both with the same model: tl.embed(adata, model), tl.embed(reference, model)."
         )
-    ours, theirs = (data.uns.get(_keys.UNS, {}).get("model", {}).get("hash") for data in (adata, reference))
-    if use_rep != _keys.PCA and ours is not None and theirs is not None and ours != theirs:
+    ours, theirs = _model_of(adata, use_rep), _model_of(reference, use_rep)
+    if ours is not None and theirs is not None and ours != theirs:
         warn(
-            f"adata was used last with model {ours}, the reference with {theirs}, the same expected: distances between "
-            f"embeddings of different models say nothing. If obsm[{use_rep!r}] is of one model, embed both with it "
-            "again to silence this."
+            f"obsm[{use_rep!r}] is of model {ours} in adata and of {theirs} in the reference, the same expected: "
+            "distances between embeddings of different models say nothing. Embed both with one model."
         )
     return known, new
+
+
+def _model_of(data: AnnData, use_rep: str) -> str | None:
+    """The hash of the model that ``tl.embed`` made the embedding with, if it did."""
+    models = data.uns.get(_keys.UNS, {}).get("embed", {}).get("models")
+    found = [] if models is None else models.loc[models["embedding"] == use_rep, "hash"].tolist()
+    return str(found[0]) if found else None
 
 
 def _embedding(data: AnnData, use_rep: str, name: str) -> FloatArray:
