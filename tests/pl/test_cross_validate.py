@@ -147,10 +147,16 @@ def test_bins_are_counted(cells, n_bins) -> None:
 def test_what_is_missing_is_named(cells, plot) -> None:
     with pytest.raises(KeyError, match=r"'typ' is not a column .* Did you mean 'type'"):
         plot(cells, truth="typ", show=False)
-    with pytest.raises(KeyError, match=r"'none_probabilities' is not in adata\.obsm"):
+    with pytest.raises(KeyError, match=r"'none' is not a prediction .* There is 'type_cv', 'type_cv_baseline'"):
         plot(cells, truth="type", predicted="none", show=False)
+    with pytest.raises(KeyError, match=r"'type_c' is not a prediction .* Did you mean 'type_cv'"):
+        plot(cells, truth="type", predicted="type_c", show=False)
+    lines = [
+        plot(cells, truth="type", predicted=name, show=False).lines for name in ("type_cv", "type_cv_probabilities")
+    ]
+    np.testing.assert_array_equal(*([line.get_xydata() for line in drawn][-1] for drawn in lines))
     cells.obs["other"] = "x"
-    with pytest.raises(KeyError, match=r"Call scllm\.tl\.cross_validate\(adata, model, key='other'\) first"):
+    with pytest.raises(KeyError, match=r"cross_validate\(adata, model, key='other'\) .* `predicted=`: 'type_cv'"):
         plot(cells, truth="other", show=False)
     cells.obs["type"] = pd.Categorical([None] * 300, categories=["B"])
     with pytest.raises(ValueError, match="no cell has both a label"):

@@ -39,12 +39,16 @@ def predictions(adata: AnnData, truth: str, predicted: str | Sequence[str] | Non
     titles: dict[str, str] = {}
     if predicted is None:
         if first + _keys.PROBABILITIES not in adata.obsm:
-            advice = f"Call scllm.tl.cross_validate(adata, model, key={truth!r}) first, or pass `predicted=`."
-            raise missing_key(first + _keys.PROBABILITIES, adata.obsm, "in adata.obsm", advice)
+            others = listed(_predicted(adata)) if _predicted(adata) else "a column that scllm.tl.classify wrote"
+            raise KeyError(
+                f"{first + _keys.PROBABILITIES!r} is not in adata.obsm, what scllm.tl.cross_validate(adata, model, "
+                f"key={truth!r}) writes expected. Call it first, or pass `predicted=`: {others}."
+            )
         titles = {first: "fine-tuned", first + _keys.BASELINE: "baseline"}
         names = [name for name in titles if name + _keys.PROBABILITIES in adata.obsm]
     else:
-        names = [predicted] if isinstance(predicted, str) else list(predicted)
+        given = [predicted] if isinstance(predicted, str) else list(predicted)
+        names = [name.removesuffix(_keys.PROBABILITIES) for name in given]  # the key in obsm means the same
         if not names:
             raise ValueError("predicted is an empty list, one column of predictions expected at least. Name it.")
     shades = dict(zip(names, colors(len(names)), strict=True)) | {first + _keys.BASELINE: GREY}
@@ -55,7 +59,7 @@ def _of_column(adata: AnnData, labels: pd.Series, name: str, title: str, color: 
     key = name + _keys.PROBABILITIES
     if key not in adata.obsm:
         advice = "scllm.tl.classify and scllm.tl.cross_validate write probabilities of labels, not of values."
-        raise missing_key(key, adata.obsm, "in adata.obsm", advice)
+        raise missing_key(name, _predicted(adata), f"a prediction with probabilities (obsm[{key!r}])", advice)
     probabilities = np.asarray(adata.obsm[key], dtype=float)
     classes = _classes(adata, name, probabilities.shape[1])
     cells = np.flatnonzero(labels.notna().to_numpy() & np.isfinite(probabilities).all(axis=1))
@@ -73,6 +77,11 @@ def _of_column(adata: AnnData, labels: pd.Series, name: str, title: str, color: 
     found = adata.obs.get(name.removesuffix(_keys.BASELINE) + _keys.FOLD)
     fold = None if found is None else found.astype("category").cat.codes.to_numpy()[cells]
     return Predictions(title, color, known, probabilities[cells], classes, fold)
+
+
+def _predicted(adata: AnnData) -> list[str]:
+    """Columns of predictions that have probabilities in ``obsm``."""
+    return [key.removesuffix(_keys.PROBABILITIES) for key in adata.obsm if key.endswith(_keys.PROBABILITIES)]
 
 
 def _classes(adata: AnnData, name: str, n_classes: int) -> NDArray[np.object_]:
