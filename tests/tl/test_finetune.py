@@ -19,6 +19,7 @@ from scllm.data.storage import MemoryRows
 from scllm.datasets import toy
 from scllm.pp import split
 from scllm.tl import TrainConfig, classify, finetune
+from scllm.tl._target import find_target
 
 
 @pytest.fixture
@@ -303,7 +304,7 @@ def test_a_family_without_other_heads_than_the_published_ones_says_so(adata, tun
 def test_freezing_what_is_not_there_is_an_error(tune, tmp_path):
     with pytest.raises(ValueError, match="freeze is 3, 0 to 2 blocks expected"):
         tune(freeze=3)
-    with pytest.raises(ValueError, match=r"freeze: no weight is called 'blocks\.\*'; names such as"):
+    with pytest.raises(ValueError, match=r"freeze: no weight is called 'blocks\.\*'; 'encoder' or names such as"):
         tune(freeze="blocks.*")
     assert not list(tmp_path.iterdir())
 
@@ -313,7 +314,7 @@ def test_every_loss_trains(tune, loss):
     tuned = tune(loss=loss)
     assert np.isfinite(tuned.history["loss"]).all()
     assert spec_of(tuned)["objective"]["loss"] == (loss if isinstance(loss, dict) else {loss: 1.0})
-    with pytest.raises(ValueError, match=r"loss is \{'mse': 1.0\}"):
+    with pytest.raises(ValueError, match="loss is 'mse', one of"):
         tune(loss="mse")
 
 
@@ -399,7 +400,9 @@ def test_down_sampling_needs_counts(adata, tune):
             TypeError,
             r"loss='dice' and .* are for labels, obs\['depth'\]",
         ),
-        ({"loss": "mse"}, ValueError, r"names of \('ce', 'bce', 'dice', 'focal'\) with weights expected"),
+        ({"loss": "mse"}, ValueError, r"loss is 'mse', one of \('ce', 'bce', 'dice', 'focal'\) expected"),
+        ({"loss": {"focl": 1}}, ValueError, r"names of \('ce', 'bce', 'dice', 'focal'\) with weights expected"),
+        ({"freeze": "encodr"}, ValueError, r"no weight is called 'encodr'; 'encoder' or names such as .* expected"),
         ({"key": []}, ValueError, r"key is \[\]"),
         ({"key": ["batch", "batch"]}, ValueError, "Name each once"),
         ({"key": "depth", "upsample": True}, TypeError, r"upsample=True needs labels, obs\['depth'\] holds values"),
@@ -511,3 +514,16 @@ def test_two_processes_start_and_train_heads_as_one(tmp_path):
     one, two = (finetune(cells, tiny, n_procs=n, run_dir=tmp_path / str(n), **options) for n in (1, 2))
     np.testing.assert_allclose(one.history["loss"], two.history["loss"], atol=1e-5)
     assert one.head_specs[0].temperature == pytest.approx(two.head_specs[0].temperature, rel=1e-4)
+
+
+@pytest.mark.parametrize("is_categorical", [False, True])
+def test_missing_labels_that_became_text_are_warned_of_and_the_advice_mends_them(adata, is_categorical):
+    known = adata.obs["cell_type"].astype(object)
+    text = known.where(np.arange(adata.n_obs) > 9).astype(str)
+    adata.obs["text"] = text.astype("category") if is_categorical else text
+    with pytest.warns(UserWarning, match=r"obs\['text'\] holds 'nan', names of labels expected") as caught:
+        assert "nan" in find_target(adata.obs, "text").classes
+    assert "= adata.obs['text'].mask(adata.obs['text'].isin(['nan']))." in str(caught[0].message)
+    adata.obs["text"] = adata.obs["text"].mask(adata.obs["text"].isin(["nan"]))
+    with pytest.warns(UserWarning, match="10 of 60 cells have no label"):
+        assert find_target(adata.obs, "text").classes == tuple(sorted(set(known)))

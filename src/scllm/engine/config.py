@@ -182,8 +182,11 @@ class TrainConfig:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(saved) - known)
         if unknown:
-            close = get_close_matches(unknown[0], known, n=1)
-            offer = f"Did you mean {close[0]!r}?" if close else "Leave it out."
+            close = get_close_matches(unknown[0], known, n=1, cutoff=0.8)
+            offer = (
+                f"Did you mean {close[0]!r}?" if close else
+                "What else a verb takes (freeze, loss, dropout) is given to the verb, and settings stand in no [table]."
+            )  # fmt: skip
             raise ValueError(f"{unknown[0]!r} is not a training setting, one of {sorted(known)} expected. {offer}")
         return cls(**saved)
 

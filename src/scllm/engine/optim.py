@@ -39,8 +39,8 @@ def check_freeze(model: CellModel, what: Freeze) -> Freeze:
         for pattern in _patterns(what):
             if not any(fnmatch(name, pattern) for name in names):
                 raise ValueError(
-                    f"freeze: no weight is called {pattern!r}; names such as {names[:3]} expected. Use patterns like "
-                    "'layers.0.*'."
+                    f"freeze: no weight is called {pattern!r}; 'encoder' or names such as {names[:3]} expected. "
+                    "Use patterns like 'layers.0.*'."
                 )
         if len(frozen_weights(model, what)) == len(names):
             raise ValueError(f"freeze is {what!r}, which is every weight, at least one to train expected. Freeze less.")

@@ -10,9 +10,13 @@ from numpy.typing import NDArray
 
 from scllm._checks import holds_numbers, labels, obs_column
 from scllm._log import warn
+from scllm._names import listed
 from scllm._typing import IntArray
 
 __all__ = ["Target", "find_target"]
+
+# what missing labels become where a column is made text
+_MISSING_AS_TEXT = {"nan", "NaN", "None", "<NA>", "NaT", ""}
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,13 @@ def find_target(obs: pd.DataFrame, key: str) -> Target:
     else:
         classes = labels(obs, key)
         target = Target(key, tuple(classes.cat.categories), classes.cat.codes.to_numpy().astype(np.int64))
+        not_names = [name for name in target.classes if name in _MISSING_AS_TEXT]
+        where = f"adata.obs[{key!r}]"
+        if not_names:
+            warn(
+                f"{where} holds {listed(not_names)}, names of labels expected: such cells are learnt as a class. If "
+                f"they have none: {where} = {where}.mask({where}.isin({not_names}))."
+            )
     n_missing = int((~target.is_there).sum())
     if n_missing:
         what = "finite value" if target.classes is None else "label"

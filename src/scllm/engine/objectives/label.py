@@ -22,6 +22,8 @@ LossName = Literal["ce", "bce", "dice", "focal"]
 
 def loss_weights(loss: LossName | Mapping[LossName, float]) -> dict[LossName, float]:
     """The weight of each loss, as a run directory holds it; an error where it is none."""
+    if isinstance(loss, str) and loss not in get_args(LossName):
+        raise ValueError(f"loss is {loss!r}, one of {get_args(LossName)} expected. Use loss='ce'.")
     weights = {loss: 1.0} if isinstance(loss, str) else loss
     check_loss(weights)
     return {name: float(weight) for name, weight in weights.items()}
