@@ -176,7 +176,11 @@ CASES = {
     ),
     "no known gene": Case(
         rename("other_{}"), embed, r"0 of 40 genes are in the model's vocabulary \(0 %\)", "at least 30 % expected",
-        "Check species and gene names",
+        r"Check species and gene names\.$",  # accepting none at all is no way out
+    ),
+    "genes in capitals": Case(
+        rename("GENE_{}"), embed, r"0 of 40 genes .* \(0 %\), at least 30 % expected",
+        "40 are there in other letters, small or capital", r"adata\.var_names\.str\.upper\(\) for human",
     ),
     "few known genes": Case(
         rename("other_{}", 8), embed, r"8 of 40 genes are in the model's vocabulary \(20 %\)", "at least 30 % expected",

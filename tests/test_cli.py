@@ -305,7 +305,7 @@ def test_dry_run_tells_the_cost_and_writes_nothing(data: Path, tmp_path: Path) -
         (("pretrain", "DATA", "--layer", "raw"), "layer 'raw' is not in"),
         (("pretrain", "DATA", "--n-gpus", "99"), "n_gpus is 99"),
         (("pretrain", "DATA", "--bogus"), "No such option: --bogus"),
-        (("embed", "DATA"), "Missing argument 'DATA...', `scllm embed DATA... MODEL` expected. See `scllm embed"),
+        (("embed", "DATA"), "An argument is missing, `scllm embed DATA... MODEL` expected. See `scllm embed"),
         (("finetune", "DATA", "MODEL"), "Missing option '--key'"),
         (("finetune", "DATA", "MODEL", "--key", "celltype"), "Did you mean 'cell_type'?"),
         (("finetune", "DATA", "MODEL", "--key", "cell_type", "--loss", "ce=x"), "name=weight expected"),

@@ -60,7 +60,7 @@ def missing_key(key: str, names: Iterable[str], where: str, advice: str = "") ->
 def check_options(given: Iterable[str], passed_on: Iterable[str], verb: Callable[..., Any]) -> None:
     """Raise ``TypeError`` where an option is neither the verb's own nor one that it passes on; offer the closest."""
     own = [one.name for one in signature(verb).parameters.values() if one.kind is one.KEYWORD_ONLY]
-    known = [*own, *passed_on]
+    known = list(dict.fromkeys([*own, *passed_on]))
     for name in given:
         if name not in known:
             close = get_close_matches(name, known, n=1)

@@ -77,3 +77,8 @@ def test_prune_then_quantize(tiny, tmp_path):
 def test_amounts_are_shares(tiny, amount):
     with pytest.raises(ValueError, match=f"amount is {amount!r}, a share between 0 and 1 expected"):
         tl.prune(tiny, amount=amount)
+
+
+def test_structured_is_a_switch() -> None:
+    with pytest.raises(TypeError, match="structured is 'no', True or False expected"):
+        tl.prune("a model", structured="no")

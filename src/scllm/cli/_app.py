@@ -43,9 +43,9 @@ def _one_line(error: Exception) -> str:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "scllm"
         text = " ".join(error.format_message().split())
-        if text.startswith("Missing argument"):  # one word is taken for the last argument, so all are named
+        if text.startswith("Missing argument"):  # which one is a guess: a lone word is taken for the last of them
             names = [one.metavar for one in context.command.params if one.param_type_name == "argument"]
-            text = f"{text.rstrip('.')}, `{where} {' '.join(names)}` expected."
+            text = f"An argument is missing, `{where} {' '.join(names)}` expected."
         return f"{text} See `{where} --help`."
     # the text of a KeyError is its quoted argument
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

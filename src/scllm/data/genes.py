@@ -183,4 +183,16 @@ def _too_few(found: GeneMatch, names: list[str], vocab: Vocab, min_coverage: flo
             f"{message}; if there is none, lay the published dictionary of symbols (gene_name_id_dict.pkl or .json) "
             "into the folder of the Geneformer model, or beside its token dictionary, and load it anew."
         )
-    return f"{message} Check species and gene names, or accept it with pp.match_genes(adata, model, min_coverage=...)."
+    upper = {gene.upper() for gene in vocab.genes}
+    n_alike = sum(name.upper() in upper for name in set(names))
+    if n_alike > max(2 * found.n_matched, min_coverage * len(names)):
+        return (
+            f"{message} {n_alike} are there in other letters, small or capital: rename them if they are of the same "
+            "species (adata.var_names.str.upper() for human), and find orthologues if not."
+        )
+    advice = f"{message} Check species and gene names"
+    return (
+        f"{advice}, or accept it with pp.match_genes(adata, model, min_coverage=...)."
+        if found.n_matched
+        else f"{advice}."
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,12 @@ def _by_row(adata: AnnData, labels: LabelLike) -> pd.Series:
         case pd.Series():
             given, candidates = labels, [labels.index]
         case Mapping():
+            for gene, label in labels.items():
+                if isinstance(label, Collection) and not isinstance(label, str):
+                    raise TypeError(
+                        f"labels gives {gene!r} a {type(label).__name__}, one label a gene expected. Turn it round: "
+                        "{gene: label for label, genes in labels.items() for gene in genes}."
+                    )
             given = pd.Series(dict(labels), dtype=object)
             candidates = [given.index]
         case _:
@@ -131,8 +137,8 @@ def _by_row(adata: AnnData, labels: LabelLike) -> pd.Series:
     if (place < 0).all():
         raise ValueError(
             f"none of the {len(values)} labelled genes is in the data (first: {names[0]!r}, adata.var_names begin with "
-            f"{adata.var_names[0]!r}), symbols or Ensembl ids that the data have expected. Add the other kind of names "
-            "as a column of adata.var, 'gene_symbol' or 'ensembl_id'."
+            f"{adata.var_names[0]!r}), symbols or Ensembl ids that the data have expected, in the same capital and "
+            "small letters. Add the other kind of names as a column of adata.var, 'gene_symbol' or 'ensembl_id'."
         )
     _check_once(names, values, strict=not isinstance(labels, pd.DataFrame))
     return pd.Series(np.where(place >= 0, values[place], np.nan), index=adata.var_names, dtype=object)
@@ -143,8 +149,8 @@ def _as_labels(column: pd.Series, what: str) -> pd.Series:
     known = column.dropna()
     if holds_numbers(known):
         raise ValueError(
-            f"{what} holds numbers (first: {known.iloc[0]}), labels expected. If they are classes, make them strings: "
-            ".astype(str) on those that are not missing."
+            f"{what} holds numbers (first: {known.iloc[0]}), labels expected. If they are classes, make them strings, "
+            "'1' in place of 1 (in a column .astype(str) on those that are not missing)."
         )
     if not len(known):
         raise ValueError(f"{what} holds no label at all, at least two classes expected. Pass the labels of some genes.")

@@ -50,6 +50,8 @@ def prune(model: ModelLike, *, amount: float = 0.3, structured: bool = False) ->
     """
     if not (isinstance(amount, Real) and 0 < amount < 1):
         raise ValueError(f"amount is {amount!r}, a share between 0 and 1 expected. 0.3 takes out three tenths.")
+    if not isinstance(structured, bool):
+        raise TypeError(f"structured is {structured!r}, True or False expected. True takes out heads and neurons.")
     before = resolve(model, None)
     if before.weight_dtype != "float32":
         raise ValueError(
