@@ -69,9 +69,11 @@ def check_options(given: Iterable[str], passed_on: Iterable[str], verb: Callable
 
 
 def obs_column(obs: pd.DataFrame, key: str, *, owner: str = "adata") -> pd.Series:
-    """The column ``key`` of ``obs`` as it is; ``KeyError`` if there is none. ``owner`` is whose ``obs`` it is."""
+    """The column ``key`` as it is; an error if there is none, or no cell. ``owner`` is whose ``obs`` it is."""
     if key not in obs.columns:
         raise missing_key(key, obs.columns, f"a column of {owner}.obs")
+    if not len(obs):
+        raise ValueError(f"{owner} has 0 cells, at least one expected. Check the filters that came before.")
     column = obs[key]
     if isinstance(column, pd.DataFrame):
         raise ValueError(

@@ -598,6 +598,13 @@ def test_dense_matrices_as_anndata_0_7_wrote_them_are_read(adata, tmp_path):
     assert_same(open_source(tmp_path / "a.h5ad").read(ROWS), adata.X[ROWS])
 
 
+def test_sparse_matrices_as_anndata_0_6_wrote_them_are_to_be_written_again(h5ad):
+    with h5py.File(h5ad, "r+") as file:
+        del file["X"].attrs["encoding-type"], file["X"].attrs["encoding-version"]
+    with pytest.raises(TypeError, match=r"'X' in '.*' is stored as a group without 'encoding-type'.*Read the file"):
+        open_source(h5ad)
+
+
 def test_columns_of_other_types_of_categories_are_united(tmp_path):
     first, second = make_adata(4), make_adata(3)
     first.obs["cluster"] = pd.Categorical([1, 2, 2, None])

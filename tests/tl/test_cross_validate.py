@@ -308,7 +308,7 @@ BAD = {
         {"key": "text"}, ValueError, r"all 60 labels of obs\['text'\] have fewer .*If they are values: .*float",
     ),
     "integers": ({"key": "n"}, ValueError, r"obs\['n'\] holds integers \(first: 0\).*astype\('category'\)"),
-    "no label": ({"key": "nothing"}, ValueError, r"obs\['nothing'\] holds 0 classes"),
+    "no label": ({"key": "nothing"}, ValueError, r"obs\['nothing'\] is missing in all 60 cells"),
     "few groups": (
         {"key": "cell_type", "group_key": "batch"}, ValueError,
         r"obs\['batch'\] holds 2 groups, at least n_folds=5 expected.*Pass n_folds=2 to leave one group out",

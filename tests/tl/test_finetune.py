@@ -146,6 +146,20 @@ def test_with_several_heads_a_cell_with_one_label_takes_part(adata, tune):
     assert sorted([*cells["train"], *cells["validation"]]) == [*range(5), *range(10, 60)]
 
 
+@pytest.mark.parametrize("dtype", [object, float, "Int64", "category", "string"])
+def test_a_column_without_anything_is_an_error(adata, tune, dtype):
+    adata.obs["label"] = pd.Series([pd.NA if dtype in ("Int64", "string") else np.nan] * 60, adata.obs_names, dtype)
+    with pytest.raises(ValueError, match=r"obs\['label'\] is missing in all 60 cells, .* some expected. Pass another"):
+        tune("label")
+
+
+@pytest.mark.parametrize("label", ["A", 1, 0.5, True])
+def test_no_cell_at_all_is_an_error_whatever_the_labels(adata, tiny, label):
+    adata.obs["label"] = label
+    with pytest.raises(ValueError, match=r"adata has 0 cells, at least one expected\. Check the filters"):
+        finetune(adata[:0].copy(), tiny, key="label")
+
+
 def test_a_label_of_one_cell_is_warned_of(adata, tune):
     adata.obs["label"] = ["rare", *["A", "B"] * 29, "A"]
     with pytest.warns(UserWarning, match=r"1 labels of obs\['label'\] have one cell only \(first: 'rare'\)"):

@@ -362,7 +362,7 @@ def _open_matrix(file: AnnDataFile, layer: str | None) -> RowStore:
         raise KeyError(_no_layer(layer, layers, f"'{file.path}'"))
     key = "X" if layer is None else f"layers/{layer}"
     node = file.root[key] if key in file.root else None
-    kind = None if node is None else node.attrs.get("encoding-type")
+    kind = "null" if node is None else node.attrs.get("encoding-type")
     match kind:
         case "csr_matrix":
             return SparseRows(file, key)
@@ -370,10 +370,11 @@ def _open_matrix(file: AnnDataFile, layer: str | None) -> RowStore:
             return TransposedRows(file, key)
         case "array" | None if is_array(node):  # anndata 0.7 wrote no kind beside dense matrices
             return DenseRows(file, key)
-        case None | "null" if layer is None:
+        case "null" if layer is None:
             raise KeyError(f"'{file.path}' has no matrix X. Pass a layer with `layer=`; there are {listed(layers)}.")
+    seen = repr(kind) if kind is not None else "a group without 'encoding-type' (anndata before 0.7)"
     raise TypeError(
-        f"{key!r} in '{file.path}' is stored as {kind!r}, a CSR, CSC or dense matrix was expected. "
+        f"{key!r} in '{file.path}' is stored as {seen}, a CSR, CSC or dense matrix was expected. "
         "Read the file with anndata, convert the matrix and write it again."
     )
 

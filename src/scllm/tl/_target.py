@@ -57,6 +57,11 @@ class Target:
 def find_target(obs: pd.DataFrame, key: str) -> Target:
     """The column to predict; an error where it is neither labels nor values, a warning where cells have none."""
     column = obs_column(obs, key)
+    if column.isna().all():
+        raise ValueError(
+            f"obs[{key!r}] is missing in all {len(obs)} cells, labels or values of some expected. Pass another column "
+            "with `key=`."
+        )
     if holds_numbers(column) and not pd.api.types.is_float_dtype(column):
         first, what = column.dropna().iloc[0], "numbers as objects" if column.dtype == object else "integers"
         raise ValueError(
