@@ -71,7 +71,7 @@ def curve(run_dir: Path) -> pd.DataFrame:
     return read_history(run_dir / "history.jsonl").drop(columns="cells_per_s")
 
 
-def same_curve(found: pd.DataFrame, expected: pd.DataFrame) -> None:
+def assert_same_curve(found: pd.DataFrame, expected: pd.DataFrame) -> None:
     """Equal to 1e-5, line by line."""
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5, atol=0)
 

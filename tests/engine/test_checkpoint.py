@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.runs import curve, interrupted, pretrain, same_curve, start, wait_for_step
+from engine.runs import assert_same_curve, curve, interrupted, pretrain, start, wait_for_step
 
 import scllm
 from scllm.engine import checkpoint
@@ -73,7 +73,7 @@ def test_a_full_disk_is_an_error_that_keeps_the_last_good_checkpoint(finished, t
     assert read_torch(run_dir / "last.pt")["step"] == step
     assert not list(run_dir.glob(".last*"))
     pretrain(toy, run_dir, **SETTINGS)
-    same_curve(curve(run_dir), curve(finished))
+    assert_same_curve(curve(run_dir), curve(finished))
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best_model.pt"])
@@ -131,7 +131,7 @@ def test_a_store_that_goes_away_is_an_error_that_names_it_and_the_run_goes_on_wh
     thread.join()
     (tmp_path / "away").rename(path)
     pretrain(path, run_dir, **SETTINGS)
-    same_curve(curve(run_dir), curve(tmp_path / "whole"))
+    assert_same_curve(curve(run_dir), curve(tmp_path / "whole"))
 
 
 def test_a_run_whose_file_was_truncated_between_two_calls_goes_on_when_it_is_whole_again(toy, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from engine.runs import curve, pretrain, same_curve, workers
+from engine.runs import assert_same_curve, curve, pretrain, workers
 
 import scllm
 from scllm.data import genes
@@ -30,13 +30,13 @@ def alone(_toy, tmp_path_factory):
 
 def test_two_processes_give_the_same_losses(alone, toy, tmp_path):
     pretrain(toy, tmp_path / "run", dropout=0.0, n_procs=2)
-    same_curve(curve(tmp_path / "run"), curve(alone[0]))
+    assert_same_curve(curve(tmp_path / "run"), curve(alone[0]))
 
 
 @pytest.mark.parametrize("accumulate", [4, 16])
 def test_micro_batches_give_the_same_losses(alone, toy, tmp_path, accumulate):
     pretrain(toy, tmp_path / "run", dropout=0.0, config={"accumulate": accumulate})
-    same_curve(curve(tmp_path / "run"), curve(alone[0]))
+    assert_same_curve(curve(tmp_path / "run"), curve(alone[0]))
 
 
 def test_a_file_gives_the_same_losses_for_micro_batches_and_the_same_steps_as_memory(alone, toy, tmp_path):
@@ -44,7 +44,7 @@ def test_a_file_gives_the_same_losses_for_micro_batches_and_the_same_steps_as_me
     for name, accumulate in (("whole", 1), ("parts", 4)):
         pretrain(tmp_path / "toy.h5ad", tmp_path / name, dropout=0.0, config={"accumulate": accumulate})
     whole = curve(tmp_path / "whole")
-    same_curve(curve(tmp_path / "parts"), whole)
+    assert_same_curve(curve(tmp_path / "parts"), whole)
     # out of core the order of the cells is another one
     same = ["step", "epoch", "split", "lr", "mask_ratio"]
     pd.testing.assert_frame_equal(whole[same], curve(alone[0])[same])

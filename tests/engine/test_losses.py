@@ -25,7 +25,7 @@ def gradient(value, of):
     return torch.autograd.grad(value, of, retain_graph=True)[0]
 
 
-def same(value, expected, of):
+def assert_same(value, expected, of):
     """Equal values and equal gradients; the expected ones are computed in float64."""
     torch.testing.assert_close(value.double(), expected, **CLOSE)
     torch.testing.assert_close(gradient(value.sum(), of), gradient(expected.sum(), of), **CLOSE)
@@ -58,7 +58,7 @@ def test_cross_entropy_is_the_log_loss(logits):
 def test_cross_entropy_is_weighted_by_class(logits):
     p = logits.softmax(1)
     expected = torch.stack([-WEIGHT[k] * p[i, k].log() for i, k in enumerate(LABEL)])
-    same(losses.cross_entropy(logits, LABEL, WEIGHT), expected, logits)
+    assert_same(losses.cross_entropy(logits, LABEL, WEIGHT), expected, logits)
 
 
 def test_binary_cross_entropy_is_one_log_loss_a_class(logits):
@@ -66,8 +66,8 @@ def test_binary_cross_entropy_is_one_log_loss_a_class(logits):
     expected = torch.stack(
         [sum(-(p[i, c] if c == k else 1 - p[i, c]).log() for c in range(4)) for i, k in enumerate(LABEL)]
     )
-    same(losses.binary_cross_entropy(logits, LABEL), expected, logits)
-    same(losses.binary_cross_entropy(logits, LABEL, WEIGHT), expected * WEIGHT[LABEL], logits)
+    assert_same(losses.binary_cross_entropy(logits, LABEL), expected, logits)
+    assert_same(losses.binary_cross_entropy(logits, LABEL, WEIGHT), expected * WEIGHT[LABEL], logits)
     by_sklearn = sum(log_loss(LABEL == c, p[:, c].detach().numpy()) for c in range(4))
     assert losses.binary_cross_entropy(logits, LABEL).mean().item() == pytest.approx(by_sklearn, rel=1e-5)
 
@@ -76,7 +76,7 @@ def test_binary_cross_entropy_is_one_log_loss_a_class(logits):
 def test_focal_turns_easy_cells_down(logits, gamma):
     p = logits.softmax(1)
     expected = torch.stack([-((1 - p[i, k]) ** gamma) * p[i, k].log() for i, k in enumerate(LABEL)])
-    same(losses.focal(logits, LABEL, gamma=gamma), expected, logits)
+    assert_same(losses.focal(logits, LABEL, gamma=gamma), expected, logits)
 
 
 def test_focal_without_gamma_is_cross_entropy(logits):
@@ -90,14 +90,14 @@ def test_dice_is_one_minus_the_mean_overlap(logits):
         / (sum(p[i, c] for i in range(12)) + sum(k == c for k in LABEL) + 1)
         for c in range(4)
     ]
-    same(losses.dice(logits, LABEL), 1 - sum(overlaps) / 4, logits)
+    assert_same(losses.dice(logits, LABEL), 1 - sum(overlaps) / 4, logits)
 
 
 def test_dice_is_weighted_by_class(logits):
     p = logits.softmax(1)
     target = torch.eye(4, dtype=p.dtype)[LABEL]
     overlap = (2 * (p * target).sum(0) + 1) / (p.sum(0) + target.sum(0) + 1)
-    same(losses.dice(logits, LABEL, WEIGHT), 1 - (overlap * WEIGHT).sum() / WEIGHT.sum(), logits)
+    assert_same(losses.dice(logits, LABEL, WEIGHT), 1 - (overlap * WEIGHT).sum() / WEIGHT.sum(), logits)
 
 
 @pytest.mark.parametrize("weight", [None, WEIGHT.double()], ids=["alike", "weighted"])
@@ -126,7 +126,7 @@ def test_elastic_similarity_is_a_mean_over_all_pairs(logits):
 
     pairs = [0 if i == j else max(0, cosine(i, j)) for i in range(12) for j in range(12)]
     expected = sum(1 - (c - 0.6) ** 2 for c in pairs) / 144
-    same(losses.elastic_similarity(logits, 0.6), expected, logits)
+    assert_same(losses.elastic_similarity(logits, 0.6), expected, logits)
 
 
 def test_contrastive_finds_each_cell_among_all(logits):
@@ -135,7 +135,7 @@ def test_contrastive_finds_each_cell_among_all(logits):
     expected = (
         sum(-(a[i] @ b[i] / 0.5) + sum((a[i] @ b[j] / 0.5).exp() for j in range(12)).log() for i in range(12)) / 12
     )
-    same(losses.contrastive(logits, other), expected, logits)
+    assert_same(losses.contrastive(logits, other), expected, logits)
     assert losses.contrastive(torch.eye(3) * 9, torch.eye(3), 0.01).item() == pytest.approx(0, abs=1e-6)
 
 

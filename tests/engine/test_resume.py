@@ -12,7 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine.runs import agents, curve, interrupted, pretrain, same_curve, start, wait_for_step, wait_until, workers
+from engine.runs import (
+    agents,
+    assert_same_curve,
+    curve,
+    interrupted,
+    pretrain,
+    start,
+    wait_for_step,
+    wait_until,
+    workers,
+)
 
 import scllm
 from scllm.data.run_files import write_json
@@ -69,7 +79,7 @@ def test_a_run_killed_five_times_has_the_history_of_one_that_was_not(expected, t
     assert Run(run_dir).is_done
     found = curve(run_dir)
     assert not found.duplicated(["step", "split"]).any()
-    same_curve(found, expected(1))
+    assert_same_curve(found, expected(1))
 
 
 def test_two_processes_killed_in_every_way_go_on_to_the_same_history(expected, toy, tmp_path):
@@ -92,7 +102,7 @@ def test_two_processes_killed_in_every_way_go_on_to_the_same_history(expected, t
 
     pretrain(toy, run_dir, n_procs=2, **LONG)
     assert Run(run_dir).is_done
-    same_curve(curve(run_dir), expected(2))
+    assert_same_curve(curve(run_dir), expected(2))
 
 
 def test_a_second_call_is_an_error_and_an_interrupt_ends_all_processes(toy, tmp_path):
@@ -112,7 +122,7 @@ def test_a_run_goes_on_with_another_number_of_processes(toy, tmp_path):
     pretrain(toy, tmp_path / "whole", **plain)
     interrupted(toy, run_dir, 9, **plain)
     pretrain(toy, run_dir, n_procs=2, **plain)
-    same_curve(curve(run_dir), curve(tmp_path / "whole"))
+    assert_same_curve(curve(run_dir), curve(tmp_path / "whole"))
 
 
 @pytest.fixture
@@ -144,7 +154,7 @@ def test_the_command_line_continues_a_run(expected, toy, tmp_path):
     run_dir = tmp_path / "run"
     interrupted(toy, run_dir, 5, **LONG)
     subprocess.run([sys.executable, "-m", "scllm", "run", run_dir], check=True, capture_output=True)
-    same_curve(curve(run_dir), expected(1))
+    assert_same_curve(curve(run_dir), expected(1))
 
 
 def test_a_process_that_torchrun_started_by_hand_locks_the_run(toy, tmp_path):

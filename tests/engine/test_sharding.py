@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from engine.runs import agents, curve, pretrain, same_curve, start, wait_for_step, wait_until, workers
+from engine.runs import agents, assert_same_curve, curve, pretrain, start, wait_for_step, wait_until, workers
 from torch import distributed
 
 from scllm import models
@@ -27,7 +27,7 @@ def test_split_weights_give_the_same_losses(toy, tmp_path, accumulate):
     split = pretrain(
         toy, tmp_path / "split", dropout=0.0, n_procs=2, config={"strategy": "fsdp", "accumulate": accumulate}
     )
-    same_curve(curve(tmp_path / "split"), curve(tmp_path / "alone"))
+    assert_same_curve(curve(tmp_path / "split"), curve(tmp_path / "alone"))
     for name, weight in alone.state_dict().items():
         assert (split.state_dict()[name] - weight).abs().max() < 1e-4, name
 
@@ -49,7 +49,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(toy, tmp_path):
     # the checkpoint holds whole weights, as one process writes it
     assert all(weight.shape == pretrained.shape for weight, pretrained in _weights(run_dir, tmp_path / "whole"))
     pretrain(toy, run_dir, **settings)
-    same_curve(curve(run_dir), curve(tmp_path / "whole"))
+    assert_same_curve(curve(run_dir), curve(tmp_path / "whole"))
 
 
 def _weights(*run_dirs):

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from engine.runs import curve, interrupted, pretrain, same_curve
+from engine.runs import assert_same_curve, curve, interrupted, pretrain
 from scipy.sparse import csr_matrix
 
 from scllm import datasets, models, tl
@@ -59,7 +59,7 @@ def test_an_interrupted_run_goes_on_to_the_same_history_and_weights(cells, fresh
     whole = pretrain(cells, tmp_path / "whole", **copy.deepcopy(options))
     interrupted(cells, tmp_path / "broken", 3, **copy.deepcopy(options))
     again = pretrain(cells, tmp_path / "broken", **options)
-    same_curve(curve(tmp_path / "broken"), curve(tmp_path / "whole"))
+    assert_same_curve(curve(tmp_path / "broken"), curve(tmp_path / "whole"))
     assert len(whole.history) > 8
     assert again.hash() == whole.hash()
 
@@ -70,7 +70,7 @@ def test_two_processes_have_the_loss_curve_of_one(cells, fresh, family, tmp_path
     options = settings(family, fresh) | {"dropout": 0.0}
     for n_procs in (1, 2):
         pretrain(cells, tmp_path / str(n_procs), n_procs=n_procs, **options)
-    same_curve(curve(tmp_path / "2"), curve(tmp_path / "1"))
+    assert_same_curve(curve(tmp_path / "2"), curve(tmp_path / "1"))
 
 
 @every_family
