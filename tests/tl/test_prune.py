@@ -57,6 +57,15 @@ def test_what_is_pruned_stays_out_in_training(adata, tiny, tmp_path, processes):
     assert (tl.finetune(adata, tiny, key="cell_type", epochs=1).layers[0].up.weight != 0).all()
 
 
+def test_adapters_of_a_pruned_model_are_trained(adata, tiny):
+    small = tl.prune(tiny, amount=0.4)
+    tuned = tl.finetune(adata, small, key="cell_type", epochs=3, lr=1e-2, lora=2)
+    for before, after in zip(small.layers, tuned.layers, strict=True):
+        for name in ("attention.qkv", "attention.out", "up", "down"):
+            changed = before.get_submodule(name).weight != after.get_submodule(name).weight
+            assert changed.float().mean() > 0.9
+
+
 def test_shares_that_round_to_nothing_are_an_error(tiny):
     with pytest.raises(ValueError, match=r"amount is 0\.01, which rounds to no head and no neuron .* larger share"):
         tl.prune(tiny, amount=0.01, structured=True)

@@ -219,13 +219,18 @@ def _kept_neurons(block: Any, amount: float) -> Tensor:
 
 
 def _linear_weights(model: nn.Module) -> Iterator[Tensor]:
-    """The matrices of linear layers and of XLNet's attention, but for those of heads and of tables of genes."""
+    """The matrices of linear layers and of XLNet's attention, but for those of heads, tables of genes and adapters."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and id(module.weight) not in tables and not name.startswith("heads."):
+        if isinstance(module, nn.Linear) and id(module.weight) not in tables and not _is_beside(name):
             yield module.weight
         elif type(module).__name__ == "XLNetRelativeAttention":
             yield from (getattr(module, which) for which in ("q", "k", "v", "o", "r"))
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a layer is no part of the encoder itself: a head, or an adapter, which begins with zeros of its own."""
+    return name.startswith("heads.") or ".lora_" in name
 
 
 def _share_of_zeros(model: nn.Module) -> float:
