@@ -40,7 +40,7 @@ def check_adata(adata: object, copy: bool = False, key_added: str = "result") ->
         raise ValueError(f"{what}, one in memory expected. Pass adata.to_memory().")
 
 
-def missing_key(key: str, names: Iterable[str], where: str, advice: str = "") -> KeyError:
+def missing_key(key: object, names: Iterable[str], where: str, advice: str = "") -> KeyError:
     """Say that ``key`` is not in ``where`` and offer the closest of ``names``; to be raised by the caller.
 
     Examples
@@ -49,7 +49,7 @@ def missing_key(key: str, names: Iterable[str], where: str, advice: str = "") ->
     KeyError("'celltype' is not a column of adata.obs. Did you mean 'cell_type'?")
     """
     names = [str(name) for name in names]
-    close = get_close_matches(key, names, n=3)
+    close = get_close_matches(str(key), names, n=3)
     if close:
         offer = f"Did you mean {' or '.join(map(repr, close))}?"
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 __all__ = [
     "BASELINE", "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "CROSS_VALIDATED", "EMBEDDING", "FOLD", "GENES", "GENE_LABEL",
     "GENE_SYMBOL", "LABEL", "LOUVAIN", "MEDIANS", "NATS", "PCA", "PERPLEXITY", "PROBABILITIES", "PROBABILITY", "RANKED",
-    "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT", "TOKENS", "TOKEN_ID", "TOKEN_VALUES", "TOY", "TRANSFERRED", "UNS",
+    "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT", "TOKENS", "TOKEN_ID", "TOKEN_VALUES", "TOY", "TRANSFERRED", "UNKNOWN",
+    "UNS",
 ]  # fmt: skip
 
 UNS = "scllm"
@@ -33,6 +34,9 @@ SPLIT = "split"
 LABEL = "scllm_label"
 PROBABILITY = "_prob"
 """Suffix: ``obs["scllm_label_prob"]``."""
+
+UNKNOWN = "unknown"
+"""No key: the label of cells that no class is probable enough for."""
 
 CROSS_VALIDATED = "_cv"
 """Suffix: ``obs["cell_type_cv"]``."""

@@ -77,6 +77,14 @@ def test_bad_columns_are_named(labelled) -> None:
         confusion_matrix(labelled, truth="truth", predicted="none", show=False)
 
 
+def test_values_are_no_labels(labelled) -> None:
+    labelled.obs["depth"] = np.linspace(0, 1, 15)
+    with pytest.raises(ValueError, match=r"obs\['depth'\] holds values \(float64\), labels expected\. .*'category'"):
+        confusion_matrix(labelled, truth="truth", predicted="depth", show=False)
+    with pytest.raises(KeyError, match=r"None is not a column of adata\.obs"):
+        confusion_matrix(labelled, truth="truth", predicted=None, show=False)
+
+
 def test_an_unknown_order_is_named(labelled) -> None:
     with pytest.raises(ValueError, match=r"order is 'similar', 'size' or 'similarity' expected\. Pass"):
         confusion_matrix(labelled, truth="truth", predicted="label", order="similar", show=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -135,6 +136,25 @@ def test_predictions_of_something_else_are_an_error(cells, plot) -> None:
         plot(cells, truth="donor", predicted="type_cv", show=False)
     with pytest.raises(ValueError, match="predicted is an empty list, one column of predictions expected"):
         plot(cells, truth="type", predicted=[], show=False)
+
+
+@pytest.mark.parametrize("plot", [calibration, roc])
+def test_predictions_of_two_models_under_the_names_of_one_are_an_error(cells, plot) -> None:
+    other = cells.copy()
+    other.obs["type_cv"] = other.obs["type_cv"].cat.rename_categories({"B": "Monocyte"})
+    joined = ad.concat([cells, other], index_unique="-", uns_merge="first")
+    with pytest.raises(
+        ValueError, match=r"obs\['type_cv'\] holds 'Monocyte', and the columns of .* recorded as 'CD4\+/x'"
+    ):
+        plot(joined, truth="type", show=False)
+    cells.obs["type_cv"] = np.where(np.arange(300) < 9, "unknown", cells.obs["type_cv"])  # as a threshold leaves it
+    plot(cells, truth="type", show=False)
+
+
+def test_cells_without_probabilities_are_warned_of(cells) -> None:
+    cells.obsm["type_cv_probabilities"][20:30] = np.nan
+    with pytest.warns(UserWarning, match=r"10 of 299 cells with a label in obs\['type'\] have no probabilities in"):
+        roc(cells, truth="type", predicted="type_cv", show=False)
 
 
 @pytest.mark.parametrize("n_bins", [0, -1, 2.5, True])

@@ -143,7 +143,7 @@ def test_a_layer_is_read_and_a_copy_leaves_the_original_alone(adata, labelled):
 
 
 def test_a_model_without_a_head_is_an_error(adata, tiny):
-    with pytest.raises(ValueError, match=r"the scgpt model has no head, a fine-tuned one expected\. Call tl\.finetune"):
+    with pytest.raises(ValueError, match=r"the scgpt model has no head, a fine-tuned one expected\. Fine-tune it"):
         classify(adata, tiny)
     assert not adata.uns
 

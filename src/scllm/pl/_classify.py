@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from scllm._checks import groups
+from scllm._checks import groups, obs_column
 from scllm._typing import FloatArray, IntArray
 from scllm.metrics import confusion
 from scllm.pl._axes import one_axis, show_or_return
@@ -65,7 +65,7 @@ def confusion_matrix(
     """
     if order not in ("size", "similarity"):
         raise ValueError(f"order is {order!r}, 'size' or 'similarity' expected. Pass one of those.")
-    both = pd.DataFrame({"truth": groups(adata.obs, truth), "predicted": groups(adata.obs, predicted)})
+    both = pd.DataFrame({"truth": _labels(adata.obs, truth), "predicted": _labels(adata.obs, predicted)})
     both = both.dropna().astype(str)
     if both.empty:
         raise ValueError(
@@ -91,6 +91,17 @@ def confusion_matrix(
     ax.set(xlabel=f"predicted ({predicted})", ylabel=f"true ({truth})")
     _frame(ax, len(rows), len(columns))
     return show_or_return(ax, show)
+
+
+def _labels(obs: pd.DataFrame, key: str) -> pd.Series:
+    """A column of labels; whole numbers may be clusters, values are an error."""
+    column = obs_column(obs, key)
+    if pd.api.types.is_float_dtype(column):
+        raise ValueError(
+            f"obs[{key!r}] holds values ({column.dtype}), labels expected. If the numbers are labels: "
+            f"adata.obs[{key!r}] = adata.obs[{key!r}].astype('category')."
+        )
+    return groups(obs, key)
 
 
 def _by_similarity(counts: IntArray) -> IntArray:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from scllm import _keys
 from scllm._checks import groups, missing_key
+from scllm._log import warn
 from scllm._names import listed
 from scllm._results import classes_of
 from scllm._typing import FloatArray
@@ -62,7 +63,9 @@ def _of_column(adata: AnnData, labels: pd.Series, name: str, title: str, color: 
         raise missing_key(name, _predicted(adata), f"a prediction with probabilities (obsm[{key!r}])", advice)
     probabilities = np.asarray(adata.obsm[key], dtype=float)
     classes = _classes(adata, name, probabilities.shape[1])
-    cells = np.flatnonzero(labels.notna().to_numpy() & np.isfinite(probabilities).all(axis=1))
+    _check_labels(adata, name, classes)
+    is_known, is_there = labels.notna().to_numpy(), np.isfinite(probabilities).all(axis=1)
+    cells = np.flatnonzero(is_known & is_there)
     if not len(cells):
         raise ValueError(
             f"no cell has both a label in obs[{labels.name!r}] and probabilities in obsm[{key!r}], some expected. "
@@ -74,9 +77,27 @@ def _of_column(adata: AnnData, labels: pd.Series, name: str, title: str, color: 
             f"obs[{labels.name!r}] holds {listed(list(pd.unique(known)))}, and {name!r} is one of "
             f"{listed(list(classes))}, labels in common expected. Pass the column that was predicted as truth=."
         )
+    if len(cells) < is_known.sum():
+        warn(
+            f"{is_known.sum() - len(cells)} of {is_known.sum()} cells with a label in obs[{labels.name!r}] have no "
+            f"probabilities in obsm[{key!r}], all expected: they are left out."
+        )
     found = adata.obs.get(name.removesuffix(_keys.BASELINE) + _keys.FOLD)
     fold = None if found is None else found.astype("category").cat.codes.to_numpy()[cells]
     return Predictions(title, color, known, probabilities[cells], classes, fold)
+
+
+def _check_labels(adata: AnnData, name: str, classes: NDArray[np.object_]) -> None:
+    """Raise where predicted labels are none of the classes: data of several models were joined under one's names."""
+    if name not in adata.obs:
+        return
+    others = [label for label in groups(adata.obs, name).cat.categories if label not in {*classes, _keys.UNKNOWN}]
+    if others:
+        raise ValueError(
+            f"obs[{name!r}] holds {listed(others)}, and the columns of obsm[{name + _keys.PROBABILITIES!r}] are "
+            f"recorded as {listed(list(classes))}, labels out of those expected: they were renamed, or cells of "
+            "several models joined. Call the verb that wrote them again, on all cells."
+        )
 
 
 def _predicted(adata: AnnData) -> list[str]:

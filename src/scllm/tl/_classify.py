@@ -25,8 +25,6 @@ from scllm.tl._model import ModelLike, gene_match, remember, resolve
 
 __all__ = ["classify", "columns_of_heads"]
 
-_UNKNOWN = "unknown"
-
 
 def classify(
     adata: AnnData,
@@ -83,7 +81,9 @@ def classify(
     if not chosen.heads_on("cell"):
         path = f" in {chosen.path}" if chosen.path is not None else ""
         what = "a head on genes alone, one on cells" if chosen.head_specs else "no head, a fine-tuned one"
-        raise ValueError(f"the {chosen.family} model{path} has {what} expected. Call tl.finetune first.")
+        raise ValueError(
+            f"the {chosen.family} model{path} has {what} expected. Fine-tune it first (tl.finetune, `scllm finetune`)."
+        )
     if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
         raise ValueError(
             f"threshold is {threshold!r}, a probability from 0 to 1 expected. Leave it out to have every cell labelled."
@@ -94,9 +94,9 @@ def classify(
             f"threshold={threshold} is for labels, and the head on {specs[0].key!r} predicts values. Leave it out."
         )
     for spec in specs:
-        if threshold is not None and _UNKNOWN in (spec.classes or ()):
+        if threshold is not None and _keys.UNKNOWN in (spec.classes or ()):
             warn(
-                f"{_UNKNOWN!r} is a class of the head on {spec.key!r} and what threshold= calls doubtful cells, "
+                f"{_keys.UNKNOWN!r} is a class of the head on {spec.key!r} and what threshold= calls doubtful cells, "
                 "different names expected: they cannot be told apart. Rename the class and fine-tune again."
             )
         if spec.classes is not None:
@@ -148,8 +148,8 @@ def _write(adata: AnnData, spec: HeadSpec, output: FloatArray, key: str, thresho
     names = np.array(spec.classes, dtype=object)[best]
     categories = list(spec.classes)
     if threshold is not None:
-        names[highest < threshold] = _UNKNOWN
-        categories += [_UNKNOWN] * (_UNKNOWN not in categories)
+        names[highest < threshold] = _keys.UNKNOWN
+        categories += [_keys.UNKNOWN] * (_keys.UNKNOWN not in categories)
     adata.obs[key] = pd.Categorical(names, categories=categories)
     adata.obs[key + _keys.PROBABILITY] = highest
     adata.obsm[key + _keys.PROBABILITIES] = probabilities
