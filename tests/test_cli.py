@@ -254,6 +254,15 @@ def test_data_written_over_are_replaced_and_not_written_into(command, data: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cells.h5ad", "kept"]
 
 
+def test_one_of_several_files_is_not_written_over(data: Path, tuned: Path, tmp_path: Path) -> None:
+    paths = [Path(shutil.copy(data, tmp_path / name)) for name in ("a.h5ad", "b.h5ad")]
+    for given in (paths, [tmp_path]):
+        done = call("embed", *given, tuned, "--out", tmp_path / "b.h5ad")
+        assert done.exit_code == 2
+        assert "one of the 2 files that are read, another path expected" in done.stderr
+    assert all(path.read_bytes() == data.read_bytes() for path in paths)
+
+
 def test_info_tells_model_and_progress(tuned: Path) -> None:
     text = call("info", tuned).stdout
     for part in ("scgpt", "n_layers=2", "40 genes", "BinEncoder", "A, B", "finetune, done", "steps", "best validation"):

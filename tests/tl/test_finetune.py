@@ -153,6 +153,13 @@ def test_a_column_without_anything_is_an_error(adata, tune, dtype):
         tune("label")
 
 
+def test_to_go_on_needs_a_directory(adata, tiny, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="resume=True is given and run_dir is not, both expected"):
+        finetune(adata, tiny, key="cell_type", resume=True)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("label", ["A", 1, 0.5, True])
 def test_no_cell_at_all_is_an_error_whatever_the_labels(adata, tiny, label):
     adata.obs["label"] = label

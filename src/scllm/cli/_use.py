@@ -61,7 +61,7 @@ def embed(
         "batch_size": batch_size, "device": device, "n_gpus": n_gpus, "precision": precision,
     }  # fmt: skip
     if out.suffix == ".h5ad":
-        adata = _read(data)
+        adata = _read(data, out)
         tl.embed(adata, read_model(model, family), **options)
         _write(adata, out)
     else:
@@ -90,7 +90,7 @@ def classify(
     from scllm.tl._classify import columns_of_heads
 
     _check_ending(out, (".csv", ".h5ad"))
-    adata = _read(data, backed=out.suffix == ".csv")
+    adata = _read(data, out, backed=out.suffix == ".csv")
     chosen = read_model(model, family)
     tl.classify(
         adata, chosen, key_added=key_added, threshold=threshold, layer=layer, batch_size=batch_size, device=device,
@@ -120,7 +120,7 @@ def _write(adata: AnnData, out: Path) -> None:
         adata.write_h5ad(fresh)
 
 
-def _read(paths: list[str], *, backed: bool = False) -> AnnData:
+def _read(paths: list[str], out: Path, *, backed: bool = False) -> AnnData:
     """The data as an AnnData; with ``backed`` the matrix of a single .h5ad stays in its file."""
     import anndata as ad
 
@@ -135,6 +135,11 @@ def _read(paths: list[str], *, backed: bool = False) -> AnnData:
                 f"'{path}' holds no .h5ad or .zarr, which --out .h5ad and labels need. Pass such files, or --out .npy."
             )
         files += inside if inside and path.suffix != ".zarr" else [path]
+    if len(files) > 1 and out.resolve() in [file.resolve() for file in files]:
+        raise ValueError(
+            f"--out is '{out}', one of the {len(files)} files that are read, another path expected: cells of all files "
+            "would take its place. Choose another one."
+        )
     if backed and len(files) == 1 and files[0].suffix == ".h5ad":
         return ad.read_h5ad(files[0], backed="r")
     read = [ad.read_zarr(file) if file.suffix == ".zarr" else ad.read_h5ad(file) for file in files]

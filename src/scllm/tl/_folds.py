@@ -13,6 +13,7 @@ from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, Str
 
 from scllm import settings
 from scllm._typing import IntArray
+from scllm.tl._train import check_resume
 
 __all__ = ["fold_cells", "folds_directory"]
 
@@ -73,10 +74,7 @@ def folds_directory(verb: str, given: Any, resume: Any) -> Path:
 
     Nothing is made yet: the first run that has passed all checks makes it.
     """
-    if resume not in ("auto", True, False):
-        raise ValueError(f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues what is there.")
-    if given is None and resume is True:
-        raise ValueError("resume=True is given and run_dir is not, both expected. Pass the run_dir to continue.")
+    check_resume(resume, given)
     if given is None:
         return Path(settings.run_dir) / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
     path = Path(given)

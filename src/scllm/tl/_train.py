@@ -42,7 +42,8 @@ from scllm.models.storage import is_native
 from scllm.tl._model import gene_match, remember
 
 __all__ = [
-    "Data", "Processes", "check_config", "check_trainable", "mean_length", "merged_config", "processes", "train",
+    "Data", "Processes", "check_config", "check_resume", "check_trainable", "mean_length", "merged_config", "processes",
+    "train",
 ]  # fmt: skip
 
 Data = AnnData | str | PathLike[str] | CellSource | Sequence[str | PathLike[str]]
@@ -131,7 +132,8 @@ def train(
     params: Mapping[str, Any],
 ) -> CellModel:
     """Write the run directory (or continue the one there), train, and record the result on the AnnData."""
-    _check_settings(model, config, freeze, lora, resume)
+    check_resume(resume, run_dir)
+    _check_settings(model, config, freeze, lora)
     match = gene_match(data, source, model)
     spec = {
         "verb": verb,
@@ -177,14 +179,16 @@ def train(
     return trained
 
 
-def _check_settings(
-    model: CellModel, config: TrainConfig, freeze: Freeze, lora: LoraSettings | None, resume: bool | str
-) -> None:
-    """Raise on settings that do not go together, or not with the model."""
+def check_resume(resume: object, run_dir: object) -> None:
+    """Raise where it is not said whether, or in which directory, to go on."""
     if resume not in ("auto", True, False):
-        raise ValueError(
-            f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues a run of the same spec."
-        )
+        raise ValueError(f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues what is there.")
+    if resume is True and run_dir is None:
+        raise ValueError("resume=True is given and run_dir is not, both expected. Pass the run_dir to continue.")
+
+
+def _check_settings(model: CellModel, config: TrainConfig, freeze: Freeze, lora: LoraSettings | None) -> None:
+    """Raise on settings that do not go together, or not with the model."""
     check_tracker(config.logger)
     if config.strategy == "fsdp" and config.precision == "fp16":
         raise ValueError(
