@@ -68,7 +68,7 @@ def test_a_started_head_says_what_a_probe_of_the_same_states_says(model, cells, 
     assert by_probe > 0.5  # of four types
 
 
-def test_a_linear_head_is_the_logistic_regression_of_whitened_states(cells):
+def test_a_linear_head_is_the_logistic_regression_of_states_whitened_within_labels(cells):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = models.build("scgpt", vocab=cells.var_names, size="tiny").eval()
@@ -78,11 +78,12 @@ def test_a_linear_head_is_the_logistic_regression_of_whitened_states(cells):
     tuned = started(model, cells, rows)
     logits = outputs(tuned, cells, lambda replica, batch: replica.head_outputs(batch)["cell_type"])
     states = outputs(model, cells, lambda replica, batch: replica.head_inputs(batch)).astype(np.float64)
-    mean = states[rows].mean(0)
-    variance, directions = np.linalg.eigh(np.cov(states[rows].T, bias=True))
-    # a tenth of the mean variance is added to each
-    white = (states - mean) @ directions / np.sqrt(variance + 0.1 * variance.mean())
-    probe = LogisticRegression(C=0.1, max_iter=5000, tol=1e-8).fit(white[rows], labels.codes.to_numpy()[rows])
+    codes = labels.codes.to_numpy()[rows]
+    within = sum((codes == k).mean() * np.cov(states[rows][codes == k].T, bias=True) for k in np.unique(codes))
+    variance, directions = np.linalg.eigh(within)
+    # three tenths of the mean variance are added to each
+    white = (states - states[rows].mean(0)) @ directions / np.sqrt(variance + 0.3 * variance.mean())
+    probe = LogisticRegression(C=0.1, max_iter=5000, tol=1e-8).fit(white[rows], codes)
     expected = log_softmax(probe.decision_function(white), axis=1)
     np.testing.assert_allclose(log_softmax(logits, axis=1), expected, atol=0.01)
 

@@ -4,7 +4,8 @@ A head that knows nothing pulls the model's states about before it has learnt an
 distort pretrained features and underperform out-of-distribution", *ICLR* 2022, arXiv:2202.10054). States of cells lie
 close together and vary along few directions, and what tells related types apart is not among those: heads learn from
 whitened states, and their first linear layer takes the whitening over at the end. A linear head is then the logistic
-regression of the states.
+regression of the states. What is whitened is the variance within labels, as in linear discriminant analysis: that
+between them is what the head shall read, while cells of one label differ in depth, donor and batch.
 """
 
 from __future__ import annotations
@@ -29,11 +30,10 @@ __all__ = ["start_heads", "whitening"]
 
 _MAX_CELLS = 100_000  # more cells do not change where a head of this size starts
 _MAX_STEPS = 300
-# Half of it times the squared weights is added to the summed loss, as C = 0.1 of a logistic regression. With a weaker
-# penalty and a larger ridge fine-tuned models are right about as often in cells of the same study, and heads less often
-# in those of another (docs/study.md).
+# Half of it times the squared weights is added to the summed loss, as C = 0.1 of a logistic regression; how it and the
+# ridge were chosen stands in docs/study.md
 _PENALTY = 10.0
-_RIDGE = 0.1  # of the mean variance: directions far below it are noise
+_RIDGE = 0.3  # of the mean variance: directions far below it are noise
 
 
 def start_heads(
@@ -78,27 +78,39 @@ def start_heads(
         precision="fp32", desc="starting the heads: states",
     )  # fmt: skip
     states = torch.cat([values for _, values in parts])
-    mean, whiten = whitening(states, _RIDGE)
     columns = {name: torch.from_numpy(column[rows[chosen]]) for name, column in targets.items()}
     probability = None if weights is None else weights[chosen] / weights[chosen].sum()
+    whitenings = {
+        spec.key: whitening(states, _RIDGE, None if spec.classes is None else columns[f"label:{spec.key}"])
+        for spec in model.head_specs
+    }
+    white = {key: (states - mean) @ whiten for key, (mean, whiten) in whitenings.items()}
     with torch.random.fork_rng([]), torch.enable_grad():
         torch.default_generator.manual_seed(random_state)
-        _fit(model, (states - mean) @ whiten, columns, objective, probability, rng)
+        _fit(model, white, columns, objective, probability, rng)
     with torch.no_grad():
-        for head in model.heads:
+        for key, head in model.heads_on("cell").items():
+            mean, whiten = whitenings[key]
             first = next(layer for layer in head.modules() if isinstance(layer, nn.Linear))
             first.weight.copy_(first.weight @ whiten.T)
             first.bias -= first.weight @ mean
 
 
-def whitening(states: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def whitening(states: Tensor, ridge: float, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean ``(d,)``, and the matrix ``(d, d)`` by which centred states get variances near one and no correlations.
 
-    ``ridge`` times the mean variance is added to that of every direction.
+    ``ridge`` times the mean variance is added to that of every direction. With ``labels`` (codes; -1: missing, left
+    out) variances and correlations are those within labels.
     """
     mean = states.mean(0)
-    centred = (states - mean).double()
-    variance, directions = torch.linalg.eigh(centred.T @ centred / len(states))
+    if labels is None:
+        centred = (states - mean).double()
+    else:
+        there, codes = states[labels >= 0].double(), labels[labels >= 0]
+        counts = torch.bincount(codes)
+        sums = torch.zeros(len(counts), states.shape[1], dtype=there.dtype).index_add(0, codes, there)
+        centred = there - (sums / counts.clamp(min=1)[:, None])[codes]
+    variance, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
     variance = variance.clamp(min=0)
     # states that are the same in all cells say nothing
     scale = (variance + ridge * variance.mean().clamp(min=1e-12)).rsqrt()
@@ -107,7 +119,7 @@ def whitening(states: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
 
 def _fit(
     model: CellModel,
-    states: Tensor,
+    states: Mapping[str, Tensor],
     targets: Mapping[str, Tensor],
     objective: Label,
     probability: FloatArray | None,
@@ -115,8 +127,10 @@ def _fit(
 ) -> None:
     """All cells at once, to the end: a function of the data alone where heads are linear."""
     if probability is not None:
-        drawn = torch.from_numpy(rng.choice(len(states), len(states), p=probability))
-        states, targets = states[drawn], {name: values[drawn] for name, values in targets.items()}
+        drawn = torch.from_numpy(rng.choice(len(probability), len(probability), p=probability))
+        states, targets = ({name: rows[drawn] for name, rows in one.items()} for one in (states, targets))
+    n_cells = len(next(iter(states.values())))
+    heads = model.heads_on("cell")
     weights = list(model.heads.parameters())
     matrices = [weight for weight in weights if weight.ndim > 1]
     optimise = torch.optim.LBFGS(
@@ -125,8 +139,8 @@ def _fit(
 
     def closure() -> Tensor:
         optimise.zero_grad()
-        loss = objective.of(model.head_specs, model.apply_heads(states), targets)
-        value = loss.sum / loss.count.clamp(min=1) + _PENALTY / len(states) * sum((w**2).sum() for w in matrices) / 2
+        loss = objective.of(model.head_specs, {key: head(states[key]) for key, head in heads.items()}, targets)
+        value = loss.sum / loss.count.clamp(min=1) + _PENALTY / n_cells * sum((w**2).sum() for w in matrices) / 2
         value.backward()
         return value
 
