@@ -38,10 +38,10 @@ def model(request, cells):
     return built
 
 
-def started(model, cells, rows, **changed):
+def started(model, cells, rows, targets=None, **changed):
     tuned = copy.deepcopy(model)
     source = open_source(cells)
-    targets = {"label:cell_type": cells.obs["cell_type"].cat.codes.to_numpy().astype(np.int64)}
+    targets = targets or {"label:cell_type": cells.obs["cell_type"].cat.codes.to_numpy().astype(np.int64)}
     options = {"weights": None, "device": "cpu", "random_state": 0} | changed
     start_heads(tuned, source, gene_match(cells, source, tuned), rows, Label(), targets, **options)
     return tuned
@@ -86,6 +86,26 @@ def test_a_linear_head_is_the_logistic_regression_of_states_whitened_within_labe
     probe = LogisticRegression(C=0.1, max_iter=5000, tol=1e-8).fit(white[rows], codes)
     expected = log_softmax(probe.decision_function(white), axis=1)
     np.testing.assert_allclose(log_softmax(logits, axis=1), expected, atol=0.01)
+
+
+def test_several_heads_start_as_each_would_alone(cells):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = models.build("scgpt", vocab=cells.var_names, size="tiny").eval()
+    codes = cells.obs["cell_type"].cat.codes.to_numpy().astype(np.int64)
+    depth = np.log(np.asarray(cells.X.sum(1)).ravel()).astype(np.float32)
+    columns = {"label:type": np.where(np.arange(400) % 3 == 0, -1, codes), "label:depth": depth}
+    of_type = HeadSpec("type", tuple("abcd"), pooling="ranked", reads="both")
+    of_depth = HeadSpec("depth", None, mean=depth.mean(), std=depth.std(), pooling="ranked", reads="both")
+    found = {}
+    for name, specs in (("type", [of_type]), ("depth", [of_depth]), ("both", [of_type, of_depth])):
+        model.set_heads(specs)
+        tuned = started(model, cells, np.arange(0, 400, 2), columns)
+        found[name] = [outputs(tuned, cells, lambda one, batch, key=s.key: one.head_outputs(batch)[key]) for s in specs]
+    of_both = found["both"]
+    np.testing.assert_allclose(log_softmax(of_both[0], 1), log_softmax(found["type"][0], 1), atol=0.02)
+    np.testing.assert_allclose(of_both[1], found["depth"][0], atol=0.02)
+    assert np.corrcoef(of_both[1][1::2, 0], depth[1::2])[0, 1] > 0.5
 
 
 def test_only_heads_are_changed_and_nothing_global_is_drawn(model, cells):

@@ -110,7 +110,7 @@ def whitening(states: Tensor, ridge: float, labels: Tensor | None = None) -> tup
         counts = torch.bincount(codes)
         sums = torch.zeros(len(counts), states.shape[1], dtype=there.dtype).index_add(0, codes, there)
         centred = there - (sums / counts.clamp(min=1)[:, None])[codes]
-    variance, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
+    variance, directions = torch.linalg.eigh(centred.T @ centred / max(1, len(centred)))
     variance = variance.clamp(min=0)
     # states that are the same in all cells say nothing
     scale = (variance + ridge * variance.mean().clamp(min=1e-12)).rsqrt()
@@ -129,7 +129,6 @@ def _fit(
     if probability is not None:
         drawn = torch.from_numpy(rng.choice(len(probability), len(probability), p=probability))
         states, targets = ({name: rows[drawn] for name, rows in one.items()} for one in (states, targets))
-    n_cells = len(next(iter(states.values())))
     heads = model.heads_on("cell")
     weights = list(model.heads.parameters())
     matrices = [weight for weight in weights if weight.ndim > 1]
@@ -140,7 +139,7 @@ def _fit(
     def closure() -> Tensor:
         optimise.zero_grad()
         loss = objective.of(model.head_specs, {key: head(states[key]) for key, head in heads.items()}, targets)
-        value = loss.sum / loss.count.clamp(min=1) + _PENALTY / n_cells * sum((w**2).sum() for w in matrices) / 2
+        value = (loss.sum + _PENALTY / 2 * sum((w**2).sum() for w in matrices)) / loss.count.clamp(min=1)
         value.backward()
         return value
 
