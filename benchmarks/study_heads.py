@@ -29,10 +29,7 @@ from scllm.models.heads import HeadSpec
 from scllm.tl._model import gene_match
 
 # ridge and penalty
-SETTINGS = {
-    "all": ((0.1, 10.0), (1.0, 1.0)),
-    "within labels": ((0.1, 10.0), (0.3, 30.0), (0.3, 10.0), (0.3, 3.0), (1.0, 10.0)),
-}
+SETTINGS = {"all": ((0.1, 10.0), (1.0, 1.0)), "within labels": ((0.3, 10.0), (1.0, 10.0))}
 
 
 def main(folder: Path, family: str, size: str, names: list[str]) -> None:
