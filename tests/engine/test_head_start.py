@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -57,7 +60,8 @@ def test_a_started_head_says_what_a_probe_of_the_same_states_says(model, cells, 
     rows, tested = np.arange(0, 400, 2), np.arange(1, 400, 2)
     with caplog.at_level("INFO", logger="scllm"):
         tuned = started(model, cells, rows)
-    assert "the heads start at a loss of" in caplog.text
+    # with equal answers for four types it would be log(4)
+    assert float(re.search(r"the heads start at a loss of (\S+)", caplog.text)[1]) < 0.8 * np.log(4)
     codes = cells.obs["cell_type"].cat.codes.to_numpy()
     answers = outputs(tuned, cells, lambda replica, batch: replica.head_outputs(batch)["cell_type"]).argmax(1)
     states = outputs(model, cells, lambda replica, batch: replica.head_inputs(batch))
@@ -74,18 +78,30 @@ def test_a_linear_head_is_the_logistic_regression_of_states_whitened_within_labe
         model = models.build("scgpt", vocab=cells.var_names, size="tiny").eval()
     labels = cells.obs["cell_type"].cat
     model.set_heads([HeadSpec("cell_type", tuple(labels.categories), pooling="ranked", reads="both")])
-    rows = np.arange(0, 400, 2)
-    tuned = started(model, cells, rows)
+    rows, missing = np.arange(300), np.arange(400) % 3 == 0
+    column = np.where(missing, -1, labels.codes).astype(np.int64)
+    tuned = started(model, cells, rows, {"label:cell_type": column})
     logits = outputs(tuned, cells, lambda replica, batch: replica.head_outputs(batch)["cell_type"])
     states = outputs(model, cells, lambda replica, batch: replica.head_inputs(batch)).astype(np.float64)
-    codes = labels.codes.to_numpy()[rows]
-    within = sum((codes == k).mean() * np.cov(states[rows][codes == k].T, bias=True) for k in np.unique(codes))
+    known = rows[~missing[rows]]
+    codes = column[known]
+    within = sum((codes == k).mean() * np.cov(states[known][codes == k].T, bias=True) for k in np.unique(codes))
     variance, directions = np.linalg.eigh(within)
     # three tenths of the mean variance are added to each
     white = (states - states[rows].mean(0)) @ directions / np.sqrt(variance + 0.3 * variance.mean())
-    probe = LogisticRegression(C=0.1, max_iter=5000, tol=1e-8).fit(white[rows], codes)
+    probe = LogisticRegression(C=0.1, max_iter=5000, tol=1e-8).fit(white[known], codes)
     expected = log_softmax(probe.decision_function(white), axis=1)
     np.testing.assert_allclose(log_softmax(logits, axis=1), expected, atol=0.01)
+
+
+def test_one_cell_of_each_label_does_not_make_a_head_sure(model, cells):
+    codes = cells.obs["cell_type"].cat.codes.to_numpy()
+    rows = np.array([np.flatnonzero(codes == code)[0] for code in range(4)])
+    tuned = started(model, cells, rows)
+    logits = outputs(tuned, cells, lambda replica, batch: replica.head_outputs(batch)["cell_type"])
+    chance = log_softmax(logits, axis=1)
+    # equal answers would have log(4); wrong ones that are sure cost far more
+    assert -chance[np.arange(400), codes].mean() < 1.5 * np.log(4)
 
 
 def test_several_heads_start_as_each_would_alone(cells):
@@ -181,6 +197,24 @@ def test_accuracy_of_several_heads_is_per_labelled_cell():
     assert reported["commonest_answer_a"] == pytest.approx(2 / 3)
     assert reported["mse_depth:b"] == pytest.approx(4)
     assert set(reported) == {"loss", "accuracy_a", "commonest_answer_a", "mse_depth:b"}
+
+
+def test_a_label_that_nearly_all_cells_have_is_no_collapse(cells, tmp_path):
+    adata = cells[cells.obs["cell_type"] == cells.obs["cell_type"].iloc[0]].copy()
+    adata.obs["rare"] = np.where(np.arange(adata.n_obs) < 2, "yes", "no")
+    # the two cells are told by a gene that no other has
+    counts = adata.X.toarray()
+    counts[:, 0] = np.where(np.arange(adata.n_obs) < 2, 500, 0)
+    adata.X = csr_matrix(counts)
+    adata.obs["part"] = np.where(np.arange(adata.n_obs) % 5 == 4, "validation", "train")
+    model = models.build("scgpt", vocab=adata.var_names, size="tiny")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuned = tl.finetune(
+            adata, model, key="rare", validation="part", epochs=1, batch_size=8, run_dir=tmp_path / "run"
+        )
+    # the last steps and the validation cells have none of the two
+    assert (tuned.history["commonest_answer"].tail(4) == 1).all()
 
 
 @pytest.mark.parametrize("options", [{"validation": 0}, {"config": tl.TrainConfig(log_every=1000)}], ids=str)

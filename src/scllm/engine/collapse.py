@@ -18,7 +18,8 @@ class CollapseWatch:
     """Warns once, when the first epoch is over, where one label was the answer to all cells.
 
     A line of the history has the share of cells that got the commonest answer; it must be all of the validation cells,
-    where there are any, and all of the last training steps'.
+    where there are any, and all of the last training steps', and wrong for some: a label may be so common that no other
+    is among these cells.
 
     Parameters
     ----------
@@ -44,7 +45,9 @@ class CollapseWatch:
         table = table[(table["epoch"] == 0) & (table["step"] > 0)]
         parts = [part.tail(_LOOKED_AT) for _, part in table.groupby("split")]
         for name in table.columns[table.columns.str.startswith("commonest_answer")]:
-            if parts and all((part[name] == 1).all() for part in parts):
+            accuracy = name.replace("commonest_answer", "accuracy", 1)
+            is_one_answer = all((part[name] == 1).all() for part in parts)
+            if is_one_answer and any((part[accuracy] < 1).any() for part in parts):
                 warn(
                     f"after the first epoch the model gives one label to all cells ({name} = 1), several expected. "
                     "Try a lower lr, upsample=True, class_weight='balanced', or loss={'ce': 1, 'dice': 1}."

@@ -34,6 +34,8 @@ _MAX_STEPS = 300
 # ridge were chosen stands in docs/study.md
 _PENALTY = 10.0
 _RIDGE = 0.3  # of the mean variance: directions far below it are noise
+# of all variance, taken for that within labels where cells of a label hardly differ: one cell of each, or copies of one
+_LEAST_WITHIN = 0.01
 
 
 def start_heads(
@@ -79,18 +81,26 @@ def start_heads(
     )  # fmt: skip
     states = torch.cat([values for _, values in parts])
     columns = {name: torch.from_numpy(column[rows[chosen]]) for name, column in targets.items()}
-    probability = None if weights is None else weights[chosen] / weights[chosen].sum()
+    drawn: slice | Tensor = slice(None)
+    if weights is not None:
+        probability = weights[chosen] / weights[chosen].sum()
+        drawn = torch.from_numpy(rng.choice(len(states), len(states), p=probability))
+    # all heads of values read the same
+    within = {spec.key: None if spec.classes is None else f"label:{spec.key}" for spec in model.head_specs}
     whitenings = {
-        spec.key: whitening(states, _RIDGE, None if spec.classes is None else columns[f"label:{spec.key}"])
-        for spec in model.head_specs
+        name: whitening(states, _RIDGE, None if name is None else columns[name])
+        for name in dict.fromkeys(within.values())
     }
-    white = {key: (states - mean) @ whiten for key, (mean, whiten) in whitenings.items()}
+    white = {name: (states[drawn] - mean) @ whiten for name, (mean, whiten) in whitenings.items()}
     with torch.random.fork_rng([]), torch.enable_grad():
         torch.default_generator.manual_seed(random_state)
-        _fit(model, white, columns, objective, probability, rng)
+        _fit(
+            model, {key: white[name] for key, name in within.items()},
+            {name: column[drawn] for name, column in columns.items()}, objective,
+        )  # fmt: skip
     with torch.no_grad():
         for key, head in model.heads_on("cell").items():
-            mean, whiten = whitenings[key]
+            mean, whiten = whitenings[within[key]]
             first = next(layer for layer in head.modules() if isinstance(layer, nn.Linear))
             first.weight.copy_(first.weight @ whiten.T)
             first.bias -= first.weight @ mean
@@ -99,21 +109,22 @@ def start_heads(
 def whitening(states: Tensor, ridge: float, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean ``(d,)``, and the matrix ``(d, d)`` by which centred states get variances near one and no correlations.
 
-    ``ridge`` times the mean variance is added to that of every direction. With ``labels`` (codes; -1: missing, left
-    out) variances and correlations are those within labels.
+    ``ridge`` times the mean variance is added to that of every direction. With ``labels`` (codes; -1: missing)
+    variances and correlations are those within labels, of the cells that have one; the mean is of all cells.
     """
-    mean = states.mean(0)
-    if labels is None:
-        centred = (states - mean).double()
-    else:
-        there, codes = states[labels >= 0].double(), labels[labels >= 0]
-        counts = torch.bincount(codes)
-        sums = torch.zeros(len(counts), states.shape[1], dtype=there.dtype).index_add(0, codes, there)
-        centred = there - (sums / counts.clamp(min=1)[:, None])[codes]
-    variance, directions = torch.linalg.eigh(centred.T @ centred / max(1, len(centred)))
+    mean, spread = states.mean(0), states.var(0, correction=0).mean()
+    of_label = [slice(None)] if labels is None else (labels == code for code in labels[labels >= 0].unique())
+    scatter, n_cells = torch.zeros(2 * [states.shape[1]], dtype=torch.float64), 0
+    for cells in of_label:
+        centred = states[cells].double()
+        centred -= centred.mean(0)
+        scatter.addmm_(centred.T, centred)
+        n_cells += len(centred)
+    variance, directions = torch.linalg.eigh(scatter / max(1, n_cells))
     variance = variance.clamp(min=0)
     # states that are the same in all cells say nothing
-    scale = (variance + ridge * variance.mean().clamp(min=1e-12)).rsqrt()
+    least = max(_LEAST_WITHIN * float(spread), 1e-12)
+    scale = (variance + ridge * variance.mean().clamp(min=least)).rsqrt()
     return mean, ((directions * scale) @ directions.T).to(states.dtype)
 
 
@@ -122,13 +133,8 @@ def _fit(
     states: Mapping[str, Tensor],
     targets: Mapping[str, Tensor],
     objective: Label,
-    probability: FloatArray | None,
-    rng: np.random.Generator,
 ) -> None:
     """All cells at once, to the end: a function of the data alone where heads are linear."""
-    if probability is not None:
-        drawn = torch.from_numpy(rng.choice(len(probability), len(probability), p=probability))
-        states, targets = ({name: rows[drawn] for name, rows in one.items()} for one in (states, targets))
     heads = model.heads_on("cell")
     weights = list(model.heads.parameters())
     matrices = [weight for weight in weights if weight.ndim > 1]
@@ -144,5 +150,5 @@ def _fit(
         return value
 
     model.heads.eval()
-    found = optimise.step(closure)
-    log.info("the heads start at a loss of %.4g on the training cells, their penalty included", found.item())
+    optimise.step(closure)
+    log.info("the heads start at a loss of %.4g on the training cells, their penalty included", closure().item())
