@@ -146,6 +146,22 @@ def test_with_several_heads_a_cell_with_one_label_takes_part(adata, tune):
     assert sorted([*cells["train"], *cells["validation"]]) == [*range(5), *range(10, 60)]
 
 
+@pytest.mark.filterwarnings("ignore:.* cells have no (label|finite value)", "ignore:after the first epoch")
+def test_a_head_without_a_labelled_validation_cell_is_named(adata, tune):
+    adata.obs["part"] = np.where(np.arange(60) % 4 == 3, "validation", "train")
+    is_known = (np.arange(60) < 20) & (adata.obs["part"] == "train")
+    adata.obs["few"] = adata.obs["batch"].astype(object).where(is_known)
+    adata.obs["few"] = adata.obs["few"].mask(is_known & (np.arange(60) % 2 == 0), "third")
+    adata.obs["few depths"] = np.where(is_known, np.arange(60.0), np.nan)
+    with pytest.warns(UserWarning, match=r"none of the 15 validation cells has .* in 'few', 'few depths' of obs"):
+        tuned = tune(["cell_type", "few", "few depths"], validation="part")
+    validation = tuned.history.query("split == 'validation'")
+    assert validation["accuracy_cell_type"].notna().all()
+    assert "accuracy_few" not in tuned.history or validation["accuracy_few"].isna().all()
+    with pytest.raises(ValueError, match=r"no cell with a label is 'validation' in obs\['part'\], some of"):
+        tune("few", validation="part")
+
+
 @pytest.mark.parametrize("dtype", [object, float, "Int64", "category", "string"])
 def test_a_column_without_anything_is_an_error(adata, tune, dtype):
     adata.obs["label"] = pd.Series([pd.NA if dtype in ("Int64", "string") else np.nan] * 60, adata.obs_names, dtype)
@@ -419,7 +435,12 @@ def test_down_sampling_needs_counts(adata, tune):
         (
             {"key": "depth", "loss": "dice"},
             TypeError,
-            r"loss='dice' and .* are for labels, obs\['depth'\]",
+            r"^loss='dice' is for labels, and obs\['depth'\] holds values",
+        ),
+        (
+            {"key": "depth", "config": TrainConfig(label_smoothing=0.1)},
+            TypeError,
+            r"^label_smoothing=0\.1 is for labels, and obs\['depth'\] holds values",
         ),
         ({"loss": "mse"}, ValueError, r"loss is 'mse', one of \('ce', 'bce', 'dice', 'focal'\) expected"),
         ({"loss": {"focl": 1}}, ValueError, r"names of \('ce', 'bce', 'dice', 'focal'\) with weights expected"),

@@ -24,7 +24,7 @@ from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource
 from scllm.engine.objectives import Label
 from scllm.engine.predict import predict
-from scllm.models.base import CellModel
+from scllm.models.base import CellModel, HeadSpec
 
 __all__ = ["start_heads", "whitening"]
 
@@ -35,7 +35,7 @@ _MAX_STEPS = 300
 _PENALTY = 10.0
 _RIDGE = 0.3  # of the mean variance: directions far below it are noise
 # of all variance, taken for that within labels where cells of a label hardly differ: one cell of each, or copies of one
-_LEAST_WITHIN = 0.01
+_LEAST_WITHIN = 0.1
 
 
 def start_heads(
@@ -50,7 +50,7 @@ def start_heads(
     device: str,
     random_state: int,
 ) -> None:
-    """Train the heads alone, in place.
+    """Train the heads alone, each as if it were the only one, in place.
 
     Parameters
     ----------
@@ -85,22 +85,13 @@ def start_heads(
     if weights is not None:
         probability = weights[chosen] / weights[chosen].sum()
         drawn = torch.from_numpy(rng.choice(len(states), len(states), p=probability))
-    # all heads of values read the same
-    within = {spec.key: None if spec.classes is None else f"label:{spec.key}" for spec in model.head_specs}
-    whitenings = {
-        name: whitening(states, _RIDGE, None if name is None else columns[name])
-        for name in dict.fromkeys(within.values())
-    }
-    white = {name: (states[drawn] - mean) @ whiten for name, (mean, whiten) in whitenings.items()}
-    with torch.random.fork_rng([]), torch.enable_grad():
-        torch.default_generator.manual_seed(random_state)
-        _fit(
-            model, {key: white[name] for key, name in within.items()},
-            {name: column[drawn] for name, column in columns.items()}, objective,
-        )  # fmt: skip
-    with torch.no_grad():
-        for key, head in model.heads_on("cell").items():
-            mean, whiten = whitenings[within[key]]
+    for spec in model.head_specs:
+        column = columns[f"label:{spec.key}"]
+        mean, whiten = whitening(states, _RIDGE, None if spec.classes is None else column)
+        head = model.heads_on("cell")[spec.key]
+        with torch.enable_grad():
+            _fit(head, spec, (states[drawn] - mean) @ whiten, column[drawn], objective)
+        with torch.no_grad():
             first = next(layer for layer in head.modules() if isinstance(layer, nn.Linear))
             first.weight.copy_(first.weight @ whiten.T)
             first.bias -= first.weight @ mean
@@ -128,15 +119,9 @@ def whitening(states: Tensor, ridge: float, labels: Tensor | None = None) -> tup
     return mean, ((directions * scale) @ directions.T).to(states.dtype)
 
 
-def _fit(
-    model: CellModel,
-    states: Mapping[str, Tensor],
-    targets: Mapping[str, Tensor],
-    objective: Label,
-) -> None:
+def _fit(head: nn.Module, spec: HeadSpec, states: Tensor, target: Tensor, objective: Label) -> None:
     """All cells at once, to the end: a function of the data alone where heads are linear."""
-    heads = model.heads_on("cell")
-    weights = list(model.heads.parameters())
+    weights = list(head.parameters())
     matrices = [weight for weight in weights if weight.ndim > 1]
     optimise = torch.optim.LBFGS(
         weights, max_iter=_MAX_STEPS, tolerance_grad=1e-5, tolerance_change=1e-7, line_search_fn="strong_wolfe"
@@ -144,11 +129,13 @@ def _fit(
 
     def closure() -> Tensor:
         optimise.zero_grad()
-        loss = objective.of(model.head_specs, {key: head(states[key]) for key, head in heads.items()}, targets)
+        loss = objective.of([spec], {spec.key: head(states)}, {f"label:{spec.key}": target})
         value = (loss.sum + _PENALTY / 2 * sum((w**2).sum() for w in matrices)) / loss.count.clamp(min=1)
         value.backward()
         return value
 
-    model.heads.eval()
+    head.eval()
     optimise.step(closure)
-    log.info("the heads start at a loss of %.4g on the training cells, their penalty included", closure().item())
+    log.info(
+        "the head %r starts at a loss of %.4g on the training cells, its penalty included", spec.key, closure().item()
+    )

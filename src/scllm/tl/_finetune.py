@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scllm import models
 from scllm._checks import check_adata, missing_key
 from scllm._log import log, warn
+from scllm._names import listed
 from scllm._typing import HeadSetting, IntArray
 from scllm.data.source import CellSource, open_source
 from scllm.engine.config import Precision, TrainConfig
@@ -177,7 +178,7 @@ def finetune(
         source, validation, group_key=group_key, stratify=stratify, rows=np.flatnonzero(there), random_state=seed
     )
     specs = [_head(target, training) for target in targets]
-    targets = [_without_unseen(target, training, held_out) for target in targets]
+    targets = _to_validate(targets, training, held_out)
     cells: dict[str, NDArray[Any]] = {"train": training, "validation": held_out}
     cells |= {
         f"obs:label:{target.key}": target.column.astype(np.float32) if target.classes is None else target.column
@@ -216,11 +217,12 @@ def _say_if_tuned_before(begun: CellModel, keys: Sequence[str], given: ModelLike
 
 def _check_is_for_values(loss: LossName | Mapping[LossName, float], label_smoothing: float, key: str) -> None:
     """Raise where a loss was chosen that only labels have."""
-    if loss != "ce" or label_smoothing:
-        raise TypeError(
-            f"loss={loss!r} and label_smoothing={label_smoothing} are for labels, obs[{key!r}] holds values, whose "
-            "loss is the squared error. Leave them out."
-        )
+    if loss == "ce" and not label_smoothing:
+        return
+    given = f"loss={loss!r}" if loss != "ce" else f"label_smoothing={label_smoothing}"
+    raise TypeError(
+        f"{given} is for labels, and obs[{key!r}] holds values, whose loss is the squared error. Leave it out."
+    )
 
 
 def _names(key: str | Sequence[str]) -> list[str]:
@@ -281,6 +283,22 @@ def _head(target: Target, training: IntArray) -> HeadSpec:
     if target.classes is not None:
         return HeadSpec(target.key, target.classes)
     return HeadSpec(target.key, None, mean=float(seen.mean()), std=float(seen.std()))
+
+
+def _to_validate(targets: Sequence[Target], training: IntArray, held_out: IntArray) -> list[Target]:
+    """The columns without labels that no training cell has; a warning where no validation cell has a label.
+
+    Cells are held out by the first column of labels, or by group: all that have another's label may be training.
+    """
+    known = [_without_unseen(target, training, held_out) for target in targets]
+    missed = [target.key for target in known if len(held_out) and not target.is_there[held_out].any()]
+    if missed:
+        warn(
+            f"none of the {len(held_out)} validation cells has a label or value in {listed(missed)} of obs, some "
+            "expected: these heads are neither validated nor calibrated. Hold out cells that have one, with "
+            "validation= a column of obs."
+        )
+    return known
 
 
 def _without_unseen(target: Target, training: IntArray, held_out: IntArray) -> Target:

@@ -25,14 +25,20 @@ def divide(
     """Rows of the training and of the validation cells."""
     rows = np.arange(source.n_obs) if rows is None else rows
     if isinstance(validation, str):
-        column = obs_column(source.obs(column_or_all(source, validation)), validation).astype(str).to_numpy()[rows]
+        column = obs_column(source.obs(column_or_all(source, validation)), validation).astype(str).to_numpy()
         found = set(column)
         if not found >= {"train", "validation"} or found - {"train", "validation", "test", "nan"}:
             raise ValueError(
                 f"obs[{validation!r}] holds {sorted(found)[:5]}, 'train' and 'validation' (and 'test') expected. "
                 "Make it with pp.split(adata)."
             )
-        training, held_out = rows[column == "train"], rows[column == "validation"]
+        training, held_out = (rows[column[rows] == part] for part in ("train", "validation"))
+        for part, chosen in (("train", training), ("validation", held_out)):
+            if not len(chosen):
+                raise ValueError(
+                    f"no cell with a label is {part!r} in obs[{validation!r}], some of these {len(rows)} cells "
+                    "expected. Label others, or split again."
+                )
         if group_key is not None:
             _check_whole(source, group_key, validation, training, held_out)
         return training, held_out

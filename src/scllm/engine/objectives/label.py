@@ -128,14 +128,19 @@ class Label:
         )
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
-        """Per labelled cell: accuracy and the share of the commonest answer, or the squared error, of each head."""
+        """Per labelled cell: accuracy and the share of the commonest answer, or the squared error, of each head.
+
+        Of a head that no cell had a label for, nothing.
+        """
         by_head: dict[str, dict[str, float]] = {}
         for name, mean in means.items():
             key, _, what = name.rpartition(":")
             by_head.setdefault(key, {})[what] = mean
         reported = by_head.pop("")
         for key, of_head in by_head.items():
-            share, suffix = of_head.pop("n") or 1.0, f"_{key}" if len(by_head) > 1 else ""
+            share, suffix = of_head.pop("n"), f"_{key}" if len(by_head) > 1 else ""
+            if not share:
+                continue
             if "mse" in of_head:
                 reported[f"mse{suffix}"] = of_head["mse"] / share
             else:
