@@ -158,8 +158,25 @@ def test_a_head_without_a_labelled_validation_cell_is_named(adata, tune):
     validation = tuned.history.query("split == 'validation'")
     assert validation["accuracy_cell_type"].notna().all()
     assert "accuracy_few" not in tuned.history or validation["accuracy_few"].isna().all()
-    with pytest.raises(ValueError, match=r"no cell with a label is 'validation' in obs\['part'\], some of"):
+    with pytest.raises(
+        ValueError, match=r"none of the \d+ cells with a label or value is 'validation' in obs\['part'\]"
+    ):
         tune("few", validation="part")
+    adata.obs.loc[adata.obs_names[[3, 7]], "few"] = "seen nowhere else"
+    with pytest.warns(UserWarning, match=r"none of the 15 validation cells has .* in 'few' of obs"):
+        tune(["cell_type", "few"], validation="part")
+
+
+@pytest.mark.filterwarnings("ignore:.* cells have no label")
+@pytest.mark.parametrize("elsewhere", [None, np.nan, pd.NA, "not labelled"], ids=repr)
+def test_a_column_of_parts_may_say_anything_of_cells_without_a_label(adata, tune, elsewhere):
+    has_label = np.arange(60) < 40
+    adata.obs["label"] = adata.obs["cell_type"].astype(object).where(has_label)
+    part = np.where(np.arange(60) % 4 == 3, "validation", "train").astype(object)
+    part[~has_label] = elsewhere
+    adata.obs["part"] = part
+    cells = cells_of(tune("label", validation="part"))
+    assert (len(cells["train"]), len(cells["validation"])) == (30, 10)
 
 
 @pytest.mark.parametrize("dtype", [object, float, "Int64", "category", "string"])
@@ -216,7 +233,7 @@ def test_validation_cells_of_other_labels_than_the_training_cells_are_an_error(a
     adata.obs["part"] = ["validation"] * 6 + ["train"] * 54
     adata.obs["label"] = ["rare"] * 6 + ["A", "B"] * 27
     with pytest.raises(
-        ValueError, match=r"no label that the validation cells have in obs\['label'\] \(first: 'rare'\)"
+        ValueError, match=r"no label that the validation cells have in 'label' of obs is among the training"
     ):
         tune("label", validation="part")
 

@@ -19,7 +19,8 @@ class CollapseWatch:
 
     A line of the history has the share of cells that got the commonest answer; it must be all of the validation cells,
     where there are any, and all of the last training steps', and wrong for some: a label may be so common that no other
-    is among these cells.
+    is among these cells. A head without a labelled cell in one of these lines is not judged: a single cell or two get
+    one answer from any model.
 
     Parameters
     ----------
@@ -43,10 +44,9 @@ class CollapseWatch:
             return
         self.has_looked = True
         table = table[(table["epoch"] == 0) & (table["step"] > 0)]
+        parts = [part.tail(_LOOKED_AT) for _, part in table.groupby("split")]
         for name in table.columns[table.columns.str.startswith("commonest_answer")]:
             accuracy = name.replace("commonest_answer", "accuracy", 1)
-            # a line without a labelled cell of this head says nothing of it
-            parts = [part.tail(_LOOKED_AT) for _, part in table.dropna(subset=[name]).groupby("split")]
             is_one_answer = all((part[name] == 1).all() for part in parts)
             if is_one_answer and any((part[accuracy] < 1).any() for part in parts):
                 warn(

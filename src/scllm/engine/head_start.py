@@ -28,7 +28,7 @@ from scllm.models.base import CellModel, HeadSpec
 
 __all__ = ["start_heads", "whitening"]
 
-_MAX_CELLS = 100_000  # more cells do not change where a head of this size starts
+_MAX_CELLS = 100_000  # of a head: more do not change where a head of this size starts
 _MAX_STEPS = 300
 # Half of it times the squared weights is added to the summed loss, as C = 0.1 of a logistic regression; how it and the
 # ridge were chosen stands in docs/study.md
@@ -50,7 +50,7 @@ def start_heads(
     device: str,
     random_state: int,
 ) -> None:
-    """Train the heads alone, each as if it were the only one, in place.
+    """Train the heads alone, each on the cells that have its label or value, in place.
 
     Parameters
     ----------
@@ -72,46 +72,51 @@ def start_heads(
         What the order of the cells is a function of.
     """
     rng = np.random.default_rng(random_state)
-    chosen = np.arange(len(rows))
-    if len(rows) > _MAX_CELLS:
-        chosen = np.sort(rng.choice(chosen, _MAX_CELLS, replace=False))
+    columns = {spec.key: targets[f"label:{spec.key}"][rows] for spec in model.head_specs}
+    there = {
+        spec.key: np.isfinite(columns[spec.key]) if spec.classes is None else columns[spec.key] >= 0
+        for spec in model.head_specs
+    }
+    chosen = np.unique(np.concatenate([_some(np.flatnonzero(known), rng) for known in there.values()]))
     parts = predict(
         model, source, match, lambda replica, batch: replica.head_inputs(batch), rows=rows[chosen], device=device,
         precision="fp32", desc="starting the heads: states",
     )  # fmt: skip
     states = torch.cat([values for _, values in parts])
-    columns = {name: torch.from_numpy(column[rows[chosen]]) for name, column in targets.items()}
-    drawn: slice | Tensor = slice(None)
+    drawn = np.arange(len(chosen))
     if weights is not None:
-        probability = weights[chosen] / weights[chosen].sum()
-        drawn = torch.from_numpy(rng.choice(len(states), len(states), p=probability))
+        drawn = rng.choice(drawn, len(drawn), p=weights[chosen] / weights[chosen].sum())
     for spec in model.head_specs:
-        column = columns[f"label:{spec.key}"]
-        mean, whiten = whitening(states, _RIDGE, None if spec.classes is None else column)
+        column, known = torch.from_numpy(columns[spec.key][chosen]), there[spec.key][chosen]
+        mean, whiten = whitening(states[known], _RIDGE, None if spec.classes is None else column[known])
+        seen = drawn[known[drawn]]
         head = model.heads_on("cell")[spec.key]
         with torch.enable_grad():
-            _fit(head, spec, (states[drawn] - mean) @ whiten, column[drawn], objective)
+            _fit(head, spec, (states[seen] - mean) @ whiten, column[seen], objective)
         with torch.no_grad():
             first = next(layer for layer in head.modules() if isinstance(layer, nn.Linear))
             first.weight.copy_(first.weight @ whiten.T)
             first.bias -= first.weight @ mean
 
 
+def _some(cells: IntArray, rng: np.random.Generator) -> IntArray:
+    return cells if len(cells) <= _MAX_CELLS else rng.choice(cells, _MAX_CELLS, replace=False)
+
+
 def whitening(states: Tensor, ridge: float, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean ``(d,)``, and the matrix ``(d, d)`` by which centred states get variances near one and no correlations.
 
-    ``ridge`` times the mean variance is added to that of every direction. With ``labels`` (codes; -1: missing)
-    variances and correlations are those within labels, of the cells that have one; the mean is of all cells.
+    ``ridge`` times the mean variance is added to that of every direction. With ``labels`` (codes) variances and
+    correlations are those within labels; the mean is of all cells.
     """
     mean, spread = states.mean(0), states.var(0, correction=0).mean()
-    of_label = [slice(None)] if labels is None else (labels == code for code in labels[labels >= 0].unique())
-    scatter, n_cells = torch.zeros(2 * [states.shape[1]], dtype=torch.float64), 0
+    of_label = [slice(None)] if labels is None else (labels == code for code in labels.unique())
+    scatter = torch.zeros(2 * [states.shape[1]], dtype=torch.float64)
     for cells in of_label:
         centred = states[cells].double()
         centred -= centred.mean(0)
         scatter.addmm_(centred.T, centred)
-        n_cells += len(centred)
-    variance, directions = torch.linalg.eigh(scatter / max(1, n_cells))
+    variance, directions = torch.linalg.eigh(scatter / len(states))
     variance = variance.clamp(min=0)
     # states that are the same in all cells say nothing
     least = max(_LEAST_WITHIN * float(spread), 1e-12)

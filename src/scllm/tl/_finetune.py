@@ -81,7 +81,7 @@ def finetune(
         The model to start from, or its path; it is left unchanged. ``None`` is the one recorded on ``data`` last.
     key
         Column of ``obs``, or several for several heads. Categories, strings and booleans are labels, floats are values.
-        Rows whose label is missing are left out.
+        A head is learnt without the cells whose label is missing.
     freeze
         What stays as it is: the first n blocks, ``"encoder"`` (all but the heads), or a pattern of weight names,
         or a list of such.
@@ -286,16 +286,21 @@ def _head(target: Target, training: IntArray) -> HeadSpec:
 
 
 def _to_validate(targets: Sequence[Target], training: IntArray, held_out: IntArray) -> list[Target]:
-    """The columns without labels that no training cell has; a warning where no validation cell has a label.
+    """The columns without labels that no training cell has; a warning or an error where that leaves none to validate.
 
     Cells are held out by the first column of labels, or by group: all that have another's label may be training.
     """
     known = [_without_unseen(target, training, held_out) for target in targets]
     missed = [target.key for target in known if len(held_out) and not target.is_there[held_out].any()]
+    if len(missed) == len(known):
+        raise ValueError(
+            f"no label that the validation cells have in {listed(missed)} of obs is among the training cells, labels "
+            "of both expected. Hold out other cells or groups."
+        )
     if missed:
         warn(
-            f"none of the {len(held_out)} validation cells has a label or value in {listed(missed)} of obs, some "
-            "expected: these heads are neither validated nor calibrated. Hold out cells that have one, with "
+            f"none of the {len(held_out)} validation cells has a label or value to validate in {listed(missed)} of "
+            "obs, some expected: these heads are neither validated nor calibrated. Hold out cells that have one, with "
             "validation= a column of obs."
         )
     return known
@@ -311,16 +316,12 @@ def _without_unseen(target: Target, training: IntArray, held_out: IntArray) -> T
     asked = held_out[target.is_there[held_out]]
     lost = asked[np.isin(target.column[asked], unseen)]
     first = target.classes[unseen[0]]
-    if len(lost) == len(asked):
-        raise ValueError(
-            f"no label that the validation cells have in obs[{target.key!r}] (first: {first!r}) is among the training "
-            "cells, labels of both expected. Hold out other cells or groups."
+    if len(lost) < len(asked):  # else there is nothing left to validate, which is said of all columns together
+        warn(
+            f"{len(unseen)} labels of obs[{target.key!r}] (first: {first!r}) are among the validation cells and not "
+            f"among the training cells, training cells of each expected: {len(lost)} of {len(asked)} validation cells "
+            "are left out. Hold out other cells or groups."
         )
-    warn(
-        f"{len(unseen)} labels of obs[{target.key!r}] (first: {first!r}) are among the validation cells and not among "
-        f"the training cells, training cells of each expected: {len(lost)} of {len(asked)} validation cells are left "
-        "out. Hold out other cells or groups."
-    )
     column = target.column.copy()
     column[lost] = -1
     return replace(target, column=column)

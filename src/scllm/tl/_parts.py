@@ -25,18 +25,19 @@ def divide(
     """Rows of the training and of the validation cells."""
     rows = np.arange(source.n_obs) if rows is None else rows
     if isinstance(validation, str):
-        column = obs_column(source.obs(column_or_all(source, validation)), validation).astype(str).to_numpy()
-        found = set(column)
-        if not found >= {"train", "validation"} or found - {"train", "validation", "test", "nan"}:
+        column = obs_column(source.obs(column_or_all(source, validation)), validation).astype(object)
+        found, asked = (set(cells.dropna().astype(str)) for cells in (column, column.iloc[rows]))
+        if not found >= {"train", "validation"} or asked - {"train", "validation", "test"}:
             raise ValueError(
                 f"obs[{validation!r}] holds {sorted(found)[:5]}, 'train' and 'validation' (and 'test') expected. "
                 "Make it with pp.split(adata)."
             )
-        training, held_out = (rows[column[rows] == part] for part in ("train", "validation"))
-        for part, chosen in (("train", training), ("validation", held_out)):
-            if not len(chosen):
+        part = column.iloc[rows].astype(str).to_numpy()
+        training, held_out = rows[part == "train"], rows[part == "validation"]
+        for name, cells in (("train", training), ("validation", held_out)):
+            if not len(cells):
                 raise ValueError(
-                    f"no cell with a label is {part!r} in obs[{validation!r}], some of these {len(rows)} cells "
+                    f"none of the {len(rows)} cells with a label or value is {name!r} in obs[{validation!r}], some "
                     "expected. Label others, or split again."
                 )
         if group_key is not None:

@@ -89,8 +89,8 @@ def find_target(obs: pd.DataFrame, key: str) -> Target:
     if n_missing:
         what = "finite value" if target.classes is None else "label"
         warn(
-            f"{n_missing} of {len(obs)} cells have no {what} in obs[{key!r}], one for each expected: nothing is learnt "
-            f"from them there. Drop cells that no column labels to silence this.{_of_whole_numbers(target)}"
+            f"{n_missing} of {len(obs)} cells have no {what} in obs[{key!r}], one for each expected: its head is "
+            f"learnt without them. Drop them, unless another column labels them.{_of_whole_numbers(target)}"
         )
     return target
 
