@@ -233,7 +233,7 @@ def test_validation_cells_of_other_labels_than_the_training_cells_are_an_error(a
     adata.obs["part"] = ["validation"] * 6 + ["train"] * 54
     adata.obs["label"] = ["rare"] * 6 + ["A", "B"] * 27
     with pytest.raises(
-        ValueError, match=r"no label that the validation cells have in 'label' of obs is among the training"
+        ValueError, match=r"no label that the validation cells have in obs\['label'\] \(first: 'rare'\)"
     ):
         tune("label", validation="part")
 

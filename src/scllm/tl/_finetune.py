@@ -293,9 +293,11 @@ def _to_validate(targets: Sequence[Target], training: IntArray, held_out: IntArr
     known = [_without_unseen(target, training, held_out) for target in targets]
     missed = [target.key for target in known if len(held_out) and not target.is_there[held_out].any()]
     if len(missed) == len(known):
+        lost = next(target for target in targets if target.is_there[held_out].any())
+        first = lost.names(lost.column[held_out[lost.is_there[held_out]]])[0]
         raise ValueError(
-            f"no label that the validation cells have in {listed(missed)} of obs is among the training cells, labels "
-            "of both expected. Hold out other cells or groups."
+            f"no label that the validation cells have in obs[{lost.key!r}] (first: {first!r}) is among the training "
+            "cells, labels of both expected. Hold out other cells or groups."
         )
     if missed:
         warn(
@@ -315,12 +317,11 @@ def _without_unseen(target: Target, training: IntArray, held_out: IntArray) -> T
         return target
     asked = held_out[target.is_there[held_out]]
     lost = asked[np.isin(target.column[asked], unseen)]
-    first = target.classes[unseen[0]]
     if len(lost) < len(asked):  # else there is nothing left to validate, which is said of all columns together
         warn(
-            f"{len(unseen)} labels of obs[{target.key!r}] (first: {first!r}) are among the validation cells and not "
-            f"among the training cells, training cells of each expected: {len(lost)} of {len(asked)} validation cells "
-            "are left out. Hold out other cells or groups."
+            f"{len(unseen)} labels of obs[{target.key!r}] (first: {target.classes[unseen[0]]!r}) are among the "
+            f"validation cells and not among the training cells, training cells of each expected: {len(lost)} of "
+            f"{len(asked)} validation cells are left out. Hold out other cells or groups."
         )
     column = target.column.copy()
     column[lost] = -1
