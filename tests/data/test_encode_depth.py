@@ -69,6 +69,14 @@ def test_levels_are_whole_powers_of_two_of_every_gene():
         assert found.values.tolist() == [*expected, 0]
 
 
+def test_logarithms_are_rounded_alike_on_every_processor():
+    counts = np.arange(1, 1001, dtype=np.float32)
+    found = LevelEncoder().log2(Tokens(np.array([0, 1000]), np.arange(1000, dtype=np.int32), counts))
+    normalised = counts / (counts.sum() / np.float32(1e4))
+    rounded = [np.float32(math.log1p(value)) for value in normalised.tolist()]
+    assert found.tolist() == [float(np.float32(float(value) / math.log(2))) for value in rounded]
+
+
 @pytest.mark.parametrize("encoder", [DepthEncoder("a1", 99, True), LevelEncoder(4, 99)])
 def test_settings_survive_saving(encoder):
     assert encoder_from_dict(encoder_to_dict(encoder)) == encoder

@@ -81,7 +81,8 @@ def test_parity_scbert_tokens(model, counts, arrays):
     np.testing.assert_array_equal(tokens.values.reshape(arrays["tokens"].shape), arrays["tokens"])
     assert (tokens.genes.reshape(arrays["tokens"].shape) == np.arange(len(model.vocab))).all()
     row = np.repeat(np.arange(len(found)), found.lengths)
-    np.testing.assert_array_equal(model.encoder.log2(found), arrays["log2_normalised"][row, found.genes])
+    # the original's logarithm is float32, whose last bit depends on the processor
+    np.testing.assert_array_max_ulp(model.encoder.log2(found), arrays["log2_normalised"][row, found.genes], maxulp=2)
 
 
 @torch.no_grad()

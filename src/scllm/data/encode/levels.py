@@ -72,9 +72,10 @@ class LevelEncoder:
         )
 
     def log2(self, counts: Tokens) -> NDArray[np.float32]:
-        """``log2(1 + count / total * 1e4)`` of each count, to the bit as scanpy rounds it: levels are cut from it."""
+        """``log2(1 + count / total * 1e4)`` of each count, rounded where scanpy rounds: levels are cut from it."""
         values = np.asarray(counts.values, np.float32)
         cell = np.repeat(np.arange(len(counts)), counts.lengths)
         totals = np.bincount(cell, weights=values, minlength=len(counts)).astype(np.float32)
-        logged = np.log1p(values / (totals / _TARGET_SUM)[cell])
+        # in float64, since NumPy's float32 logarithm differs in its last bit between processors, and levels with it
+        logged = np.log1p(values / (totals / _TARGET_SUM)[cell], dtype=np.float64).astype(np.float32)
         return (logged / np.log(np.float64(2))).astype(np.float32)
