@@ -1,9 +1,9 @@
-"""Labels out of five folds, on five data sets: ``python -m benchmarks.study_labels FOLDER FAMILY SIZE [SET ...]``.
+"""Cross-validate labels on five data sets: ``python -m benchmarks.study_labels FOLDER FAMILY SIZE [SET ...]``.
 
-The model is pretrained on all cells of a set, without labels, and fine-tuned in each fold with the settings that
-are the default, and where whole groups are tested also with heads that read the states after the last block too.
-Beside it stand logistic regressions on the same folds, on all genes (``tl.cross_validate``'s own baseline) and on 50
-components of an SVD. What is finished in ``FOLDER`` is not done again.
+The model is pretrained on all cells of a set, without labels, and fine-tuned in each fold with the default settings.
+Where whole groups are held out, it is also fine-tuned with heads that read only the input embeddings. Logistic
+regressions use the same folds: one on all genes (the baseline of ``tl.cross_validate``) and one on 50 components of an
+SVD. Finished parts in ``FOLDER`` are not run again.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ PRETRAINING = {
 }
 SCORES = ["accuracy", "macro_f1"]
 METHODS: dict[str, dict] = {
-    "fine-tuned": {},
-    "fine-tuned, heads on both states": {"config": scllm.tl.TrainConfig(head_reads="both")},
+    "fine-tuned": {"config": scllm.tl.TrainConfig(head_reads="both")},  # the default
+    "fine-tuned, heads on the inputs": {"config": scllm.tl.TrainConfig(head_reads="inputs")},
 }
 
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """A file of ``data/``, how long to pretrain on it, and the folds: by cell (``None``) or by whole groups."""
+    """Name of a file in ``data/``, epochs of pretraining, and how folds are split: by cell (``None``) or by group."""
 
     file: str
     epochs: int
@@ -64,22 +64,23 @@ def main(folder: Path, family: str, size: str, names: list[str]) -> None:
             n_folds = 5 if group_key is None else min(5, adata.obs[group_key].nunique())
             tested = group_key or "cells"
             for method, options in METHODS.items():
-                if options and group_key is None:
-                    continue  # for new groups alone
+                on_inputs = method != "fine-tuned"
+                if on_inputs and group_key is None:
+                    continue  # tried for new groups only
                 found = scllm.tl.cross_validate(
-                    adata, model, key=KEY, n_folds=n_folds, group_key=group_key, baseline=not options,
-                    run_dir=folder / f"{name}-{family}-{size}-{tested}{'-both' if options else ''}", **options,
+                    adata, model, key=KEY, n_folds=n_folds, group_key=group_key, baseline=not on_inputs,
+                    run_dir=folder / f"{name}-{family}-{size}-{tested}{'-inputs' if on_inputs else ''}", **options,
                 )  # fmt: skip
                 means = found.groupby("method")[SCORES].mean()
                 rows[name, tested, method] = means.loc["model"]
-                if not options:
+                if not on_inputs:
                     rows[name, tested, "logistic regression"] = means.loc["baseline"]
                     rows[name, tested, "logistic regression, SVD-50"] = svd_scores(adata, n_folds)
             print(pd.DataFrame.from_dict(rows, orient="index").round(3).to_string(), flush=True)
 
 
 def pretrained(folder: Path, name: str, family: str, size: str, adata: ad.AnnData) -> scllm.models.CellModel:
-    """A model pretrained on all cells of a set without labels, on at most 300 genes of a cell at a time."""
+    """Pretrain on all cells of a set without labels, on a random subset of at most 300 genes of a cell."""
     return scllm.tl.pretrain(
         adata, family, size=size, epochs=SETS[name].epochs, config=scllm.tl.TrainConfig(max_len=301),
         run_dir=folder / f"{name}-{family}-{size}", **PRETRAINING[family],
@@ -87,7 +88,7 @@ def pretrained(folder: Path, name: str, family: str, size: str, adata: ad.AnnDat
 
 
 def read(chosen: LabelledSet) -> ad.AnnData:
-    """Cells with a label of their own (no doublets), and genes with at least three counts."""
+    """Read a set without its doublets and without genes that have fewer than three counts."""
     shared = Path(os.environ.get("SCLLM_SHARED", Path(__file__).parents[2] / "shared"))
     adata = ad.read_h5ad(shared / "data" / f"{chosen.file}.h5ad")
     if "demuxlet_class" in adata.obs:
@@ -97,7 +98,7 @@ def read(chosen: LabelledSet) -> ad.AnnData:
 
 
 def svd_scores(adata: ad.AnnData, n_folds: int) -> pd.Series:
-    """Mean scores of a logistic regression on 50 components, on the folds that ``cross_validate`` left behind."""
+    """Score a logistic regression on 50 SVD components, on the folds that ``cross_validate`` wrote to ``obs``."""
     logged = sc.pp.log1p(sc.pp.normalize_total(adata, target_sum=1e4, inplace=False)["X"])
     truth, fold = adata.obs[KEY].to_numpy(dtype=object), adata.obs[f"{KEY}_cv_fold"].astype(int).to_numpy()
     found = []
