@@ -77,7 +77,7 @@ class Module:
         parts = self.name.split(".")
         if self.name in {"scllm.cli", "scllm.__main__"}:
             return "cli"
-        return parts[1] if len(parts) > 1 and (SOURCE / parts[1]).is_dir() else "root"
+        return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "root"
 
     @property
     def is_public(self) -> bool:
