@@ -182,7 +182,7 @@ def test_knn_and_logistic_regression_tell_labels_from_noise(cells) -> None:
 def test_knn_accuracy_leaves_the_cell_itself_out() -> None:
     # each cell lies on one of the other class: its nearest other cell is always wrong
     at = np.repeat(np.arange(40.0) * 10, 2)[:, None]
-    assert metrics.knn_accuracy(at, np.tile(["a", "b"], 40), k=1) < 0.3
+    assert metrics.knn_accuracy(at, np.tile(["a", "b"], 40), n_neighbors=1) < 0.3
 
 
 @pytest.fixture

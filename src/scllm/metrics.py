@@ -257,20 +257,20 @@ def batch_mixing(graph: CSR, batches: ArrayLike) -> float:
     return float(min(1.0, around / _entropy(is_batch.mean(axis=0, keepdims=True))[0]))
 
 
-def agreement(embedding: FloatArray, reference: FloatArray, *, k: int = 15) -> dict[str, float]:
+def agreement(embedding: FloatArray, reference: FloatArray, *, n_neighbors: int = 15) -> dict[str, float]:
     """How alike two embeddings of the same cells are, such as those of a model and of its int8 form.
 
     Parameters
     ----------
     embedding, reference
         ``(n, d)``, rows in the same order.
-    k
+    n_neighbors
         Neighbours of a cell that are compared; fewer where there are fewer cells.
 
     Returns
     -------
-    ``cosine_mean`` and ``cosine_min`` over cells, and ``knn_overlap``: the mean share of the ``k`` nearest neighbours
-    (Euclidean) in one embedding that are among the ``k`` nearest in the other.
+    ``cosine_mean`` and ``cosine_min`` over cells, and ``knn_overlap``: the mean share of the
+    ``n_neighbors`` nearest neighbours (Euclidean) in one embedding that are among the nearest in the other.
 
     Examples
     --------
@@ -286,21 +286,23 @@ def agreement(embedding: FloatArray, reference: FloatArray, *, k: int = 15) -> d
         )
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosine = (a * b).sum(1) / np.where(lengths > 0, lengths, 1)
-    k = min(k, len(a) - 1)
-    near, of_reference = (NearestNeighbors(n_neighbors=k).fit(x).kneighbors(return_distance=False) for x in (a, b))
-    shared = [len(np.intersect1d(*pair)) / k for pair in zip(near, of_reference)]
+    n_neighbors = min(n_neighbors, len(a) - 1)
+    near, of_reference = (
+        NearestNeighbors(n_neighbors=n_neighbors).fit(x).kneighbors(return_distance=False) for x in (a, b)
+    )
+    shared = [len(np.intersect1d(*pair)) / n_neighbors for pair in zip(near, of_reference)]
     found = {"cosine_mean": cosine.mean(), "cosine_min": cosine.min(), "knn_overlap": np.mean(shared)}
     return {name: float(value) for name, value in found.items()}
 
 
 def knn_accuracy(
-    embedding: FloatArray, labels: ArrayLike, *, k: int = 15, n_folds: int = 5, random_state: int = 0
+    embedding: FloatArray, labels: ArrayLike, *, n_neighbors: int = 15, n_folds: int = 5, random_state: int = 0
 ) -> float:
-    """Accuracy of the majority vote of the ``k`` nearest cells of the other folds; folds are stratified."""
+    """Accuracy of the majority vote of the ``n_neighbors`` nearest cells of the other folds; folds are stratified."""
     labels = np.asarray(labels)
-    k = min(k, len(labels) - -(-len(labels) // n_folds) - 1)
+    n_neighbors = min(n_neighbors, len(labels) - -(-len(labels) // n_folds) - 1)
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=random_state)
-    predicted = cross_val_predict(KNeighborsClassifier(k), embedding, labels, cv=folds)
+    predicted = cross_val_predict(KNeighborsClassifier(n_neighbors), embedding, labels, cv=folds)
     return float(accuracy_score(labels, predicted))
 
 

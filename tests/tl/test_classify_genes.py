@@ -169,8 +169,17 @@ def test_the_same_run_directory_continues(adata, begun, markers, tmp_path):
         classify_genes(adata, begun, labels=dict(zip(markers.index, markers[::-1], strict=True)), **options)
 
 
+def test_folds_of_genes_leave_weights_only_if_asked(adata, begun, markers, tmp_path):
+    options = {"labels": markers, "epochs": 1, "n_folds": 2, "baseline": False}
+    first = classify_genes(adata, begun, run_dir=tmp_path / "run", **options)
+    kept = classify_genes(adata.copy(), begun, run_dir=tmp_path / "kept", keep_models=True, **options)
+    pd.testing.assert_frame_equal(first, kept)
+    names = {name: {f.name for f in (tmp_path / name / "fold-1").iterdir()} for name in ("run", "kept")}
+    assert names["kept"] - names["run"] == {"model", "best_model.pt", "last.pt"}
+
+
 def test_a_head_on_genes_is_saved_and_loaded(adata, begun, markers, tmp_path):
-    classify_genes(adata, begun, labels=markers, epochs=1, n_folds=2, baseline=False, run_dir=tmp_path / "run")
+    classify_genes(adata, begun, labels=markers, epochs=1, n_folds=2, run_dir=tmp_path / "run", keep_models=True)
     tuned = models.load(tmp_path / "run" / "fold-0")
     assert tuned.head_specs == (HeadSpec("gene_label", ("marks A", "marks B"), level="gene"),)
     tuned.save(tmp_path / "saved")

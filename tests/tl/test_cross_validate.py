@@ -30,7 +30,7 @@ def settings_of(adata) -> dict:
 
 
 def test_every_cell_is_predicted_once_by_a_model_that_has_not_seen_it(adata, tiny, tmp_path):
-    cross_validate(adata, tiny, key="cell_type", n_folds=3, run_dir=tmp_path, baseline=False, **FAST)
+    cross_validate(adata, tiny, key="cell_type", n_folds=3, run_dir=tmp_path, baseline=False, keep_models=True, **FAST)
     fold = adata.obs["cell_type_cv_fold"].astype(int).to_numpy()
     assert np.bincount(fold).tolist() == [20, 20, 20]
     for number in range(3):
@@ -246,6 +246,39 @@ def test_a_finished_fold_is_not_trained_again(adata, tiny, tmp_path):
     pd.testing.assert_frame_equal(adata.obs, whole.obs)
 
 
+WEIGHTS = {"model", "best_model.pt", "last.pt"}
+
+
+def test_folds_leave_predictions_and_weights_only_if_asked(adata, tiny, tmp_path):
+    options = {"key": "cell_type", "n_folds": 2, "baseline": False, **FAST}
+    expected = cross_validate(adata, tiny, run_dir=tmp_path / "kept", keep_models=True, **options)
+    found = cross_validate(adata.copy(), tiny, run_dir=tmp_path / "run", **options)
+    pd.testing.assert_frame_equal(found, expected)
+    for number in range(2):
+        assert {file.name for file in (tmp_path / "kept" / f"fold-{number}").iterdir()} >= WEIGHTS
+        there = {file.name for file in (tmp_path / "run" / f"fold-{number}").iterdir()}
+        assert not there & WEIGHTS
+        assert there >= {"spec.json", "history.jsonl", "predictions"}
+    assert sum(file.stat().st_size for file in (tmp_path / "run").rglob("*")) < 100_000
+
+
+def test_predictions_of_finished_folds_are_read_again(adata, tiny, tmp_path, monkeypatch):
+    options = {"key": "cell_type", "n_folds": 2, "run_dir": tmp_path / "run", **FAST}
+    first = cross_validate(adata, tiny, **options)
+    monkeypatch.setattr("scllm.tl._cross_validate.finetune", None)  # would be called
+    again = adata.copy()
+    pd.testing.assert_frame_equal(cross_validate(again, tiny, **options), first)
+    np.testing.assert_array_equal(again.obsm["cell_type_cv_probabilities"], adata.obsm["cell_type_cv_probabilities"])
+    with pytest.raises(ValueError, match=r"model of the finished fold in .*fold-0.*keep_models=False"):
+        cross_validate(adata, tiny, keep_models=True, **options)
+    with pytest.raises(ValueError, match=r"other settings \(config\.epochs|options\.epochs"):
+        cross_validate(adata, tiny, **{**options, "epochs": 2})
+    changed = adata.copy()
+    changed.X = 2 * changed.X
+    with pytest.raises(ValueError, match=r"data\.fingerprint"):
+        cross_validate(changed, tiny, **options)
+
+
 KILLED = """
 import sys
 import anndata, torch
@@ -410,7 +443,9 @@ def test_heads_on_groups_that_are_tested_whole_read_the_inputs(adata, tiny, tmp_
     adata.obs["donor"] = ["x"] * 20 + ["y"] * 20 + ["z"] * 20
     for group_key, reads in ((None, "both"), ("donor", "inputs")):
         run_dir = tmp_path / reads
-        cross_validate(adata, tiny, key="cell_type", group_key=group_key, n_folds=3, run_dir=run_dir, **FAST)
+        cross_validate(
+            adata, tiny, key="cell_type", group_key=group_key, n_folds=3, run_dir=run_dir, keep_models=True, **FAST
+        )
         assert {models.load(run_dir / f"fold-{i}" / "model").head_specs[0].reads for i in range(3)} == {reads}
 
 

@@ -56,6 +56,15 @@ def test_the_same_genes_are_hidden_again(adata, tiny):
     assert "reconstructed" not in adata.layers
 
 
+def test_another_seed_hides_other_genes(adata, tiny):
+    first, again, other = (
+        reconstruct(adata, tiny, mask_ratio=0.5, random_state=seed, copy=True).layers["reconstructed"]
+        for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first.toarray(), again.toarray())
+    assert (first.astype(bool) != other.astype(bool)).nnz > first.nnz / 2
+
+
 @torch.no_grad()
 def test_chosen_genes_are_predicted_from_the_cell_expressed_or_not(adata, tiny):
     names = ["gene_30", "gene_2"]

@@ -36,10 +36,11 @@ def shares_slowly(query, reference, labels, k) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna(0)
 
 
-@pytest.mark.parametrize("k", [1, 10])
-def test_labels_are_votes_of_the_nearest_weighted_by_nearness(query, reference, k) -> None:
-    transfer_labels(query, reference, key="kind", k=k)
-    expected = shares_slowly(query.obsm["X_scllm"], reference.obsm["X_scllm"], reference.obs["kind"].astype(str), k)
+@pytest.mark.parametrize("n_neighbors", [1, 10])
+def test_labels_are_votes_of_the_nearest_weighted_by_nearness(query, reference, n_neighbors) -> None:
+    transfer_labels(query, reference, key="kind", n_neighbors=n_neighbors)
+    labels = reference.obs["kind"].astype(str)
+    expected = shares_slowly(query.obsm["X_scllm"], reference.obsm["X_scllm"], labels, n_neighbors)
     found = query.obsm["kind_transferred_probabilities"]
     assert list(query.uns["scllm"]["transfer_labels"]["classes"]) == ["T", "B", "CD4+/x"]
     np.testing.assert_allclose(found, expected[["T", "B", "CD4+/x"]], atol=1e-6)
@@ -77,7 +78,7 @@ def test_results_survive_files(query, reference, tmp_path) -> None:
 def test_planted_types_carry_over_to_another_batch(adata, tiny) -> None:
     embed(adata, tiny)
     reference, query = (adata[adata.obs["batch"] == name].copy() for name in ("first", "second"))
-    transfer_labels(query, reference, key="cell_type", k=5)  # no warning: one model
+    transfer_labels(query, reference, key="cell_type", n_neighbors=5)  # no warning: one model
     assert (query.obs["cell_type_transferred"] == query.obs["cell_type"]).mean() > 0.6
 
 
@@ -113,14 +114,14 @@ BAD = {
     "no column": ({"key": "kinds"}, KeyError, r"'kinds' is not a column of reference\.obs\. Did you mean 'kind'"),
     "one class": ({"key": "one"}, ValueError, r"obs\['one'\] holds 1 classes"),
     "numbers": ({"key": "n"}, ValueError, r"obs\['n'\] holds numbers .*astype\('category'\)"),
-    "large k": (
-        {"k": 61},
+    "too many neighbours": (
+        {"n_neighbors": 61},
         ValueError,
-        r"k is 61, a whole number from 1 to 60 expected: the reference holds 60 cells with a label",
+        r"n_neighbors .* from 1 to 60, got 61: .* 60 cells with a label",
     ),
-    "no k": ({"k": 0}, ValueError, r"k is 0, a whole number from 1 to 60 expected"),
-    "half k": ({"k": 2.5}, ValueError, r"k is 2\.5, a whole number from 1 to 60 expected"),
-    "k in words": ({"k": "3"}, ValueError, r"k is '3', a whole number from 1 to 60 expected"),
+    "no neighbours": ({"n_neighbors": 0}, ValueError, "n_neighbors .* from 1 to 60, got 0"),
+    "half a neighbour": ({"n_neighbors": 2.5}, ValueError, r"n_neighbors .* from 1 to 60, got 2\.5"),
+    "neighbours in words": ({"n_neighbors": "3"}, ValueError, "n_neighbors .* from 1 to 60, got '3'"),
     "other width": ({"use_rep": "wide"}, ValueError, r"has 3 columns in adata and 5 in the reference.*same model"),
     "gaps": ({"use_rep": "gaps"}, ValueError, r"obsm\['gaps'\] is not finite in 1 of 25 cells \(first: 'q0'\)"),
 }

@@ -43,6 +43,7 @@ def predict(
     device: str = "auto",
     precision: Precision = "auto",
     n_gpus: int = 1,
+    random_state: int = 0,
     desc: str = "embedding",
 ) -> Iterator[tuple[slice, Tensor]]:
     """Results of ``forward`` for consecutive cells, on the CPU and in float32.
@@ -63,6 +64,8 @@ def predict(
         Where and how to compute.
     n_gpus
         GPUs that share the batches.
+    random_state
+        Seed of ``batch.keys``, by which ``forward`` may draw.
     desc
         Said beside the progress bar.
 
@@ -84,8 +87,8 @@ def predict(
     log.info("%s %d cells on %s in %s, %d at a time", desc, len(rows), first, chosen, size)
     replicas = [_ready(model, where, chosen) for where in devices]
     cells = Loader(
-        source, rows, match, model.encoder, model.vocab, size * len(devices), training=False,
-        pinned=first.type == "cuda",
+        source, rows, match, model.encoder, model.vocab, size * len(devices), seed=random_state,
+        training=False, pinned=first.type == "cuda",
     )  # fmt: skip
 
     is_special = model.is_special.cpu()

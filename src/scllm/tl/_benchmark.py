@@ -177,7 +177,7 @@ def _scores(values: FloatArray, truth: NDArray, origin: NDArray | None) -> dict[
         "nmi": nmi,
         "ari": ari,
         "silhouette_label": metrics.silhouette_label(values, truth),
-        "knn_accuracy": metrics.knn_accuracy(values, truth, k=_N_NEIGHBORS, n_folds=_N_FOLDS),
+        "knn_accuracy": metrics.knn_accuracy(values, truth, n_neighbors=_N_NEIGHBORS, n_folds=_N_FOLDS),
         "logreg_accuracy": probe["accuracy"],
         "logreg_macro_f1": probe["macro_f1"],
     }

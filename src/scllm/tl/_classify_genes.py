@@ -47,6 +47,7 @@ def classify_genes(
     loss: LossName | Mapping[LossName, float] = "bce",
     freeze: Freeze = 0,
     baseline: bool = True,
+    keep_models: bool = False,
     key_added: str = _keys.GENE_LABEL,
     **finetune_options: Any,
 ) -> pd.DataFrame:
@@ -82,6 +83,9 @@ def classify_genes(
         cells.
     baseline
         Whether the logistic regression is fitted too.
+    keep_models
+        Whether the weights of each fold's model stay in the run directory. By default a fold leaves its predictions,
+        settings and history there.
     key_added
         Column of ``var`` to write.
     **finetune_options
@@ -155,7 +159,8 @@ def classify_genes(
         len(found.codes), cells.adata.n_obs, cells.n_cells.min(), cells.n_cells.max(),
     )  # fmt: skip
     task = GeneTask(
-        begun, cells, found.codes, found.classes, losses, freeze, options, config, where, run_dir, key_added
+        begun, cells, found.codes, found.classes, losses, freeze, options, config, where, run_dir,
+        keep_models, key_added,
     )  # fmt: skip
     fold = gene_folds(found.codes, n_folds, random_state=seed)
     probabilities = {"model": task.by_model(fold)}
@@ -166,7 +171,8 @@ def classify_genes(
     _write(adata, found, probabilities["model"], key_added)
     params = {
         "labels": labels if isinstance(labels, str) else None, "n_folds": n_folds, "max_cells": max_cells,
-        "loss": losses, "freeze": freeze, "baseline": baseline, "key_added": key_added, "n_genes": len(found.codes),
+        "loss": losses, "freeze": freeze, "baseline": baseline, "keep_models": keep_models, "key_added": key_added,
+        "n_genes": len(found.codes),
         "n_cells": cells.adata.n_obs, "class_weight": options.class_weight, "validation": options.validation,
         "layer": options.layer, "run_dir": run_dir, **config.to_dict(),
     }  # fmt: skip

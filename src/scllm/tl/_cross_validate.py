@@ -17,8 +17,9 @@ from anndata import AnnData
 from scllm import _keys
 from scllm._checks import check_adata, check_options, missing_key
 from scllm._log import log, warn
-from scllm._results import record, record_classes
+from scllm._results import match_settings, record, record_classes
 from scllm._typing import CSR, FloatArray, IntArray
+from scllm.data.source import fingerprint, open_source
 from scllm.data.split import PARTS, split_cells
 from scllm.engine.config import TrainConfig
 from scllm.engine.lora import Lora
@@ -26,11 +27,11 @@ from scllm.models.base import CellModel
 from scllm.tl._baseline import label_baseline, log_normalised, value_baseline
 from scllm.tl._classify import classify
 from scllm.tl._finetune import check_class_weight, default_reads, finetune
-from scllm.tl._folds import fold_cells, folds_directory
+from scllm.tl._folds import fold_cells, folds_directory, keep_predictions, kept_predictions
 from scllm.tl._model import ModelLike, remember, resolve
 from scllm.tl._out_of_fold import check_coverage, check_folds, find_groups, fold_scores, overall_scores
 from scllm.tl._target import Target, find_target
-from scllm.tl._train import check_config
+from scllm.tl._train import check_config, hash_cells
 
 __all__ = ["cross_validate"]
 
@@ -47,6 +48,7 @@ def cross_validate(
     n_repeats: int = 1,
     group_key: str | None = None,
     baseline: bool = True,
+    keep_models: bool = False,
     **finetune_options: Any,
 ) -> pd.DataFrame:
     """Fine-tune on all folds but one, predict that one, and so on round: every cell is predicted by a model new to it.
@@ -76,6 +78,9 @@ def cross_validate(
         (see :func:`finetune`). Labels are spread over the folds as evenly as groups allow.
     baseline
         Whether the linear model is fitted too.
+    keep_models
+        Whether the weights of each fold's model stay in the run directory (several hundred megabytes a fold at base
+        size). By default a fold leaves its predictions, settings and history there.
     **finetune_options
         Passed on to :func:`finetune`: ``epochs=``, ``lr=``, ``freeze=``, ... ``validation`` is the share of the
         *training* cells that chooses the best weights, drawn by cell. ``random_state`` is the seed of the first
@@ -138,7 +143,8 @@ def cross_validate(
         tested = np.flatnonzero(folds[repeat] == fold)
         training = np.flatnonzero((folds[repeat] >= 0) & (folds[repeat] != fold))
         where = run_dir / f"repeat-{repeat}" / f"fold-{fold}" if repeat else run_dir / f"fold-{fold}"
-        found = {"model": cells.by_model(chosen, training, tested, _seeded(options, seed + repeat), where)}
+        seeded = {**options, "random_state": seed + repeat}
+        found = {"model": cells.by_model(chosen, training, tested, seeded, where, keep_models=keep_models)}
         if baseline:
             found["baseline"] = cells.by_baseline(training, tested)
         for method, outputs in found.items():
@@ -154,7 +160,8 @@ def cross_validate(
     _write(adata, target, folds[0], first)
     params = {
         "key": key, "n_folds": n_folds, "n_repeats": n_repeats, "group_key": group_key, "baseline": baseline,
-        "run_dir": run_dir, "options": {name: str(value) for name, value in finetune_options.items()},
+        "keep_models": keep_models, "run_dir": run_dir,
+        "options": {name: str(value) for name, value in finetune_options.items()},
     }  # fmt: skip
     classes = None if target.classes is None else np.array(target.classes, dtype=object)
     order = ["method", "repeat", "fold", "metric", "class", "n_cells", "value"]
@@ -191,10 +198,50 @@ class _Cells:
         """What the linear model reads: made after the first fold's model has found the matrix fit to read."""
         return log_normalised(self.adata.X if self.layer is None else self.adata.layers[self.layer])
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the matrix and its genes."""
+        return fingerprint(open_source(self.adata, layer=self.layer))
+
     def by_model(
+        self,
+        model: CellModel,
+        training: IntArray,
+        tested: IntArray,
+        options: dict[str, Any],
+        run_dir: Path,
+        *,
+        keep_models: bool,
+    ) -> FloatArray:
+        """Fine-tune and predict, unless an earlier call did."""
+        spec = self._spec(model, training, tested, options)
+        found = kept_predictions(run_dir, spec, keep_models=keep_models)
+        if found is None:
+            found = self._predicted(model, training, tested, options, run_dir)
+            keep_predictions(run_dir, spec, found, keep_models=keep_models)
+        return found
+
+    def _spec(
+        self, model: CellModel, training: IntArray, tested: IntArray, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What a fold's predictions depend on."""
+        free = ("config", "device", "n_gpus", "n_procs", "precision")
+        cells = {"training": training, "tested": tested, "labels": self.target.column}
+        return {
+            "weights": model.hash(),
+            "config": {**options["config"].to_dict(), "precision": None},
+            "options": {name: str(value) for name, value in options.items() if name not in free},
+            "classes": self.target.classes,
+            "data": {
+                "fingerprint": self.fingerprint, "layer": self.layer, "cells": hash_cells(cells),
+                **match_settings(self.adata),
+            },
+        }  # fmt: skip
+
+    def _predicted(
         self, model: CellModel, training: IntArray, tested: IntArray, options: dict[str, Any], run_dir: Path
     ) -> FloatArray:
-        """Fine-tune and predict."""
+        """Outputs of a model fine-tuned on the training cells, ``(n_tested, k)``."""
         share = options.pop("validation", _OPTIONS["validation"].default)
         with warnings.catch_warnings():
             # said once for all folds
@@ -270,10 +317,6 @@ def _with_reads(config: TrainConfig, model: CellModel, group_key: str | None, lo
     if config.head_reads is not None:
         return config
     return replace(config, head_reads=default_reads(model, group_key, lora))
-
-
-def _seeded(options: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    return {**options, "random_state": seed}
 
 
 def _folds(target: Target, groups: IntArray | None, n_folds: int, seed: int) -> IntArray:

@@ -1,10 +1,12 @@
-"""Dividing cells into folds: stratified by label, or by whole groups."""
+"""Dividing cells into folds: stratified by label, or by whole groups. What is kept of a fold that is done."""
 
 from __future__ import annotations
 
 import secrets
+import shutil
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import numpy as np
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 
 from scllm import settings
-from scllm._typing import IntArray
+from scllm._typing import FloatArray, IntArray
+from scllm.engine.run import Run
 from scllm.tl._train import check_resume
 
-__all__ = ["fold_cells", "folds_directory"]
+__all__ = ["fold_cells", "folds_directory", "keep_predictions", "kept_predictions"]
 
 
 def fold_cells(
@@ -86,3 +89,39 @@ def folds_directory(verb: str, given: Any, resume: Any) -> Path:
             f"{path} holds folds already, an empty directory expected with resume=False. Pass another one."
         )
     return path
+
+
+def kept_predictions(run_dir: Path, spec: Mapping[str, Any], *, keep_models: bool) -> FloatArray | None:
+    """Out-of-fold predictions that an earlier call with the same ``spec`` left in a fold's directory, if one did."""
+    predictions = _predictions(run_dir)
+    if predictions.is_new():
+        return None
+    predictions.check(spec)
+    if keep_models and not Run(run_dir).model.exists():
+        raise ValueError(
+            f"Expected the model of the finished fold in '{run_dir}', got its predictions alone: an earlier call with "
+            "keep_models=False removed the model. Pass another run_dir, or keep_models=False."
+        )
+    _remove_weights(Run(run_dir), keep_models)
+    return predictions.cells["outputs"]
+
+
+def keep_predictions(run_dir: Path, spec: Mapping[str, Any], outputs: FloatArray, *, keep_models: bool) -> None:
+    """Write a fold's predictions into its directory, so that the next call need not train it again.
+
+    Weights are removed afterwards unless ``keep_models``: they take hundreds of megabytes a fold at base size.
+    """
+    _predictions(run_dir).create(spec, {"outputs": outputs})
+    _remove_weights(Run(run_dir), keep_models)
+
+
+def _predictions(run_dir: Path) -> Run:
+    """Kept as a run is: arrays first, and then what they depend on, so that half of them count as none."""
+    return Run(run_dir / "predictions")
+
+
+def _remove_weights(run: Run, keep_models: bool) -> None:
+    if not keep_models:
+        shutil.rmtree(run.model, ignore_errors=True)
+        run.best.unlink(missing_ok=True)
+        run.last.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from scllm import models
+from scllm._results import match_settings
 from scllm._typing import FloatArray, IntArray
+from scllm.data.source import fingerprint
 from scllm.data.split import split_cells
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.linear_head import chosen_penalty, fit_linear_head
@@ -23,8 +25,9 @@ from scllm.engine.lora import Lora, lora_settings
 from scllm.engine.objectives import GeneLabel, LossName
 from scllm.engine.optim import Freeze
 from scllm.models.base import Batch, CellModel, HeadSpec
+from scllm.tl._folds import keep_predictions, kept_predictions
 from scllm.tl._gene_states import GeneCells, gene_statistics, pooled
-from scllm.tl._train import Processes, merged_config, train
+from scllm.tl._train import Processes, hash_cells, merged_config, train
 
 __all__ = ["GeneTask", "Options", "gene_config"]
 
@@ -97,6 +100,8 @@ class GeneTask:
         How it is trained.
     run_dir
         Where the folds' runs are; ``None`` with ``freeze="encoder"``, which needs none.
+    keep_models
+        Whether folds that are done keep their weights.
     key
         Name of the head.
     """
@@ -111,6 +116,7 @@ class GeneTask:
     config: TrainConfig
     where: Processes
     run_dir: Path | None
+    keep_models: bool
     key: str
 
     @property
@@ -131,10 +137,40 @@ class GeneTask:
             if self.run_dir is None:
                 found[test] = self._probabilities(_applied(head, states[test]), self.loss)
                 continue
-            tuned = self._tuned(head, training, held_out, self.run_dir / f"fold-{number}")
-            logits = self.states(tuned, lambda replica, batch: replica.gene_head_outputs(batch)[self.key])
-            found[test] = self._probabilities(logits[test], self.loss)
+            found[test] = self._by_tuned(head, training, held_out, test, self.run_dir / f"fold-{number}")
         return found
+
+    def _by_tuned(
+        self, head: nn.Linear, training: IntArray, held_out: IntArray, test: IntArray, run_dir: Path
+    ) -> FloatArray:
+        """Probabilities of a model trained from this head on, unless an earlier call kept them."""
+        spec = self._spec(training, held_out, test)
+        found = kept_predictions(run_dir, spec, keep_models=self.keep_models)
+        if found is None:
+            tuned = self._tuned(head, training, held_out, run_dir)
+            logits = self.states(tuned, lambda replica, batch: replica.gene_head_outputs(batch)[self.key])
+            found = self._probabilities(logits[test], self.loss)
+            keep_predictions(run_dir, spec, found, keep_models=self.keep_models)
+        return found
+
+    def _spec(self, training: IntArray, held_out: IntArray, test: IntArray) -> dict[str, Any]:
+        """What a fold's predictions depend on."""
+        lora = lora_settings(self.options.lora)
+        genes = {"training": training, "validation": held_out, "test": test, "labels": self.codes}
+        return {
+            "weights": self.model.hash(),
+            "train": {**self.config.to_dict(), "precision": None},
+            "loss": dict(self.loss),
+            "freeze": self.freeze,
+            "lora": None if lora is None else asdict(lora),
+            "class_weight": self.options.class_weight,
+            "classes": self.classes,
+            "data": {
+                "fingerprint": fingerprint(self.cells.source), "layer": self.options.layer,
+                "genes": hash_cells(genes | {"tokens": self.cells.tokens}),
+                **match_settings(self.cells.adata),
+            },
+        }  # fmt: skip
 
     def by_baseline(self, fold: IntArray) -> FloatArray:
         """Out-of-fold probabilities of a logistic regression on simple statistics of the same cells, ``(g, k)``."""

@@ -34,6 +34,7 @@ def reconstruct(
     genes: Sequence[str] | None = None,
     target_depth: float | None = None,
     key_added: str = _keys.RECONSTRUCTED,
+    random_state: int = 0,
     copy: bool = False,
 ) -> AnnData | pd.DataFrame | None:
     """Predict expression, in the units the model reads.
@@ -60,6 +61,8 @@ def reconstruct(
         depth (scfoundation: read-depth enhancement). ``None`` leaves the depth that the model's encoder asks for.
     key_added
         Layer to write.
+    random_state
+        Seed for drawing the hidden genes; without ``mask_ratio`` nothing is drawn.
     copy
         Return a changed copy in place of changing ``adata``.
 
@@ -107,16 +110,24 @@ def reconstruct(
     match = gene_match(adata, source, chosen)
     if genes is not None:
         return _of_genes(adata, chosen, source, match, [genes] if isinstance(genes, str) else list(genes), target_depth)
-    layer = _of_sentence(chosen, source, match, mask_ratio, target_depth)
+    layer = _of_sentence(chosen, source, match, mask_ratio, target_depth, random_state)
     adata = adata.copy() if copy else adata
     adata.layers[key_added] = layer
-    record(adata, "reconstruct", {"mask_ratio": mask_ratio, "target_depth": target_depth, "key_added": key_added})
+    params = {
+        "mask_ratio": mask_ratio, "target_depth": target_depth, "key_added": key_added, "random_state": random_state,
+    }  # fmt: skip
+    record(adata, "reconstruct", params)
     remember(adata, chosen)
     return adata if copy else None
 
 
 def _of_sentence(
-    model: CellModel, source: CellSource, match: GeneMatch, mask_ratio: float | None, target_depth: float | None
+    model: CellModel,
+    source: CellSource,
+    match: GeneMatch,
+    mask_ratio: float | None,
+    target_depth: float | None,
+    seed: int,
 ) -> sparse.csr_matrix:
     """Predictions at the genes of each cell's sentence."""
     column = _first_columns(match, len(model.vocab))
@@ -130,7 +141,7 @@ def _of_sentence(
         return torch.stack([batch.cell[at].double(), batch.genes[at].double(), value.double()], dim=1)
 
     rows, columns, values = [], [], []
-    for cells, found in predict(model, source, match, forward, desc="reconstructing"):
+    for cells, found in predict(model, source, match, forward, random_state=seed, desc="reconstructing"):
         rows.append(found[:, 0].long().numpy() + cells.start)
         columns.append(column[found[:, 1].long().numpy()])
         values.append(found[:, 2].float().numpy())

@@ -43,7 +43,7 @@ from scllm.tl._model import gene_match, remember
 
 __all__ = [
     "Data", "Processes", "check_config", "check_resume", "check_trainable", "mean_length", "merged_config", "processes",
-    "train",
+    "hash_cells", "train",
 ]  # fmt: skip
 
 Data = AnnData | str | PathLike[str] | CellSource | Sequence[str | PathLike[str]]
@@ -147,7 +147,12 @@ def train(
         "freeze": freeze,
         "lora": None if lora is None else asdict(lora),
         "params": {name: str(value) for name, value in params.items()},
-        "data": {"fingerprint": fingerprint(source), "layer": layer, "cells": _hash(cells), **match_settings(data)},
+        "data": {
+            "fingerprint": fingerprint(source),
+            "layer": layer,
+            "cells": hash_cells(cells),
+            **match_settings(data),
+        },
         "data_reference": _reference(data, layer),
         "processes": asdict(where),
         "versions": {"scllm": version("scllm-tools"), "torch": torch.__version__},
@@ -272,7 +277,7 @@ def _store(run: Run, spec: Mapping[str, Any], source: CellSource) -> None:
         write_arrays(source, run.data)
 
 
-def _hash(cells: Mapping[str, NDArray[Any]]) -> str:
+def hash_cells(cells: Mapping[str, NDArray[Any]]) -> str:
     """Of parts, labels and weights: a run of other labels is another run."""
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(cells):

@@ -24,7 +24,7 @@ def transfer_labels(
     *,
     key: str,
     use_rep: str = _keys.EMBEDDING,
-    k: int = 10,
+    n_neighbors: int = 10,
     key_added: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
@@ -43,7 +43,7 @@ def transfer_labels(
         Column of ``reference.obs`` with labels.
     use_rep
         Key of the embedding in ``obsm`` of both; distances are Euclidean.
-    k
+    n_neighbors
         Neighbours that vote, nearer ones with more weight: one over their distance.
     key_added
         Column to write; ``None`` is ``key + "_transferred"``.
@@ -79,19 +79,20 @@ def transfer_labels(
     known, new = _embeddings(adata, reference, use_rep)
     codes = classes.cat.codes.to_numpy()
     there = np.flatnonzero(codes >= 0)
-    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= len(there):
+    is_whole = isinstance(n_neighbors, Integral) and not isinstance(n_neighbors, bool)
+    if not is_whole or not 1 <= n_neighbors <= len(there):
         raise ValueError(
-            f"k is {k!r}, a whole number from 1 to {len(there)} expected: the reference holds {len(there)} cells "
-            f"with a label in obs[{key!r}]. Pass fewer neighbours, or a larger reference."
+            f"Expected n_neighbors to be a whole number from 1 to {len(there)}, got {n_neighbors!r}: the reference has "
+            f"{len(there)} cells with a label in obs[{key!r}]. Pass a smaller number, or a larger reference."
         )
     advice = f"obs[{name + _keys.PROBABILITY!r}] says how sure that is"
     warn_of_unknown_labels(adata.obs, key, classes.cat.categories, advice)
-    votes = KNeighborsClassifier(k, weights="distance").fit(known[there], codes[there]).predict_proba(new)
+    votes = KNeighborsClassifier(n_neighbors, weights="distance").fit(known[there], codes[there]).predict_proba(new)
     adata = adata.copy() if copy else adata
     adata.obs[name] = pd.Categorical.from_codes(votes.argmax(axis=1), categories=classes.cat.categories)
     adata.obs[name + _keys.PROBABILITY] = votes.max(axis=1).astype(np.float32)
     adata.obsm[name + _keys.PROBABILITIES] = votes.astype(np.float32)
-    params = {"key": key, "use_rep": use_rep, "k": k, "key_added": name}
+    params = {"key": key, "use_rep": use_rep, "n_neighbors": n_neighbors, "key_added": name}
     record_classes(adata, name, classes.cat.categories)
     record(adata, "transfer_labels", params, classes=classes.cat.categories.to_numpy(dtype=object))
     return adata if copy else None
