@@ -8,13 +8,13 @@ scales of output rows are what LLM.int8() (Dettmers et al., NeurIPS 2022, arXiv:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from re import fullmatch
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 __all__ = [
     "Int8Embedding", "Int8Linear", "WeightDtype", "has_plain_weights", "prepare_int8", "round_rows", "to_float",
@@ -27,7 +27,7 @@ WeightDtype = Literal["float32", "int8", "int8_dynamic"]
 _SHORTEST = 8
 # rows of activations at a time: they stay in the caches, where rounding them costs little beside the product
 _ROWS = 256
-_STORED = (".weight_int8", ".original")
+_STORED = (".weight_int8", "_int8")
 # of XLNet's attention, whose weights are no linear layers: (d, h, e), one scale for each output; `o` is the way back
 _XLNET = {"q": (0,), "k": (0,), "v": (0,), "r": (0,), "o": (1, 2)}
 
@@ -106,19 +106,6 @@ class Int8Embedding(_Int8Weight, nn.Embedding):  # type: ignore[override]
         return self.weight_int8[input].to(self.scale.dtype) * self.scale[input]
 
 
-class _Floats(nn.Module):
-    """The floats that an int8 weight stands for, wherever a module reads it."""
-
-    scale: Tensor
-
-    def __init__(self, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale)
-
-    def forward(self, rounded: Tensor) -> Tensor:
-        return rounded.to(self.scale.dtype) * self.scale
-
-
 def to_int8(model: nn.Module, dtype: WeightDtype, names: Iterable[str] | None = None) -> None:
     """Round the weights of linear layers and tables, in place.
 
@@ -129,7 +116,7 @@ def to_int8(model: nn.Module, dtype: WeightDtype, names: Iterable[str] | None = 
     dtype
         ``"int8_dynamic"`` rounds activations too.
     names
-        Which modules (or ``module.parametrizations.weight``); ``None`` is all whose rows are long enough, but for
+        Which modules (or ``module.weight`` of XLNet's attention); ``None`` is all whose rows are long enough, but for
         linear heads: they have few weights, and read how cells differ, which is little beside what they share.
     """
     chosen = None if names is None else set(names)
@@ -141,9 +128,8 @@ def to_int8(model: nn.Module, dtype: WeightDtype, names: Iterable[str] | None = 
             if is_rounded if chosen is None else name in chosen or id(module.weight) in tied:
                 _replace(model, name, _rounded(module, dtype, tied))
         elif type(module).__name__ == "XLNetRelativeAttention":
-            for which, dims in _XLNET.items():
-                if chosen is None or f"{name}.parametrizations.{which}" in chosen:
-                    _round_in_place(module, which, dims)
+            if chosen is None or any(f"{name}.{which}" in chosen for which in _XLNET):
+                _round_attention(module)
     model.weight_dtype = dtype  # type: ignore[assignment]
     model.layers_changed()  # type: ignore[operator]
 
@@ -173,11 +159,8 @@ def to_float(model: nn.Module) -> None:
                 plain = nn.Embedding(*module.weight_int8.shape, device="meta")  # type: ignore[misc]
             plain.weight = tied.setdefault(id(module.weight_int8), nn.Parameter(module.weight))
             _replace(model, name, plain.train(module.training))
-        elif type(module).__name__ == "ParametrizedXLNetRelativeAttention":
-            for which in _XLNET:
-                floats = nn.Parameter(getattr(module, which).detach())
-                parametrize.remove_parametrizations(module, which, leave_parametrized=False)
-                setattr(module, which, floats)
+        elif type(module).__name__ == "Int8XLNetRelativeAttention":
+            _attention_to_float(module)
     model.weight_dtype = "float32"  # type: ignore[assignment]
     model.layers_changed()  # type: ignore[operator]
 
@@ -195,11 +178,42 @@ def _rounded(module: nn.Module, dtype: WeightDtype, tied: dict[int, nn.Module]) 
     return new.train(module.training)
 
 
-def _round_in_place(module: nn.Module, name: str, dims: tuple[int, ...]) -> None:
-    """Store one weight of a module as int8; whoever reads it gets floats."""
-    rounded, scale = round_rows(getattr(module, name), dims)
-    setattr(module, name, nn.Parameter(rounded, requires_grad=False))
-    parametrize.register_parametrization(module, name, _Floats(scale), unsafe=True)
+@cache
+def _int8_attention(kind: type[nn.Module]) -> type[nn.Module]:
+    """XLNet's attention with int8 weights: wherever it reads one of them, it gets the floats that they stand for.
+
+    torch's own ``parametrize`` does the same, but keeps the module alive until the next garbage collection.
+    """
+
+    def floats(which: str) -> property:
+        return property(lambda module: _floats(module, which))
+
+    return type(f"Int8{kind.__name__}", (kind,), {which: floats(which) for which in _XLNET})
+
+
+def _floats(module: nn.Module, which: str) -> Tensor:
+    scale: Tensor = getattr(module, f"{which}_scale")
+    return getattr(module, f"{which}_int8").to(scale.dtype) * scale
+
+
+def _round_attention(module: nn.Module) -> None:
+    """Store the weights of XLNet's attention as int8, in place."""
+    for which, dims in _XLNET.items():
+        rounded, scale = round_rows(getattr(module, which), dims)
+        delattr(module, which)
+        module.register_parameter(f"{which}_int8", nn.Parameter(rounded, requires_grad=False))
+        module.register_buffer(f"{which}_scale", scale)
+    module.__class__ = _int8_attention(type(module))
+
+
+def _attention_to_float(module: nn.Module) -> None:
+    """Put float weights back into XLNet's attention, in place."""
+    floats = {which: nn.Parameter(_floats(module, which)) for which in _XLNET}
+    module.__class__ = type(module).__base__
+    for which, weight in floats.items():
+        delattr(module, f"{which}_int8")
+        delattr(module, f"{which}_scale")
+        module.register_parameter(which, weight)
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:

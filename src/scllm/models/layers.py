@@ -120,7 +120,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.inner_dropout = self.dropout if inner else nn.Identity()
         self.checkpointing = False
-        self._rest = self._feed_forward
+        # no bound method, which would keep the block alive until the next garbage collection
+        self._rest = Block._feed_forward
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """``(t, d)`` to ``(t, d)``."""
@@ -130,14 +131,14 @@ class Block(nn.Module):
 
     def compile_feed_forward(self) -> None:
         """Fuse what follows the attention; the attention itself has a shape of its own in every batch."""
-        self._rest = torch.compile(self._feed_forward, dynamic=True)
+        self._rest = torch.compile(Block._feed_forward, dynamic=True)
 
     def _all(self, x: Tensor, batch: Batch) -> Tensor:
-        return self._rest(x, self.attention(x, batch))
+        return self._rest(self, x, self.attention(x, batch))
 
     def first(self, x: Tensor, batch: Batch) -> Tensor:
         """The block's output at the first token of each cell only, ``(t, d)`` to ``(b, d)``."""
-        return self._rest(x[batch.first], self.attention.first(x, batch))
+        return self._rest(self, x[batch.first], self.attention.first(x, batch))
 
     def _feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
         x = self.norm1(x + self.dropout(attended))

@@ -172,7 +172,8 @@ class PerformerBlock(nn.Module):
         self.down = nn.Linear(d_hidden, d_model)
         self.dropout = nn.Dropout(dropout)
         self.checkpointing = False
-        self._rest = self._feed_forward
+        # no bound method, which would keep the block alive until the next garbage collection
+        self._rest = PerformerBlock._feed_forward
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """``(t, d)`` to ``(t, d)``."""
@@ -188,10 +189,10 @@ class PerformerBlock(nn.Module):
 
     def compile_feed_forward(self) -> None:
         """Fuse what follows the attention; the attention itself has a shape of its own in every batch."""
-        self._rest = torch.compile(self._feed_forward, dynamic=True)
+        self._rest = torch.compile(PerformerBlock._feed_forward, dynamic=True)
 
     def _all(self, x: Tensor, batch: Batch) -> Tensor:
-        return self._rest(x, self.attention(self.norm1(x), batch))
+        return self._rest(self, x, self.attention(self.norm1(x), batch))
 
     def _feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.dropout(attended)

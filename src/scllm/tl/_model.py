@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from anndata import AnnData
 
@@ -19,8 +21,10 @@ __all__ = ["ModelLike", "gene_match", "recorded_model", "remember", "resolve"]
 
 ModelLike = CellModel | str | PathLike[str]
 
-# models that were never saved, by hash: remembered for this process only
-_unsaved: dict[str, CellModel] = {}
+# models that were never saved, by hash, for as long as anybody holds them
+_unsaved: WeakValueDictionary[str, CellModel] = WeakValueDictionary()
+# what holds them: each AnnData, by its id, the one that is recorded on it
+_held: dict[int, CellModel] = {}
 
 
 def resolve(model: ModelLike | None, adata: AnnData | None) -> CellModel:
@@ -45,13 +49,8 @@ def recorded_model(adata: AnnData | None) -> CellModel:
             "no model is given and none is recorded in adata.uns['scllm']['model']. Pass a model or its path."
         )
     path = str(entry.get("path", ""))
-    if not path and entry["hash"] in _unsaved:
-        return _unsaved[entry["hash"]]
     if not path:
-        raise ValueError(
-            "the model recorded in adata.uns['scllm']['model'] was never saved, and belongs to another Python process. "
-            "Pass a model, and save models with model.save(path)."
-        )
+        return _unsaved_model(adata, entry["hash"])
     if not Path(path).exists():
         raise FileNotFoundError(
             f"the model recorded in adata.uns['scllm']['model'] is gone: {path} is not there. Pass a model or its new "
@@ -64,6 +63,29 @@ def recorded_model(adata: AnnData | None) -> CellModel:
             f"{found.hash()}, {entry['hash']} expected). Pass the model that is meant."
         )
     return found
+
+
+def _unsaved_model(adata: AnnData | None, hash: str) -> CellModel:
+    found = _unsaved.get(hash)
+    if found is None:
+        raise ValueError(
+            f"The model recorded in adata.uns['scllm']['model'] (hash {hash}) was never saved. Such a model is kept "
+            "only in the Python process that made it, and only while a variable or the AnnData it was used on holds "
+            "it. Pass a model, and save models with model.save(path)."
+        )
+    if adata is not None:
+        _hold(adata, found)  # a copy of the AnnData may outlive it
+    return found
+
+
+def _hold(adata: AnnData, model: CellModel | None) -> None:
+    """Keep a model alive as long as this AnnData, in place of the one that it held before."""
+    if id(adata) not in _held and model is not None:
+        weakref.finalize(adata, _held.pop, id(adata), None)
+    if model is None:
+        _held.pop(id(adata), None)
+    else:
+        _held[id(adata)] = model
 
 
 def _known_family(entry: Mapping[str, Any]) -> str:
@@ -82,6 +104,7 @@ def remember(adata: AnnData | CellSource, model: CellModel) -> None:
     if not isinstance(adata, AnnData):
         return
     entry = {"family": model.family, "hash": model.hash()}
+    _hold(adata, model if model.path is None else None)
     if model.path is None:
         _unsaved[entry["hash"]] = model
     else:
