@@ -277,9 +277,21 @@ def test_intervals_are_quantiles_of_scores_of_drawn_cells(guesses) -> None:
     assert set(found) == set(slowly[0])
     for name, ends in found.items():
         expected = np.quantile([scores[name] for scores in slowly], [0.025, 0.975])
-        np.testing.assert_allclose(ends, expected, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(ends, expected, rtol=0, atol=1e-12, err_msg=name)
     again = metrics.bootstrap_interval(truth, predicted, probabilities, classes, n_resamples=400, random_state=3)
     assert again == found
+
+
+def test_intervals_sort_each_class_once_however_many_samples_are_drawn(guesses, monkeypatch) -> None:
+    truth, predicted, probabilities, classes = guesses
+    monkeypatch.setattr("scllm.metrics._bootstrap._RESAMPLED", 3000)  # ten samples of 300 cells at a time
+    sorted_lengths = []
+    argsort = np.argsort
+    monkeypatch.setattr(
+        np, "argsort", lambda a, *args, **how: sorted_lengths.append(len(a)) or argsort(a, *args, **how)
+    )
+    metrics.bootstrap_interval(truth, predicted, probabilities, classes, n_resamples=200)
+    assert sorted_lengths == [300] * len(classes)
 
 
 def test_intervals_of_values_are_quantiles_of_scores_of_drawn_cells() -> None:
@@ -325,7 +337,7 @@ def test_agreement_is_that_of_a_slow_count():
     rng = np.random.default_rng(0)
     a = rng.normal(size=(40, 6))
     b = a + rng.normal(size=a.shape) * 0.5
-    found = metrics.agreement(a, b, k=5)
+    found = metrics.agreement(a, b, n_neighbors=5)
     cosine = [x @ y / (np.sqrt(x @ x) * np.sqrt(y @ y)) for x, y in zip(a, b)]
     assert found["cosine_mean"] == pytest.approx(np.mean(cosine))
     assert found["cosine_min"] == pytest.approx(min(cosine))

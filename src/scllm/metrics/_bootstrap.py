@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
-from scipy import sparse
+from numpy.typing import ArrayLike, NDArray
 
-from scllm._calibration import N_BINS, all_labels, best_class, calibration_error, scored_labels
 from scllm._typing import FloatArray, IntArray
+from scllm.kernels.areas import Ranking
+from scllm.metrics._calibration import N_BINS, all_labels, best_class, calibration_error, scored_labels
 
 __all__ = ["bootstrap_interval", "value_scores"]
 
@@ -65,13 +68,8 @@ def bootstrap_interval(
     """
     truth, predicted = np.asarray(truth), np.asarray(predicted)
     unit = np.arange(len(truth)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    n_units = int(unit.max()) + 1
-    rng = np.random.default_rng(random_state)
-    chunk = max(1, _RESAMPLED // len(truth))
-    parts = []
-    for start in range(0, n_resamples, chunk):
-        drawn = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=min(chunk, n_resamples - start))
-        parts.append(_resampled_scores(truth, predicted, probabilities, classes, drawn[:, unit].astype(float)))
+    score = _scorer(truth, predicted, probabilities, classes)
+    parts = [score(weights) for weights in _draws(unit, n_resamples, random_state)]
     tails = (1 - level) / 2, (1 + level) / 2
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     found = {name: values[~np.isnan(values)] for name, values in found.items()}
@@ -81,44 +79,58 @@ def bootstrap_interval(
     }
 
 
-def _resampled_scores(
-    truth: ArrayLike,
-    predicted: ArrayLike,
-    probabilities: FloatArray | None,
-    classes: ArrayLike | None,
-    weights: FloatArray,
-) -> dict[str, FloatArray]:
-    """Scores of each row of weights, ``(r,)``."""
-    truth, predicted = np.asarray(truth), np.asarray(predicted)
+def _draws(unit: IntArray, n_resamples: int, random_state: int) -> Iterator[IntArray]:
+    """How often each cell is drawn, ``(r, n)``, a limited number of samples at a time."""
+    n_units = int(unit.max()) + 1
+    rng = np.random.default_rng(random_state)
+    chunk = max(1, _RESAMPLED // len(unit))
+    for start in range(0, n_resamples, chunk):
+        drawn = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=min(chunk, n_resamples - start))
+        # int32: half as much to read, and scores read weights in as many orders as there are classes
+        yield drawn.astype(np.int32)[:, unit]
+
+
+def _scorer(
+    truth: NDArray, predicted: NDArray, probabilities: FloatArray | None, classes: ArrayLike | None
+) -> Callable[[IntArray], dict[str, FloatArray]]:
+    """What turns weights into scores; whatever does not depend on the weights is computed here, once."""
     if np.issubdtype(truth.dtype, np.floating):
-        return value_scores(truth.astype(float), predicted.astype(float), weights)
+        return partial(value_scores, truth.astype(float), predicted.astype(float))
     known, code = np.unique(all_labels(truth), return_inverse=True)
     guess = pd.Index(known).get_indexer(predicted)
-    found = label_scores(confusions(code, guess, len(known), weights))
-    found.pop("f1")
     if probabilities is None:
-        return found
+        return lambda weights: _label_means(code, guess, len(known), weights)
     truth, probabilities, columns = scored_labels(truth, probabilities, classes)
     ranked = [
-        ranking_scores(truth == name, probabilities[:, k], weights)
+        Ranking(probabilities[:, k], truth == name)
         for k, name in enumerate(columns)
         if 0 < (truth == name).sum() < len(truth)
     ]
-    for name in ("auroc", "auprc"):
-        each = np.array([areas[name] for areas in ranked]).reshape(-1, len(weights))
-        found[name] = mean_there(each.T)
     confidence, correct = best_class(truth, probabilities, columns)
-    return found | {"ece": calibration_error(confidence, correct, N_BINS, weights)}
+    return lambda weights: {
+        **_label_means(code, guess, len(known), weights),
+        **_area_means(ranked, weights),
+        "ece": calibration_error(confidence, correct, N_BINS, weights),
+    }
 
 
-def confusions(truth: IntArray, predicted: IntArray, n_classes: int, weights: FloatArray) -> FloatArray:
+def _label_means(truth: IntArray, predicted: IntArray, n_classes: int, weights: IntArray) -> dict[str, FloatArray]:
+    found = label_scores(confusions(truth, predicted, n_classes, weights))
+    return {name: values for name, values in found.items() if name != "f1"}
+
+
+def _area_means(ranked: Sequence[Ranking], weights: IntArray) -> dict[str, FloatArray]:
+    """Mean over classes of the area under the ROC curve and of the average precision."""
+    areas = np.array([ranking.areas(weights) for ranking in ranked]).reshape(-1, 2, len(weights))
+    return {name: mean_there(areas[:, at].T) for at, name in enumerate(("auroc", "auprc"))}
+
+
+def confusions(truth: IntArray, predicted: IntArray, n_classes: int, weights: IntArray) -> FloatArray:
     """Weight of each true class by predicted class, ``(r, k, k + 1)``; the last column is any other prediction (-1)."""
     n_columns = n_classes + 1
     field = truth * n_columns + np.where(predicted < 0, n_classes, predicted)
-    is_field = sparse.csr_matrix(
-        (np.ones(len(field)), field, np.arange(len(field) + 1)), shape=(len(field), n_classes * n_columns)
-    )
-    return np.asarray(weights @ is_field).reshape(len(weights), n_classes, n_columns)
+    counts = [np.bincount(field, row, minlength=n_classes * n_columns) for row in weights]
+    return np.reshape(counts, (len(weights), n_classes, n_columns))
 
 
 def label_scores(counts: FloatArray) -> dict[str, FloatArray]:
@@ -136,25 +148,6 @@ def label_scores(counts: FloatArray) -> dict[str, FloatArray]:
         }
 
 
-def ranking_scores(is_class: FloatArray, score: FloatArray, weights: FloatArray) -> dict[str, FloatArray]:
-    """Area under the ROC curve, pairs of equal score counting one half, and average precision."""
-    inside, outside = _at_each_score(is_class, score, weights)
-    lower = np.cumsum(outside, axis=1) - outside
-    n_inside, n_outside = inside.sum(axis=1), outside.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        auroc = (inside * (lower + outside / 2)).sum(axis=1) / (n_inside * n_outside)
-    return {"auroc": np.where(n_inside * n_outside > 0, auroc, np.nan), "auprc": average_precision(inside, outside)}
-
-
-def average_precision(inside: FloatArray, outside: FloatArray) -> FloatArray:
-    """Precision at each score, averaged over the cells of the class; NaN without cells on either side."""
-    hits, misses = (np.cumsum(part[:, ::-1], axis=1)[:, ::-1] for part in (inside, outside))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.where(inside > 0, hits / (hits + misses), 0)
-        mean = (inside * precision).sum(axis=1) / inside.sum(axis=1)
-    return np.where((inside.sum(axis=1) > 0) & (outside.sum(axis=1) > 0), mean, np.nan)
-
-
 def value_scores(truth: FloatArray, predicted: FloatArray, weights: FloatArray) -> dict[str, FloatArray]:
     """Explained variance R², Pearson correlation and mean absolute error."""
     share = weights / weights.sum(axis=1, keepdims=True)
@@ -168,15 +161,6 @@ def value_scores(truth: FloatArray, predicted: FloatArray, weights: FloatArray) 
         pearson = (share @ (t * p) - mean_t * mean_p) / np.sqrt(variance_t * variance_p)
     defined = (variance_t > tiny) & (variance_p > tiny)
     return {"r2": r2, "pearson": np.where(defined, pearson, np.nan), "mae": share @ np.abs(t - p)}
-
-
-def _at_each_score(is_class: FloatArray, score: FloatArray, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Weight of the class and of the rest at each distinct score, from low to high, ``(r, n_scores)``."""
-    order = np.argsort(score, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0])
-    sorted_weights, member = weights[:, order], is_class[order].astype(float)
-    inside = np.add.reduceat(sorted_weights * member, starts, axis=1)
-    return inside, np.add.reduceat(sorted_weights, starts, axis=1) - inside
 
 
 def mean_there(values: FloatArray) -> FloatArray:

@@ -7,7 +7,6 @@ from numbers import Integral
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy import sparse
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
@@ -141,8 +140,9 @@ def all_labels(truth: ArrayLike) -> NDArray:
 def calibration_error(confidence: FloatArray, correct: FloatArray, n_bins: int, weights: FloatArray) -> FloatArray:
     """Mean distance of confidence and accuracy over bins of equal width, weighted by their cells."""
     place = _bin_of(confidence, n_bins)  # which also checks their number
-    in_bin = sparse.csr_matrix((confidence - correct, place, np.arange(len(place) + 1)), shape=(len(place), n_bins))
-    return np.abs(np.asarray(weights @ in_bin)).sum(axis=1) / weights.sum(axis=1)
+    gap = confidence - correct
+    gaps = np.array([np.bincount(place, gap * row, minlength=n_bins) for row in weights])
+    return np.abs(gaps).sum(axis=1) / weights.sum(axis=1)
 
 
 def _bin_of(confidence: FloatArray, n_bins: int) -> IntArray:

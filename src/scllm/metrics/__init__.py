@@ -1,0 +1,52 @@
+"""How good labels and embeddings are: small functions on plain arrays.
+
+Unless said otherwise every score lies between 0 (worst) and 1 (best). scIB below is Luecken et al., "Benchmarking
+atlas-level data integration in single-cell genomics", *Nature Methods* 2022, doi:10.1038/s41592-021-01336-8.
+"""
+
+from __future__ import annotations
+
+from scllm.metrics._bootstrap import bootstrap_interval
+from scllm.metrics._calibration import expected_calibration_error, reliability, temperature
+from scllm.metrics._embeddings import (
+    agreement,
+    batch_mixing,
+    clustering_agreement,
+    graph_connectivity,
+    knn_accuracy,
+    logistic_regression_scores,
+    silhouette_batch,
+    silhouette_label,
+)
+from scllm.metrics._labels import class_f1, classification_scores, confusion, mean_roc, regression_scores
+from scllm.metrics._sequences import permutation_bound, unigram_nats
+
+__all__ = [
+    "BATCH_METRICS",
+    "BIO_METRICS",
+    "BIO_WEIGHT",
+    "agreement",
+    "batch_mixing",
+    "bootstrap_interval",
+    "class_f1",
+    "classification_scores",
+    "clustering_agreement",
+    "confusion",
+    "expected_calibration_error",
+    "graph_connectivity",
+    "knn_accuracy",
+    "logistic_regression_scores",
+    "mean_roc",
+    "permutation_bound",
+    "regression_scores",
+    "reliability",
+    "silhouette_batch",
+    "silhouette_label",
+    "temperature",
+    "unigram_nats",
+]
+
+BIO_METRICS = ("nmi", "ari", "silhouette_label", "knn_accuracy", "logreg_accuracy", "logreg_macro_f1")
+BATCH_METRICS = ("silhouette_batch", "graph_connectivity", "batch_mixing")
+BIO_WEIGHT = 0.6
+"""Share of the bio mean in the overall score; 0.4 is left for the batch mean (scIB)."""

@@ -1,0 +1,177 @@
+"""How well an embedding keeps cell types apart and batches together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import (
+    accuracy_score,
+    adjusted_rand_score,
+    normalized_mutual_info_score,
+    silhouette_samples,
+    silhouette_score,
+)
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from scllm._typing import CSR, FloatArray
+from scllm.metrics._labels import classification_scores
+
+__all__ = [
+    "agreement",
+    "batch_mixing",
+    "clustering_agreement",
+    "graph_connectivity",
+    "knn_accuracy",
+    "logistic_regression_scores",
+    "silhouette_batch",
+    "silhouette_label",
+]
+
+
+def clustering_agreement(clusterings: Iterable[ArrayLike], labels: ArrayLike) -> tuple[float, float]:
+    """NMI and ARI of the clustering that agrees best with the labels, by NMI.
+
+    Clusterings are of one graph at several resolutions: how finely it was cut says nothing about the embedding, so the
+    best cut counts (scIB). NMI is ``2 I(C; L) / (H(C) + H(L))``; ARI is the Rand index adjusted for chance, 0 at chance
+    and negative below it.
+
+    Examples
+    --------
+    >>> clustering_agreement([[0, 0, 0, 0], [0, 0, 1, 1]], ["B", "B", "T", "T"])
+    (1.0, 1.0)
+    """
+    scored = [(normalized_mutual_info_score(labels, clusters), clusters) for clusters in clusterings]
+    nmi, best = max(scored, key=lambda pair: pair[0])
+    return float(nmi), float(adjusted_rand_score(labels, best))
+
+
+def silhouette_label(embedding: FloatArray, labels: ArrayLike) -> float:
+    """How compact and apart the classes lie: ``(ASW + 1) / 2`` with the average silhouette width ASW (scIB).
+
+    One half means that cells are as near to another class as to their own.
+    """
+    return (float(silhouette_score(embedding, labels)) + 1) / 2
+
+
+def silhouette_batch(embedding: FloatArray, labels: ArrayLike, batches: ArrayLike) -> float:
+    """How little the batches lie apart within each class: the mean over classes of ``mean(1 - |s|)`` (scIB).
+
+    ``s`` is a cell's silhouette width by batch among the cells of its class. Classes that come from one batch, or where
+    each cell is a batch of its own, say nothing and are left out; NaN if none remains.
+    """
+    labels, batches = np.asarray(labels), np.asarray(batches)
+    scores = []
+    for label in np.unique(labels):
+        cells = np.flatnonzero(labels == label)
+        if 1 < len(np.unique(batches[cells])) < len(cells):
+            scores.append(np.mean(1 - np.abs(silhouette_samples(embedding[cells], batches[cells]))))
+    return float(np.mean(scores)) if scores else float("nan")
+
+
+def graph_connectivity(graph: CSR, labels: ArrayLike) -> float:
+    """Whether each class hangs together in the neighbour graph: its largest component / its cells, mean (scIB)."""
+    labels = np.asarray(labels)
+    scores = []
+    for label in np.unique(labels):
+        cells = np.flatnonzero(labels == label)
+        component = connected_components(graph[cells][:, cells], directed=False)[1]
+        scores.append(np.bincount(component).max() / len(cells))
+    return float(np.mean(scores))
+
+
+def batch_mixing(graph: CSR, batches: ArrayLike) -> float:
+    """How mixed the batches are around a cell: mean entropy of its neighbours' batches / entropy of all, at most 1.
+
+    ``-sum_b p_b log p_b`` with the share ``p_b`` of batch b among the neighbours: the entropy of batch mixing of
+    Haghverdi et al., *Nature Biotechnology* 2018, doi:10.1038/nbt.4091. Unlike the other batch scores it does not know
+    classes: where batches hold different cell types, 1 cannot and should not be reached.
+
+    Parameters
+    ----------
+    graph
+        Stored entries are the neighbours of a row's cell; their values are not read.
+    batches
+        Batch of each cell, at least two.
+    """
+    _, batch = np.unique(np.asarray(batches), return_inverse=True)
+    is_batch = np.eye(batch.max() + 1)[batch]  # (n_cells, n_batches)
+    neighbours = sparse.csr_matrix((np.ones(len(graph.indices)), graph.indices, graph.indptr), shape=graph.shape)
+    counts = neighbours @ is_batch
+    counts = counts[counts.sum(axis=1) > 0]
+    around = _entropy(counts / counts.sum(axis=1, keepdims=True)).mean()
+    return float(min(1.0, around / _entropy(is_batch.mean(axis=0, keepdims=True))[0]))
+
+
+def agreement(embedding: FloatArray, reference: FloatArray, *, n_neighbors: int = 15) -> dict[str, float]:
+    """How alike two embeddings of the same cells are, such as those of a model and of its int8 form.
+
+    Parameters
+    ----------
+    embedding, reference
+        ``(n, d)``, rows in the same order.
+    n_neighbors
+        Neighbours of a cell that are compared; fewer where there are fewer cells.
+
+    Returns
+    -------
+    ``cosine_mean`` and ``cosine_min`` over cells, and ``knn_overlap``: the mean share of the
+    ``n_neighbors`` nearest neighbours (Euclidean) in one embedding that are among the nearest in the other.
+
+    Examples
+    --------
+    >>> reference = np.random.default_rng(0).normal(size=(50, 8))
+    >>> agreement(2 * reference, reference)["knn_overlap"]
+    1.0
+    """
+    a, b = (np.asarray(x, np.float64) for x in (embedding, reference))
+    if a.shape != b.shape or len(a) < 2:
+        raise ValueError(
+            f"the embeddings are of shape {a.shape} and {b.shape}, two of one shape and of at least two cells "
+            "expected. Embed the same cells with both models."
+        )
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = (a * b).sum(1) / np.where(lengths > 0, lengths, 1)
+    n_neighbors = min(n_neighbors, len(a) - 1)
+    near, of_reference = (
+        NearestNeighbors(n_neighbors=n_neighbors).fit(x).kneighbors(return_distance=False) for x in (a, b)
+    )
+    shared = [len(np.intersect1d(*pair)) / n_neighbors for pair in zip(near, of_reference)]
+    found = {"cosine_mean": cosine.mean(), "cosine_min": cosine.min(), "knn_overlap": np.mean(shared)}
+    return {name: float(value) for name, value in found.items()}
+
+
+def knn_accuracy(
+    embedding: FloatArray, labels: ArrayLike, *, n_neighbors: int = 15, n_folds: int = 5, random_state: int = 0
+) -> float:
+    """Accuracy of the majority vote of the ``n_neighbors`` nearest cells of the other folds; folds are stratified."""
+    labels = np.asarray(labels)
+    n_neighbors = min(n_neighbors, len(labels) - -(-len(labels) // n_folds) - 1)
+    folds = StratifiedKFold(n_folds, shuffle=True, random_state=random_state)
+    predicted = cross_val_predict(KNeighborsClassifier(n_neighbors), embedding, labels, cv=folds)
+    return float(accuracy_score(labels, predicted))
+
+
+def logistic_regression_scores(
+    embedding: FloatArray, labels: ArrayLike, *, n_folds: int = 5, random_state: int = 0
+) -> dict[str, float]:
+    """Out-of-fold scores of a logistic regression on the standardised embedding: what a linear probe can read off.
+
+    See :func:`classification_scores` for what is returned.
+    """
+    labels = np.asarray(labels)
+    folds = StratifiedKFold(n_folds, shuffle=True, random_state=random_state)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    return classification_scores(labels, cross_val_predict(probe, embedding, labels, cv=folds))
+
+
+def _entropy(shares: FloatArray) -> FloatArray:
+    """Entropy of each row in nats."""
+    return -np.sum(shares * np.log(np.where(shares > 0, shares, 1)), axis=1)
