@@ -89,23 +89,42 @@ def match_settings(data: object) -> dict[str, Any]:
 
 def storable_table(table: pd.DataFrame) -> pd.DataFrame:
     """A copy that every AnnData file format takes: what is no number becomes text, text with gaps categorical."""
-    table = table.copy()
-    table.columns = table.columns.map(str)
-    if not isinstance(table.index, pd.RangeIndex):
-        table.index = table.index.map(str)
-    for name, column in table.items():
-        if isinstance(column.dtype, pd.CategoricalDtype):
-            if not pd.api.types.is_numeric_dtype(column.dtype.categories):
-                names = column.cat.categories.map(str)
-                as_text = column.astype(object).map(str, na_action="ignore").astype("category")  # 1 and "1" are one
-                table[name] = column.cat.rename_categories(names) if names.is_unique else as_text
-        elif isinstance(column.dtype, (pd.Float32Dtype, pd.Float64Dtype)):
-            table[name] = column.to_numpy(np.float64, na_value=np.nan)
-        elif not pd.api.types.is_numeric_dtype(column.dtype):
-            is_known = column.notna()
-            text = column.astype(object).map(str, na_action="ignore") if is_known.any() else column.isna() * np.nan
-            table[name] = text.astype("category") if is_known.any() and not is_known.all() else text
-    return table
+    columns = {str(name): _storable_column(column) for name, column in table.items()}
+    is_counted = isinstance(table.index, pd.RangeIndex)
+    # an index may have the name of a column, which no file format takes
+    index = table.index if is_counted else pd.Index(table.index.map(str).to_list(), dtype=object)
+    return pd.DataFrame(columns, index=index)
+
+
+def _storable_column(column: pd.Series) -> pd.Series | NDArray[Any]:
+    """Plain numpy values, nullable integers and booleans, or categories of numbers or text; without an index."""
+    if isinstance(column.dtype, pd.SparseDtype):
+        column = pd.Series(np.asarray(column))
+    if isinstance(column.dtype, pd.ArrowDtype):
+        column = column.convert_dtypes(dtype_backend="numpy_nullable")
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return _storable_categories(column)
+    if isinstance(column.dtype, (pd.Float32Dtype, pd.Float64Dtype)):
+        return column.to_numpy(np.float64, na_value=np.nan)
+    if pd.api.types.is_numeric_dtype(column.dtype) and column.dtype.kind != "c":
+        return column.array
+    is_known = column.notna()
+    if not is_known.any():
+        return np.full(len(column), np.nan)
+    text = column.astype(object).map(str, na_action="ignore")
+    return text.to_numpy() if is_known.all() else text.astype("category").array
+
+
+def _storable_categories(column: pd.Series) -> pd.Categorical:
+    categories = column.cat.categories
+    if isinstance(categories.dtype, np.dtype) and categories.dtype.kind in "iufb":
+        return column.array
+    if pd.api.types.is_numeric_dtype(categories.dtype):
+        return column.cat.rename_categories(np.asarray(categories)).array
+    names = categories.map(str).astype(object)
+    if not names.is_unique:  # 1 and "1" are one
+        return column.astype(object).map(str, na_action="ignore").astype("category").array
+    return column.cat.rename_categories(names).array
 
 
 def _storable_items(items: Mapping[str, Any]) -> dict[str, Any]:

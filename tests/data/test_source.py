@@ -121,7 +121,7 @@ def store(adata: AnnData, storage: str, folder: Path):
             backed = anndata.read_h5ad(path, backed="r")
             return view_of(backed) if form else backed
         case "arrays":
-            return write_arrays(open_source(adata), folder / "arrays", chunk=40)
+            return write_arrays(open_source(adata), folder / "arrays", obs=list(adata.obs), chunk=40)
         case "list" | "folder":
             parts = [
                 with_matrix(adata, adata.X)[rows].copy() for rows in (slice(0, 50), slice(50, 51), slice(51, None))
@@ -424,7 +424,8 @@ def test_arrays_keep_tables_exactly(adata, tmp_path):
     rows = np.array([7, 3, 3, 149])
     written = adata.copy()
     written.obs["maybe"] = pd.array([None, *range(N_CELLS - 1)], dtype="Int64")
-    source = open_source(write_arrays(open_source(written, layer="counts"), tmp_path / "run" / "data", rows=rows))
+    opened = open_source(written, layer="counts")
+    source = open_source(write_arrays(opened, tmp_path / "run" / "data", obs=opened.obs_columns, rows=rows))
     pd.testing.assert_frame_equal(source.obs(source.obs_columns), written.obs.iloc[rows])
     pd.testing.assert_frame_equal(source.var, adata.var)
     assert source.layer == "counts"
@@ -434,7 +435,7 @@ def test_arrays_keep_tables_exactly(adata, tmp_path):
 def test_missing_strings_are_written_as_missing_categories(adata, tmp_path):
     written = adata.copy()
     written.obs["donor"] = written.obs["donor"].astype(object).where(written.obs["n"] > 2)
-    source = open_source(write_arrays(open_source(written), tmp_path / "arrays"))
+    source = open_source(write_arrays(open_source(written), tmp_path / "arrays", obs=["donor"]))
     assert source.obs(["donor"])["donor"].isna().sum() == 3
 
 

@@ -112,7 +112,15 @@ def open_source(data: AnnData | str | os.PathLike | Sequence | CellSource, *, la
     )
 
 
-def write_arrays(source: CellSource, path: str | os.PathLike, *, rows: Rows | None = None, chunk: int = 4096) -> Path:
+def write_arrays(
+    source: CellSource,
+    path: str | os.PathLike,
+    *,
+    obs: Sequence[str] = (),
+    gene_key: str | None = None,
+    rows: Rows | None = None,
+    chunk: int = 4096,
+) -> Path:
     """Write a source as memory-mapped arrays, which many processes share and read in any order.
 
     Parameters
@@ -121,6 +129,10 @@ def write_arrays(source: CellSource, path: str | os.PathLike, *, rows: Rows | No
         What to write.
     path
         Folder to make. One that already holds a whole copy is an error.
+    obs
+        Columns of ``obs`` to keep. The names of cells and genes are kept as plain strings.
+    gene_key
+        Column of ``var`` to keep whatever its type; columns of text, which may name the genes, are kept anyway.
     rows
         Cells to write, in this order; ``None`` are all.
     chunk
@@ -136,14 +148,19 @@ def write_arrays(source: CellSource, path: str | os.PathLike, *, rows: Rows | No
     folder.mkdir(parents=True, exist_ok=True)
     cells = positions(slice(None) if rows is None else rows, source.n_obs)
     write_rows((source.read(cells[start : start + chunk]) for start in range(0, max(1, len(cells)), chunk)), folder)
-    obs = storable_table(source.obs(source.obs_columns).iloc[cells])
+    var = source.var.loc[:, [name == gene_key or _is_text(column) for name, column in source.var.items()]]
     with h5py.File(folder / "cells.partial", "w") as file:
-        write_elem(file, "obs", obs)
-        write_elem(file, "var", storable_table(source.var))
+        write_elem(file, "obs", storable_table(source.obs(list(obs)).iloc[cells]))
+        write_elem(file, "var", storable_table(var))
         if source.layer is not None:
             file.attrs["layer"] = source.layer
     os.replace(folder / "cells.partial", folder / _TABLES)
     return folder
+
+
+def _is_text(column: pd.Series) -> bool:
+    values = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
+    return pd.api.types.infer_dtype(np.asarray(values, dtype=object), skipna=True) == "string"
 
 
 def fingerprint(source: CellSource) -> str:

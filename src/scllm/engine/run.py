@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -97,6 +99,13 @@ class Run:
             np.savez(handle, **cells)  # type: ignore[arg-type]
         write_json(self.path / "spec.json", spec)
 
+    def clear(self) -> None:
+        """Remove what a run that could not be set up has written, and nothing else."""
+        for folder in (self.model, self.data):
+            shutil.rmtree(folder, ignore_errors=True)
+        for name in ("spec.json", ".spec.json.new", "cells.npz", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+
     def refer_to(self, reference: Any) -> None:
         """Say where other processes find the data now."""
         write_json(self.path / "spec.json", self.spec | {"data_reference": reference})
@@ -134,24 +143,30 @@ class Run:
 
         Yields the file that is locked: a child that inherits it holds the lock on when this process is killed.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as handle:
-            end = time.monotonic() + _PATIENCE
-            while not _locks(handle):
-                if time.monotonic() > end:
-                    raise RuntimeError(
-                        f"another process trains in {self.path}, one at a time expected. Wait for it, or stop it."
-                    )
-                time.sleep(0.1)
+        end = time.monotonic() + _PATIENCE
+        while (handle := self._lock()) is None:
+            if time.monotonic() > end:
+                raise RuntimeError(
+                    f"Expected one process at a time in '{self.path}', but another one is training there. Wait for it, "
+                    "or stop it."
+                )
+            time.sleep(0.1)
+        with handle:
             yield handle.fileno()
 
-
-def _locks(handle: IO[str]) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    def _lock(self) -> IO[str] | None:
+        """The lock file, locked; ``None`` where another process holds it, or has just removed it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / ".lock"
+        handle = file.open("w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and os.path.samestat(file.stat(), os.fstat(handle.fileno())):
+                return handle
+        except BlockingIOError:
+            pass
+        handle.close()
+        return None
 
 
 def _cut(value: Any, most: int = 60) -> str:

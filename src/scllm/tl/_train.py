@@ -6,7 +6,8 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from os import PathLike, fspath
@@ -157,7 +158,10 @@ def train(
         "processes": asdict(where),
         "versions": {"scllm": version("scllm-tools"), "torch": torch.__version__},
     }
+    made = _missing(Path(settings.run_dir) if run_dir is None else Path(run_dir))
     run = Run(_writable(Path(run_dir)) if run_dir is not None else _fresh_directory(verb))
+    if run_dir is None:
+        made.append(run.path)
     family = model.family if "." in model.family else None
     if run.is_new():
         if resume is True:
@@ -172,7 +176,8 @@ def train(
     if not run.is_done:
         with run.locked():
             if run.is_new():
-                _set_up(run, spec, source, model, match, objective, config, cells, where)
+                with _cleared_on_error(run, made):
+                    _set_up(run, spec, source, model, match, objective, config, cells, where)
             elif not run.is_done:
                 _set_up_again(run, spec, source)
     trained = launch(run, n_procs=where.n, device=where.device, source=source, family=family)
@@ -274,7 +279,7 @@ def _store(run: Run, spec: Mapping[str, Any], source: CellSource) -> None:
     """Data that no other process finds are kept in the run directory while it is trained."""
     if spec["data_reference"] is None:
         shutil.rmtree(run.data, ignore_errors=True)
-        write_arrays(source, run.data)
+        write_arrays(source, run.data, gene_key=spec["data"]["gene_key"])
 
 
 def hash_cells(cells: Mapping[str, NDArray[Any]]) -> str:
@@ -323,6 +328,25 @@ def _fresh_directory(verb: str) -> Path:
             return path
         except FileExistsError:
             number += 1
+
+
+def _missing(path: Path) -> list[Path]:
+    """Which of a directory and its parents are not there yet, the outermost first."""
+    return [folder for folder in (*reversed(path.absolute().parents), path.absolute()) if not folder.exists()]
+
+
+@contextmanager
+def _cleared_on_error(run: Run, made: Sequence[Path]) -> Iterator[None]:
+    """Leave nothing of a run that could not be set up: neither files nor the directories made for it."""
+    try:
+        yield
+    except BaseException:
+        run.clear()
+        for folder in reversed(made):
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
+        raise
 
 
 def _check_free(path: Path) -> None:
