@@ -362,11 +362,12 @@ def test_shell_sees_errors_on_stderr_without_a_traceback(tmp_path: Path) -> None
     assert done.stderr.count("\n") == 1
 
 
-def test_verbose_shows_what_was_chosen(data: Path, pretrained: Path, tmp_path: Path) -> None:
-    quiet = shell("embed", data, pretrained, "--out", tmp_path / "e.npy")
+def test_commands_say_what_they_do_and_verbose_ones_say_details(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    usual = shell("embed", data, pretrained, "--out", tmp_path / "e.npy")
     told = shell("embed", data, pretrained, "--out", tmp_path / "e.npy", "--verbose")
-    assert quiet.stderr == ""
-    assert "embedding 60 cells on cpu" in told.stderr
+    assert usual.stderr.startswith("embedding 60 cells (X, 40 of 40 genes matched")
+    assert usual.stderr.count("\n") == 1
+    assert "40 of 40 genes matched by var_names" in told.stderr
 
 
 @pytest.mark.slow

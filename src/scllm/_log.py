@@ -1,4 +1,8 @@
-"""The library's logger and progress bars. Nothing is configured on import; only the first rank speaks."""
+"""The library's logger, warnings and progress bars, all under ``settings.verbosity``.
+
+Nothing is configured on import: the first line that a verb logs puts a handler on the logger, unless the application
+has one that shows the line. Only the first rank speaks.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,24 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from numbers import Integral
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
 from scllm import settings
 
-__all__ = ["is_first_rank", "log", "progress", "show_progress", "warn"]
+__all__ = ["details", "is_first_rank", "log", "progress", "quiet_imports", "show_progress", "warn"]
 
 T = TypeVar("T")
-log = logging.getLogger("scllm")
 _PACKAGE = f"{Path(__file__).parent}{os.sep}"
+# the lowest level that is shown, by verbosity
+_LOWEST = (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
+_in_details: ContextVar[bool] = ContextVar("in_details", default=False)
 
 
 def is_first_rank() -> bool:
@@ -26,18 +35,89 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-class _FirstRankOnly(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or is_first_rank()
+def _verbosity() -> int:
+    """``settings.verbosity``; an error where it is no number."""
+    value: Any = settings.verbosity
+    if not isinstance(value, Integral):
+        raise TypeError(f"Expected scllm.settings.verbosity of 0, 1, 2 or 3, got {value!r}. Set it to one of those.")
+    return min(max(int(value), 0), 3)
 
 
-log.addFilter(_FirstRankOnly())
+class _Log(logging.LoggerAdapter[logging.Logger]):
+    """The logger ``scllm``, set up when its first line is logged."""
+
+    def isEnabledFor(self, level: int) -> bool:
+        """Whether a line of this level is wanted now."""
+        if level < _LOWEST[_verbosity()] or (level < logging.ERROR and not is_first_rank()):
+            return False
+        if self.logger.level == logging.NOTSET:
+            self.logger.setLevel(logging.DEBUG)  # verbosity decides
+        if not _is_shown(self.logger, level):
+            self.logger.addHandler(_plain)
+        return self.logger.isEnabledFor(level)
+
+    def info(self, msg: object, *args: object, **kwargs: Any) -> None:
+        """Log what the user should know; under :func:`details` only with verbosity 3."""
+        self.log(logging.DEBUG if _in_details.get() else logging.INFO, msg, *args, **kwargs)
+
+
+class _PlainLines(logging.Handler):
+    """Messages as they are, between progress bars, for as long as no other handler shows them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _is_shown(log.logger, record.levelno, by_others=True):
+            return
+        prefix = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+        # looked up each time: pytest and notebooks replace them
+        tqdm.write(prefix + record.getMessage(), file=sys.stdout if _in_notebook() else sys.stderr)
+
+
+_plain = _PlainLines()
+log = _Log(logging.getLogger("scllm"))
+
+
+def _is_shown(logger: logging.Logger | None, level: int, by_others: bool = False) -> bool:
+    """Whether a handler of the logger, or of those that it hands its lines to, shows a level."""
+    while logger is not None:
+        if any(level >= handler.level and not (by_others and handler is _plain) for handler in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
+
+
+@contextmanager
+def details() -> Iterator[None]:
+    """What verbs log in here are details of another verb, which has told the user what matters."""
+    token = _in_details.set(True)
+    try:
+        yield
+    finally:
+        _in_details.reset(token)
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Import what brings in packages that the user never asked for, without their log lines and warnings.
+
+    transformers and peft import torchao wherever it is installed, which warns of kernels that it cannot load.
+    """
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def show_progress() -> bool:
     """Whether progress bars are drawn: in terminals and notebooks, on the first rank, unless switched off."""
-    in_notebook = "ipykernel" in sys.modules
-    return settings.verbosity > 0 and is_first_rank() and (in_notebook or sys.stderr.isatty())
+    return _verbosity() > 0 and is_first_rank() and (_in_notebook() or sys.stderr.isatty())
+
+
+def _in_notebook() -> bool:
+    return "ipykernel" in sys.modules
 
 
 def progress(items: Iterable[T], *, desc: str, total: int | None = None, unit: str = "it") -> Generator[T, None, None]:
@@ -48,6 +128,8 @@ def progress(items: Iterable[T], *, desc: str, total: int | None = None, unit: s
 
 def warn(message: str) -> None:
     """A ``UserWarning`` that points at the line outside of this package from which the way leads here."""
+    if _verbosity() == 0:
+        return
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1

@@ -16,7 +16,7 @@ from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from scllm import datasets, models, tl
+from scllm import datasets, models, settings, tl
 from scllm.data.source import open_source
 from scllm.engine.collapse import CollapseWatch
 from scllm.engine.head_start import start_heads
@@ -58,9 +58,10 @@ def outputs(model, cells, forward) -> np.ndarray:
     return torch.cat([values for _, values in parts]).numpy()
 
 
-def test_a_started_head_says_what_a_probe_of_the_same_states_says(model, cells, caplog):
+def test_a_started_head_says_what_a_probe_of_the_same_states_says(model, cells, caplog, monkeypatch):
     rows, tested = np.arange(0, 400, 2), np.arange(1, 400, 2)
-    with caplog.at_level("INFO", logger="scllm"):
+    monkeypatch.setattr(settings, "verbosity", 3)
+    with caplog.at_level("DEBUG", logger="scllm"):
         tuned = started(model, cells, rows)
     # with equal answers for four types it would be log(4)
     assert float(re.search(r"the head 'cell_type' starts at a loss of (\S+)", caplog.text)[1]) < 0.8 * np.log(4)

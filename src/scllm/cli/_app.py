@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import traceback
 import warnings
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from scllm import __version__
+from scllm import __version__, settings
 
 __all__ = ["Debug", "Verbose", "app"]
 
@@ -68,10 +67,10 @@ def _one_line_warning(message: Warning | str, category: type[Warning], *_: objec
     return f"warning: {' '.join(str(message).split())}\n"
 
 
-def _log(value: bool) -> None:
+def _say_more(ctx: typer.Context, value: bool) -> None:
     if value:
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("scllm").setLevel(logging.INFO)
+        before, settings.verbosity = settings.verbosity, 3
+        ctx.call_on_close(lambda: setattr(settings, "verbosity", before))
 
 
 def _keep_traceback(ctx: typer.Context, value: bool) -> None:
@@ -84,7 +83,7 @@ def _say_version(value: bool) -> None:
         raise typer.Exit
 
 
-Verbose = Annotated[bool, typer.Option("--verbose", callback=_log, help="Show what the library logs.")]
+Verbose = Annotated[bool, typer.Option("--verbose", callback=_say_more, help="Say details too, such as each epoch.")]
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_keep_traceback, is_eager=True, help="Show the traceback of an error.")
 ]

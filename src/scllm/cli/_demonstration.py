@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from sklearn.linear_model import LogisticRegression
 
 from scllm import datasets, metrics, pl, pp, tl
+from scllm._log import details
 from scllm._typing import FloatArray
 from scllm.models.base import CellModel
 
@@ -49,7 +50,7 @@ def demonstrate(
     # a fifth of the cells is seen by no training, a tenth chooses the best weights
     pp.split(adata, fractions=_FRACTIONS, stratify=_KEY)
     n_train = int((adata.obs["split"] == "train").sum())
-    with _one_thread():
+    with _one_thread(), details():
         _say(f"pretraining on {n_train} cells without labels")
         model = _pretrain(adata, out / "pretrain", pretrain_epochs, device)
         _say("embedding")
@@ -59,7 +60,8 @@ def demonstrate(
         tl.classify(adata, tuned, device=device)
     _say("comparing with PCA and logistic regression")
     _add_simple_methods(adata)
-    embeddings = tl.benchmark(adata, key=_KEY)
+    with details():
+        embeddings = tl.benchmark(adata, key=_KEY)
     test = adata[adata.obs["split"] == "test"].copy()
     held_out = {
         name: metrics.classification_scores(test.obs[_KEY], test.obs[column])

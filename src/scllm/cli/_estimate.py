@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from os import PathLike
 
-from scllm.engine.device import resolve_device, resolve_precision
-from scllm.engine.estimate import say_cost
+from scllm.engine.estimate import time_in_words
 from scllm.engine.launch import cluster_command
+from scllm.tl._cost import training_cost
 from scllm.tl._model import gene_match
 from scllm.tl._pretrain import Prepared
-from scllm.tl._train import Data, mean_length
+from scllm.tl._train import Data, warn_of_unread_cells
 
 __all__ = ["what_would_run"]
 
@@ -19,18 +19,17 @@ def what_would_run(data: Data, begun: Prepared, run_dir: str | PathLike[str] | N
     model, config, where = begun.model, begun.config, begun.where
     training = begun.cells["train"]
     assert config.batch_size is not None
-    per_epoch = -(-len(training) // config.batch_size)
-    n_steps = config.steps or per_epoch * (config.epochs or 1)
-    device = resolve_device(where.device)
-    precision = resolve_precision(config.precision or "auto", device)
-    n_tokens = mean_length(begun.source, gene_match(data, begun.source, model), model, training)
-    n_seen = min(n_steps * config.batch_size, -(-n_steps // per_epoch) * len(training))
+    match = gene_match(data, begun.source, model)
+    warn_of_unread_cells(begun.source, match, training)
+    cost = training_cost(begun.source, match, model, config, begun.cells, where.device, where.n)
+    n_epochs = cost.n_steps / -(-len(training) // config.batch_size)
+    each = f"{cost.flops_per_cell / 1e9:.3g} GFLOP a cell of {cost.n_tokens:,.0f} tokens"
     lines = [
         repr(model),
         f"  cells       {len(training):,} for training, {len(begun.cells['validation']):,} for validation",
-        f"  steps       {n_steps:,} of {config.batch_size} cells ({n_steps / per_epoch:.1f} epochs)",
-        f"  processes   {where.n} on {where.device}, {precision}",
-        f"  cost        {say_cost(model, n_tokens, n_seen, device, precision, where.n)}",
+        f"  steps       {cost.n_steps:,} of {config.batch_size} cells ({n_epochs:.1f} epochs)",
+        f"  processes   {where.n} on {where.device}, {cost.precision}",
+        f"  cost        {each}, {time_in_words(cost.seconds)}",
         "On several machines, once this command has written the run directory, on each of them:",
         f"  {cluster_command(run_dir or 'RUN_DIR', where.n)}",
     ]

@@ -126,8 +126,8 @@ def match(
         raise ValueError(_too_few(found, candidates[found.column], vocab, min_coverage))
     n_summed = int((found.token_ids >= 0).sum()) - found.n_matched
     if n_summed:
-        log.info("%d genes share a token with another gene and are summed with it", n_summed)
-    log.info("%d of %d genes matched by %s (%.0f %%)", found.n_matched, len(names), found.column, 100 * found.coverage)
+        log.debug("%d genes share a token with another gene and are summed with it", n_summed)
+    log.debug("%d of %d genes matched by %s (%.0f %%)", found.n_matched, len(names), found.column, 100 * found.coverage)
     return found
 
 

@@ -1,15 +1,27 @@
-"""What a run costs, said before it starts."""
+"""What a run reads and costs, said before it starts."""
 
 from __future__ import annotations
 
 import time
+from contextlib import closing
+from functools import cache
 
+import numpy as np
 import torch
 
+from scllm._typing import IntArray
+from scllm.data.genes import GeneMatch
+from scllm.data.source import CellSource
 from scllm.engine.device import autocast
+from scllm.engine.loader import Loader
 from scllm.models.base import CellModel
 
-__all__ = ["flops_per_cell", "matrix_rate", "say_cost"]
+__all__ = ["cells_in_words", "device_in_words", "expected_seconds", "flops_per_cell", "mean_tokens", "time_in_words"]
+
+# cells whose tokens are counted
+_SOME = 64
+# seconds that a cell costs besides the matrix products of the model: reading, encoding, small operations
+_OVERHEAD = 5e-4
 
 
 def flops_per_cell(model: CellModel, n_tokens: float, *, training: bool = True) -> float:
@@ -17,8 +29,19 @@ def flops_per_cell(model: CellModel, n_tokens: float, *, training: bool = True) 
     return model.forward_flops(n_tokens) * (3 if training else 1)
 
 
-def matrix_rate(device: torch.device, precision: str, seconds: float = 0.2) -> float:
-    """Floating-point operations a second that matrix products reach here."""
+def mean_tokens(model: CellModel, source: CellSource, match: GeneMatch, rows: IntArray) -> float:
+    """Mean number of tokens of a cell, specials included, from a few cells spread over ``rows``."""
+    if not len(rows):
+        return 0.0
+    some = rows[np.unique(np.linspace(0, len(rows) - 1, min(_SOME, len(rows))).astype(np.int64))]
+    cells = Loader(source, some, match, model.encoder, model.vocab, len(some), training=False)
+    with closing(cells.epoch(0)) as read:
+        return sum(sum(batch.lengths) for batch in next(read)) / len(some)
+
+
+@cache
+def _matrix_rate(device: torch.device, precision: str, seconds: float = 0.2) -> float:
+    """Floating-point operations a second that matrix products reach here; measured once in a process."""
     n = 4096 if device.type == "cuda" else 512
     a = torch.ones(n, n, device=device)
     done, began = 0, time.perf_counter()
@@ -31,15 +54,29 @@ def matrix_rate(device: torch.device, precision: str, seconds: float = 0.2) -> f
     return done * 2 * n**3 / (time.perf_counter() - began)
 
 
-def say_cost(model: CellModel, n_tokens: float, n_cells: int, device: torch.device, precision: str, n: int) -> str:
-    """One line: operations a cell, and the time to expect at half the rate of plain matrix products."""
-    each = flops_per_cell(model, n_tokens)
-    seconds = 2 * each * n_cells / (matrix_rate(device, precision) * n)
-    span = (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
-    return f"{each / 1e9:.3g} GFLOP a cell of {n_tokens:.0f} tokens; {n_cells:,} cells take about {span}"
+def expected_seconds(flops: float, n_cells: int, device: torch.device, precision: str, n: int = 1) -> float:
+    """Time to expect for ``flops`` over ``n_cells`` on ``n`` devices: at half the rate of plain matrix products."""
+    return (2 * flops / _matrix_rate(device, precision) + _OVERHEAD * n_cells) / n
+
+
+def time_in_words(seconds: float) -> str:
+    """Rounded as roughly as it is known: ``about 40 s``, ``about 3 min``, ``about 2.5 h``."""
+    if seconds < 10:
+        return "a few seconds"
+    if seconds < 95:
+        return f"about {round(seconds, -1):.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
+def cells_in_words(n_cells: int, source: CellSource, match: GeneMatch, n_tokens: float) -> str:
+    """How many cells, of which matrix, and what of them is read."""
+    matrix = "X" if source.layer is None else f"layer {source.layer!r}"
+    genes = f"{match.n_matched:,} of {len(match.token_ids):,} genes matched"
+    return f"{n_cells:,} cells ({matrix}, {genes}, {n_tokens:,.0f} tokens a cell)"
+
+
+def device_in_words(device: torch.device, n: int = 1) -> str:
+    """``the CPU``, ``cuda:0``, or how many of them."""
+    if n > 1:
+        return f"{n} GPUs" if device.type == "cuda" else f"{n} CPU processes"
+    return "the CPU" if device.type == "cpu" else str(device)

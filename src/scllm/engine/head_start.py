@@ -80,7 +80,7 @@ def start_heads(
     chosen = np.unique(np.concatenate([_some(np.flatnonzero(known), rng) for known in there.values()]))
     parts = predict(
         model, source, match, lambda replica, batch: replica.head_inputs(batch), rows=rows[chosen], device=device,
-        precision="fp32", desc="starting the heads: states",
+        precision="fp32", desc="initialising the heads on",
     )  # fmt: skip
     states = torch.cat([values for _, values in parts])
     drawn = np.arange(len(chosen))
@@ -141,6 +141,6 @@ def _fit(head: nn.Module, spec: HeadSpec, states: Tensor, target: Tensor, object
 
     head.eval()
     optimise.step(closure)
-    log.info(
+    log.debug(
         "the head %r starts at a loss of %.4g on the training cells, its penalty included", spec.key, closure().item()
     )

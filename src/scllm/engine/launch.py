@@ -77,6 +77,7 @@ def continue_run(run: Run, *, device: str = "auto", family: str | None = None) -
     """Continue whatever the run directory holds, to the end. This is ``python -m scllm run``."""
     if not run.is_done:
         with _locked_by_first_rank(run):
+            log.info("continuing the run in %s", run.path)
             _train(run, device, None, family)
 
 
@@ -126,7 +127,7 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
         objective = objective_from_dict(spec["objective"])
         training, validation = _loaders(run, spec, config, source, model, objective)
         precision = resolve_precision(config.precision or "auto", chosen)
-        log.info("training on %s in %s, %d cells a step", chosen, precision, config.batch_size)
+        log.debug("training on %s in %s, %d cells a step", chosen, precision, config.batch_size)
         if config.compile or config.checkpointing:
             model.speed_up(compile=config.compile, checkpointing=config.checkpointing)
         if config.strategy == "fsdp" and ranks.world() > 1:
@@ -268,7 +269,7 @@ def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None,
 def _follow(run: Run, process: subprocess.Popen[bytes]) -> None:
     """Show progress until the processes end, and say what they cannot: their warnings end in the log."""
     watch = CollapseWatch(run.history)
-    with tqdm(desc=f"training in {run.path.name}", unit="step", disable=not show_progress()) as bar:
+    with tqdm(desc=f"training in {run.path.name}", unit="step", disable=not show_progress(), leave=False) as bar:
         while process.poll() is None:
             time.sleep(0.2)
             line = _last_line(run.history)

@@ -71,7 +71,8 @@ def fit(
     saved = step
     if from_start and validation is not None and step == 0:
         best = _judge_start(model, validation, objective, precision, run, track)
-    with tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=not show_progress()) as bar:
+    quiet = not show_progress()
+    with tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=quiet, leave=False) as bar:
         while step < n_steps and (config.patience is None or since_best < config.patience):
             epoch = step // per_epoch
             read = batches.epoch(epoch, start=step % per_epoch, rank=rank, world=world, parts=config.accumulate)
@@ -97,7 +98,9 @@ def fit(
                         score = -step if validation is None else found["loss"]
                         best, since_best = (score, 0) if score < best else (best, since_best + 1)
                         validated = "" if validation is None else f", {found['loss']:.4g} on validation"
-                        log.info("epoch %d, step %d of %d: loss %.4g%s", epoch, step, n_steps, means["loss"], validated)
+                        # where there is a bar it says so
+                        say = log.info if quiet else log.debug
+                        say("epoch %d, step %d of %d: loss %.4g%s", epoch, step, n_steps, means["loss"], validated)
                     if rank == 0:
                         _log_lines(run, lines, track)
                     if ends or (config.save_every and step % config.save_every == 0):
@@ -237,7 +240,7 @@ def _judge_start(
     if ranks.rank() == 0:
         _log_lines(run, [{"step": 0, "epoch": 0, "split": "validation", **found, "lr": 0.0}], track)
         checkpoint.save(run.best, weights)
-    log.info("before the first step: loss %.4g on validation", found["loss"])
+    log.debug("before the first step: loss %.4g on validation", found["loss"])
     return found["loss"]
 
 

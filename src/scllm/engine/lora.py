@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias, Union
 import torch
 from torch import nn
 
+from scllm._log import quiet_imports
 from scllm.models.base import CellModel
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def lora_settings(lora: Lora | None) -> LoraSettings | None:
         return lora
     if isinstance(lora, Integral) and not isinstance(lora, bool):
         return LoraSettings(r=int(lora))
-    from peft import LoraConfig
+    with quiet_imports():
+        from peft import LoraConfig
 
     if not isinstance(lora, LoraConfig):
         raise TypeError(
@@ -73,7 +75,8 @@ def lora_settings(lora: Lora | None) -> LoraSettings | None:
 
 def _of_peft(config: LoraConfig) -> LoraSettings:
     """Rank, scale and dropout of peft's own configuration; an error where it asks for more."""
-    from peft import LoraConfig
+    with quiet_imports():
+        from peft import LoraConfig
 
     kept = {"r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     asked, usual = config.to_dict(), LoraConfig(task_type=config.task_type, **kept).to_dict()
@@ -104,7 +107,8 @@ def add_adapters(model: CellModel, settings: LoraSettings, *, random_state: int 
 
     Where adapters start is a function of ``random_state``.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    with quiet_imports():
+        from peft import LoraConfig, inject_adapter_in_model
 
     names = adapted_layers(model, {name for name, weight in model.named_parameters() if not weight.requires_grad})
     heads = [weight for name, weight in model.named_parameters() if name.startswith("heads.") and weight.requires_grad]
@@ -122,7 +126,8 @@ def add_adapters(model: CellModel, settings: LoraSettings, *, random_state: int 
 
 def merge_adapters(model: CellModel) -> None:
     """Add what adapters learnt to the weights beside them, and take the adapters out, in place."""
-    from peft.tuners.lora import LoraLayer
+    with quiet_imports():
+        from peft.tuners.lora import LoraLayer
 
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for name, module in adapted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -19,6 +20,14 @@ from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource
 from scllm.engine.config import Precision
 from scllm.engine.device import autocast, check_gpus, resolve_device, resolve_precision
+from scllm.engine.estimate import (
+    cells_in_words,
+    device_in_words,
+    expected_seconds,
+    flops_per_cell,
+    mean_tokens,
+    time_in_words,
+)
 from scllm.engine.loader import Loader
 from scllm.models.base import Batch, CellModel
 
@@ -45,6 +54,7 @@ def predict(
     n_gpus: int = 1,
     random_state: int = 0,
     desc: str = "embedding",
+    passes: int | None = 1,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Results of ``forward`` for consecutive cells, on the CPU and in float32.
 
@@ -67,7 +77,9 @@ def predict(
     random_state
         Seed of ``batch.keys``, by which ``forward`` may draw.
     desc
-        Said beside the progress bar.
+        What is done to the cells, as the log and the progress bar say it.
+    passes
+        How often ``forward`` goes through the model, for the time to expect; ``None``: once a token.
 
     Yields
     ------
@@ -84,7 +96,14 @@ def predict(
         raise ValueError(f"batch_size is {size!r}, a whole number of at least 1 expected. Leave it out for the usual.")
     chosen = resolve_precision(precision, first)
     rows = np.arange(source.n_obs) if rows is None else rows
-    log.info("%s %d cells on %s in %s, %d at a time", desc, len(rows), first, chosen, size)
+    if log.isEnabledFor(logging.INFO):
+        n_tokens = mean_tokens(model, source, match, rows)
+        flops = len(rows) * flops_per_cell(model, n_tokens, training=False) * (passes or n_tokens)
+        seconds = expected_seconds(flops, len(rows), first, chosen, len(devices))
+        log.info(
+            "%s %s, %d at a time in %s on %s: %s", desc, cells_in_words(len(rows), source, match, n_tokens), size,
+            chosen, device_in_words(first, len(devices)), time_in_words(seconds),
+        )  # fmt: skip
     replicas = [_ready(model, where, chosen) for where in devices]
     cells = Loader(
         source, rows, match, model.encoder, model.vocab, size * len(devices), seed=random_state,

@@ -1,22 +1,27 @@
 """The one place where numba options are set.
 
-Compiled code is cached beside the source and renewed when that file changes. A kernel that calls another file's is not
-renewed by a change there: delete ``kernels/__pycache__`` after editing.
+Compiled code is kept between processes: in the directory that ``NUMBA_CACHE_DIR`` names, else beside the source, else
+(where the package may not be written) in the user's cache directory. It is renewed when the file of the kernel changes.
+A kernel that calls another file's is not renewed by a change there: delete ``kernels/__pycache__`` after editing.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numba
+from numba.core import event
+
+from scllm._log import log
 
 __all__ = ["RowKernel", "jit", "row_kernel"]
 
 # fastmath stays off: bins and ranks must be those of numpy to the last bit
-_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "fastmath": False, "error_model": "numpy"}
+_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": False, "error_model": "numpy"}
 
 # below this many entries starting threads costs more than they save
 _ENTRIES_FOR_THREADS = 200_000
@@ -24,7 +29,40 @@ _ENTRIES_FOR_THREADS = 200_000
 
 def jit(function: Callable) -> Callable:
     """Compile for one thread, without the GIL."""
-    return numba.njit(**_OPTIONS)(function)
+    return _compiled(function)
+
+
+def _compiled(function: Callable, **options: Any) -> Any:
+    """Compile when first called, and keep the result where numba finds a directory to write."""
+    kernel = numba.njit(**_OPTIONS, **options)(function)
+    try:
+        kernel.enable_caching()
+    except RuntimeError:  # neither the package nor the user's cache directory may be written
+        _SayOnce.advice = "in every process: set NUMBA_CACHE_DIR to a directory where they can be kept"
+    return kernel
+
+
+class _SayOnce(event.Listener):
+    """Explains why the first call takes long, where it does."""
+
+    advice: ClassVar[str] = "once"
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def on_start(self, event: event.Event) -> None:
+        """A kernel is compiled, and not read from the cache; other packages' kernels say nothing."""
+        module = event.data["dispatcher"].py_func.__module__
+        if not self.said and module.startswith("scllm."):
+            self.said = True
+            # not as a detail: whichever verb calls first takes that long
+            log.log(logging.INFO, "compiling numba kernels for this machine (about 20 s), %s", self.advice)
+
+    def on_end(self, event: event.Event) -> None:
+        """Nothing is left to say."""
+
+
+event.register("numba:compile", _SayOnce())
 
 
 class RowKernel:
@@ -38,7 +76,7 @@ class RowKernel:
 
     def __init__(self, function: Callable) -> None:
         self.serial = jit(_renamed(function, "serial"))
-        self.parallel = numba.njit(parallel=True, **_OPTIONS)(_renamed(function, "parallel"))
+        self.parallel = _compiled(_renamed(function, "parallel"), parallel=True)
 
     def __call__(self, indptr, *arguments) -> None:
         is_large = indptr.size > 2 and indptr[-1] - indptr[0] >= _ENTRIES_FOR_THREADS

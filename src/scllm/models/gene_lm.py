@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scllm._log import quiet_imports
 from scllm.data.encode import Encoder, RankEncoder
 from scllm.data.vocab import Vocab
 from scllm.models.base import Batch, CellModel, ModelConfig, Outputs
@@ -318,7 +319,8 @@ def _one_cell(none: Tensor) -> Tensor:
 
 def network_config(settings: Mapping[str, Any]) -> Any:
     """The configuration of transformers that a dictionary describes."""
-    from transformers import AutoConfig  # takes seconds
+    with quiet_imports():
+        from transformers import AutoConfig  # takes seconds
 
     plain = {name: value for name, value in settings.items() if name not in (*_FETCHES, "model_type")}
     return AutoConfig.for_model(settings["model_type"], **plain)
@@ -326,7 +328,8 @@ def network_config(settings: Mapping[str, Any]) -> Any:
 
 def _likelihood(settings: Mapping[str, Any]) -> Likelihood:
     """How a network of transformers says how likely a sentence is."""
-    from transformers.models.auto import modeling_auto as auto
+    with quiet_imports():
+        from transformers.models.auto import modeling_auto as auto
 
     kind = settings["model_type"]
     if kind == "xlnet":
@@ -345,14 +348,16 @@ def _likelihood(settings: Mapping[str, Any]) -> Likelihood:
 
 def _network(config: SentenceConfig, n_tokens: int) -> nn.Module:
     """Fresh weights for our vocabulary."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-    from transformers.pytorch_utils import Conv1D
+    with quiet_imports():
+        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+        from transformers.pytorch_utils import Conv1D
 
     # padding is left out by the attention mask alone: a padding token of theirs would shift RoBERTa's positions
     own = {"vocab_size": n_tokens, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "use_cache": False}
     kind = AutoModelForMaskedLM if config.likelihood == "pseudo" else AutoModelForCausalLM
     settings = network_config({**config.architecture(), **own})
-    network = kind.from_config(settings, trust_remote_code=False, dtype=torch.float32)
+    with quiet_imports():  # of the module of the network
+        network = kind.from_config(settings, trust_remote_code=False, dtype=torch.float32)
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Conv1D):

@@ -155,8 +155,8 @@ def classify_genes(
             "baseline=False."
         )
     log.info(
-        "%d labelled genes in %d cells, %d to %d cells a gene",
-        len(found.codes), cells.adata.n_obs, cells.n_cells.min(), cells.n_cells.max(),
+        "classifying %s labelled genes in %s cells (%d to %d cells a gene), in %d folds",
+        f"{len(found.codes):,}", f"{cells.adata.n_obs:,}", cells.n_cells.min(), cells.n_cells.max(), n_folds,
     )  # fmt: skip
     task = GeneTask(
         begun, cells, found.codes, found.classes, losses, freeze, options, config, where, run_dir,

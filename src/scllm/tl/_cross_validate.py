@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from anndata import AnnData
 
 from scllm import _keys
 from scllm._checks import check_adata, check_options, missing_key
-from scllm._log import log, warn
+from scllm._log import details, log, warn
 from scllm._results import match_settings, record, record_classes
 from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.source import fingerprint, open_source
@@ -139,12 +140,15 @@ def cross_validate(
     methods = ("model", "baseline") if baseline else ("model",)
     cells = _Cells.of(adata, target, options.get("layer"))
     tables, first = [], {method: np.full((adata.n_obs, target.n_outputs), np.nan, np.float32) for method in methods}
+    log.info("cross-validating obs[%r]: a model is trained in each of %d folds", key, n_repeats * n_folds)
     for repeat, fold in np.ndindex(n_repeats, n_folds):
         tested = np.flatnonzero(folds[repeat] == fold)
         training = np.flatnonzero((folds[repeat] >= 0) & (folds[repeat] != fold))
         where = run_dir / f"repeat-{repeat}" / f"fold-{fold}" if repeat else run_dir / f"fold-{fold}"
         seeded = {**options, "random_state": seed + repeat}
-        found = {"model": cells.by_model(chosen, training, tested, seeded, where, keep_models=keep_models)}
+        # the first fold says what all of them do
+        with details() if repeat or fold else nullcontext():
+            found = {"model": cells.by_model(chosen, training, tested, seeded, where, keep_models=keep_models)}
         if baseline:
             found["baseline"] = cells.by_baseline(training, tested)
         for method, outputs in found.items():
@@ -165,14 +169,8 @@ def cross_validate(
     }  # fmt: skip
     classes = None if target.classes is None else np.array(target.classes, dtype=object)
     order = ["method", "repeat", "fold", "metric", "class", "n_cells", "value"]
-    record(
-        adata,
-        "cross_validate",
-        params,
-        table[order],
-        overall=overall[["method", *overall.columns[:-1]]],
-        classes=classes,
-    )
+    overall = overall[["method", *overall.columns[:-1]]]
+    record(adata, "cross_validate", params, table[order], overall=overall, classes=classes)
     remember(adata, chosen)
     return _wide(table)
 
@@ -261,7 +259,8 @@ class _Cells:
             tuned = finetune(data, model, key=self.target.key, run_dir=run_dir, **options)
         test = self.adata[tested].copy()
         del test.obs[self.target.key]  # nothing to be warned of: labels that the fold tests alone were named before
-        classify(test, tuned, **{name: options[name] for name in _OF_CLASSIFY if name in options})
+        with details():
+            classify(test, tuned, **{name: options[name] for name in _OF_CLASSIFY if name in options})
         if self.target.classes is None:
             return test.obs[[_keys.LABEL]].to_numpy()
         names = list(test.uns[_keys.UNS]["classify"]["classes"])

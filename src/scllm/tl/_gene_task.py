@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scllm import models
+from scllm._log import details
 from scllm._results import match_settings
 from scllm._typing import FloatArray, IntArray
 from scllm.data.source import fingerprint
@@ -137,7 +139,9 @@ class GeneTask:
             if self.run_dir is None:
                 found[test] = self._probabilities(_applied(head, states[test]), self.loss)
                 continue
-            found[test] = self._by_tuned(head, training, held_out, test, self.run_dir / f"fold-{number}")
+            # the first fold says what all of them do
+            with details() if number else nullcontext():
+                found[test] = self._by_tuned(head, training, held_out, test, self.run_dir / f"fold-{number}")
         return found
 
     def _by_tuned(
@@ -148,7 +152,8 @@ class GeneTask:
         found = kept_predictions(run_dir, spec, keep_models=self.keep_models)
         if found is None:
             tuned = self._tuned(head, training, held_out, run_dir)
-            logits = self.states(tuned, lambda replica, batch: replica.gene_head_outputs(batch)[self.key])
+            with details():
+                logits = self.states(tuned, lambda replica, batch: replica.gene_head_outputs(batch)[self.key])
             found = self._probabilities(logits[test], self.loss)
             keep_predictions(run_dir, spec, found, keep_models=self.keep_models)
         return found

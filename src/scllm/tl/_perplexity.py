@@ -110,8 +110,9 @@ def perplexity(
     total, n_genes = np.zeros(source.n_obs), np.zeros(source.n_obs)
     places = _Places((chosen.encoder.max_len, len(chosen.vocab)))
     results = predict(
-        chosen, source, match, forward, batch_size=batch_size, device=device, precision="fp32", desc="scoring"
-    )
+        chosen, source, match, forward, batch_size=batch_size, device=device, precision="fp32", desc="scoring",
+        passes={"causal": 1, "permutation": N_ORDERS, "pseudo": None}[chosen.likelihood],
+    )  # fmt: skip
     for rows, found in results:
         cell, place, gene = found[:, :3].long().numpy().T
         n = rows.stop - rows.start

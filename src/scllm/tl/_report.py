@@ -15,7 +15,7 @@ from numpy.random import Generator
 from scipy import sparse
 from torch import Tensor
 
-from scllm._log import log
+from scllm._log import details, log
 from scllm._typing import FloatArray
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource, open_source
@@ -49,8 +49,9 @@ def report(before: CellModel, after: CellModel) -> pd.DataFrame:
     source = open_source(adata)
     match = gene_match(adata, source, before)
     probes = {"before": _shortened(before), "after": _shortened(after)}
-    found = {name: _looked_at(source, match, probe) for name, probe in probes.items()}
-    speed = _cells_per_s(source, match, probes)
+    with details():
+        found = {name: _looked_at(source, match, probe) for name, probe in probes.items()}
+        speed = _cells_per_s(source, match, probes)
     labels, n_tokens = found["before"]["label"], found["before"]["n_tokens"].mean()
     rows = {}
     for name, model in (("before", before), ("after", after)):
@@ -60,7 +61,7 @@ def report(before: CellModel, after: CellModel) -> pd.DataFrame:
             "n_parameters": model.n_parameters,
             "flops_per_cell": model.forward_flops(float(n_tokens)),
             "cells_per_s": speed[name],
-            **agreement(found[name]["embedding"], found["before"]["embedding"], n_neighbors=max(1, k)),
+            **agreement(found[name]["embedding"], found["before"]["embedding"], k=max(1, k)),
         }
         if labels.min() >= 0:
             rows[name]["same_label"] = float((found[name]["label"] == labels).mean())

@@ -20,7 +20,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from scllm import settings
-from scllm._log import log
+from scllm._log import details, log
 from scllm._results import match_settings, record
 from scllm._typing import IntArray
 from scllm.data.checks import warn_of_empty_cells
@@ -28,8 +28,7 @@ from scllm.data.encode import encoder_to_dict
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource, fingerprint, open_source, write_arrays
 from scllm.engine.config import TrainConfig
-from scllm.engine.device import check_gpus, resolve_device, resolve_precision
-from scllm.engine.estimate import say_cost
+from scllm.engine.device import check_gpus, resolve_device
 from scllm.engine.gene_init import start_from_data
 from scllm.engine.head_start import start_heads
 from scllm.engine.launch import cluster_command, cropping, launch
@@ -40,11 +39,12 @@ from scllm.engine.run import Run
 from scllm.engine.tracking import check_tracker
 from scllm.models.base import CellModel
 from scllm.models.storage import is_native
+from scllm.tl._cost import say_trained, say_training
 from scllm.tl._model import gene_match, remember
 
 __all__ = [
-    "Data", "Processes", "check_config", "check_resume", "check_trainable", "mean_length", "merged_config", "processes",
-    "hash_cells", "train",
+    "Data", "Processes", "check_config", "check_resume", "check_trainable", "hash_cells", "merged_config", "processes",
+    "train", "warn_of_unread_cells",
 ]  # fmt: skip
 
 Data = AnnData | str | PathLike[str] | CellSource | Sequence[str | PathLike[str]]
@@ -175,12 +175,18 @@ def train(
         run.check(spec)
     if not run.is_done:
         with run.locked():
+            say_training(run.path, source, match, model, config, cells, where.device, where.n)
             if run.is_new():
                 with _cleared_on_error(run, made):
                     _set_up(run, spec, source, model, match, objective, config, cells, where)
             elif not run.is_done:
                 _set_up_again(run, spec, source)
+    else:
+        log.info("the run in %s is done: its model is returned, and nothing is trained", run.path)
+    began, was_done = time.perf_counter(), run.is_done
     trained = launch(run, n_procs=where.n, device=where.device, source=source, family=family)
+    if not was_done:
+        say_trained(trained, time.perf_counter() - began)
     shutil.rmtree(run.data, ignore_errors=True)  # the run is done: nothing reads the copy again
     if isinstance(data, AnnData):
         said = {**objective_to_dict(objective), "freeze": freeze, "lora": lora, **params, **config.to_dict()}
@@ -235,34 +241,21 @@ def _set_up(
     cells: Mapping[str, NDArray[Any]],
     where: Processes,
 ) -> None:
-    """Say what the run costs, and write down all that another process needs to train it."""
-    n_tokens = mean_length(source, match, model, cells["train"])
+    """Write down all that another process needs to train it."""
+    warn_of_unread_cells(source, match, cells["train"])
     seed = config.random_state or 0
     if config.gene_init == "svd":
         start_from_data(model, source, match, cells["train"], random_state=seed)
     if isinstance(objective, Label) and model.heads_read_cells:
         targets = {name.removeprefix("obs:"): column for name, column in cells.items() if name.startswith("obs:")}
-        start_heads(
-            model, source, match, cells["train"], objective, targets,
-            weights=cells.get("weights"), device=where.device, random_state=seed,
-        )  # fmt: skip
-    device = resolve_device(where.device)
-    precision = resolve_precision(config.precision or "auto", device)
-    n_cells = (
-        len(cells["train"]) * (config.epochs or 1) if config.steps is None else config.steps * (config.batch_size or 1)
-    )
-    log.info("%s", say_cost(model, n_tokens, n_cells, device, precision, where.n))
-    if where.n > 1 and where.device == "cuda" and (config.batch_size or 0) < 64 * where.n:
-        log.info(
-            "%d cells a step are few for %d GPUs: batch_size=%d keeps them busy",
-            config.batch_size,
-            where.n,
-            64 * where.n,
-        )
+        with details():
+            start_heads(
+                model, source, match, cells["train"], objective, targets,
+                weights=cells.get("weights"), device=where.device, random_state=seed,
+            )  # fmt: skip
     model.save(run.model)
     _store(run, spec, source)
     run.create(spec, cells)
-    log.info("run directory %s", run.path)
     if where.n > 1:
         log.info("on several machines, on each of them: %s", cluster_command(run.path, where.n))
 
@@ -368,15 +361,12 @@ def _is_left_over(entry: Path) -> bool:
     return entry.name == "cells.npz" or entry.name.startswith(".")
 
 
-def mean_length(source: CellSource, match: GeneMatch, model: CellModel, rows: IntArray) -> float:
-    """Mean tokens a cell, from cells spread over the data; in memory all are looked at for empty ones too."""
-    step = 1 if not source.chunked else max(1, len(rows) // 2048)
-    lengths = []
-    for start in range(0, len(rows), 8192 * step):
-        chosen = np.sort(rows)[start : start + 8192 * step : step]
-        lengths.append(match.tokens(source.read(chosen)).lengths)
-    found = np.concatenate(lengths)
-    if step == 1:
-        warn_of_empty_cells(int((found == 0).sum()), len(rows))
-    n_specials, max_len = model.encoder.n_specials, model.encoder.max_len
-    return float(np.minimum(found + n_specials, max_len).mean())
+def warn_of_unread_cells(source: CellSource, match: GeneMatch, rows: IntArray) -> None:
+    """Count cells without any gene of the vocabulary, where all are in memory to be looked at."""
+    if source.chunked:
+        return
+    n_empty = 0
+    for start in range(0, len(rows), 8192):
+        lengths = match.tokens(source.read(np.sort(rows)[start : start + 8192])).lengths
+        n_empty += int((lengths == 0).sum())
+    warn_of_empty_cells(n_empty, len(rows))

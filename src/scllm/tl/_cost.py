@@ -1,0 +1,102 @@
+"""What a training reads and takes, said before it starts."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from scllm._log import log
+from scllm.data.genes import GeneMatch
+from scllm.data.source import CellSource
+from scllm.engine.config import TrainConfig
+from scllm.engine.device import resolve_device, resolve_precision
+from scllm.engine.estimate import (
+    cells_in_words,
+    device_in_words,
+    expected_seconds,
+    flops_per_cell,
+    mean_tokens,
+    time_in_words,
+)
+from scllm.engine.launch import cropping
+from scllm.models.base import CellModel
+
+__all__ = ["Cost", "say_trained", "say_training", "training_cost"]
+
+Cells = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training reads of each cell, and what it takes."""
+
+    device: torch.device
+    precision: str
+    n_steps: int
+    n_tokens: float
+    flops_per_cell: float
+    seconds: float
+
+
+def training_cost(
+    source: CellSource, match: GeneMatch, model: CellModel, config: TrainConfig, cells: Cells, device: str, n: int
+) -> Cost:
+    """Training on what is read of each cell, and validation of whole cells after each epoch, on ``n`` processes."""
+    where = resolve_device(device)
+    precision = resolve_precision(config.precision or "auto", where)
+    assert config.batch_size is not None
+    per_epoch = -(-len(cells["train"]) // config.batch_size)
+    n_steps = config.steps or per_epoch * (config.epochs or 1)
+    n_epochs = -(-n_steps // per_epoch)
+    n_trained = min(n_steps * config.batch_size, n_epochs * len(cells["train"]))
+    n_validated = n_epochs * len(cells["validation"])
+    reader = copy.copy(model)
+    reader.encoder = cropping(model, config.max_len)
+    n_tokens = mean_tokens(reader, source, match, cells["train"])
+    trained = flops_per_cell(reader, n_tokens)
+    validated = flops_per_cell(model, mean_tokens(model, source, match, cells["validation"]), training=False)
+    flops = n_trained * trained + n_validated * validated
+    seconds = expected_seconds(flops, n_trained + n_validated, where, precision, n)
+    return Cost(where, precision, n_steps, n_tokens, trained, seconds)
+
+
+def say_training(
+    path: Path, source: CellSource, match: GeneMatch, model: CellModel, config: TrainConfig, cells: Cells,
+    device: str, n: int,
+) -> None:  # fmt: skip
+    """What the user should know before waiting."""
+    if not log.isEnabledFor(logging.INFO):
+        return
+    cost, n_cells = training_cost(source, match, model, config, cells, device, n), len(cells["train"])
+    number, unit = (config.epochs, "epoch") if config.steps is None else (config.steps, "step")
+    length = f"{number} {unit}{'s' if number != 1 else ''}"
+    log.info(
+        "training %s (%.1f M weights) on %s, %s of %d cells a step in %s on %s: %.3g GFLOP a cell, %s",
+        model.family, model.n_parameters / 1e6, cells_in_words(n_cells, source, match, cost.n_tokens), length,
+        config.batch_size, cost.precision, device_in_words(cost.device, n), cost.flops_per_cell / 1e9,
+        time_in_words(cost.seconds),
+    )  # fmt: skip
+    if n > 1 and cost.device.type == "cuda" and (config.batch_size or 0) < 64 * n:
+        log.info("%d cells a step are few for %d GPUs: batch_size=%d keeps them busy", config.batch_size, n, 64 * n)
+    log.info("writing the run to %s", path)
+
+
+def say_trained(model: CellModel, seconds: float) -> None:
+    """How long it took, and what the weights that are kept reach."""
+    assert model.history is not None
+    validated = model.history[model.history["split"] == "validation"].dropna(subset="loss")
+    best = (
+        ""
+        if validated.empty
+        else ": best validation loss {loss:.4g}, at step {step}".format(
+            **validated.loc[validated["loss"].idxmin(), ["loss", "step"]].to_dict()
+        )
+    )
+    log.info("trained %d steps in %.0f s%s", model.history["step"].max(), seconds, best)
