@@ -136,7 +136,7 @@ LOGGED = {
     "expected": "raw counts expected",
 }
 DAMAGED = {
-    "seen": r"best_model\.pt cannot be read", "expected": "a whole file of plain tensors expected",
+    "seen": r"best_model\.pt cannot be read", "expected": "plain tensors",
     "advice": "copy it again, or take another checkpoint",
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from messages import naming
 
 from scllm import models
 from scllm.data.tokens import Tokens
@@ -85,5 +86,5 @@ def test_what_a_family_does_not_define_is_named(model, batch):
     calls = {"blocks": lambda: bare.blocks, "inputs": lambda: bare.inputs(batch), "forward": lambda: bare(batch),
              "gene_table": bare.gene_table}  # fmt: skip
     for name, call in calls.items():
-        with pytest.raises(TypeError, match=rf"CellModel does not define {name}, which is expected .*\. Write it in"):
+        with pytest.raises(TypeError, match=naming("CellModel", name)):
             call()

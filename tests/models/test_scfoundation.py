@@ -9,6 +9,7 @@ import pytest
 import scanpy as sc
 import torch
 from anndata import read_h5ad
+from messages import naming
 
 from scllm import models, tl
 from scllm.data import genes
@@ -159,9 +160,9 @@ def test_parity_scfoundation_native_round_trip_is_equal_to_the_bit(parity, gene_
 
 
 def test_parts_that_are_not_there_and_missing_gene_lists_are_named(parity, gene_list):
-    with pytest.raises(ValueError, match="part='bulk' is asked for"):
+    with pytest.raises(ValueError, match=naming("part", "'bulk'", "'cell'")):
         models.load(parity, family="scfoundation", vocab=gene_list, part="bulk")
-    with pytest.raises(ValueError, match="holds no gene names, the list of its 19264 genes"):
+    with pytest.raises(ValueError, match=naming("gene names", 19264, "vocab=")):
         models.load(parity, family="scfoundation")
 
 

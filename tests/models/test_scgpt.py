@@ -246,7 +246,7 @@ def test_parity_scgpt_native_round_trip_is_equal_to_the_bit(model, inputs, tmp_p
 def test_weights_that_do_not_fit_are_named(model):
     weights = dict(model.state_dict())
     weights["surplus.weight"] = weights.pop("gene_norm.bias")
-    with pytest.raises(ValueError, match=r"missing: gene_norm\.bias; left over: surplus\.weight"):
+    with pytest.raises(ValueError, match=r"missing: gene_norm\.bias; unused: surplus\.weight"):
         storage.load_weights(model, weights, source="here")
 
 

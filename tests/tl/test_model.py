@@ -11,6 +11,7 @@ from dataclasses import replace
 import anndata as ad
 import numpy as np
 import pytest
+from messages import naming
 
 from scllm import models
 from scllm.tl import classify, embed, embed_genes, finetune, pretrain
@@ -104,7 +105,7 @@ def test_a_model_may_come_as_a_path_of_a_model_or_of_a_run(adata, tmp_path):
 def test_no_model_a_wrong_path_and_a_headless_one_are_named(adata, tiny, tmp_path):
     with pytest.raises(ValueError, match=r"no model is given and none is recorded in adata\.uns"):
         embed(adata)
-    with pytest.raises(FileNotFoundError, match="missing is not there, a model folder or run directory expected"):
+    with pytest.raises(FileNotFoundError, match=naming("missing", "folder")):
         embed(adata, tmp_path / "missing")
     tiny.save(tmp_path / "model")
     embed(adata, tmp_path / "model")
@@ -115,7 +116,7 @@ def test_no_model_a_wrong_path_and_a_headless_one_are_named(adata, tiny, tmp_pat
 def test_a_run_that_is_not_done_is_no_model(adata, tmp_path):
     pretrain(adata, size="tiny", epochs=1, run_dir=tmp_path / "run")
     (tmp_path / "run" / "done").unlink()
-    with pytest.raises(ValueError, match="is a run that is not done, a finished run expected"):
+    with pytest.raises(ValueError, match=naming("finished", "scllm run")):
         embed(adata, tmp_path / "run")
 
 

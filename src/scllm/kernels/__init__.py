@@ -1,1 +1,1 @@
-"""Floor 0: numba kernels, arrays in and arrays out."""
+"""Floor 0: numba kernels on plain arrays."""

@@ -1,7 +1,7 @@
-"""Bins of one row, in the cheapest of three ways.
+"""Bin one row in the cheapest of three ways.
 
 Rows with few distinct values, such as counts and normalised counts, are tallied rather than sorted: counts index the
-tally themselves, other values find their place by a hash table. What has too many distinct values is sorted.
+tally directly, other values are looked up in a hash table. Rows with too many distinct values are sorted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Scratch(NamedTuple):
-    """Memory for one row at a time, used again for the next. A code is the count itself or a number in a hash table."""
+    """Memory for one row at a time, reused for the next. A code is the count itself or a number in a hash table."""
 
     codes: np.ndarray  # (longest,) the row; 0 for zeros
     tally: np.ndarray  # (4 * n_codes,) zeros between rows
@@ -122,7 +122,7 @@ def _hash_values(values, bits, scratch):
 
 @jit
 def _tally(scratch, n):
-    """Count the codes, four tallies in turn: most counts are 1, and one counter would wait for its own last write."""
+    """Count the codes in four alternating tallies: most counts are 1, and one counter would wait for its last write."""
     codes, tally = scratch.codes, scratch.tally
     for j in range(0, n - 3, 4):
         tally[np.uint64(4) * codes[j]] += np.uint32(1)
@@ -152,7 +152,7 @@ def _levels_of_counts(scratch, largest):
 
 @jit
 def _levels_of_distinct(scratch, n_codes):
-    """List the numbered values, the lowest first."""
+    """List the numbered values in ascending order."""
     tally, levels, names, ends = scratch.tally, scratch.levels, scratch.names, scratch.ends
     covered = 0
     order = np.argsort(scratch.distinct[1:n_codes])
@@ -191,7 +191,7 @@ def _bin_by_code(scratch, n_levels, q, ties, draws, out):
 
 @jit
 def _edges_of_levels(levels, ends, n_levels, q, edges):
-    """Quantiles of values given as rising levels and their cumulative numbers."""
+    """Compute quantiles of values, given as ascending levels and their cumulative counts."""
     n = ends[n_levels - 1]
     i = 0
     for k in range(q.size):
@@ -207,7 +207,7 @@ def _edges_of_levels(levels, ends, n_levels, q, edges):
 
 @jit
 def edges_of_sorted(values, q, edges):
-    """Quantiles of rising values."""
+    """Compute quantiles of ascending values."""
     n = values.size
     for k in range(q.size if n else 0):
         place = (n - 1) * q[k]
@@ -226,7 +226,7 @@ def _interpolate(low, high, t):
 
 @jit
 def _pick(below, upto, ties):
-    """Which of the bins below + 1 to upto (upto, if there is none)."""
+    """Select one of the bins below + 1 to upto (upto if there is none)."""
     if ties == MIDDLE:
         return (below + upto + 1) // 2
     return min(below + 1, upto) if ties == LEFT else upto
@@ -253,7 +253,7 @@ def _bin_by_edges(values, edges, ties, draws, out):
 
 @jit
 def _n_upto(edges, value):
-    """How many edges are at most the value; halving without branches, which would be mispredicted."""
+    """Count the edges that are at most the value, by bisection without branches, which would be mispredicted."""
     start, n = 0, edges.size
     while n > 1:
         half = n // 2

@@ -18,7 +18,7 @@ def sort_row(values, bits, is_float, keys, digits):
     top = bits.dtype.type(1) << bits.dtype.type(8 * bits.itemsize - 1)
     n = 0
     for j in range(values.size):
-        # floats sort like unsigned integers once the sign is flipped, and the rest too where it was set
+        # floats sort like unsigned integers after flipping the sign bit, and for negative ones all other bits too
         flip = ~bits.dtype.type(0) if is_float and bits[j] & top else top
         keys[0, n] = bits[j] ^ flip
         n += np.int64(values[j] != 0)
@@ -31,7 +31,7 @@ def sort_row(values, bits, is_float, keys, digits):
 
 @jit
 def _radix_sort(keys, n, n_bits, digits):
-    """Sort ``keys[0, :n]`` digit by digit, lowest first, between the two halves; return the half they end in."""
+    """Sort ``keys[0, :n]`` digit by digit, lowest first, between two buffers; return the buffer with the result."""
     source = 0
     for shift in range(0, n_bits, _DIGIT_BITS):
         by = keys.dtype.type(shift)

@@ -1,7 +1,7 @@
 """Quantile bins of each row.
 
-A row's edges are the quantiles of its non-zero values, as ``numpy.quantile`` computes them, bit for bit: whether a
-value counts as on an edge or beside it decides its bin.
+The edges of a row are the quantiles of its non-zero values, bit for bit as ``numpy.quantile`` computes them, because a
+value that is on an edge may get another bin than a value next to it.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def bin_rows(
 ) -> NDArray[np.unsignedinteger]:
     """Sort each row's non-zero values into bins of equal size.
 
-    With ``n_bins - 1`` edges at evenly spaced quantiles of the row's non-zero values, ``upto`` of them are at most x
-    and ``below`` of them are less. All bins from ``below + 1`` to ``upto`` are equally right for x (a value that makes
-    up half the row spans half the bins); ``ties`` says which one it gets. This is scGPT's binning (Cui et al. 2024),
-    which draws one.
+    There are ``n_bins - 1`` edges at evenly spaced quantiles of the row's non-zero values. For a value x, ``upto``
+    edges are at most x and ``below`` edges are less than x. All bins from ``below + 1`` to ``upto`` are equally valid
+    for x (a value that makes up half the row spans half the bins), and ``ties`` selects one. This is scGPT's binning
+    (Cui et al. 2024), which draws the bin at random.
 
     Parameters
     ----------
@@ -47,10 +47,10 @@ def bin_rows(
     data
         Values of the rows, without NaN. Zeros, stored or not, get bin 0 and do not count for the quantiles.
     n_bins
-        Number of bins, the zero bin included; at least 2, at most 65,536.
+        Number of bins, including the zero bin; from 2 to 65,536.
     ties
-        Which of several bins: the ``"middle"`` one (rounded up), the ``"left"`` (lowest), the ``"right"`` (highest) or
-        a ``"random"`` one, ``ceil(u * (below - upto) + upto)``.
+        Which of several valid bins a value gets: the ``"middle"`` one (rounded up), the lowest (``"left"``), the
+        highest (``"right"``) or a ``"random"`` one, ``ceil(u * (below - upto) + upto)``.
     draws
         The u in [0, 1) of each entry of ``data``, for ``ties="random"``.
     dtype
@@ -69,7 +69,7 @@ def bin_rows(
 
 
 def bin_edges(indptr: NDArray[np.integer], data: NDArray[np.generic], *, n_bins: int) -> NDArray[np.float64]:
-    """Give the edges between each row's bins.
+    """Compute the edges between each row's bins.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ def bin_edges(indptr: NDArray[np.integer], data: NDArray[np.generic], *, n_bins:
     data
         Values of the rows, without NaN. Zeros do not count.
     n_bins
-        Number of bins, the zero bin included.
+        Number of bins, including the zero bin.
 
     Returns
     -------
@@ -93,18 +93,21 @@ def bin_edges(indptr: NDArray[np.integer], data: NDArray[np.generic], *, n_bins:
 
 def _check(n_bins, ties, draws, data, dtype) -> None:
     if ties not in _TIES:
-        raise ValueError(f"ties={ties!r}, expected one of {', '.join(map(repr, _TIES))}.")
+        raise ValueError(f"Expected ties to be one of {', '.join(map(repr, _TIES))}, got {ties!r}. Pass one of these.")
     if not 2 <= n_bins <= 65_536:
-        raise ValueError(f"n_bins={n_bins}, expected 2 to 65,536.")
+        raise ValueError(f"Expected n_bins from 2 to 65,536, got {n_bins}. 51 is usual.")
     if dtype.kind not in "ui" or np.iinfo(dtype).max < n_bins - 1:
-        raise ValueError(f"dtype {dtype} does not hold bins up to {n_bins - 1}. Pass dtype=np.uint16.")
+        raise ValueError(f"Expected a dtype that holds bins up to {n_bins - 1}, got {dtype}. Pass dtype=np.uint16.")
     if ties == "random" and (draws is None or draws.shape != data.shape):
         shape = None if draws is None else draws.shape
-        raise ValueError(f"draws of shape {shape}, expected one a stored value, {data.shape}, with ties='random'.")
+        raise ValueError(
+            f"Expected draws of shape {data.shape}, one per stored value, with ties='random', got shape {shape}. Pass "
+            "draws= or another ties=."
+        )
 
 
 def _native(data: NDArray[np.generic]) -> NDArray[np.generic]:
-    """In one of the four types that the kernels are compiled for."""
+    """Convert values to one of the four types that the kernels are compiled for."""
     if data.dtype in (np.float32, np.float64, np.int32, np.int64):
         return np.ascontiguousarray(data)
     if data.dtype.kind in "bui":
@@ -113,7 +116,7 @@ def _native(data: NDArray[np.generic]) -> NDArray[np.generic]:
 
 
 def _as_bits(data: NDArray[np.generic]) -> tuple[NDArray[np.unsignedinteger], bool]:
-    """The same memory as unsigned integers, for the radix sort; and whether these are floats."""
+    """View values as unsigned integers for the radix sort, and return whether they are floats."""
     return data.view(f"u{data.dtype.itemsize}"), data.dtype.kind == "f"
 
 

@@ -1,6 +1,6 @@
-"""Random numbers that are a function of what they are for, not of when they are drawn.
+"""Counter-based random numbers, which depend on what they are for and not on when they are drawn.
 
-A draw depends on a key, an entry's id and a salt, never on position, batch, thread or process. Mixing is splitmix64
+A draw depends on a key, an entry's id and a salt, but not on position, batch, thread or process. Mixing is splitmix64
 (Steele, Lea & Flood 2014). Keys are passed around as int64, because torch has no arithmetic on uint64.
 """
 
@@ -23,7 +23,7 @@ _UNIT = 2.0**-53
 
 
 def mix(*parts: ArrayLike) -> NDArray[np.int64]:
-    """Make keys out of integers, such as ``mix(random_state, epoch, rows)``.
+    """Make keys from integers, such as ``mix(random_state, epoch, rows)``.
 
     Parameters
     ----------
@@ -51,12 +51,12 @@ def uniform_entries(
     indptr
         Where each row begins and ends.
     ids
-        What each entry is, for instance its gene. The same id in a row of the same key gets the same draw, wherever
-        it stands and whatever else is in the row.
+        Id of each entry, for instance its gene. The same id in a row with the same key gets the same draw, whatever its
+        position and the other entries of the row.
     keys
-        One key a row, from :func:`mix` or :func:`row_keys`.
+        One key per row, from :func:`mix` or :func:`row_keys`.
     salt
-        Separates draws for different purposes (ties, cropping, masking) under the same key.
+        Separates draws for different purposes (ties, random subsets, masking) under the same key.
 
     Returns
     -------
@@ -68,10 +68,10 @@ def uniform_entries(
 
 
 def row_keys(indptr: NDArray[np.integer], ids: NDArray[np.integer], seed: int) -> NDArray[np.int64]:
-    """Give each row a key that depends on the set of its ids and on the seed, and on nothing else.
+    """Compute a key of each row that depends only on the set of its ids and on the seed.
 
     The order of the ids does not matter, so a cell keeps its key when genes are sorted differently. The ids of a row
-    are taken to be distinct.
+    must be distinct.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def row_keys(indptr: NDArray[np.integer], ids: NDArray[np.integer], seed: int) -
     ids
         Integer id of each entry, for instance the gene's token.
     seed
-        Another seed gives other keys.
+        Random seed.
 
     Returns
     -------
@@ -93,15 +93,15 @@ def row_keys(indptr: NDArray[np.integer], ids: NDArray[np.integer], seed: int) -
 
 @jit
 def draw(key, salt, entry):
-    """Draw in [0, 1) for one entry, all three uint64; for use inside other kernels."""
+    """Draw a number in [0, 1) for one entry, for use in other kernels; all arguments are uint64."""
     return _to_unit(_combine(_combine(key, salt), entry))
 
 
 def _as_uint64(values: ArrayLike) -> NDArray[np.uint64]:
-    """At least one dimension: numpy warns of overflow in scalars, which is wanted here."""
+    """Convert to uint64 with at least one dimension: numpy warns of overflow, which is intended here, in scalars."""
     values = np.atleast_1d(np.asarray(values))
     if values.dtype.kind not in "iu":
-        raise TypeError(f"a key made of {values.dtype}, expected integers.")
+        raise TypeError(f"Expected integers to make keys from, got {values.dtype}. Convert them to int64.")
     return values.astype(np.uint64 if values.dtype.kind == "u" else np.int64, copy=False).view(np.uint64)
 
 

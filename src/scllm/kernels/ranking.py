@@ -1,8 +1,8 @@
-"""Order of each row's entries by falling key.
+"""Order each row's entries by decreasing key.
 
-The bits of a non-negative float32 rise with it, so their distance from the highest of the row is what is sorted by. Its
-leading bits and the position are packed into 32 bits and sorted by radix, in two stable passes without comparisons that
-would be mispredicted; the few neighbours that those bits cannot tell apart are put right by insertion.
+The bits of a non-negative float32 increase with its value, so rows are sorted by the distance of the bits from the
+highest of the row. Its leading bits and the position are packed into 32 bits and sorted by radix, in two stable passes
+without comparisons, which would be mispredicted. Insertion sort then orders the few neighbours with equal leading bits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _VALUE = np.uint32(0x7FFFFFFF)  # without the sign, which a zero may have
 def top_rows(
     indptr: NDArray[np.integer], keys: NDArray[np.floating], entries: NDArray, most: int
 ) -> tuple[NDArray[np.int64], NDArray]:
-    """Gather each row's entries by falling key, at most ``most`` of them.
+    """Gather at most ``most`` entries of each row by decreasing key.
 
     Parameters
     ----------
@@ -32,9 +32,9 @@ def top_rows(
     keys
         What to order by, sorted as float32; not negative, none of them NaN. Of equal keys the earlier comes first.
     entries
-        What is gathered, one entry a key.
+        Entries to gather, one per key.
     most
-        Longest row wanted.
+        Largest number of entries per row.
 
     Returns
     -------
@@ -48,7 +48,7 @@ def top_rows(
 
 
 def rank_rows(indptr: NDArray[np.integer], keys: NDArray[np.floating]) -> NDArray[np.int32]:
-    """Rank each row's entries by falling key, from 1 on.
+    """Rank each row's entries by decreasing key, starting at 1.
 
     Parameters
     ----------
@@ -74,13 +74,13 @@ def scaled(values: NDArray, ids: NDArray[np.integer], scale: NDArray[np.floating
     values
         ``(n_entries,)``.
     ids
-        Which scale each value has.
+        Id of each value.
     scale
-        By id; divided by in double precision, so that equal quotients stay equal.
+        Scale of each id. Division is in double precision, so that equal quotients stay equal.
 
     Returns
     -------
-    float32 ``(n_entries,)``, NaN where the scale is.
+    float32 ``(n_entries,)``, NaN where the scale is NaN.
     """
     out = np.empty(values.size, np.float32)
     _scaled(values, ids, np.asarray(scale, np.float64), out)
@@ -94,7 +94,7 @@ def _as_bits(keys: NDArray[np.floating]) -> NDArray[np.uint32]:
 @jit
 def _scaled(values, ids, scale, out):
     for j in range(values.size):
-        out[j] = values[j] / scale[np.uint64(ids[j])]  # unsigned: not asked whether it counts from the end
+        out[j] = values[j] / scale[np.uint64(ids[j])]  # unsigned, so numba does not check for negative positions
 
 
 @row_kernel
@@ -127,7 +127,7 @@ def _rank_rows(indptr, bits, out):
 
 @jit
 def _scratch(indptr, first, last):
-    """Memory for the longest row: pairs, going back and forth, and two tallies."""
+    """Allocate memory for the longest row: two buffers of pairs, and two tallies."""
     longest = 0
     for row in range(first, last):
         longest = max(longest, indptr[row + 1] - indptr[row])
@@ -144,15 +144,15 @@ def _n_bits(number):
 
 @jit
 def _sort_row(bits, pairs, tally):
-    """Sort a row; the positions stand in ``pairs[0]``, in the bits of the mask that is returned."""
+    """Sort a row; the positions are in ``pairs[0]``, in the bits of the returned mask."""
     n = bits.size
     lowest, highest = _VALUE, np.uint32(0)
     for j in range(n):
         lowest, highest = min(lowest, bits[j] & _VALUE), max(highest, bits[j] & _VALUE)
     n_bits, n_position = _n_bits(highest - lowest) if n else 0, _n_bits(max(1, n) - 1)
-    # as many leading bits as there is room for, but no more than a row of this length needs to be told apart
+    # as many leading bits as fit, but no more than are needed to distinguish keys in a row of this length
     n_dropped = max(0, n_bits - min(32 - n_position, 2 * max(4, n_position), 2 * _DIGIT_BITS))
-    # digits no wider than the keys of this row need: counting them costs as much as the row is long
+    # digits no wider than the keys of this row need, because the tallies of wider digits cost time
     width = np.uint32((n_bits - n_dropped + 1) // 2)
     shift, dropped = np.uint32(n_position), np.uint32(n_dropped)
     mask, position = (np.uint32(1) << width) - np.uint32(1), (np.uint32(1) << shift) - np.uint32(1)
@@ -173,7 +173,7 @@ def _sort_row(bits, pairs, tally):
 
 @jit
 def _scatter(source, target, n, shift, mask, tally):
-    """Move pairs to where their digit belongs, in the order they have."""
+    """Move pairs to the place of their digit, keeping their order."""
     total = np.uint32(0)
     for digit in range(tally.size):
         tally[digit], total = total, total + tally[digit]
@@ -186,7 +186,7 @@ def _scatter(source, target, n, shift, mask, tally):
 
 @jit
 def _insert(bits, pairs, position):
-    """Put neighbours right that are in disorder; False if there are too many."""
+    """Sort by insertion; return False if there are too many moves."""
     n_moves = 4 * bits.size
     last = bits[pairs[0] & position] & _VALUE
     for j in range(1, bits.size):
@@ -208,7 +208,7 @@ def _insert(bits, pairs, position):
 
 @jit
 def _sort_by_comparing(bits, positions):
-    """Sort a row whose keys crowd into a small part of their range."""
+    """Sort a row by comparisons, if its keys are crowded in a small part of their range."""
     whole = np.empty(bits.size, np.uint64)
     for j in range(bits.size):
         whole[j] = np.uint64(_VALUE - (bits[j] & _VALUE)) << np.uint64(32) | np.uint64(j)

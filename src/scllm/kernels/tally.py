@@ -1,4 +1,4 @@
-"""Histograms of each gene's values over bins whose width is a fixed share of the value."""
+"""Histograms of each gene's values, with bin widths proportional to the value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _N_BINS = int(np.float32(_HIGHEST).view(np.uint32) >> _SHIFT) - _FIRST
 
 _edges = (np.arange(_FIRST, _FIRST + _N_BINS + 1, dtype=np.uint32) << _SHIFT).view(np.float32).astype(np.float64)
 BIN_CENTRES = (_edges[:-1] + _edges[1:]) / 2
-"""Middle of each bin: no value of the bin is further than 1/128 of itself from it."""
+"""Middle of each bin; a value differs from it by at most 1/128 of itself."""
 
 
 def add_to_tally(genes: NDArray[np.integer], values: NDArray[np.floating], tally: NDArray[np.uint32]) -> None:

@@ -1,4 +1,4 @@
-"""Taking counts away at random: exactly binomial, and a function of each cell's key."""
+"""Count downsampling (binomial thinning), with random draws that depend only on each cell's key."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from scllm.kernels.ragged import restrict
 
 __all__ = ["thin"]
 
-_SHARE, _COUNT = np.uint64(3), np.uint64(4)  # salts: no other draw uses them
+_SHARE, _COUNT = np.uint64(3), np.uint64(4)  # salts that no other draw uses
 _STEP = np.uint64(0x9E3779B97F4A7C15)
-_WHOLE = 32  # counts are thinned in pieces of this size, where (1 - p)^n cannot underflow
+_WHOLE = 32  # counts are downsampled in pieces of this size, for which (1 - p)^n cannot underflow
 
 
 def thin(
     indptr: NDArray[np.integer], ids: NDArray[np.integer], counts: NDArray, keys: NDArray[np.int64], most: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray]:
-    """Draw each cell as if it had been sequenced less deeply.
+    """Downsample the counts of each cell, as if it had been sequenced less deeply.
 
-    A cell loses a share drawn uniformly from 0 to ``most``; each of its counts stays with the same probability, so what
-    is left of a count ``n`` is Binomial(n, 1 - share).
+    For each cell, the fraction to remove is drawn uniformly from 0 to ``most``. Each molecule is kept with the same
+    probability, so a count ``n`` becomes Binomial(n, 1 - fraction).
 
     Parameters
     ----------
     indptr, ids, counts
         Ragged rows: gene ids and integer counts.
     keys
-        One key a row, from :func:`scllm.kernels.draws.mix`.
+        One key per row, from :func:`scllm.kernels.draws.mix`.
     most
-        Largest share of counts to take away, from 0 to below 1.
+        Largest fraction of counts to remove, from 0 to below 1.
 
     Returns
     -------
-    ``indptr``, ``ids`` and ``counts`` of what is left, without the zeros that arise.
+    ``indptr``, ``ids`` and ``counts`` of the remaining counts, without zeros.
     """
     kept = np.empty_like(counts)
     _thin(indptr, ids, counts, keys.view(np.uint64), most, kept)
@@ -55,7 +55,7 @@ def _thin(indptr, ids, counts, keys, most, kept):
                 u, k = draw(keys[row], _COUNT, piece), 0
                 chance = (1.0 - p) ** size
                 total = chance
-                if p == 1.0:  # nothing is taken, and the ratio below would be endless
+                if p == 1.0:  # nothing is removed, and the ratio below would be infinite
                     k = size
                 while u >= total and k < size:
                     chance *= (size - k) / (k + 1) * p / (1.0 - p)

@@ -1,4 +1,4 @@
-"""Model families: build one, load one, save one."""
+"""Build, load and list models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def families() -> list[str]:
-    """Names of the model families that come with scllm.
+    """List the model families that come with scllm.
 
     Examples
     --------
@@ -48,13 +48,13 @@ def families() -> list[str]:
 
 
 def family_module(family: str) -> ModuleType:
-    """The module of a family; a name with a dot is a module of another package, and is imported as it is."""
+    """Import the module of a family; a name with a dot is the module of another package."""
     if "." in family:
         return import_module(family)
     if family not in families():
         raise ValueError(
-            f"there is no model family {family!r}, one of {families()} expected. A family of your own package is named "
-            "with its module, for example 'mylab.model'."
+            f"Expected family to be one of {families()}, got {family!r}. For a family of your own package, pass its "
+            "module, such as 'mylab.model'."
         )
     return import_module(f"{__name__}.{family}")
 
@@ -67,25 +67,26 @@ def build(
     size: str = "base",
     **config: Any,
 ) -> CellModel:
-    """Build a model with fresh weights.
+    """Build an untrained model.
 
     Parameters
     ----------
     family
         One of :func:`families`, or the module of your own family (``"mylab.model"``).
     vocab
-        The vocabulary, or gene names to make one of; or the path of a vocabulary file.
+        A vocabulary, gene names to make one from, or the path of a vocabulary file.
     encoder
-        How counts become sentences; ``None`` is the family's own.
+        Encoder that turns counts into token sequences. ``None``: the family's default.
     size
         A named architecture of the family (``"tiny"``, ``"small"``, ``"base"``).
     **config
-        Fields of the family's ``Config``, over those of ``size``; ``"gpt2"`` takes any causal or masked language
-        model of transformers by its configuration, ``hf_config=``.
+        Fields of the family's ``Config`` that differ from ``size``. ``"gpt2"`` takes the configuration of any causal or
+        masked language model of transformers as ``hf_config=``.
 
     Returns
     -------
-    An untrained :class:`CellModel`. Weights are drawn from torch's global generator: seed it for equal ones.
+    An untrained :class:`CellModel`. Its weights are drawn from torch's global generator; seed that for reproducible
+    weights.
 
     Examples
     --------
@@ -95,14 +96,14 @@ def build(
     module = family_module(family)
     if size not in module.SIZES:
         raise ValueError(
-            f"{family} has no size {size!r}, one of {sorted(module.SIZES)} expected. Pass one of them with size=, and "
-            "what should differ from it as settings."
+            f"Expected size to be one of {sorted(module.SIZES)} for {family}, got {size!r}. Pass one of these, and "
+            "settings that differ from it as keywords."
         )
     known = {field.name for field in fields(module.Config)}
     unknown = sorted(set(config) - known)
     if unknown:
         raise TypeError(
-            f"{family} has no setting {unknown[0]!r}, one of {sorted(known)} expected. Mend its name, or leave it out."
+            f"{family} has no setting {unknown[0]!r}. Expected one of {sorted(known)}. Correct it or leave it out."
         )
     settings = module.Config(**{**module.SIZES[size], **config})
     if isinstance(vocab, (str, PathLike)):
@@ -120,26 +121,26 @@ def load(
     part: str | None = None,
     ignore: Iterable[str] = (),
 ) -> CellModel:
-    """Load a model; nothing in the files is executed.
+    """Load a model, without executing anything in its files.
 
     Parameters
     ----------
     path
-        A folder that scllm wrote (a model or a run directory), or a published checkpoint, also on the Hugging Face Hub
-        (``"hf://owner/name"``). A model is given back.
+        A folder that scllm wrote (model or run directory), or a published checkpoint, which may be on the Hugging Face
+        Hub (``"hf://owner/name"``). A model is returned as it is.
     family
-        Which published format it is; native folders say so themselves.
+        Format of a published checkpoint. Folders that scllm wrote name their family themselves.
     vocab
-        Vocabulary of a published checkpoint that comes without one, or that replaces its own: a :class:`Vocab`, gene
-        names in their order, ``{token: id}``, or the path of such a file (geneformer: medians, Ensembl mapping and
-        the dictionary of symbols are then looked for beside it too).
+        Vocabulary of a published checkpoint, if it has none or to replace its own: a :class:`Vocab`, gene names in
+        order, ``{token: id}``, or the path of such a file. For geneformer, the folder of that file is also searched for
+        medians, the Ensembl mapping and the dictionary of symbols.
     medians
         Gene medians by name, or the path of such a dictionary (geneformer).
     part
-        Which of several models in a file (scfoundation: ``"cell"``, ``"rde"``, ``"gene"``); ``None`` is the first of
-        those.
+        Which of several models in a file to load (scfoundation: ``"cell"``, ``"rde"``, ``"gene"``). ``None``: the first
+        of these.
     ignore
-        Prefixes of weight names that may be missing or left over.
+        Prefixes of weight names that may be missing or unused.
 
     Returns
     -------
@@ -160,25 +161,27 @@ def load(
     if family is None or is_native(folder):
         if vocab is not None or medians is not None or part is not None:
             raise ValueError(
-                "vocab=, medians= and part= go with published checkpoints, which family= names; a model that scllm "
-                "wrote holds all there is. Leave them out."
+                "Expected vocab=, medians= and part= only for published checkpoints with family=. A model that scllm "
+                "wrote contains them: leave them out."
             )
         return _load_native(folder, ignore, family)
     module = family_module(family)
     if not hasattr(module, "read"):
-        raise ValueError(f"{family} has no published format that scllm reads. Load a native folder without family=.")
+        raise ValueError(
+            f"scllm reads no published format of {family}. To load a folder that scllm wrote, leave family= out."
+        )
     known = signature(module.read).parameters
     asked = {"vocab": vocab, "medians": medians, "part": part}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     surplus = sorted(set(given) - set(known) - {"vocab"})
     if surplus:
-        raise ValueError(f"{surplus[0]}= is given, and a {family} checkpoint has no choice of that. Leave it out.")
+        raise ValueError(f"A {family} checkpoint does not take {surplus[0]}=. Leave it out.")
     if "vocab" in given and "medians" not in known:
         given["vocab"] = _vocab(given["vocab"])
     checkpoint: Checkpoint = module.read(folder, **{name: given[name] for name in given if name in known})
     vocabulary = given["vocab"] if "vocab" in given and "vocab" not in known else checkpoint.vocab
     model = _filled(module, checkpoint, vocabulary, folder, ignore)
-    # remembered by its path only where that alone finds the same model again
+    # the path is recorded only if the path alone is enough to load the same model again
     model.path = None if given else folder.absolute()
     return model
 
@@ -190,15 +193,15 @@ def _vocab(names: Vocab | Iterable[str] | str | PathLike[str]) -> Vocab:
 
 
 def _folder(path: Path) -> Path:
-    """The model folder itself, also where a run directory was given."""
+    """Return the model folder itself, also if a run directory was passed."""
     if not path.exists():
         advice = f"Train a {path} model with tl.pretrain first." if str(path) in families() else "Check the path."
-        raise FileNotFoundError(f"{path} is not there, a model folder or run directory expected. {advice}")
+        raise FileNotFoundError(f"Expected a model folder or run directory at {path}, but it does not exist. {advice}")
     if (path / "spec.json").is_file():
         if not (path / "done").exists():
             raise ValueError(
-                f"{path} is a run that is not done, a finished run expected. Continue it with the same call of the "
-                f"verb, or `scllm run {path}`."
+                f"Expected a finished run, but the run in {path} is not finished. Resume it with the call that started "
+                f"it, or with `scllm run {path}`."
             )
         return path / "model"
     return path
@@ -207,24 +210,24 @@ def _folder(path: Path) -> Path:
 def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> CellModel:
     if not is_native(folder):
         raise ValueError(
-            f"{folder} does not hold a model that scllm wrote (config.json with weights.safetensors). For a published "
-            f"checkpoint say which with family=, one of {families()}."
+            f"Expected a model that scllm wrote (config.json and weights.safetensors) in {folder}, but there is none. "
+            f"For a published checkpoint, pass family=, one of {families()}."
         )
     config, vocab, weights, arrays = read_native(folder)
     saved = config["family"]
     if family not in (None, saved):
-        raise ValueError(f"{folder} holds a {saved!r} model, family={family!r} was asked for. Leave family= out.")
+        raise ValueError(f"{folder} holds a {saved!r} model, but family={family!r} was passed. Leave family= out.")
     if "." in saved and family is None:
         # a family outside this package is imported only when the caller passes it, never because a file says so
         raise ValueError(
-            f"{folder} holds a model of the family {saved!r} from another package. If you trust it, pass "
+            f"The model in {folder} is of the family {saved!r} from another package. If you trust that package, pass "
             f"family={saved!r}."
         )
     module = family_module(saved)
     unknown = sorted(set(config["config"]) - {field.name for field in fields(module.Config)})
     if unknown:
         raise ValueError(
-            f"{folder} has the setting {unknown[0]!r}, one that {saved} models of this version of scllm have expected. "
+            f"The model in {folder} has the setting {unknown[0]!r}, which {saved} lacks in this version of scllm. "
             "Load it with the version that wrote it, or train it again."
         )
     heads = tuple(
@@ -253,7 +256,7 @@ def _filled(
     ignore: Iterable[str],
     weight_dtype: str = "float32",
 ) -> CellModel:
-    """A model with the weights of a checkpoint; the caller's random state stays as it was."""
+    """Build the model and fill in the weights of a checkpoint, without changing the caller's random state."""
     with torch.random.fork_rng([]):
         model: CellModel = module.Model(checkpoint.config, vocab, checkpoint.encoder)
         model.set_heads(checkpoint.heads)

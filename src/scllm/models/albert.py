@@ -1,11 +1,11 @@
-"""ALBERT over gene sentences: hidden genes from all others, one block for all layers (Lan et al. 2020)."""
+"""ALBERT on ranked genes: predicts masked genes from all others, with one block for all layers (Lan et al. 2020)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from scllm.models.gene_lm import GeneLM, Likelihood, SentenceConfig
+from scllm.models.gene_lm import GeneLM, GeneLMConfig, Likelihood
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model"]
 
@@ -21,15 +21,15 @@ FINETUNE = {"epochs": 3, "batch_size": 32, "lr": 3e-5}
 
 
 @dataclass(frozen=True)
-class Config(SentenceConfig):
-    """The architecture; ``"albert-base"`` is the published one's.
+class Config(GeneLMConfig):
+    """Architecture of ALBERT; the size ``"albert-base"`` is that of the published model.
 
-    All layers share the weights of one block: ``freeze=1`` keeps all of them, and ``layer_decay`` knows one step.
+    All layers share the weights of one block, so ``freeze=1`` freezes all of them, and ``layer_decay`` has one step.
 
     Parameters
     ----------
     d_embedding
-        Width of the gene table, which one matrix maps to ``d_model``: many genes cost few weights.
+        Width of the gene table, which one matrix maps to ``d_model``, so that many genes need few weights.
     """
 
     d_embedding: int = 128
@@ -37,7 +37,7 @@ class Config(SentenceConfig):
     takes: ClassVar[tuple[Likelihood, ...]] = ("pseudo",)
 
     def architecture(self) -> dict[str, Any]:
-        """ALBERT's settings, but for what fused kernels do not have: dropout of attention weights."""
+        """Return ALBERT's settings, without dropout of attention weights, which fused kernels do not have."""
         if self.hf_config is not None:
             return super().architecture()
         return {
@@ -49,6 +49,6 @@ class Config(SentenceConfig):
 
 
 class Model(GeneLM):
-    """ALBERT: one post-norm block applied again and again, learnt positions, a factorised table of genes."""
+    """ALBERT: one post-norm block applied repeatedly, learned positions, a factorised gene table."""
 
     family = "albert"

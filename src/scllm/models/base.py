@@ -1,4 +1,4 @@
-"""What every model family has in common: a configuration, a vocabulary, an encoder, and one packed batch."""
+"""The base class of all model families."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["Batch", "CellModel", "Checkpoint", "HeadSpec", "Level", "ModelConfig
 
 @dataclass
 class Checkpoint:
-    """What a family's ``read`` finds in a foreign format."""
+    """The content of a published checkpoint, as returned by a family's ``read``."""
 
     config: ModelConfig
     vocab: Vocab
@@ -41,46 +41,46 @@ class Checkpoint:
 
 
 class CellModel(nn.Module):
-    """A single-cell transformer with all that is needed to use it: weights, vocabulary and encoder.
+    """A single-cell transformer with everything needed to use it: weights, vocabulary and encoder.
 
-    Made by :func:`scllm.models.build`, :func:`scllm.models.load` and the verbs that train.
+    Use :func:`scllm.models.build`, :func:`scllm.models.load` or a function that trains to get one.
 
     Attributes
     ----------
     config
         The architecture.
     vocab
-        Token ids of genes and specials.
+        Token ids of genes and special tokens.
     encoder
-        How counts become sentences.
+        Turns counts into token sequences.
     history
-        Training history (a DataFrame), ``None`` for a model that was not trained here.
+        Training history (a DataFrame); ``None`` if the model was not trained with scllm.
     report
-        Sizes, speed and agreement before and after :func:`scllm.tl.quantize` or :func:`scllm.tl.prune`.
+        Size, speed and agreement before and after :func:`scllm.tl.quantize` or :func:`scllm.tl.prune`.
     weight_dtype
-        What the weights are stored as: ``"float32"``, or what :func:`scllm.tl.quantize` made of them.
+        Data type of the stored weights: ``"float32"``, or the one chosen in :func:`scllm.tl.quantize`.
     path
-        Where the model was saved or loaded last.
+        Where the model was last saved or loaded.
     head_specs
-        What each module in ``heads`` answers.
+        What each module in ``heads`` predicts.
     """
 
     family: ClassVar[str]
     pooling: Pooling = "cls"
     poolings: tuple[Pooling, ...] = ("cls", "mean", "ranked", "linear", "max")
-    """Ways of making one vector of a cell's states that the family has."""
+    """Ways in which the family can pool the hidden states of a cell into one vector."""
     unit_length: ClassVar[bool] = False
-    """Whether the family's own cell embedding is scaled to length one."""
+    """Whether the family's default cell embedding is scaled to unit length."""
     head_pooling: ClassVar[Pooling | None] = None
-    """How fresh linear heads read states, but for those of inputs; ``None``: they are like the published ones."""
+    """Pooling for new linear heads, unless they read only the inputs; ``None``: heads are like the published ones."""
     heads_read_cells: ClassVar[bool] = True
-    """Whether heads read one vector a cell, and not the states of all its tokens."""
+    """Whether heads read one vector per cell, rather than the hidden states of all its tokens."""
     reads_depth: ClassVar[bool] = False
-    """Whether the family can be asked for expression at another sequencing depth."""
+    """Whether the family can predict expression at another sequencing depth."""
     reads_genes: ClassVar[bool] = True
-    """Whether the family's tokens are genes, so that each gene has a state in each cell."""
+    """Whether the family's tokens are genes, so that each gene has a hidden state in each cell."""
     likelihood: Literal["causal", "pseudo", "permutation"] | None = None
-    """How the model says how likely a sentence is; ``None`` for models that predict no genes."""
+    """Kind of likelihood of a token sequence; ``None`` for models that do not predict genes."""
 
     is_special: Tensor
     heads: nn.ModuleList
@@ -102,70 +102,72 @@ class CellModel(nn.Module):
 
     @property
     def blocks(self) -> Sequence[Any]:
-        """The transformer blocks, first to last."""
+        """Transformer blocks, first to last."""
         raise self._undefined("blocks")
 
     def inputs(self, batch: Batch) -> Tensor:
-        """What the first block reads, ``(t, d)``."""
+        """Compute the input embeddings of the first block, ``(t, d)``."""
         raise self._undefined("inputs")
 
     def forward(self, batch: Batch) -> Outputs:
-        """Everything the model predicts."""
+        """Compute everything that the model predicts."""
         raise self._undefined("forward")
 
     def gene_table(self) -> Tensor:
-        """The embedding of each token before any context, ``(n_tokens, d)``."""
+        """Return the embedding of each token without context, ``(n_tokens, d)``."""
         raise self._undefined("gene_table")
 
     def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
-        """What the model predicts at the tokens ``at``, ``(n,)``; with ``hide`` without having seen those."""
-        raise ValueError(f"{self.family} models do not predict expression. Use another family.")
+        """Predict the tokens ``at``, ``(n,)``; with ``hide``, these are masked in the input."""
+        raise ValueError(f"Models of the family {self.family!r} do not predict expression. Use another family.")
 
     def reconstruct_genes(self, batch: Batch, genes: Tensor) -> Tensor:
-        """Expression of chosen genes in each cell, expressed or not, ``(b, g)``."""
+        """Predict chosen genes in each cell, expressed or not, ``(b, g)``."""
         raise ValueError(
-            f"this {self.family} model does not predict genes that are not in the sentence. Leave genes= out."
+            f"This {self.family} model predicts no genes that are absent from the token sequence. Leave genes= out."
         )
 
     def at_depth(self, batch: Batch, depth: float | Tensor) -> Batch:
-        """The same cells, asked for at another sequencing depth (counts; one number or ``(b,)``)."""
-        raise ValueError(f"{self.family} models do not read the sequencing depth. Use another family.")
+        """Return the same cells with another target depth (counts; one number or ``(b,)``)."""
+        raise ValueError(f"Models of the family {self.family!r} do not take a sequencing depth. Use another family.")
 
     def gene_logits(self, batch: Batch, at: Tensor) -> Tensor:
-        """Logits of the tokens at positions ``at``, ``(n, n_tokens)``, from what the family may see."""
-        raise ValueError(f"{self.family} models do not predict genes. Use a gene language model, such as 'gpt2'.")
+        """Compute logits of the tokens at positions ``at``, ``(n, n_tokens)``, from what the family may see."""
+        raise ValueError(
+            f"Models of the family {self.family!r} do not predict genes. Use a gene language model, such as 'gpt2'."
+        )
 
     def gene_loss(self, batch: Batch, at: Tensor, genes: Tensor) -> Tensor:
-        """Summed cross-entropy (nats) of ``genes`` ``(n,)`` at positions ``at``, from what the family may see."""
+        """Sum the cross-entropy (nats) of ``genes`` ``(n,)`` at positions ``at``, from what the family may see."""
         return nn.functional.cross_entropy(self.gene_logits(batch, at).float(), genes, reduction="sum")
 
     def write_original(self, path: Path) -> None:
         """Write the family's published format."""
-        raise ValueError(f"{self.family} has no published format that scllm writes. Use format='native'.")
+        raise ValueError(f"scllm writes no published format of {self.family}. Use format='native'.")
 
     def new_head(self, n_outputs: int) -> nn.Module:
-        """A fresh head of the kind that the family's published checkpoints have."""
+        """Make a new head like those of the family's published checkpoints."""
         return nn.Linear(self.config.d_model, n_outputs)
 
     def new_gene_head(self, n_outputs: int) -> nn.Module:
-        """A fresh head on gene tokens; linear, so that the mean of its outputs is its output of the mean state."""
+        """Make a new head on gene tokens; it is linear, so the mean of its outputs is its output for the mean state."""
         return nn.Linear(self.config.d_model, n_outputs)
 
     def prunable(self) -> dict[str, Sequence[Any]]:
-        """Blocks whose heads and neurons can be taken out, by the beginning of their fields in the configuration."""
+        """Return the blocks that can be pruned, by the prefix of their fields in the configuration."""
         return {"block": self.blocks}
 
     def layers_changed(self) -> None:
-        """Called after layers were replaced by others."""
+        """Update the model after layers were replaced."""
 
     def _undefined(self, name: str) -> TypeError:
         return TypeError(
-            f"{type(self).__name__} does not define {name}, which is expected of every family. Write it in the class "
-            f"of the model; CellModel.{name} says what it returns."
+            f"Expected every family to define {name}, but {type(self).__name__} does not. Add it to the model class; "
+            f"CellModel.{name} describes what it returns."
         )
 
     def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
-        """States of all tokens after a block, ``(t, d)``; with ``first_only`` of each cell's first one, ``(b, d)``."""
+        """Compute hidden states after a block, ``(t, d)``; with ``first_only``, only of first tokens, ``(b, d)``."""
         x = self.inputs(batch)
         blocks = self.blocks[: self.config.n_layers + 1 + layer]
         if not blocks:
@@ -175,31 +177,31 @@ class CellModel(nn.Module):
         return blocks[-1].first(x, batch) if first_only else blocks[-1](x, batch)
 
     def first_and_last(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """States of all tokens before the first and after the last block, ``(t, d)`` each."""
+        """Compute input embeddings of the first block and hidden states after the last block, ``(t, d)`` each."""
         first = last = self.inputs(batch)
         for block in self.blocks:
             last = block(last, batch)
         return first, last
 
     def speed_up(self, *, compile: bool = False, checkpointing: bool = False) -> None:
-        """Compile the blocks' pointwise parts, or compute blocks again in the backward pass for less memory."""
+        """Compile the blocks' pointwise parts, or recompute blocks in the backward pass to save memory."""
         for block in self.blocks:
             block.checkpointing = checkpointing
             if compile:
                 block.compile_feed_forward()
 
     def at_step(self, step: int, seed: int) -> None:
-        """Make ready for a step of training; called before its forward passes, with the same step on every process."""
+        """Prepare for a training step; called before its forward passes, with the same step on every process."""
 
     def set_heads(self, specs: Iterable[HeadSpec]) -> None:
-        """Replace all heads by fresh ones."""
+        """Replace all heads by new ones."""
         self.head_specs = tuple(specs)
         self.heads = nn.ModuleList(self._new_head(spec) for spec in self.head_specs)
 
     def _new_head(self, spec: HeadSpec) -> nn.Module:
         if spec.level == "gene":
             return self.new_gene_head(spec.n_outputs)
-        # what a published head reads is known to the family alone
+        # only the family knows what a published head reads
         if spec.pooling is None:
             return self.new_head(spec.n_outputs)
         head = nn.Linear(self.config.d_model * (2 if spec.reads == "both" else 1), spec.n_outputs)
@@ -208,12 +210,12 @@ class CellModel(nn.Module):
         return head
 
     def is_expressed(self, batch: Batch) -> Tensor:
-        """Which tokens are expressed genes, ``(t,)``: no specials and no zeros."""
+        """Return which tokens are expressed genes, ``(t,)``: neither special tokens nor zeros."""
         gene = ~self.is_special[batch.genes]
         return gene if batch.values is None else gene & (batch.values > 0)
 
     def pool(self, hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
-        """One vector a cell, ``(b, d)``, of its genes (``"cls"``: of its first token); see :func:`rank_weights`."""
+        """Pool the genes of each cell (``"cls"``: its first token) to ``(b, d)``; see :func:`rank_weights`."""
         if pooling == "cls":
             return hidden[batch.first]
         gene = ~self.is_special[batch.genes]
@@ -228,26 +230,26 @@ class CellModel(nn.Module):
             weight = rank_weights(cell, values, batch.n_cells, pooling, spacing=batch.spacing, longest=longest)
         else:
             weight = 1 / torch.bincount(cell, minlength=batch.n_cells)[cell]
-        # a sum of a thousand terms in bfloat16 would lose most of them
+        # summing a thousand terms in bfloat16 would lose most of them
         total = torch.zeros(shape, device=hidden.device)
         return total.index_add(0, cell, hidden[gene].float() * weight[:, None]).to(hidden.dtype)
 
     def embed(self, batch: Batch, *, pooling: Pooling | None = None, layer: int = -1) -> Tensor:
-        """Embedding of each cell, ``(b, d)``; ``pooling=None`` is the family's own."""
+        """Compute the embedding of each cell, ``(b, d)``; ``pooling=None`` is the family's default."""
         how = pooling or self.pooling
         if how == "cls":
-            # the last block's queries are needed for <cls> only
+            # the last block needs queries for <cls> only
             cell = self.hidden(batch, layer=layer, first_only=True)
         else:
             cell = self.pool(self.hidden(batch, layer=layer), batch, how)
         return nn.functional.normalize(cell.float(), dim=1) if pooling is None and self.unit_length else cell
 
     def head_state(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """What the heads read of each cell, ``(b, d)``, from the states of its tokens."""
+        """Pool hidden states of tokens into the vector of each cell that heads read, ``(b, d)``."""
         return self.pool(hidden, batch, self._head_pooling or self.pooling)
 
     def head_inputs(self, batch: Batch) -> Tensor:
-        """What the heads read of each cell, ``(b, d)``, or ``(b, 2 d)`` where they read two states of it."""
+        """Compute the inputs of the heads for each cell: ``(b, d)``, or ``(b, 2 d)`` if they read two embeddings."""
         match self._head_reads:
             case "inputs":
                 return self.head_state(self.inputs(batch), batch)
@@ -267,34 +269,34 @@ class CellModel(nn.Module):
         return self.head_specs[0].reads if self.head_specs else "last"
 
     def head_outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Logits (or values) of every head on cells by its key."""
+        """Compute logits (or values) of every head on cells, by key."""
         return self.apply_heads(self.head_inputs(batch))
 
     def head_outputs_after(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The same where the states after the last block are known, ``(t, d)``."""
+        """Compute the same from hidden states after the last block that are already known, ``(t, d)``."""
         if self._head_reads != "last":
             return self.head_outputs(batch)
         return self.apply_heads(self.head_state(hidden, batch))
 
     def apply_heads(self, cell: Tensor) -> dict[str, Tensor]:
-        """Logits (or values) of every head on cells by its key, from what they read."""
+        """Compute logits (or values) of every head on cells, by key, from the inputs of the heads."""
         return {key: head(cell) for key, head in self.heads_on("cell").items()}
 
     def gene_head_outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Logits of every head on genes by its key, from the states of all tokens: ``(t, k)``."""
+        """Compute logits of every head on genes, by key, for all tokens: ``(t, k)``."""
         hidden = self.hidden(batch)
         return {key: head(hidden) for key, head in self.heads_on("gene").items()}
 
     def heads_on(self, level: Level) -> dict[str, nn.Module]:
-        """Heads that read cells, or genes, by key."""
+        """Return the heads on cells or on genes, by key."""
         pairs = zip(self.head_specs, self.heads, strict=True)
         return {spec.key: head for spec, head in pairs if spec.level == level}
 
     def forward_flops(self, n_tokens: float) -> float:
-        """Floating-point operations of the blocks for a cell of ``n_tokens``.
+        """Count floating-point operations of the blocks for a cell of ``n_tokens``.
 
-        A token costs ``2 (4 d e + 2 d f) + 4 S e`` a block, where heads are ``e`` wide together (``d``, unless some
-        were pruned); the embedding table is looked up, not multiplied.
+        A token costs ``2 (4 d e + 2 d f) + 4 S e`` per block, where ``e`` is the total width of the heads (``d`` unless
+        some were pruned). The embedding table is looked up, not multiplied.
         """
         d, sizes = self.config.d_model, self.config.block_sizes()
         repeats = self.config.n_layers / len(sizes)  # layers may share a block
@@ -309,11 +311,11 @@ class CellModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     def hash(self) -> str:
-        """Short hash of all that decides what the model says: architecture, vocabulary, encoder, heads and weights."""
+        """Hash everything that determines the output: architecture, vocabulary, encoder, heads and weights."""
         digest = hashlib.blake2b(digest_size=8)
         heads = [asdict(spec) for spec in self.head_specs]
         said = [asdict(self.config), self.vocab.to_dict(), encoder_to_dict(self.encoder), heads]
@@ -324,16 +326,17 @@ class CellModel(nn.Module):
         return digest.hexdigest()
 
     def save(self, path: str | PathLike[str], *, format: Literal["native", "scgpt", "geneformer"] = "native") -> None:
-        """Write the model into a folder.
+        """Save the model to a folder.
 
         Parameters
         ----------
         path
-            The folder; made if it is not there.
+            The folder, which is created if needed.
         format
-            ``"native"`` (weights, vocabulary, encoder, heads), or the published format of the model's own family, which
-            has room for one head of labels, made with ``head_reads="published"`` (:class:`scllm.tl.TrainConfig`); that
-            of scgpt keeps the order of the labels and not their names. It is written into a new or empty folder.
+            ``"native"`` (weights, vocabulary, encoder, heads), or the published format of the model's own family. A
+            published format holds at most one classification head, made with ``head_reads="published"``
+            (:class:`scllm.tl.TrainConfig`), and needs a new or empty folder. That of scgpt stores the order of the
+            labels, but not their names.
         """
         path = Path(path).absolute()
         if format == "native":
@@ -344,27 +347,28 @@ class CellModel(nn.Module):
             self._as_published().write_original(path)
         else:
             raise ValueError(
-                f"format is {format!r}, 'native' or the model's own family {self.family!r} expected. "
-                "A model cannot be written in the format of another family."
+                f"Expected format to be 'native' or the model's own family {self.family!r}, got {format!r}. A model "
+                "cannot be saved in the format of another family."
             )
 
     def _as_published(self) -> CellModel:
-        """The model as published formats can hold it."""
+        """Return the model in a form that published formats can hold."""
         value = next((spec.key for spec in self.head_specs if spec.classes is None), None)
         if value is not None:
             raise ValueError(
-                f"the head on {value!r} predicts a value, labels expected by {self.family}. Use format='native'."
+                f"The published format of {self.family} holds heads that predict labels, but the head on {value!r} "
+                "predicts a value. Use format='native'."
             )
         if self.config.block_heads is not None:
             raise ValueError(
-                f"heads and neurons were pruned (heads left: {list(self.config.block_heads)}), whole blocks expected: "
-                f"the format of {self.family} holds no others. Use format='native'."
+                f"The published format of {self.family} holds only complete blocks, but heads and neurons were pruned "
+                f"(heads left: {list(self.config.block_heads)}). Use format='native'."
             )
         model = copy.deepcopy(self)
         to_float(model)
         with torch.no_grad():
             for spec, head in zip(model.head_specs, model.heads, strict=True):
-                # the temperature of the probabilities has no place of its own there
+                # published formats have no field for the temperature, so it goes into the weights
                 last = [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
                 for weight in last.parameters():
                     weight.div_(spec.temperature)

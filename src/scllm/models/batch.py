@@ -1,4 +1,4 @@
-"""Cells on their way through a model: packed one after the other, and what comes out."""
+"""Inputs and outputs of a model: packed cells, and what a forward pass returns."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ __all__ = ["Batch", "Outputs"]
 
 @dataclass
 class Batch:
-    """Cells packed one after the other; nothing is padded.
+    """Cells packed one after the other, without padding.
 
     Parameters
     ----------
     genes
         Token ids, ``(t,)`` int64.
     values
-        Values beside the tokens, ``(t,)`` float32, or nothing.
+        Value of each token, ``(t,)`` float32; ``None`` if tokens have no values.
     cu_seqlens
         Where each cell begins and ends, ``(b + 1,)`` int32.
     lengths
-        Tokens of each cell, on the host: grouping cells must not wait for the GPU.
+        Number of tokens of each cell, on the host, so that grouping cells does not wait for the GPU.
     keys
-        What each cell's random draws are keyed by, ``(b,)`` int64.
+        Keys of each cell's random draws, ``(b,)`` int64.
     obs
-        Labels, batch and the like by name, ``(b,)`` each.
+        Labels, batch and other columns by name, ``(b,)`` each.
     measured
-        Tokens of the genes that the data have, ``(g,)``: a gene that was not measured is not zero.
+        Tokens of the genes that the data have, ``(g,)``: a gene that was not measured is not a zero.
     whole
-        The same cells before counts were taken away and sentences cut, for objectives that predict those.
+        The same cells before count downsampling and truncation, for objectives that predict those.
     spacing
-        Of how many genes one was read, ``(b,)`` float32, where sentences are random parts of longer ones; else nothing.
+        Number of genes of the cell per gene that was read, ``(b,)`` float32, if random subsets of genes were drawn.
     """
 
     genes: Tensor
@@ -62,7 +62,7 @@ class Batch:
         whole: Batch | None = None,
         spacing: FloatArray | None = None,
     ) -> Batch:
-        """Pack the sentences of cells."""
+        """Pack the token sequences of cells."""
         keys = np.zeros(len(tokens), np.int64) if keys is None else keys
         return cls(
             torch.from_numpy(tokens.genes.astype(np.int64)),
@@ -78,7 +78,7 @@ class Batch:
 
     @property
     def n_cells(self) -> int:
-        """Cells in the batch."""
+        """Number of cells in the batch."""
         return len(self.lengths)
 
     @property
@@ -88,7 +88,7 @@ class Batch:
 
     @property
     def cell(self) -> Tensor:
-        """Which cell each token belongs to, ``(t,)`` int64."""
+        """Index of the cell of each token, ``(t,)`` int64."""
         cells = torch.arange(self.n_cells, device=self.genes.device)
         return torch.repeat_interleave(cells, self.cu_seqlens.diff().long(), output_size=len(self.genes))
 
@@ -97,23 +97,23 @@ class Batch:
         """Experimental batch of each cell, ``(b,)``."""
         if "batch" not in self.obs:
             raise ValueError(
-                "the model was built with experimental batches (n_batches), and the cells come without their batch, "
-                "codes in batch.obs['batch'] expected. Use a model without batches."
+                "Expected codes of experimental batches in batch.obs['batch'], because the model was built with "
+                "n_batches. Use a model without batches."
             )
         return self.obs["batch"]
 
     def with_genes(self, genes: Tensor) -> Batch:
-        """The same cells with other tokens in some places."""
+        """Return the same cells with other tokens."""
         return replace(self, genes=genes)
 
     def with_values(self, values: Tensor) -> Batch:
-        """The same cells with other values beside the genes."""
+        """Return the same cells with other values."""
         return replace(self, values=values)
 
-    def without(self, positions: Tensor, n_left_out: Sequence[int]) -> Batch:
-        """The same cells without some tokens, ``n_left_out`` of each cell."""
+    def without(self, positions: Tensor, n_removed: Sequence[int]) -> Batch:
+        """Return the same cells without the tokens at ``positions``, ``n_removed`` of each cell."""
         kept = torch.ones_like(self.genes, dtype=torch.bool).index_fill(0, positions, False)
-        lengths = tuple(n - out for n, out in zip(self.lengths, n_left_out, strict=True))
+        lengths = tuple(n - removed for n, removed in zip(self.lengths, n_removed, strict=True))
         ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
         return replace(
             self,
@@ -124,7 +124,7 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """Move to a device, without waiting for it."""
+        """Move the batch to a device, without waiting for it."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
@@ -132,7 +132,7 @@ class Batch:
         return self._mapped(move)
 
     def pin(self) -> Batch:
-        """Pinned copies, so that moving to a GPU overlaps with computing."""
+        """Return a copy in pinned memory, so that moving it to a GPU overlaps with computing."""
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -149,7 +149,7 @@ class Batch:
         )
 
     def padded(self, *, pad_id: int, pad_value: float = 0) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Genes, values and padding (``True`` where there is no token), each ``(b, l)``."""
+        """Return genes, values and padding (``True`` where there is no token), each ``(b, l)``."""
         width = max(self.lengths, default=1)
         lengths = self.cu_seqlens.diff().long()
         padding = torch.arange(width, device=self.genes.device) >= lengths[:, None]
@@ -164,16 +164,16 @@ class Batch:
 
 @dataclass
 class Outputs:
-    """What a forward pass gives.
+    """Results of a forward pass.
 
     Parameters
     ----------
     hidden
-        State of each token after the last block, ``(t, d)``.
+        Hidden state of each token after the last block, ``(t, d)``.
     cell
         Embedding of each cell, ``(b, d)``.
     heads
-        Predictions by name: per token ``(t,)``, per cell ``(b, k)``.
+        Predictions by name: per token ``(t,)``, or per cell ``(b, k)``.
     """
 
     hidden: Tensor

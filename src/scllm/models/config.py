@@ -1,4 +1,4 @@
-"""The architecture that every family's configuration begins with."""
+"""Settings of the architecture that all families share."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class ModelConfig:
     Parameters
     ----------
     block_heads, block_hidden
-        Heads and width of the feed-forward layer of each block, where pruning has left other numbers than the model was
-        built with; heads keep their width.
+        Number of attention heads and width of the feed-forward layer of each block, if pruning has changed them. The
+        width of a head does not change. ``None``: all blocks are as the model was built.
     zeros_stay
-        Whether weights of linear layers that are zero stay zero in training: pruning took them out.
+        Whether zero weights of linear layers stay zero in training, because pruning removed them.
     """
 
     n_layers: int = 12
@@ -34,30 +34,30 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads:
             raise ValueError(
-                f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; every head needs the same width. "
-                "Change one of them."
+                f"Expected d_model to be a multiple of n_heads, so that all heads have the same width, got "
+                f"d_model={self.d_model} and n_heads={self.n_heads}. Change one of them."
             )
         self._check_blocks()
 
     def _check_blocks(self) -> None:
-        """Blocks of their own size come in pairs of numbers; JSON makes lists of them."""
+        """Check the sizes of pruned blocks, and turn the lists that JSON makes of them into tuples."""
         for field in fields(self):
             sizes = getattr(self, field.name)
             if "block_" not in field.name or sizes is None:
                 continue
             if not len(sizes) or min(sizes) < 1:
                 raise ValueError(
-                    f"{field.name} is {list(sizes)}, at least one head or neuron in each block expected. Leave it out "
-                    "for blocks of one size."
+                    f"Expected {field.name} to leave at least one head or neuron in each block, got {list(sizes)}. "
+                    "Leave it out if all blocks have the same size."
                 )
             object.__setattr__(self, field.name, tuple(sizes))
 
     def block_sizes(self) -> list[tuple[int, int]]:
-        """Heads and width of the feed-forward layer of each block, first to last."""
+        """Return the number of heads and the feed-forward width of each block, first to last."""
         hidden = getattr(self, "d_hidden", None) or 4 * self.d_model
         heads = self.block_heads or (self.n_heads,) * self.n_layers
         return list(zip(heads, self.block_hidden or (hidden,) * len(heads), strict=True))
 
     def vocab(self, genes: Iterable[str]) -> Vocab:
-        """The vocabulary of a model from scratch."""
+        """Make the vocabulary of a new model."""
         return Vocab.from_genes(genes)

@@ -1,7 +1,7 @@
-"""What GPT-2, ALBERT and XLNet over gene sentences share: a language model of transformers on packed cells.
+"""Common part of GPT-2, ALBERT and XLNet on genes: a language model of transformers on packed cells.
 
-A sentence is ``<cls>`` and the cell's genes by falling expression, one token a gene. ``<cls>`` stands first in every
-family: it is what the first gene is predicted from, and what a cell without genes consists of.
+The token sequence of a cell is ``<cls>`` and its genes by decreasing expression, one token per gene. The first gene is
+predicted from ``<cls>``, and a cell without genes consists only of it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from scllm.models.int8 import has_plain_weights
 from scllm.models.layers import linear_cross_entropy
 from scllm.models.pruning import shrink
 
-__all__ = ["GeneLM", "Likelihood", "SentenceConfig"]
+__all__ = ["GeneLM", "Likelihood", "GeneLMConfig"]
 
 Likelihood = Literal["causal", "pseudo", "permutation"]
 
-# what makes transformers fetch code: a file that says so is not followed
+# settings that make transformers download code; they are ignored
 _FETCHES = ("auto_map", "attn_implementation", "_attn_implementation", "quantization_config")
-# names that dropout goes by
+# names of the dropout setting in transformers
 _DROPOUT = ("resid_pdrop", "hidden_dropout_prob", "hidden_dropout", "dropout")
 
 _OBJECTIVES: dict[Likelihood, dict[str, Any]] = {
@@ -41,18 +41,18 @@ _OBJECTIVES: dict[Likelihood, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class SentenceConfig(ModelConfig):
-    """The architecture of a gene language model.
+class GeneLMConfig(ModelConfig):
+    """Architecture of a gene language model.
 
     Parameters
     ----------
     max_len
-        Longest sentence, ``<cls>`` included; also the number of positions, where a network has a table of them.
+        Longest token sequence, including ``<cls>``; also the number of positions of networks with learned positions.
     hf_config
-        A configuration of transformers (or its dictionary) in place of the family's own network. Layers, heads,
-        width and dropout are then its own; the size of the vocabulary is always ours.
+        A configuration of transformers (or its dictionary) that replaces the family's own network. It sets layers,
+        heads, width and dropout, but not the vocabulary size, which is set from the genes.
     d_hidden
-        Width of the feed-forward layers; ``None`` is four times ``d_model``.
+        Width of the feed-forward layers; ``None``: four times ``d_model``.
     """
 
     max_len: int = 1024
@@ -60,7 +60,7 @@ class SentenceConfig(ModelConfig):
     d_hidden: int | None = None
 
     takes: ClassVar[tuple[Likelihood, ...]] = ()
-    """Kinds of network that the family takes; the first is its own."""
+    """Kinds of likelihood that the family accepts; the first is that of its own network."""
 
     def __post_init__(self) -> None:
         if self.hf_config is not None:
@@ -77,85 +77,85 @@ class SentenceConfig(ModelConfig):
             object.__setattr__(self, "d_hidden", 4 * self.d_model)
         if self.likelihood not in self.takes:
             raise ValueError(
-                f"hf_config is a {self.architecture()['model_type']!r} network, whose likelihood is "
-                f"{self.likelihood!r}; {self.takes} expected of this family. XLNet goes with 'xlnet', all others with "
-                "'gpt2'."
+                f"Expected hf_config of a network with a likelihood in {self.takes} for this family, got a "
+                f"{self.architecture()['model_type']!r} network, whose likelihood is {self.likelihood!r}. Use the "
+                "family 'xlnet' for XLNet and 'gpt2' for all others."
             )
 
     def architecture(self) -> dict[str, Any]:
-        """Settings of the network as transformers names them, ``model_type`` among them."""
+        """Return settings of the network under the names of transformers, including ``model_type``."""
         return dict(self.hf_config or {})
 
     @property
     def likelihood(self) -> Likelihood:
-        """How the network says how likely a sentence is."""
+        """Kind of likelihood of the network."""
         return self.takes[0] if self.hf_config is None else _likelihood(self.hf_config)
 
     def objective(self) -> dict[str, Any]:
-        """What the network is pretrained for by default."""
+        """Return the default pretraining objective."""
         return dict(_OBJECTIVES[self.likelihood])
 
     def encoder(self) -> Encoder:
-        """Genes by falling counts, behind ``<cls>``."""
+        """Return the default encoder: ``<cls>``, then genes by decreasing counts."""
         limit = _n_positions(network_config(self.hf_config)) if self.hf_config is not None else None
         return RankEncoder(max_len=min(self.max_len, limit or self.max_len), cls=True)
 
     def vocab(self, genes: Any) -> Vocab:
-        """Genes, ``<cls>`` and ``<pad>``; ``<mask>`` only for networks that are trained with it."""
+        """Make a vocabulary of genes, ``<cls>`` and ``<pad>``; ``<mask>`` only for networks trained with it."""
         full = Vocab.from_genes(genes)
         return full if self.likelihood == "pseudo" else Vocab(full.tokens[:-1], mask=None)
 
 
 class GeneLM(CellModel):
-    """A language model of transformers over gene sentences.
+    """A language model of transformers on genes.
 
-    The cell embedding is the mean over its genes: ``<cls>`` is trained for nothing, and in a causal network sees
+    The cell embedding is the mean over genes, because ``<cls>`` is not trained, and in a causal network it sees
     nothing of the cell.
     """
 
     pooling = "mean"
     head_pooling = "ranked"
 
-    def __init__(self, config: SentenceConfig, vocab: Vocab, encoder: Encoder) -> None:
+    def __init__(self, config: GeneLMConfig, vocab: Vocab, encoder: Encoder) -> None:
         super().__init__(config, vocab, encoder)
-        self.config: SentenceConfig = config
+        self.config: GeneLMConfig = config
         self.likelihood: Likelihood = config.likelihood
         if not isinstance(encoder, RankEncoder) or not encoder.cls:
             raise ValueError(
-                f"the encoder is {encoder!r}, a RankEncoder(cls=True) expected: {self.family} reads genes in the order "
-                "of their expression, and predicts the first from `<cls>`. Leave encoder= out, or pass such a one."
+                f"Expected a RankEncoder(cls=True), because {self.family} reads genes in the order of their expression "
+                f"and predicts the first from `<cls>`, got {encoder!r}. Leave encoder= out, or pass a RankEncoder."
             )
         self.pad_id = vocab.pad_id
         self.network: Any = _network(config, len(vocab))
         limit = _n_positions(self.network.config)
         if limit is not None and encoder.max_len > limit:
             raise ValueError(
-                f"the encoder makes sentences of up to {encoder.max_len} tokens, at most {limit} expected: the network "
-                "has no further positions. Pass max_len= to the model, or an encoder with a smaller one."
+                f"Expected an encoder with max_len of at most {limit}, the number of positions of the network, got "
+                f"{encoder.max_len}. Pass a larger max_len= to the model, or an encoder with a smaller one."
             )
         if config.block_heads is not None:
             for block, (n_heads, hidden) in zip(self.prunable()["block"], config.block_sizes(), strict=True):
                 shrink(block, (torch.arange(n_heads), torch.arange(hidden)))
         self.tied: dict[str, str] = {}
-        """Weights that stand under two names, which are stored once."""
+        """Weights that have two names and are stored once."""
         self.layers_changed()
         self.head_name = self._checked()
 
     def layers_changed(self) -> None:
-        """Find again which weights stand under two names."""
+        """Find which weights have two names."""
         first: dict[int, str] = {}
         weights = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
         self.tied = {name: first[id(w)] for name, w in weights if first.setdefault(id(w), name) != name}
 
     def prunable(self) -> dict[str, Sequence[Any]]:
-        """The network's blocks; ALBERT's lie in groups."""
+        """Return the network's blocks; those of ALBERT are in groups."""
         within = [module for block in self.blocks for module in block.modules()]
         return {"block": [layer for layer in within if type(layer).__name__ == "AlbertLayer"] or self.blocks}
 
     def _checked(self) -> str | None:
-        """The module that alone makes logits of states, if there is one; an error where a network sees too much.
+        """Return the module that maps states to logits, if there is one; raise if a network sees too much.
 
-        Tried out on two sentences that differ in their last token, and on what is left of them without it.
+        This is tested on two token sequences that differ only in the last token, and on both without that token.
         """
         n_tokens = len(self.vocab)
         tokens = torch.arange(4).repeat(2, 1) % n_tokens
@@ -169,19 +169,20 @@ class GeneLM(CellModel):
             states, padded = self._states(tokens, shown), self._states(tokens, last)
             shorter = self._states(tokens[:, :3], shown[:, :3])
             logits = network(input_ids=tokens, **self._positions(tokens)).logits
-            # to the bit: what is capped differs little as long as weights are small
+            # compare bit by bit: capped logits differ little as long as weights are small
             alone = name is not None and torch.equal(getattr(network, name)(states), logits)
             network.train(was_training)
         scale = states.abs().max()
         if self.likelihood == "causal" and not torch.allclose(states[0, :3] / scale, states[1, :3] / scale, atol=1e-6):
             raise ValueError(
-                f"the {network.config.model_type!r} network sees genes that come later, one that looks back only "
-                "expected: it would copy the gene it is to predict. Pass the configuration of a causal language model."
+                f"Expected a causal language model, but the {network.config.model_type!r} network sees later genes and "
+                "would copy the gene that it has to predict. Pass the configuration of a causal language model."
             )
         if not torch.allclose(padded[:, :3] / scale, shorter / scale, atol=1e-5):
             raise ValueError(
-                f"the {network.config.model_type!r} network sees padding, one that heeds the attention mask expected: "
-                "its states would depend on the other cells of a batch. Pass another configuration."
+                "Expected a network that respects the attention mask, but the "
+                f"{network.config.model_type!r} network sees padding, so its states would depend on the other cells of "
+                "a batch. Pass another configuration."
             )
         return name if alone else None
 
@@ -191,73 +192,73 @@ class GeneLM(CellModel):
 
     @property
     def blocks(self) -> Sequence[Any]:
-        """The network's blocks, first to last; ALBERT has one, which all its layers share."""
+        """Blocks of the network, first to last; ALBERT has one, which all layers share."""
         lists = [module for module in self.network.base_model.modules() if isinstance(module, nn.ModuleList)]
         if not lists:
             raise ValueError(
-                f"the {self.network.config.model_type!r} network has no list of blocks, one expected. Freeze by name "
-                "patterns instead, pass head_reads='last', and leave layer_decay and lora out."
+                f"Expected a network with a list of blocks, but {self.network.config.model_type!r} has none. "
+                "Freeze by name patterns, pass head_reads='last', and leave layer_decay and lora out."
             )
         return list(lists[0])
 
     def _states(self, genes: Tensor, padding: Tensor, layer: int = -1, **more: Tensor) -> Tensor:
-        """States after a block of padded sentences, ``(b, l, d)``."""
+        """Compute hidden states of padded token sequences after a block, ``(b, l, d)``."""
         inner = layer != -1
         found = self._through(self.network.base_model, genes, padding, output_hidden_states=inner, **more)
         return (found.hidden_states[layer] if inner else found.last_hidden_state)[: len(genes)]
 
     def _through(self, network: Any, genes: Tensor, padding: Tensor, **more: Any) -> Any:
-        """What a network makes of padded sentences; where there are none, of one that the caller leaves out again."""
+        """Run a network on padded token sequences; if there are none, on one empty cell that the caller removes."""
         if not len(genes):
-            # transformers cannot reshape what is empty, and a rank without cells takes part in the backward pass
+            # transformers cannot reshape empty tensors, and a rank without cells takes part in the backward pass
             genes, padding = _one_cell(genes), _one_cell(padding)
             more = {name: _one_cell(value) if isinstance(value, Tensor) else value for name, value in more.items()}
         return network(input_ids=genes, attention_mask=(~padding).long(), **self._positions(genes), **more)
 
     def _positions(self, genes: Tensor) -> dict[str, Tensor]:
-        # RoBERTa counts positions from the padding token's id on, unless it is told
+        # by default, RoBERTa counts positions from the padding token's id
         if "position_ids" not in signature(self.network.base_model.forward).parameters:
             return {}
         return {"position_ids": torch.arange(genes.shape[1], device=genes.device).expand(genes.shape)}
 
     def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
-        """States of all tokens after a block, ``(t, d)``; with ``first_only`` of each cell's first one, ``(b, d)``."""
+        """Compute hidden states after a block, ``(t, d)``; with ``first_only``, only of first tokens, ``(b, d)``."""
         genes, _, padding = batch.padded(pad_id=self.pad_id)
         states = self._states(genes, padding, layer)
         return states[:, 0] if first_only else states[~padding]
 
     def first_and_last(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """States of all tokens before the first and after the last block, ``(t, d)`` each."""
+        """Compute input embeddings of the first block and hidden states after the last block, ``(t, d)`` each."""
         genes, _, padding = batch.padded(pad_id=self.pad_id)
         read: list[Tensor] = []
-        # `output_hidden_states` would keep the states after every block for the sake of one
+        # `output_hidden_states` would keep the states after every block, and one is needed
         watch = self.blocks[0].register_forward_pre_hook(lambda _block, states: read.append(states[0]))
         try:
             last = self._states(genes, padding)
         finally:
             watch.remove()
-        # XLNet's blocks read positions by cells; ALBERT's one block is called for every layer
+        # XLNet's blocks read (positions, cells); ALBERT calls its one block for every layer
         first = read[0].transpose(0, 1) if self.network.config.model_type == "xlnet" else read[0]
         return first[: len(genes)][~padding], last[~padding]
 
     def inputs(self, batch: Batch) -> Tensor:
-        """What the first block reads, ``(t, d)``."""
+        """Compute the input embeddings of the first block, ``(t, d)``."""
         return self.hidden(batch, layer=-self.config.n_layers - 1)
 
     def forward(self, batch: Batch) -> Outputs:
-        """States, cell embeddings and what the heads make of them."""
+        """Compute hidden states, cell embeddings and predictions of the heads."""
         hidden = self.hidden(batch)
         cell = self.pool(hidden, batch, self.pooling)
         return Outputs(hidden, cell, self.head_outputs_after(hidden, batch))
 
     def gene_table(self) -> Tensor:
-        """The embedding of each token, ``(n_tokens, d)``; in ALBERT of its own, smaller width."""
+        """Return the embedding of each token, ``(n_tokens, d)``; in ALBERT it is narrower."""
         return self.network.get_input_embeddings().weight
 
     def gene_logits(self, batch: Batch, at: Tensor) -> Tensor:
-        """Logits of the tokens at positions ``at``, ``(n, n_tokens)``.
+        """Compute logits of the tokens at positions ``at``, ``(n, n_tokens)``.
 
-        A causal network has seen the genes before each position, a masked one all that the batch shows.
+        A causal network sees the genes before each position, a masked network all tokens of the batch.
         """
         at = at - 1 if self.likelihood == "causal" else at
         if self.head_name is not None:
@@ -266,16 +267,17 @@ class GeneLM(CellModel):
         return self._through(self.network, genes, padding).logits[: len(genes)][~padding][at]
 
     def gene_loss(self, batch: Batch, at: Tensor, genes: Tensor) -> Tensor:
-        """Summed cross-entropy (nats) of ``genes`` ``(n,)`` at positions ``at``, from what the network may see."""
+        """Sum the cross-entropy (nats) of ``genes`` ``(n,)`` at positions ``at``, from what the network may see."""
         head = None if self.head_name is None else getattr(self.network, self.head_name)
         if self.likelihood != "causal" or head is None or not has_plain_weights(head):
             return super().gene_loss(batch, at, genes)
         return linear_cross_entropy(self.hidden(batch)[at - 1], head.weight, head.bias, genes)
 
     def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
-        """Probability of each gene in its place, ``(n,)``: causal from the genes before, else from all others.
+        """Compute the probability of each gene at its position, ``(n,)``.
 
-        With ``hide`` a masked network is shown none of ``at``; without, it sees the very gene.
+        A causal network predicts it from the genes before. A masked network predicts it from all tokens; with ``hide``,
+        those at ``at`` are masked.
         """
         shown = batch
         if hide and self.likelihood == "pseudo":
@@ -284,19 +286,19 @@ class GeneLM(CellModel):
         return likely.gather(1, batch.genes[at, None]).squeeze(1)
 
     def speed_up(self, *, compile: bool = False, checkpointing: bool = False) -> None:
-        """Compile the blocks, or compute them again in the backward pass for less memory."""
+        """Compile the blocks, or recompute them in the backward pass to save memory."""
         for block in self.blocks:
             block.__class__ = _faster(type(block), compile, checkpointing)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """All weights, tied ones once."""
+        """Return all weights, tied ones once."""
         weights = super().state_dict(*args, **kwargs)
         for name in self.tied:
             weights.pop(name, None)
         return weights
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Take weights that :meth:`state_dict` gave."""
+        """Load weights that :meth:`state_dict` returned."""
         also = {name: state_dict[first] for name, first in self.tied.items() if first in state_dict}
         return super().load_state_dict({**state_dict, **also}, *args, **kwargs)
 
@@ -318,16 +320,16 @@ def _one_cell(none: Tensor) -> Tensor:
 
 
 def network_config(settings: Mapping[str, Any]) -> Any:
-    """The configuration of transformers that a dictionary describes."""
+    """Make the configuration of transformers that a dictionary describes."""
     with quiet_imports():
-        from transformers import AutoConfig  # takes seconds
+        from transformers import AutoConfig  # this import takes seconds
 
     plain = {name: value for name, value in settings.items() if name not in (*_FETCHES, "model_type")}
     return AutoConfig.for_model(settings["model_type"], **plain)
 
 
 def _likelihood(settings: Mapping[str, Any]) -> Likelihood:
-    """How a network of transformers says how likely a sentence is."""
+    """Return the kind of likelihood of a network of transformers."""
     with quiet_imports():
         from transformers.models.auto import modeling_auto as auto
 
@@ -335,24 +337,24 @@ def _likelihood(settings: Mapping[str, Any]) -> Likelihood:
     if kind == "xlnet":
         return "permutation"
     if not settings.get("is_encoder_decoder"):
-        # BERT and its like are there as decoders too, which look back only
+        # BERT and similar networks also exist as decoders, which are causal
         if kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not settings.get("is_decoder"):
             return "pseudo"
         if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             return "causal"
     raise ValueError(
-        f"hf_config is of type {kind!r}, a causal or masked language model of transformers expected. Pass, for "
+        f"Expected hf_config of a causal or masked language model of transformers, got type {kind!r}. Pass, for "
         "example, a LlamaConfig or a BertConfig."
     )
 
 
-def _network(config: SentenceConfig, n_tokens: int) -> nn.Module:
-    """Fresh weights for our vocabulary."""
+def _network(config: GeneLMConfig, n_tokens: int) -> nn.Module:
+    """Make a network with new weights for our vocabulary."""
     with quiet_imports():
         from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
         from transformers.pytorch_utils import Conv1D
 
-    # padding is left out by the attention mask alone: a padding token of theirs would shift RoBERTa's positions
+    # the attention mask alone excludes padding: a padding token would shift RoBERTa's positions
     own = {"vocab_size": n_tokens, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "use_cache": False}
     kind = AutoModelForMaskedLM if config.likelihood == "pseudo" else AutoModelForCausalLM
     settings = network_config({**config.architecture(), **own})
@@ -366,7 +368,7 @@ def _network(config: SentenceConfig, n_tokens: int) -> nn.Module:
 
 
 def _linear(transposed: Any) -> nn.Linear:
-    """GPT-2's transposed linear layer as a plain one, which adapters and int8 know."""
+    """Convert GPT-2's transposed linear layer to a plain one, which adapters and int8 support."""
     linear = nn.Linear(*transposed.weight.shape)
     with torch.no_grad():
         linear.weight.copy_(transposed.weight.T)
@@ -375,6 +377,6 @@ def _linear(transposed: Any) -> nn.Linear:
 
 
 def _n_positions(config: Any) -> int | None:
-    """Longest sentence a network has positions for; ``None`` where there is no table of them."""
+    """Return the number of positions of a network; ``None`` if it has no table of positions."""
     most = getattr(config, "max_position_embeddings", None)
     return most if most and most > 0 else None

@@ -1,4 +1,4 @@
-"""Geneformer: BERT over genes by falling expression (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9)."""
+"""Geneformer: BERT on genes ranked by expression (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9)."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# The published learning rate, without its 10,000 steps of warm-up: data of one study have a few thousand steps in all.
-# The gene table starts from the data where the original starts at random: after twelve epochs of 560 blood cells the
-# loss is the same, and clusters of the mean embedding agree with cell types at an NMI of 0.66 in place of 0.33.
+# The published learning rate, but without 10,000 warm-up steps, because one study has only a few thousand steps.
+# The gene table is initialised from the data, in the original at random: after twelve epochs on 560 blood cells the
+# loss is the same, and clusters of the mean embedding agree with cell types at an NMI of 0.66 instead of 0.33.
 PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 1e-3}
-# the head has learnt alone before (engine/head_start.py): higher rates first undo what it knows
+# the head is fitted beforehand (engine/head_start.py), and higher learning rates would first undo that
 FINETUNE = {"epochs": 3, "batch_size": 32, "lr": 3e-5}
 
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    """The architecture; defaults are those of the published 6-layer model, with ``<cls>`` and ``<eos>``.
+    """Architecture of Geneformer; defaults are those of the published 6-layer model, with ``<cls>`` and ``<eos>``.
 
     Parameters
     ----------
     d_hidden
         Width of the feed-forward layers.
     max_len
-        Longest sentence: there is a learnt position for each rank.
+        Longest token sequence; each rank has a learned position.
     specials
-        Whether sentences stand between ``<cls>`` and ``<eos>`` (V2).
+        Whether token sequences are between ``<cls>`` and ``<eos>`` (V2).
     lm_head
-        Whether the model predicts hidden genes; fine-tuned checkpoints of the original do not.
+        Whether the model predicts masked genes; fine-tuned checkpoints of the original do not.
     """
 
     n_layers: int = 6
@@ -68,22 +68,22 @@ class Config(ModelConfig):
     lm_head: bool = True
 
     def objective(self) -> dict[str, Any]:
-        """What the family is pretrained for by default."""
+        """Return the default pretraining objective."""
         return {"kind": "MaskedGene", "p": 0.15}
 
     def encoder(self) -> Encoder:
-        """Genes by falling count; training from scratch adds the medians of its cells."""
+        """Return the default encoder; pretraining a new model adds the medians of its cells."""
         return RankEncoder(self.max_len, cls=self.specials, eos=self.specials)
 
     def vocab(self, genes: Iterable[str]) -> Vocab:
-        """Specials first, as in the published dictionaries."""
+        """Make a vocabulary with special tokens first, as in the published dictionaries."""
         if self.specials:
             return Vocab(("<pad>", "<mask>", "<cls>", "<eos>", *map(str, genes)), eos="<eos>")
         return Vocab(("<pad>", "<mask>", *map(str, genes)), cls=None)
 
 
 class Model(CellModel):
-    """BERT (Devlin et al. 2019): learnt positions, post-norm blocks, the table tied to the output."""
+    """BERT (Devlin et al. 2019): learned positions, post-norm blocks, output tied to the gene table."""
 
     family = "geneformer"
     head_pooling = "linear"
@@ -92,7 +92,7 @@ class Model(CellModel):
 
     def __init__(self, config: Config, vocab: Vocab, encoder: Encoder) -> None:
         super().__init__(config, vocab, encoder)
-        # V1 has no <cls>: its embedding is the mean over the genes
+        # V1 has no <cls>, so its embedding is the mean over genes
         self.pooling: Pooling = "cls" if config.specials else "mean"
         self.poolings = tuple(how for how in type(self).poolings if config.specials or how != "cls")
         d = config.d_model
@@ -110,36 +110,36 @@ class Model(CellModel):
 
     @property
     def blocks(self) -> Sequence[Any]:
-        """The transformer blocks, first to last."""
+        """Transformer blocks, first to last."""
         return list(self.layers)
 
     def gene_table(self) -> Tensor:
-        """The embedding of each token before its position is added, ``(n_tokens, d)``."""
+        """Return the embedding of each token before its position is added, ``(n_tokens, d)``."""
         return self.token_embedding.weight
 
     def new_head(self, n_outputs: int) -> nn.Module:
-        """The original's classifier, but started as PyTorch does: from a spread of 0.02 small models hardly learn."""
+        """Make the original's classifier, initialised by PyTorch: with BERT's std of 0.02 small models hardly learn."""
         return PooledHead(self.config.d_model, n_outputs, self.config.dropout)
 
     def inputs(self, batch: Batch) -> Tensor:
-        """What the first block reads, ``(t, d)``."""
+        """Compute the input embeddings of the first block, ``(t, d)``."""
         if max(batch.lengths, default=0) > self.config.max_len:
             raise ValueError(
-                f"a sentence has {max(batch.lengths)} tokens, at most {self.config.max_len} expected: the model has no "
-                "later positions. Encode with max_len at most that."
+                f"Expected at most {self.config.max_len} tokens per cell, the number of positions of the model, got "
+                f"{max(batch.lengths)}. Encode with a smaller max_len."
             )
         position = torch.arange(len(batch.genes), device=batch.genes.device) - batch.first[batch.cell]
         x = self.token_embedding(batch.genes) + self.type_embedding.weight[0] + self.position_embedding(position)
         return self.dropout(self.norm(x))
 
     def forward(self, batch: Batch) -> Outputs:
-        """States of all tokens, embedding of each cell, and what the heads say."""
+        """Compute hidden states of tokens, embeddings of cells, and predictions of the heads."""
         hidden = self.hidden(batch)
         heads = {key: head(hidden) for key, head in self.heads_on("gene").items()}
         return Outputs(hidden, self.pool(hidden, batch, self.pooling), heads | self.head_outputs_after(hidden, batch))
 
     def head_inputs(self, batch: Batch) -> Tensor:
-        """What the heads read of each cell, ``(b, d)``."""
+        """Compute the inputs of the heads for each cell, ``(b, d)``."""
         if self._head_pooling is not None:
             return super().head_inputs(batch)
         if self.config.specials:
@@ -147,11 +147,11 @@ class Model(CellModel):
         return self.head_state(self.hidden(batch), batch)
 
     def gene_logits(self, batch: Batch, at: Tensor) -> Tensor:
-        """Logits of the tokens at positions ``at``, ``(n, n_tokens)``, from all that the batch shows."""
+        """Compute logits of the tokens at positions ``at``, ``(n, n_tokens)``, from all tokens of the batch."""
         return self._logits(self.hidden(batch)[at])
 
     def gene_loss(self, batch: Batch, at: Tensor, genes: Tensor) -> Tensor:
-        """Summed cross-entropy (nats) of ``genes`` ``(n,)`` at positions ``at``, from all that the batch shows."""
+        """Sum the cross-entropy (nats) of ``genes`` ``(n,)`` at positions ``at``, from all tokens of the batch."""
         predictor = self._predictor()
         states = predictor(self.hidden(batch)[at])
         return linear_cross_entropy(states, self.token_embedding.weight, predictor.bias, genes)
@@ -161,10 +161,10 @@ class Model(CellModel):
         return F.linear(predictor(states), self.token_embedding.weight, predictor.bias)
 
     def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
-        """Probability of the gene that stands at each of ``at``, ``(n,)``; with ``hide`` without having seen those."""
+        """Compute the probability of the genes at ``at``, ``(n,)``; with ``hide``, these are masked in the input."""
         shown = batch.with_genes(batch.genes.index_fill(0, at, self.vocab.mask_id)) if hide else batch
         states, genes = self.hidden(shown)[at], batch.genes[at]
-        n = 1024  # logits of the whole vocabulary are held in three copies here
+        n = 1024  # three copies of the logits of the whole vocabulary are held here
         parts = zip(states.split(n), genes.split(n), strict=True)
         found = [self._logits(part).float().softmax(1).gather(1, of[:, None])[:, 0] for part, of in parts]
         return torch.cat(found) if found else states.new_zeros(0)
@@ -172,28 +172,28 @@ class Model(CellModel):
     def _predictor(self) -> GenePredictor:
         if self.predictor is None:
             raise ValueError(
-                "this geneformer model does not predict genes: its checkpoint was fine-tuned for labels. Load the "
-                "pretrained one."
+                "This geneformer model does not predict genes, because its checkpoint was fine-tuned for labels. Load "
+                "a pretrained one."
             )
         return self.predictor
 
     def head_state(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """What heads read, ``(b, d)``: published ones the first token, be it ``<cls>`` or the highest gene."""
+        """Pool hidden states for heads, ``(b, d)``; published heads read the first token, ``<cls>`` or the top gene."""
         if self._head_pooling is not None:
             return self.pool(hidden, batch, self._head_pooling)
         if not len(hidden):
             return hidden.new_zeros(batch.n_cells, hidden.shape[1])
-        # without <cls> a cell may have no token at all: it reads zeros
+        # without <cls> a cell may have no tokens; its state is then zero
         there = torch.tensor(batch.lengths, device=hidden.device) > 0
         return torch.where(there[:, None], hidden[batch.first.clamp(max=len(hidden) - 1)], 0)
 
     def write_original(self, path: Path) -> None:
-        """Write a Hugging Face directory with the dictionaries beside it."""
+        """Write a Hugging Face folder that includes the dictionaries."""
         write(self, path)
 
 
 class PooledHead(nn.Module):
-    """One hidden layer, as in BERT's classifier: pooler, dropout, one linear."""
+    """Classifier with one hidden layer, as in BERT: pooler, dropout, linear."""
 
     def __init__(self, d_model: int, n_outputs: int, dropout: float) -> None:
         super().__init__()
@@ -207,13 +207,13 @@ class PooledHead(nn.Module):
 
 
 def read(path: str | Path, vocab: VocabLike | None = None, medians: MedianLike | None = None) -> Checkpoint:
-    """Read a Hugging Face directory of BERT with its token dictionary and gene medians, there or given."""
+    """Read a Hugging Face folder of BERT, with its token dictionary and gene medians in the folder or passed."""
     settings, tokens, encoder, weights, heads = read_folder(Path(path), vocab, medians)
     return Checkpoint(Config(**settings), tokens, encoder, weights, heads)
 
 
 class GenePredictor(nn.Module):
-    """What comes between the last block and the table that is tied to the output."""
+    """Layers between the last block and the output, whose weights are the gene table."""
 
     def __init__(self, d_model: int, n_tokens: int) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class GenePredictor(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """BERT's: normal with a spread of 0.02, no biases."""
+    """Initialise as BERT does: normal weights with a standard deviation of 0.02, zero biases."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:

@@ -1,4 +1,4 @@
-"""Geneformer's Hugging Face directories, and the dictionaries that belong to them."""
+"""Read and write Geneformer's Hugging Face folders and dictionaries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["MedianLike", "VocabLike", "read_folder", "write"]
 VocabLike = Vocab | Mapping[str, int] | str | PathLike[str]
 MedianLike = Mapping[str, float] | str | PathLike[str]
 
-# names in BERT's state dict and ours; attention projections are joined besides
+# names in BERT's state dict and ours; attention projections are also joined
 _NAMES: tuple[tuple[str, str], ...] = (
     ("bert.embeddings.word_embeddings.", "token_embedding."),
     ("bert.embeddings.position_embeddings.", "position_embedding."),
@@ -47,7 +47,7 @@ _NAMES: tuple[tuple[str, str], ...] = (
     ("bert.pooler.dense.", "heads.0.pooler."),
 )
 _PARTS = ("query", "key", "value")
-# copies of tied weights in pytorch_model.bin, and a table of 0, 1, 2, ... that older versions saved
+# copies of tied weights in pytorch_model.bin, and a table of 0, 1, 2, ... from older versions
 _UNUSED = ("cls.predictions.decoder.", "bert.embeddings.position_ids")
 _TOKENS, _MEDIANS, _MAPPING, _SYMBOLS = "token_dictionary", "gene_median", "ensembl_mapping", "gene_name_id"
 
@@ -55,15 +55,15 @@ _TOKENS, _MEDIANS, _MAPPING, _SYMBOLS = "token_dictionary", "gene_median", "ense
 def read_folder(
     path: Path, vocab: VocabLike | None, medians: MedianLike | None
 ) -> tuple[dict[str, Any], Vocab, RankEncoder, dict[str, Tensor], tuple[HeadSpec, ...]]:
-    """Architecture, vocabulary, encoder, renamed weights and heads of a Hugging Face directory."""
+    """Read architecture, vocabulary, encoder, renamed weights and heads of a Hugging Face folder."""
     settings, original = _settings(path), _weights(path)
     places = [path] + ([Path(vocab).parent] if isinstance(vocab, (str, PathLike)) else [])
     tokens = _vocabulary(vocab, places)
     table = original["bert.embeddings.word_embeddings.weight"]
     if len(tokens) != len(table):
         raise ValueError(
-            f"the token dictionary has {len(tokens)} tokens and the model {len(table)}, the same expected. Pass the "
-            "dictionary of this version with vocab= (V1: 25,426 tokens, V2: 20,275)."
+            f"Expected a token dictionary with {len(table)} tokens, as many as the model has, got {len(tokens)}. Pass "
+            "the dictionary of this version with vocab= (V1: 25,426 tokens, V2: 20,275)."
         )
     weights = _ours(original)
     is_gene = "classifier.weight" in original and "bert.pooler.dense.weight" not in original
@@ -90,19 +90,18 @@ def read_folder(
 
 
 def write(model: Model, path: Path) -> None:
-    """Write a directory that transformers (and :func:`read_folder`) reads."""
+    """Write a folder that transformers and :func:`read_folder` can read."""
     config = model.config
     if len(model.heads) > 1:
         raise ValueError(
-            f"Geneformer's directories have room for one head, the model has {len(model.heads)} "
-            f"({', '.join(spec.key for spec in model.head_specs)}). Use "
-            "format='native'."
+            f"Geneformer's format holds one head, but the model has {len(model.heads)} "
+            f"({', '.join(spec.key for spec in model.head_specs)}). Use format='native'."
         )
     spec = model.head_specs[0] if model.heads else None
     if spec is not None and spec.level == "cell" and spec.pooling not in (None, "cls"):
         raise ValueError(
-            "the head reads a mean over a cell's genes, one on the first token as BertForSequenceClassification's "
-            "expected. Fine-tune with TrainConfig(head_reads='published'), or use format='native'."
+            "Geneformer's format holds a head on the first token, as in BertForSequenceClassification, but this head "
+            "reads a mean over genes. Fine-tune with TrainConfig(head_reads='published'), or use format='native'."
         )
     kind = {None: "ForMaskedLM", "cell": "ForSequenceClassification", "gene": "ForTokenClassification"}[
         None if spec is None else spec.level
@@ -136,8 +135,8 @@ def write(model: Model, path: Path) -> None:
 def _settings(path: Path) -> dict[str, Any]:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
-            f"{path / 'config.json'} is not there; a Geneformer directory holds config.json and model.safetensors. "
-            "Pass the directory of one model."
+            f"Expected a Geneformer folder with config.json and model.safetensors, but {path / 'config.json'} does not "
+            "exist. Pass the folder of one model."
         )
     settings = json.loads((path / "config.json").read_text())
     wanted = {
@@ -149,8 +148,8 @@ def _settings(path: Path) -> dict[str, Any]:
     for name, value in wanted.items():
         if settings.get(name, value) != value:
             raise ValueError(
-                f"{path / 'config.json'} has {name}={settings[name]!r}, Geneformer has {value!r}. Pass the directory "
-                "of a Geneformer model."
+                f"Expected {name}={value!r}, as in Geneformer, but {path / 'config.json'} has {settings[name]!r}. "
+                "Pass the folder of a Geneformer model."
             )
     return settings
 
@@ -164,13 +163,13 @@ def _weights(path: Path) -> dict[str, Tensor]:
             original = load_file(file)
         except SafetensorError as error:
             raise ValueError(
-                f"{file} cannot be read ({error}), a whole safetensors file expected. It is truncated, or a pointer to "
-                "a large file that was not fetched: fetch it again."
+                f"Expected a complete safetensors file, but {file} cannot be read ({error}). It is truncated, or only "
+                "a Git LFS pointer: download it again."
             ) from error
     if "bert.embeddings.word_embeddings.weight" not in original:
         raise ValueError(
-            f"{path} holds no BERT with a table of genes (first weight: {next(iter(original), None)!r}). Pass the "
-            "directory of a Geneformer model."
+            f"Expected a BERT model with a gene table, but {path} holds other weights (first: "
+            f"{next(iter(original), None)!r}). Pass the folder of a Geneformer model."
         )
     return {name: value for name, value in original.items() if not name.startswith(_UNUSED)}
 
@@ -196,14 +195,14 @@ def _theirs(model: Model) -> dict[str, Tensor]:
 
 
 def _found(name: str, places: list[Path]) -> Path | None:
-    """The dictionary whose file begins with a name; several are an error."""
+    """Find the dictionary whose file name begins with ``name``; more than one is an error."""
     for place in places:
         files = sorted(file for file in place.glob(f"{name}*") if file.name.endswith((".json", ".json.gz", ".pkl")))
         if len(files) > 1:
             ways = {_TOKENS: "Pass the right one with vocab=.", _MEDIANS: "Pass the right one with medians=."}
             raise ValueError(
-                f"{place} holds {len(files)} dictionaries {[file.name for file in files]}, one expected. "
-                f"{ways.get(name, 'Keep that of this version there alone.')}"
+                f"Expected one dictionary {name}* in {place}, got {len(files)}: {[file.name for file in files]}. "
+                f"{ways.get(name, 'Keep only that of this version.')}"
             )
         if files:
             return files[0]
@@ -219,12 +218,12 @@ def _vocabulary(given: VocabLike | None, places: list[Path]) -> Vocab:
         file = Path(given) if given is not None else _found(_TOKENS, places)
         if file is None:
             raise FileNotFoundError(
-                f"{places[0]} holds no {_TOKENS}*.json or .pkl; without it nobody knows which gene a token is. Pass "
-                "the published dictionary of this version with vocab=."
+                f"Expected a token dictionary ({_TOKENS}*.json or .pkl) in {places[0]}, but there is none. It names "
+                "the gene of each token: pass the published dictionary of this version with vocab=."
             )
         vocab = Vocab.read(file)
     mapping, symbols = _names(_MAPPING, places), _names(_SYMBOLS, places)
-    # the original looks ids up in capitals
+    # the original looks up ids in upper case
     mapping |= {name.upper(): gene for name, gene in mapping.items()}
     aliases = {symbol: mapping.get(gene, gene) for symbol, gene in symbols.items()} | mapping
     return Vocab(
@@ -234,7 +233,7 @@ def _vocabulary(given: VocabLike | None, places: list[Path]) -> Vocab:
 
 
 def _names(name: str, places: list[Path]) -> dict[str, str]:
-    """A dictionary of other names of genes; empty where there is none."""
+    """Read a dictionary of alternative gene names; empty if there is none."""
     file = _found(name, places)
     return {} if file is None else {other: str(gene) for other, gene in read_dictionary(file).items()}
 
@@ -245,18 +244,18 @@ def _medians(given: MedianLike | None, places: list[Path]) -> Mapping[str, float
     file = Path(given) if given is not None else _found(_MEDIANS, places)
     if file is None:
         raise FileNotFoundError(
-            f"{places[0]} holds no {_MEDIANS}*.json or .pkl, and genes are ranked relative to their medians. Pass the "
-            "published dictionary of this version with medians=."
+            f"Expected gene medians ({_MEDIANS}*.json or .pkl) in {places[0]}, but there are none. Genes are ranked "
+            "relative to their medians: pass the published dictionary of this version with medians=."
         )
     return read_dictionary(file)
 
 
 def _aligned(medians: Mapping[str, float], vocab: Vocab) -> FloatArray:
-    """Median of each token, NaN where there is none."""
+    """Return the median of each token, NaN if it has none."""
     found = np.array([medians.get(token, np.nan) for token in vocab.tokens], np.float64)
     if not np.isfinite(found).any():
         raise ValueError(
-            f"none of the {len(vocab.genes)} genes of the vocabulary has a median (first gene: {vocab.genes[0]!r}, "
-            f"first median: {next(iter(medians.keys()), None)!r}). Pass the dictionaries that belong together."
+            f"Expected medians of the {len(vocab.genes)} genes of the vocabulary, but none of them has one (first "
+            f"gene: {vocab.genes[0]!r}, first median: {next(iter(medians.keys()), None)!r}). Pass matching ones."
         )
     return found

@@ -1,6 +1,6 @@
-"""GPT-2 over gene sentences: each gene from those expressed more highly (Radford et al. 2019).
+"""GPT-2 on ranked genes: predicts each gene from those expressed more highly (Radford et al. 2019).
 
-Also the door for any other causal or masked language model of transformers: ``build("gpt2", hf_config=...)``.
+``build("gpt2", hf_config=...)`` makes any other causal or masked language model of transformers.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from scllm.models.gene_lm import GeneLM, Likelihood, SentenceConfig
+from scllm.models.gene_lm import GeneLM, GeneLMConfig, Likelihood
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model"]
 
@@ -24,13 +24,13 @@ FINETUNE = {"epochs": 3, "batch_size": 32, "lr": 3e-5}
 
 
 @dataclass(frozen=True)
-class Config(SentenceConfig):
-    """The architecture; ``"gpt2"`` is the published small model's."""
+class Config(GeneLMConfig):
+    """Architecture of GPT-2; the size ``"gpt2"`` is that of the published small model."""
 
     takes: ClassVar[tuple[Likelihood, ...]] = ("causal", "pseudo")
 
     def architecture(self) -> dict[str, Any]:
-        """GPT-2's settings, but for what fused kernels do not have: dropout of attention weights."""
+        """Return GPT-2's settings, without dropout of attention weights, which fused kernels do not have."""
         if self.hf_config is not None:
             return super().architecture()
         return {
@@ -41,7 +41,7 @@ class Config(SentenceConfig):
 
 
 class Model(GeneLM):
-    """GPT-2: pre-norm blocks that look back only, learnt positions, the table of genes also in the output."""
+    """GPT-2: causal pre-norm blocks, learned positions, output tied to the gene table."""
 
     family = "gpt2"
-    poolings = ("mean", "ranked", "linear", "max")  # the first token has seen nothing of the cell
+    poolings = ("mean", "ranked", "linear", "max")  # the first token sees nothing of the cell

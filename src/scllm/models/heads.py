@@ -1,4 +1,4 @@
-"""Prediction heads: what they answer and what they read."""
+"""Description of prediction heads: what they predict and what they read."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ Pooling = Literal["cls", "mean", "ranked", "linear", "max", "all"]
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What a prediction head answers.
+    """Description of a prediction head.
 
     Parameters
     ----------
     key
-        The ``obs`` column it was trained on, or the name of the genes' labels.
+        Column of ``obs`` that it was trained on, or the name of the genes' labels.
     classes
         Its labels in the order of the outputs; ``None`` for a head that predicts a value.
     mean, std
-        Of the values a value head was trained on: its output times ``std`` plus ``mean`` is the value.
+        Mean and standard deviation of the training values: the predicted value is the output times ``std`` plus
+        ``mean``.
     pooling
-        How the head, which is linear, reads a cell's states; ``None``: it is like the family's published heads.
+        How hidden states are pooled for the head, which is linear. ``None``: it is like the family's published heads.
     reads
-        Which states those are: ``"inputs"`` of the first block, those after the ``"last"`` block, or ``"both"``.
+        Which states are pooled: ``"inputs"`` of the first block, those after the ``"last"`` block, or ``"both"``.
     temperature
-        What logits are divided by, so that probabilities are as often right as they say.
+        Divisor of the logits that calibrates the probabilities.
     level
-        What it reads: the embedding of each cell, or the state of each gene token.
+        Whether it reads the embedding of each cell, or the hidden state of each gene token.
     """
 
     key: str
@@ -46,5 +47,5 @@ class HeadSpec:
 
     @property
     def n_outputs(self) -> int:
-        """Width of the head's output."""
+        """Number of outputs."""
         return 1 if self.classes is None else len(self.classes)

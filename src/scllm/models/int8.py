@@ -1,8 +1,8 @@
-"""Weights in eight bits: one int8 matrix and one scale a row, for linear layers and embedding tables.
+"""Linear layers and embedding tables with int8 weights and one scale per row.
 
-A row ``w`` is stored as ``round(w / s)`` with ``s = max|w| / 127``, which is exact to half a step of the row. Symmetric
-scales of output rows are what LLM.int8() (Dettmers et al., NeurIPS 2022, arXiv:2208.07339) and torchao use.
-``weight`` is still there, in floats: code that reads weights directly, such as tied output tables, goes on working.
+A row ``w`` is stored as ``round(w / s)`` with ``s = max|w| / 127``, so the error is at most half a step of the row.
+LLM.int8() (Dettmers et al., NeurIPS 2022, arXiv:2208.07339) and torchao use the same symmetric scales of output rows.
+``weight`` can still be read in floats, so that code that reads weights directly, such as tied output tables, works.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ __all__ = [
 
 WeightDtype = Literal["float32", "int8", "int8_dynamic"]
 
-# shorter rows would hardly shrink: each has a scale of four bytes
+# shorter rows would hardly become smaller, because each has a scale of four bytes
 _SHORTEST = 8
-# rows of activations at a time: they stay in the caches, where rounding them costs little beside the product
+# rows of activations at a time: in the caches, rounding them costs little compared with the product
 _ROWS = 256
 _STORED = (".weight_int8", "_int8")
-# of XLNet's attention, whose weights are no linear layers: (d, h, e), one scale for each output; `o` is the way back
+# XLNet's attention weights (d, h, e) are not linear layers; one scale for each output, where `o` maps back to d
 _XLNET = {"q": (0,), "k": (0,), "v": (0,), "r": (0,), "o": (1, 2)}
 
 
 def round_rows(weight: Tensor, dims: tuple[int, ...] = (1,)) -> tuple[Tensor, Tensor]:
-    """The int8 weights and their scales, which are alike along ``dims``; a row of zeros has scale 1."""
+    """Round weights to int8, with scales that are equal along ``dims``; a row of zeros has scale 1."""
     largest = weight.detach().float().abs().amax(dims, keepdim=True)
     scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
     return (weight.detach().float() / scale).round().to(torch.int8), scale.to(weight.dtype)
 
 
 class _Int8Weight(nn.Module):
-    """What linear layers and tables share: the matrix, its scales, and the floats they stand for."""
+    """Common part of int8 linear layers and tables: the matrix, its scales, and the weights in floats."""
 
     weight_int8: nn.Parameter
     scale: Tensor
@@ -52,20 +52,20 @@ class _Int8Weight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weights in floats, made anew each time."""
+        """Weights in floats, computed at each access."""
         return self.weight_int8.to(self.scale.dtype) * self.scale
 
 
 class Int8Linear(_Int8Weight, nn.Linear):  # type: ignore[override]
-    """A linear layer with int8 weights, one scale an output.
+    """A linear layer with int8 weights and one scale per output.
 
     Parameters
     ----------
     linear
-        The layer to take over.
+        The layer to convert.
     dynamic
-        Whether activations are rounded too, each token by its own largest value, where that helps: on a CPU and
-        without gradients. The product is then one of integers, which is exact and does not depend on other tokens.
+        Whether activations are rounded too, each token by its own largest value, on a CPU and without gradients. The
+        product of integers is exact and does not depend on other tokens.
     """
 
     def __init__(self, linear: nn.Linear, dynamic: bool) -> None:
@@ -92,7 +92,7 @@ class Int8Linear(_Int8Weight, nn.Linear):  # type: ignore[override]
 
 
 class Int8Embedding(_Int8Weight, nn.Embedding):  # type: ignore[override]
-    """A table with int8 rows, one scale each; only the rows that are looked up become floats."""
+    """A table with int8 rows and one scale per row; only rows that are looked up are converted to floats."""
 
     def __init__(self, table: nn.Embedding) -> None:
         nn.Module.__init__(self)
@@ -107,24 +107,24 @@ class Int8Embedding(_Int8Weight, nn.Embedding):  # type: ignore[override]
 
 
 def to_int8(model: nn.Module, dtype: WeightDtype, names: Iterable[str] | None = None) -> None:
-    """Round the weights of linear layers and tables, in place.
+    """Round the weights of linear layers and tables to int8, in place.
 
     Parameters
     ----------
     model
-        Layers of subclasses stay as they are: their forward pass may differ.
+        The model. Subclasses of these layers are left as they are, because their forward pass may differ.
     dtype
         ``"int8_dynamic"`` rounds activations too.
     names
-        Which modules (or ``module.weight`` of XLNet's attention); ``None`` is all whose rows are long enough, but for
-        linear heads: they have few weights, and read how cells differ, which is little beside what they share.
+        Which modules (or ``module.weight`` of XLNet's attention) to round. ``None``: all with long enough rows except
+        linear heads, which have few weights and read the small differences between cells.
     """
     chosen = None if names is None else set(names)
     tied: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None):
             is_rounded = module.weight.shape[1] >= _SHORTEST and not fullmatch(r"heads\.\d+", name)
-            # a file names weights that two layers share once
+            # a file names weights that two layers share only once
             if is_rounded if chosen is None else name in chosen or id(module.weight) in tied:
                 _replace(model, name, _rounded(module, dtype, tied))
         elif type(module).__name__ == "XLNetRelativeAttention":
@@ -135,11 +135,11 @@ def to_int8(model: nn.Module, dtype: WeightDtype, names: Iterable[str] | None = 
 
 
 def prepare_int8(model: nn.Module, dtype: str, names: Iterable[str]) -> None:
-    """Make room for the int8 weights ``names`` of a file, in place."""
+    """Convert the layers whose weights a file stores as int8, in place."""
     if dtype not in get_args(WeightDtype):
         raise ValueError(
-            f"the weights are stored as {dtype!r}, one of {get_args(WeightDtype)} expected. Update scllm, or copy the "
-            "model again."
+            f"Expected weight_dtype to be one of {get_args(WeightDtype)}, but the model has {dtype!r}. Update scllm, "
+            "or copy the model again."
         )
     if dtype != "float32":
         modules = [name.removesuffix(end) for name in names for end in _STORED if name.endswith(end)]
@@ -147,7 +147,7 @@ def prepare_int8(model: nn.Module, dtype: str, names: Iterable[str]) -> None:
 
 
 def to_float(model: nn.Module) -> None:
-    """Put float weights, as far as they are still known, in the place of int8 ones, in place."""
+    """Convert int8 weights back to floats, in place; the rounding error remains."""
     tied: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, _Int8Weight):
@@ -166,12 +166,12 @@ def to_float(model: nn.Module) -> None:
 
 
 def has_plain_weights(module: nn.Module) -> bool:
-    """Whether a layer is the product with its ``weight`` alone: no adapter, and no rounding of activations."""
+    """Return whether a layer only multiplies by its ``weight``, without an adapter or rounding of activations."""
     return type(module) is nn.Linear or (type(module) is Int8Linear and not module.dynamic)
 
 
 def _rounded(module: nn.Module, dtype: WeightDtype, tied: dict[int, nn.Module]) -> nn.Module:
-    """The layer in int8; weights that two layers share are shared again."""
+    """Return the layer in int8; weights that two layers share stay shared."""
     new = Int8Linear(module, dtype == "int8_dynamic") if isinstance(module, nn.Linear) else Int8Embedding(module)  # type: ignore[arg-type]
     first = tied.setdefault(id(module.weight), new)
     new.weight_int8, new.scale = first.weight_int8, first.scale  # type: ignore[assignment]
@@ -180,7 +180,7 @@ def _rounded(module: nn.Module, dtype: WeightDtype, tied: dict[int, nn.Module]) 
 
 @cache
 def _int8_attention(kind: type[nn.Module]) -> type[nn.Module]:
-    """XLNet's attention with int8 weights: wherever it reads one of them, it gets the floats that they stand for.
+    """Make the class of XLNet's attention with int8 weights, which are converted to floats wherever it reads them.
 
     torch's own ``parametrize`` does the same, but keeps the module alive until the next garbage collection.
     """
@@ -207,7 +207,7 @@ def _round_attention(module: nn.Module) -> None:
 
 
 def _attention_to_float(module: nn.Module) -> None:
-    """Put float weights back into XLNet's attention, in place."""
+    """Convert the int8 weights of XLNet's attention back to floats, in place."""
     floats = {which: nn.Parameter(_floats(module, which)) for which in _XLNET}
     module.__class__ = type(module).__base__
     for which, weight in floats.items():

@@ -1,4 +1,4 @@
-"""Layers that families share: attention over packed cells, transformer blocks, heads."""
+"""Layers shared by model families: attention over packed cells, transformer blocks, heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from scllm.models.base import Batch
 from scllm.models.int8 import has_plain_weights
 
-try:  # there is no packed attention before torch 2.10, and none on a CPU
+try:  # torch has packed attention from version 2.10, and only on a GPU
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # pragma: no cover
     varlen_attn = None  # type: ignore[assignment]
@@ -26,22 +26,22 @@ __all__ = [
 CellDecoder = Literal["inner product", "inner product, detach", "concat query", "sum query"]
 
 _LOGIT_ROWS = 4096
-_HIGHEST_VALUE = 512  # scGPT clamps its continuous input there
+_HIGHEST_VALUE = 512  # scGPT clamps its continuous input to this value
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, batch: Batch, *, first_only: bool = False) -> Tensor:
-    """Attention inside each cell of a packed batch.
+    """Compute attention within each cell of a packed batch.
 
     Parameters
     ----------
     query
-        ``(t, h, d / h)``, or with ``first_only`` the first token's of each cell, ``(b, h, d / h)``.
+        ``(t, h, d / h)``; with ``first_only``, only of the first token of each cell, ``(b, h, d / h)``.
     key, value
         ``(t, h, d / h)``.
     batch
         Where the cells begin and end.
     first_only
-        Whether only the first token of each cell asks.
+        Whether only the first token of each cell has a query.
     """
     if not batch.n_cells:
         return query
@@ -57,10 +57,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, batch: Batch, *, first_onl
 
 
 def _attend_cell(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """One cell, ``(l, h, d / h)``."""
+    """Compute attention of one cell, ``(l, h, d / h)``."""
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # (h, l, d / h)
     if q.dtype == torch.bfloat16 and not q.is_cuda:
-        # bf16 matrix products beat the fused CPU kernel, which computes in fp32
+        # bf16 matrix products are faster than the fused CPU kernel, which computes in fp32
         scores = torch.bmm(q, k.transpose(1, 2)) * q.shape[-1] ** -0.5
         return torch.bmm(scores.softmax(-1), v).transpose(0, 1)
     return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1)
@@ -69,8 +69,8 @@ def _attend_cell(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention with one ``qkv`` and one ``out`` projection.
 
-    Attention weights are not dropped out: the fused kernels have no dropout, and cells are short. Where heads were
-    pruned, ``n_heads * d_head`` is smaller than ``d_model``.
+    Attention weights have no dropout, because the fused kernels have none. If heads were pruned, ``n_heads * d_head``
+    is smaller than ``d_model``.
     """
 
     def __init__(self, d_model: int, n_heads: int, d_head: int | None = None) -> None:
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         return self.out(attend(query, key, value, batch).flatten(1))
 
     def first(self, x: Tensor, batch: Batch) -> Tensor:
-        """What the first token of each cell gathers, ``(t, d)`` to ``(b, d)``."""
+        """Compute attention of the first token of each cell, ``(t, d)`` to ``(b, d)``."""
         if not has_plain_weights(self.qkv):
             query, key, value = self.qkv(x).view(len(x), 3, self.n_heads, self.d_head).unbind(1)
             attended = attend(query[batch.first], key, value, batch, first_only=True)
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         return self.out(attend(query, key, value, batch, first_only=True).flatten(1))
 
     def weights(self, x: Tensor, batch: Batch) -> list[Tensor]:
-        """Attention weights of each cell, ``(h, l, l)``."""
+        """Compute attention weights of each cell, ``(h, l, l)``."""
         query, key, _ = self.qkv(x).view(len(x), 3, self.n_heads, self.d_head).unbind(1)
         lengths = list(batch.lengths)
         pairs = zip(query.split(lengths), key.split(lengths), strict=True)
@@ -130,14 +130,14 @@ class Block(nn.Module):
         return self._all(x, batch)
 
     def compile_feed_forward(self) -> None:
-        """Fuse what follows the attention; the attention itself has a shape of its own in every batch."""
+        """Compile the part after the attention; the attention has another shape in every batch."""
         self._rest = torch.compile(Block._feed_forward, dynamic=True)
 
     def _all(self, x: Tensor, batch: Batch) -> Tensor:
         return self._rest(self, x, self.attention(x, batch))
 
     def first(self, x: Tensor, batch: Batch) -> Tensor:
-        """The block's output at the first token of each cell only, ``(t, d)`` to ``(b, d)``."""
+        """Compute the block's output at the first token of each cell only, ``(t, d)`` to ``(b, d)``."""
         return self._rest(self, x[batch.first], self.attention.first(x, batch))
 
     def _feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class Block(nn.Module):
 
 
 class ValueNetwork(nn.Module):
-    """Embedding of a continuous value."""
+    """Embed a continuous value."""
 
     def __init__(self, d_model: int, dropout: float) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class ValueNetwork(nn.Module):
 
 
 class BinTable(nn.Module):
-    """Embedding of a bin."""
+    """Embed a bin."""
 
     def __init__(self, n_bins: int, d_model: int) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class BinTable(nn.Module):
 
 
 class CellToGenes(nn.Module):
-    """Expression of genes predicted from the cell embedding alone (MVC or GEPC in the original)."""
+    """Predict the expression of genes from the cell embedding alone (MVC or GEPC in the original)."""
 
     def __init__(self, style: CellDecoder, d_model: int, d_cell: int, explicit_zero_prob: bool) -> None:
         super().__init__()
@@ -187,7 +187,8 @@ class CellToGenes(nn.Module):
         else:
             if explicit_zero_prob:
                 raise ValueError(
-                    f"explicit_zero_prob goes with the 'inner product' cell decoders only, cell_decoder is {style!r}."
+                    "Expected an 'inner product' cell decoder with explicit_zero_prob, got "
+                    f"cell_decoder={style!r}. Change one of them."
                 )
             d_query = 64 if style == "concat query" else d_model
             self.query = nn.Linear(d_model, d_query)
@@ -196,7 +197,7 @@ class CellToGenes(nn.Module):
             self.out = nn.Linear(64, 1)
 
     def forward(self, cell: Tensor, genes: Tensor, cell_of: Tensor) -> dict[str, Tensor]:
-        """``(b, d_cell)`` cells and ``(n, d)`` genes to ``(n,)`` values: ``cell_value``, and ``cell_zero`` logits."""
+        """Map ``(b, d_cell)`` cells and ``(n, d)`` genes to ``(n,)`` ``cell_value`` and ``cell_zero`` logits."""
         if self.style == "inner product, detach":
             genes = genes.detach()
         query = torch.sigmoid(self.query(genes))
@@ -213,7 +214,7 @@ class CellToGenes(nn.Module):
 
 
 class ClassHead(nn.Module):
-    """Layers of linear, activation and norm, then one linear: scGPT's classifier and its batch discriminator."""
+    """Linear layers with activation and norm, then a linear output: scGPT's classifier and batch discriminator."""
 
     def __init__(self, d_model: int, n_outputs: int, n_layers: int, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -229,17 +230,17 @@ class ClassHead(nn.Module):
 
 
 def mlp(d_in: int, d_model: int) -> nn.Sequential:
-    """Three linear layers down to one number, with leaky ReLUs between."""
+    """Make three linear layers with leaky ReLUs between them and one output."""
     return nn.Sequential(
         nn.Linear(d_in, d_model), nn.LeakyReLU(), nn.Linear(d_model, d_model), nn.LeakyReLU(), nn.Linear(d_model, 1)
     )
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-    """Cross-entropy of ``x weight^T + bias`` summed over rows ``(n, d)``, without ever holding all logits.
+    """Sum the cross-entropy of ``x weight^T + bias`` over rows ``(n, d)``, without ever holding all logits.
 
-    Some thousand rows at a time; their logits are computed again for the gradient. torch's own
-    ``F.linear_cross_entropy``, which keeps none either, took three times as long on a CPU.
+    It processes some thousand rows at a time and recomputes their logits for the gradient. torch's own
+    ``F.linear_cross_entropy``, which does not keep logits either, took three times as long on a CPU.
     """
     if len(x) <= _LOGIT_ROWS:
         return _summed_cross_entropy(x, weight, bias, target)
@@ -254,14 +255,14 @@ def _summed_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, target
 
 
 class GradientReversal(torch.autograd.Function):
-    """Identity forward, minus the gradient backward (Ganin & Lempitsky 2015)."""
+    """Identity in the forward pass, negated gradient in the backward pass (Ganin & Lempitsky 2015)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Pass ``x`` on."""
+        """Return ``x``."""
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """Turn the gradient round."""
+        """Negate the gradient."""
         return -gradients[0]

@@ -1,8 +1,8 @@
-"""Attention of linear cost by positive random features: FAVOR+ (Choromanski et al., ICLR 2021, arXiv:2009.14794).
+"""Attention with linear cost by positive random features: FAVOR+ (Choromanski et al., ICLR 2021, arXiv:2009.14794).
 
 The softmax kernel ``exp(q . k)`` is the expectation of ``exp(w . q - |q|^2 / 2) exp(w . k - |k|^2 / 2)`` over normal
-``w``. With a fixed draw of ``w`` (the projection) the keys of a cell are summed up once and every query reads the sum,
-so that time and memory grow with the genes of a cell and not with their square.
+``w``. With a fixed draw of ``w`` (the projection), the keys of a cell are summed once and every query reads the sum, so
+time and memory grow linearly with the number of genes.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ __all__ = ["KeyMaximum", "PerformerAttention", "PerformerBlock", "attend_linearl
 
 KeyMaximum = Literal["cell", "batch"]
 
-# keeps every feature positive; because of it the maximum that is subtracted from the keys does not cancel entirely
+# keeps every feature positive; because of it, the maximum subtracted from the keys does not cancel exactly
 _FLOOR = 1e-4
-# tokens whose features are held at a time: they stay in the caches, and memory does not grow with the cell
+# tokens whose features are held at a time, so that they stay in the caches and memory does not grow with the cell
 _PART = 512
 
 
 def attend_linearly(
     query: Tensor, key: Tensor, value: Tensor, projection: Tensor, lengths: Sequence[int], key_maximum: KeyMaximum
 ) -> Tensor:
-    """Attention inside each cell of a packed batch, in float32.
+    """Compute attention within each cell of a packed batch, in float32.
 
     Parameters
     ----------
     query, key, value
         ``(t, h, e)``.
     projection
-        ``(m, e)``, one random feature a row.
+        ``(m, e)``, one random feature per row.
     lengths
         Tokens of each cell.
     key_maximum
-        What is subtracted from the keys' exponents: the highest of the same cell, or of the whole batch as scBERT and
-        scFoundation do it, which makes a cell's result depend on its neighbours.
+        Which maximum is subtracted from the keys' exponents: that of the same cell, or that of the whole batch, as in
+        scBERT and scFoundation. With the latter, the result of a cell depends on the other cells of the batch.
     """
     if not len(lengths):
-        # a rank without cells: all three keep their place in the backward pass
+        # a rank without cells: all three must take part in the backward pass
         return query + key + value
     with torch.autocast(query.device.type, enabled=False):
         cells = [x.float().transpose(0, 1).split(list(lengths), dim=1) for x in (query, key, value)]
@@ -58,9 +58,9 @@ def attend_linearly(
 
 
 def _attend_cell(query: Tensor, key: Tensor, value: Tensor, projection: Tensor, highest: Tensor | None) -> Tensor:
-    """One cell, ``(h, l, e)``, a part of its tokens at a time."""
+    """Compute attention of one cell, ``(h, l, e)``, for a chunk of its tokens at a time."""
     highest = _highest(key, projection) if highest is None else highest
-    # a column of ones beside the values: one product gives the weighted sum and the sum of the weights
+    # with a column of ones next to the values, one product gives the weighted sum and the sum of the weights
     parts = zip(key.split(_PART, dim=1), F.pad(value, (0, 1), value=1.0).split(_PART, dim=1), strict=True)
     gathered = sum(_features(k, _exponents(k, projection), highest).transpose(1, 2) @ v for k, v in parts)
     found = []
@@ -77,7 +77,7 @@ def _highest(key: Tensor, projection: Tensor) -> Tensor:
 
 
 def _exponents(x: Tensor, projection: Tensor) -> Tensor:
-    """``w . x`` for each feature, ``(h, l, e)`` to ``(h, l, m)``; queries and keys share the root of the width."""
+    """Compute ``w . x`` for each feature, ``(h, l, e)`` to ``(h, l, m)``, with ``x`` scaled by ``e ** -0.25``."""
     return (x * x.shape[-1] ** -0.25) @ projection.T
 
 
@@ -87,14 +87,14 @@ def _features(x: Tensor, exponents: Tensor, highest: Tensor) -> Tensor:
 
 
 class PerformerAttention(nn.Module):
-    """Multi-head self-attention of linear cost.
+    """Multi-head self-attention with linear cost.
 
     Parameters
     ----------
     d_model
         Width of the tokens.
     n_heads, d_head
-        Heads and the width of each; together they need not be ``d_model`` wide.
+        Number of heads and width of each; their total width may differ from ``d_model``.
     qkv_bias
         Whether queries, keys and values have a bias.
     key_maximum
@@ -113,7 +113,7 @@ class PerformerAttention(nn.Module):
         self.value = nn.Linear(d_model, width, qkv_bias)
         self.out = nn.Linear(width, d_model)
         n_features = int(d_head * math.log(d_head))
-        # a part of the model like its weights: other features give other outputs
+        # saved like a weight, because other features give other outputs
         self.register_buffer("projection", _orthogonal_features(n_features, d_head, None))
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
@@ -123,12 +123,12 @@ class PerformerAttention(nn.Module):
         return self.out(attended.flatten(1))
 
     def draw(self, generator: torch.Generator) -> None:
-        """Draw the random features anew."""
+        """Redraw the random features."""
         self.projection.copy_(_orthogonal_features(len(self.projection), self.projection.shape[1], generator))
 
 
 def _orthogonal_features(n_features: int, d_head: int, generator: torch.Generator | None) -> Tensor:
-    """Normal vectors that are orthogonal in blocks: less variance than independent ones (section 3.2 of the paper)."""
+    """Draw normal vectors, orthogonal in blocks for less variance than independent ones (section 3.2 of the paper)."""
     blocks = []
     for _ in range(math.ceil(n_features / d_head)):
         directions, _ = torch.linalg.qr(torch.randn(d_head, d_head, generator=generator))
@@ -138,9 +138,10 @@ def _orthogonal_features(n_features: int, d_head: int, generator: torch.Generato
 
 
 def redraw(model: nn.Module, step: int, seed: int, every: int | None) -> None:
-    """Draw random features anew before every so manieth step, so that the weights do not fit one draw.
+    """Redraw random features every ``every`` steps, so that the weights do not overfit one draw.
 
-    A function of the step alone: the same for any number of processes and micro-batches, and after a crash.
+    The features depend only on the step and the seed, so they are the same for any number of processes and
+    micro-batches, and after a crash.
     """
     if every is None or step == 0 or step % every:
         return
@@ -152,7 +153,7 @@ def redraw(model: nn.Module, step: int, seed: int, every: int | None) -> None:
 
 
 class PerformerBlock(nn.Module):
-    """Pre-norm block: linear attention, then a feed-forward layer with GELU."""
+    """Pre-norm block with linear attention and a feed-forward layer with GELU."""
 
     def __init__(
         self,
@@ -183,12 +184,12 @@ class PerformerBlock(nn.Module):
 
     @property
     def flops_per_token(self) -> int:
-        """Floating-point operations of a token: the linear layers, and five products with the random features."""
+        """Floating-point operations per token: linear layers, and five products with the random features."""
         linear = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         return 2 * (linear + 5 * len(self.attention.projection) * self.attention.query.out_features)
 
     def compile_feed_forward(self) -> None:
-        """Fuse what follows the attention; the attention itself has a shape of its own in every batch."""
+        """Compile the part after the attention; the attention has another shape in every batch."""
         self._rest = torch.compile(PerformerBlock._feed_forward, dynamic=True)
 
     def _all(self, x: Tensor, batch: Batch) -> Tensor:
@@ -200,7 +201,7 @@ class PerformerBlock(nn.Module):
 
 
 def original_names(theirs: str, ours: str) -> tuple[tuple[str, str], ...]:
-    """Weight names of the Performer that scBERT and scFoundation use, and ours, for the prefixes of both."""
+    """Return pairs of weight names: those of the Performer in scBERT and scFoundation, and ours."""
     return (
         (f"{theirs}net.layers.#.0.norm.", f"{ours}#.norm1."),
         (f"{theirs}net.layers.#.0.fn.fast_attention.projection_matrix", f"{ours}#.attention.projection"),

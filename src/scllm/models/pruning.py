@@ -1,4 +1,4 @@
-"""Taking weights out: the smallest ones to zero, or whole heads and neurons for good."""
+"""Prune models: set the smallest weights to zero, or remove attention heads and neurons."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Units:
-    """Where a block keeps the weights of its heads, or of its feed-forward neurons.
+    """Location of the weights of a block's heads, or of its feed-forward neurons.
 
     Parameters
     ----------
     places
-        Module, name of the weight, its axis of units, and how often all units follow each other along that axis
-        (three times where queries, keys and values are one matrix).
+        Module, name of the weight, axis of the units, and how often all units are repeated along that axis (three
+        times if queries, keys and values are one matrix).
     n
         Number of units.
     """
@@ -34,7 +34,7 @@ class Units:
     n: int
 
     def norms(self) -> Tensor:
-        """Root of the summed squares of each unit's weights, biases left out, ``(n,)``."""
+        """Compute the L2 norm of each unit's weights without biases, ``(n,)``."""
         squares = torch.zeros(self.n, dtype=torch.float64)
         for module, name, axis, repeats in self.places:
             weight = getattr(module, name)
@@ -44,7 +44,7 @@ class Units:
         return squares.sqrt()
 
     def keep(self, kept: Tensor) -> None:
-        """Leave only some units, in place."""
+        """Keep only the given units, in place."""
         for module, name, axis, repeats in self.places:
             weight = getattr(module, name)
             if weight is None:
@@ -59,11 +59,11 @@ class Units:
 
 
 Kept = tuple[Tensor, Tensor]
-"""Heads and neurons that stay in a block."""
+"""Heads and neurons that are kept in a block."""
 
 
 def heads(block: Any) -> Units:
-    """The attention heads of a block: what makes their queries, keys and values, and what reads them."""
+    """Locate the heads of a block: weights of their queries, keys and values, and the output projection."""
     match type(block).__name__:
         case "Block":
             inner = block.attention
@@ -87,7 +87,7 @@ def heads(block: Any) -> Units:
 
 
 def neurons(block: Any) -> Units:
-    """The neurons of a block's feed-forward layer: what they read, and what reads them."""
+    """Locate the neurons of a block's feed-forward layer: their input weights and output weights."""
     match type(block).__name__:
         case "Block" | "PerformerBlock":
             up, down = block.up, block.down
@@ -103,7 +103,7 @@ def neurons(block: Any) -> Units:
 
 
 def shrink(block: Any, kept: Kept) -> None:
-    """Take out all heads and neurons of a block but those kept, in place."""
+    """Remove all heads and neurons of a block except those kept, in place."""
     kept_heads, kept_neurons = kept
     neurons(block).keep(kept_neurons)
     heads(block).keep(kept_heads)
@@ -144,8 +144,8 @@ def prune_structured(model: CellModel, amount: float) -> None:
     chosen = {name: (blocks, keep(blocks, amount)) for name, blocks in model.prunable().items()}
     if not any(_loses(block, left) for blocks, kept in chosen.values() for block, left in zip(blocks, kept)):
         raise ValueError(
-            f"amount is {amount}, which rounds to no head and no neuron of the blocks, at least one expected. Take out "
-            "a larger share, or use structured=False."
+            f"Expected amount to remove at least one head or neuron, but {amount} removes none. Pass a larger one, "
+            "or use structured=False."
         )
     for name, (blocks, kept) in chosen.items():
         for block, left in zip(blocks, kept, strict=True):
@@ -157,10 +157,10 @@ def prune_structured(model: CellModel, amount: float) -> None:
 
 
 def prune_weights(model: CellModel, amount: float) -> None:
-    """Set the smallest weights of each linear layer to zero, in place and for good: the same share of every matrix.
+    """Set the smallest weights of each linear layer to zero, in place and permanently.
 
-    Magnitude pruning (Han et al., NeurIPS 2015, arXiv:1506.02626). Matrix by matrix, since a threshold for all would
-    empty those that are small as a whole.
+    Magnitude pruning (Han et al., NeurIPS 2015, arXiv:1506.02626). The same fraction of every matrix is removed,
+    because one threshold for all would empty matrices whose weights are all small.
     """
     with torch.no_grad():
         for weight in _linear_weights(model):
@@ -171,7 +171,7 @@ def prune_weights(model: CellModel, amount: float) -> None:
 
 
 def pruned_weights(model: CellModel) -> list[tuple[Tensor, Tensor]]:
-    """Matrices in training out of which weights were pruned, and for each 0 where one was and 1 elsewhere."""
+    """Return the trainable pruned matrices, each with a mask that is 0 where weights were pruned and 1 elsewhere."""
     if not model.config.zeros_stay:
         return []
     matrices = [weight for weight in _linear_weights(model) if weight.requires_grad]
@@ -179,38 +179,38 @@ def pruned_weights(model: CellModel) -> list[tuple[Tensor, Tensor]]:
 
 
 def compression(model: CellModel) -> str:
-    """In words, what was done to make a model smaller; empty if nothing."""
+    """Describe how a model was compressed; empty if it was not."""
     said = [f"{model.weight_dtype} weights"] if model.weight_dtype != "float32" else []
     sized = [field.name for field in fields(model.config) if field.name.endswith("block_heads")]
     for name in sized:
         n_heads, hidden = getattr(model.config, name), getattr(model.config, name.replace("heads", "hidden"))
         if n_heads is not None and hidden is not None:
             what = name.removesuffix("_heads").replace("_", " ")
-            said.append(f"pruned to {_range(n_heads)} heads and {_range(hidden)} neurons a {what}")
+            said.append(f"pruned to {_range(n_heads)} heads and {_range(hidden)} neurons per {what}")
     # rounding to int8 makes zeros of its own
     zeros = _share_of_zeros(model) if model.weight_dtype == "float32" else 0.0
     return ", ".join([*said, f"pruned: {zeros:.0%} of the linear weights are zero"] if zeros > 0.01 else said)
 
 
 def _loses(block: Any, kept: Kept) -> bool:
-    """Whether a block has more heads or neurons than are kept."""
+    """Return whether a block loses heads or neurons."""
     return len(kept[0]) < heads(block).n or len(kept[1]) < neurons(block).n
 
 
 def _rows(linear: nn.Module, repeats: int = 1) -> tuple[tuple[nn.Module, str, int, int], ...]:
-    """The places of units that are outputs of a linear layer."""
+    """Locate units that are outputs of a linear layer."""
     return (linear, "weight", 0, repeats), (linear, "bias", 0, repeats)
 
 
 def _unknown(block: Any) -> ValueError:
     return ValueError(
-        f"the blocks are of type {type(block).__name__!r}, those of a family of scllm (or of GPT-2, ALBERT or XLNet) "
-        "expected: which weights make a head is not known of others. Use structured=False."
+        "Structured pruning expects the blocks of a family of scllm, GPT-2, ALBERT or XLNet, got blocks of type "
+        f"{type(block).__name__!r}, whose heads it does not know. Use structured=False."
     )
 
 
 def _kept_neurons(block: Any, amount: float) -> Tensor:
-    """Those with the largest norms, in their order."""
+    """Return the neurons with the largest norms, in their order."""
     norms = neurons(block).norms()
     n = len(norms)
     step = 8 if n % 8 == 0 and n >= 64 else 1
@@ -219,7 +219,7 @@ def _kept_neurons(block: Any, amount: float) -> Tensor:
 
 
 def _linear_weights(model: nn.Module) -> Iterator[Tensor]:
-    """The matrices of linear layers and of XLNet's attention, but for those of heads, tables of genes and adapters."""
+    """Yield matrices of linear layers and of XLNet's attention, except those of heads, gene tables and adapters."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and id(module.weight) not in tables and not _is_beside(name):
@@ -229,12 +229,12 @@ def _linear_weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _is_beside(name: str) -> bool:
-    """Whether a layer is no part of the encoder itself: a head, or an adapter, which begins with zeros of its own."""
+    """Return whether a layer is a head, or an adapter, which begins with zeros of its own."""
     return name.startswith("heads.") or ".lora_" in name
 
 
 def _share_of_zeros(model: nn.Module) -> float:
-    """Of the weights of linear layers."""
+    """Return the fraction of zeros among the weights of linear layers."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     stored: list[Any] = [getattr(linear, "weight_int8", linear._parameters.get("weight")) for linear in linears]
     n_used = sum(int(weight.count_nonzero()) for weight in stored)

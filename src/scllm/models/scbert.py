@@ -1,6 +1,6 @@
-"""scBERT: a Performer over all genes of a list (Yang et al., Nature Machine Intelligence 2022).
+"""scBERT: a Performer on all genes of a list (Yang et al., Nature Machine Intelligence 2022).
 
-doi:10.1038/s42256-022-00534-z. Written from the paper and from the Performer's (see :mod:`scllm.models.performer`).
+doi:10.1038/s42256-022-00534-z. Written from that paper and the Performer paper (:mod:`scllm.models.performer`).
 """
 
 from __future__ import annotations
@@ -28,30 +28,29 @@ SIZES = {
     "base": {},
 }
 
-# a cell has 16,907 tokens: few cells a step
+# a cell has 16,907 tokens, so steps have few cells
 PRETRAIN = {"epochs": 6, "batch_size": 8, "lr": 1e-4}
 FINETUNE = {"epochs": 10, "batch_size": 8, "lr": 1e-4}
 
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    """The architecture; defaults are those of the published model.
+    """Architecture of scBERT; defaults are those of the published model.
 
     Parameters
     ----------
     d_head
-        Width of a head; ``n_heads * d_head`` need not be ``d_model``.
+        Width of a head; ``n_heads * d_head`` may differ from ``d_model``.
     n_levels
-        Expression levels, the zero included. The level after the highest hides a gene.
+        Number of expression levels, including zero. The level after the highest one masks a gene.
     key_maximum
-        ``"cell"``: each cell as if it were alone. ``"batch"``: as the original computes batches, where a cell's result
-        depends on its neighbours.
+        ``"cell"``: results of a cell do not depend on its batch. ``"batch"``: as in the original, they do.
     redraw_every
-        Training steps after which the Performer's random features are drawn anew; ``None`` for never.
+        Training steps after which the Performer's random features are redrawn; ``None`` for never.
     frozen_genes
-        Whether the table of genes (gene2vec in the published model) stays as it is in training.
+        Whether the gene table (gene2vec in the published model) is excluded from training.
     predicts_levels
-        Whether there is a decoder of levels; published models that were fine-tuned have lost theirs.
+        Whether there is a decoder of levels; fine-tuned published models have none.
     class_hidden, class_narrow
         Widths of the first two layers of a classification head.
     """
@@ -70,28 +69,29 @@ class Config(ModelConfig):
     class_narrow: int = 128
 
     def __post_init__(self) -> None:
-        # heads have a width of their own: d_model need not be a multiple of n_heads
+        # d_head is a setting, so d_model need not be a multiple of n_heads
         if self.key_maximum not in ("cell", "batch"):
             raise ValueError(
-                f"key_maximum is {self.key_maximum!r}, 'cell' or 'batch' expected. 'cell' keeps cells independent."
+                f"Expected key_maximum to be 'cell' or 'batch', got {self.key_maximum!r}. Pass 'cell' to keep cells "
+                "independent."
             )
         self._check_blocks()
 
     def vocab(self, genes: Any) -> Vocab:
-        """The genes in the order given, then ``<eos>``: the extra token at the end of every cell."""
+        """Make a vocabulary of the genes in the given order, then ``<eos>``, the last token of every cell."""
         return Vocab((*map(str, genes), "<eos>"), pad=None, mask=None, cls=None, eos="<eos>")
 
     def objective(self) -> dict[str, Any]:
-        """What the family is pretrained for by default."""
+        """Return the default pretraining objective."""
         return {"kind": "MaskedLevel", "mask_ratio": (0.15,), "replaced": 0.9}
 
     def encoder(self) -> Encoder:
-        """Counts to sentences, as the family does it by default."""
+        """Return the default encoder, which turns counts into token sequences."""
         return LevelEncoder(self.n_levels)
 
 
 class Model(CellModel):
-    """The scBERT Performer: level embedding + gene embedding, pre-norm blocks of linear attention, a last norm."""
+    """scBERT: level embedding + gene embedding, pre-norm blocks with linear attention, a final norm."""
 
     family = "scbert"
     heads_read_cells = False
@@ -116,78 +116,78 @@ class Model(CellModel):
 
     @property
     def blocks(self) -> Sequence[Any]:
-        """The transformer blocks, first to last."""
+        """Transformer blocks, first to last."""
         return list(self.layers)
 
     @property
     def hidden_level(self) -> int:
-        """The level that stands in the place of a hidden one."""
+        """Level that replaces a masked one."""
         return self.config.n_levels
 
     def gene_table(self) -> Tensor:
-        """The embedding of each gene (and of ``<eos>``), ``(n_tokens, d)``."""
+        """Return the embedding of each gene (and of ``<eos>``), ``(n_tokens, d)``."""
         return self.gene_embedding.weight
 
     def new_head(self, n_outputs: int) -> nn.Module:
-        """The original's classifier, which reads every position."""
+        """Make a classifier like that of the original, which reads every position."""
         widths = (self.config.class_hidden, self.config.class_narrow)
         return PositionHead(len(self.vocab), self.config.d_model, widths, n_outputs)
 
     def at_step(self, step: int, seed: int) -> None:
-        """Draw the random features anew every ``redraw_every`` steps."""
+        """Redraw the random features every ``redraw_every`` steps."""
         redraw(self, step, seed, self.config.redraw_every)
 
     def forward_flops(self, n_tokens: float) -> float:
-        """Of the sentence, which is the vocabulary whatever a cell expresses."""
+        """Count operations for the token sequence, which holds all genes of the vocabulary in every cell."""
         return min(len(self.vocab), self.encoder.max_len) * sum(block.flops_per_token for block in self.blocks)
 
     def inputs(self, batch: Batch) -> Tensor:
-        """What the first block reads, ``(t, d)``."""
+        """Compute the input embeddings of the first block, ``(t, d)``."""
         if batch.values is None:
-            raise ValueError("scbert reads a level beside each gene, this batch has none. Encode with a LevelEncoder.")
+            raise ValueError("Expected a level for each gene, but this batch has none. Encode with a LevelEncoder.")
         return self.level_embedding(batch.values.long()) + self.gene_embedding(batch.genes)
 
     def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
-        """States of all tokens after a block, ``(t, d)``; after the last one normalised, as decoder and heads read."""
+        """Compute hidden states after a block, ``(t, d)``; after the last one normalised, as decoder and heads read."""
         x = super().hidden(batch, layer=layer, first_only=first_only)
         return self.norm(x) if layer == -1 else x
 
     def forward(self, batch: Batch) -> Outputs:
-        """Predictions for every token and every cell."""
+        """Compute predictions for every token and every cell."""
         hidden = self.hidden(batch)
         heads = {} if self.decoder is None else self.decode(hidden)
         return Outputs(hidden, self.pool(hidden, batch, self.pooling), heads | self._labels(hidden, batch))
 
     def decode(self, hidden: Tensor) -> dict[str, Tensor]:
-        """Logits of levels from token states ``(n, d)``: ``level`` ``(n, n_levels + 1)``."""
+        """Compute logits of levels from hidden states ``(n, d)``: ``level`` ``(n, n_levels + 1)``."""
         if self.decoder is None:
             raise ValueError(
-                "this scbert model was fine-tuned by the original, which replaces the decoder of levels by a "
-                "classifier; a pretrained one expected. Load the pretrained checkpoint."
+                "This scbert model does not predict levels: fine-tuning in the original code has replaced the decoder "
+                "by a classifier. Load the pretrained checkpoint."
             )
         return {"level": self.decoder(hidden)}
 
     def expected_level(self, hidden: Tensor) -> Tensor:
-        """Mean of the predicted distribution over levels, ``(n,)``."""
+        """Compute the mean of the predicted distribution over levels, ``(n,)``."""
         levels = torch.arange(self.config.n_levels, device=hidden.device, dtype=torch.float32)
         return self.decode(hidden)["level"][:, : self.config.n_levels].float().softmax(1) @ levels
 
     def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
-        """Expected levels at the tokens ``at``, ``(n,)``; with ``hide`` without having seen those."""
+        """Predict expected levels of the tokens ``at``, ``(n,)``; with ``hide``, these are masked in the input."""
         assert batch.values is not None
         if hide:
             batch = batch.with_values(batch.values.index_fill(0, at, self.hidden_level))
         return self.expected_level(self.hidden(batch)[at])
 
     def reconstruct_genes(self, batch: Batch, genes: Tensor) -> Tensor:
-        """Expected levels of chosen genes, ``(b, g)``; NaN where a sentence was cut before the gene."""
+        """Predict expected levels of chosen genes, ``(b, g)``; NaN for genes that truncation removed."""
         chosen = torch.isin(batch.genes, genes)
         table = torch.full((batch.n_cells, len(self.vocab)), torch.nan, device=batch.genes.device)
         table[batch.cell[chosen], batch.genes[chosen]] = self.expected_level(self.hidden(batch)[chosen])
         return table[:, genes]
 
     def head_outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Logits (or values) of every head by its key, from the states of all tokens."""
+        """Compute logits (or values) of every head, by key, from the hidden states of all tokens."""
         return self._labels(self.hidden(batch), batch)
 
     def _labels(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -195,7 +195,7 @@ class Model(CellModel):
 
 
 class PositionHead(nn.Module):
-    """One number a position (a convolution as wide as the tokens), then three linear layers over all positions."""
+    """One number per position (a convolution as wide as the tokens), then three linear layers over all positions."""
 
     def __init__(self, n_positions: int, d_model: int, widths: tuple[int, int], n_outputs: int) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class PositionHead(nn.Module):
         self.out = nn.Linear(widths[1], n_outputs)
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """``(t, d)`` to ``(b, k)``; genes that a cut sentence lacks count as zero."""
+        """``(t, d)`` to ``(b, k)``; genes that truncation removed count as zero."""
         seen = F.relu(self.position(hidden)).squeeze(1)
         rows = seen.new_zeros(batch.n_cells, self.n_positions)
         rows[batch.cell, batch.genes] = seen
@@ -225,7 +225,7 @@ _NAMES: tuple[tuple[str, str], ...] = (
     ("to_out.fc3.", "heads.0.out."),
     ("to_out.", "decoder."),
 )
-# when random features are drawn anew is a function of the step here
+# here, the step decides when random features are redrawn
 _UNUSED = ("performer.calls_since_last_redraw",)
 _CHECKPOINT = "panglao_pretrain.pth"
 _GENE_LISTS = ("reference_genes.json", "genes.json", "genes.txt", "vocab.json")
@@ -234,8 +234,8 @@ _GENE_LISTS = ("reference_genes.json", "genes.json", "genes.txt", "vocab.json")
 def read(path: str | Path, *, vocab: Vocab | None = None) -> Checkpoint:
     """Read a ``.pth`` of scBERT, or a folder with ``panglao_pretrain.pth``.
 
-    The file holds no gene names: ``vocab`` gives them in the order the model was trained with, or a list beside the
-    file does (``reference_genes.json``, ``genes.json``, ``genes.txt``).
+    The file contains no gene names. They come from ``vocab``, in the order that the model was trained with, or from a
+    list next to the file (``reference_genes.json``, ``genes.json``, ``genes.txt``).
     """
     path = Path(path)
     file = path / _CHECKPOINT if path.is_dir() else path
@@ -248,8 +248,8 @@ def read(path: str | Path, *, vocab: Vocab | None = None) -> Checkpoint:
     }
     if "level_embedding.weight" not in weights:
         raise ValueError(
-            f"{file} holds no weights of scBERT (no token_emb.weight; first: {next(iter(original), None)!r}), a "
-            "checkpoint of scBERT expected. Check path and family."
+            f"Expected weights of scBERT, but {file} has no token_emb.weight (first weight: "
+            f"{next(iter(original), None)!r}). Check path and family."
         )
     has_head = "heads.0.position.weight" in weights
     if has_head:
@@ -262,7 +262,7 @@ def read(path: str | Path, *, vocab: Vocab | None = None) -> Checkpoint:
 
 
 def _config(weights: dict[str, Tensor]) -> Config:
-    """All sizes stand in the shapes of the weights."""
+    """Read all sizes from the shapes of the weights."""
     n_tokens, d = weights["level_embedding.weight"].shape
     d_head = weights["layers.0.attention.projection"].shape[1]
     heads: dict[str, Any] = {}

@@ -37,7 +37,7 @@ SIZES = {
     "base": {},
 }  # fmt: skip
 
-# the decoder predicts every gene of the vocabulary: few cells a step
+# the decoder predicts every gene of the vocabulary, so steps have few cells
 PRETRAIN = {"epochs": 6, "batch_size": 16, "lr": 1e-4, "downsample": 0.8}
 FINETUNE = {"epochs": 3, "batch_size": 32, "lr": 3e-5}
 
@@ -46,27 +46,26 @@ Part = Literal["cell", "rde", "gene"]
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    """The architecture; defaults are those of the published model.
+    """Architecture of scFoundation; defaults are those of the published model.
 
     Parameters
     ----------
     d_hidden
         Width of the encoder's feed-forward layers; the decoder's are four times as wide as its tokens.
     n_bins, bin_alpha
-        Rows of the table that values are spread over, and the weight of the shortcut around the second layer.
+        Number of bins that a value is a mixture of, and the weight of the shortcut around the second layer.
     mask_value, pad_value
-        Values that stand for a hidden gene and for padding; they get vectors of their own.
+        Values that mark a masked gene and padding; each has its own embedding.
     decoder_layers, decoder_heads, d_decoder, decoder_d_head
-        The Performer that reads all genes.
+        Size of the decoder, a Performer that reads all genes.
     decoder_qkv_bias
-        Whether its queries, keys and values have a bias.
+        Whether the decoder's queries, keys and values have a bias.
     decoder_block_heads, decoder_block_hidden
-        As ``block_heads`` and ``block_hidden``, of the Performer.
+        ``block_heads`` and ``block_hidden`` of the decoder.
     key_maximum
-        ``"cell"``: each cell as if it were alone. ``"batch"``: as the original computes batches, where predictions of a
-        cell depend on its neighbours.
+        ``"cell"``: results of a cell do not depend on its batch. ``"batch"``: as in the original, they do.
     redraw_every
-        Training steps after which the Performer's random features are drawn anew; ``None`` for never.
+        Training steps after which the Performer's random features are redrawn; ``None`` for never.
     """
 
     n_layers: int = 12
@@ -92,24 +91,25 @@ class Config(ModelConfig):
         super().__post_init__()
         if self.key_maximum not in ("cell", "batch"):
             raise ValueError(
-                f"key_maximum is {self.key_maximum!r}, 'cell' or 'batch' expected. 'cell' keeps cells independent."
+                f"Expected key_maximum to be 'cell' or 'batch', got {self.key_maximum!r}. Pass 'cell' to keep cells "
+                "independent."
             )
 
     def decoder_block_sizes(self) -> list[tuple[int, int]]:
-        """Heads and width of the feed-forward layer of each block of the decoder."""
+        """Return the number of heads and the feed-forward width of each block of the decoder."""
         heads = self.decoder_block_heads or (self.decoder_heads,) * self.decoder_layers
         return list(zip(heads, self.decoder_block_hidden or (4 * self.d_decoder,) * len(heads), strict=True))
 
     def vocab(self, genes: Iterable[str]) -> Vocab:
-        """The genes in the order given, then the target depth, the sequenced depth, and padding."""
+        """Make a vocabulary of the genes in the given order, target depth, sequencing depth and padding."""
         return Vocab((*map(str, genes), *_SPECIALS), mask=None, cls=None)
 
     def objective(self) -> dict[str, Any]:
-        """What the family is pretrained for by default."""
+        """Return the default pretraining objective."""
         return {"kind": "MaskedExpression", "mask_ratio": (0.3,), "zeros": 0.03, "hidden": 0.8, "swapped": 0.1}
 
     def encoder(self) -> Encoder:
-        """Counts to sentences, as the family does it by default."""
+        """Return the default encoder, which turns counts into token sequences."""
         return DepthEncoder()
 
 
@@ -117,7 +117,7 @@ _SPECIALS = (TARGET, SOURCE, "<pad>")
 
 
 class SoftBins(nn.Module):
-    """Embedding of a value as a mixture of bins, which are learnt."""
+    """Embed a value as a mixture of learned bins."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class SoftBins(nn.Module):
         self.padding = nn.Embedding(1, d)
 
     def weights(self, values: Tensor) -> Tensor:
-        """Share of each bin, ``(t,)`` to ``(t, n_bins)``."""
+        """Compute the weight of each bin, ``(t,)`` to ``(t, n_bins)``."""
         x = F.leaky_relu(self.up(values[:, None].to(self.up.weight.dtype)), 0.1)
         return (self.mix(x) + self.alpha * x).softmax(1)
 
@@ -142,7 +142,7 @@ class SoftBins(nn.Module):
 
 
 class Model(CellModel):
-    """The scFoundation model: post-norm blocks over what a cell expresses, a Performer over all genes."""
+    """scFoundation: post-norm blocks on expressed genes, then a Performer on all genes."""
 
     family = "scfoundation"
     pooling: Pooling = "all"
@@ -154,8 +154,8 @@ class Model(CellModel):
         self.config: Config = config
         if vocab.tokens[-3:] != _SPECIALS:
             raise ValueError(
-                f"the vocabulary ends in {vocab.tokens[-3:]}, {_SPECIALS} expected. Pass gene names, and scfoundation "
-                "makes its own vocabulary of them."
+                f"Expected a vocabulary that ends in {_SPECIALS}, got {vocab.tokens[-3:]}. Pass gene names, from which "
+                "scfoundation makes its vocabulary."
             )
         d = config.d_model
         self.value_embedding = SoftBins(config)
@@ -179,33 +179,33 @@ class Model(CellModel):
 
     @property
     def blocks(self) -> Sequence[Any]:
-        """The encoder's blocks, first to last."""
+        """Blocks of the encoder, first to last."""
         return list(self.layers)
 
     def prunable(self) -> dict[str, Sequence[Any]]:
-        """The blocks of the encoder and those of the decoder."""
+        """Return the blocks of the encoder and those of the decoder."""
         return {"block": self.blocks, "decoder_block": list(self.decoder_layers)}
 
     @property
     def n_positions(self) -> int:
-        """What the decoder reads of each cell: all genes and both depths."""
+        """Number of tokens that the decoder reads of each cell: all genes and both depths."""
         return len(self.vocab) - 1
 
     def gene_table(self) -> Tensor:
-        """The embedding of each token, ``(n_tokens, d)``."""
+        """Return the embedding of each token, ``(n_tokens, d)``."""
         return self.gene_embedding.weight
 
     def new_head(self, n_outputs: int) -> nn.Module:
-        """The original's two layers on the pooled cell, without its norm over the batch: see ``engine.head_start``."""
+        """Make the original's two layers on the pooled cell, without its batch norm (see ``engine.head_start``)."""
         return nn.Sequential(nn.Linear(4 * self.config.d_model, 256), nn.ReLU(), nn.Linear(256, n_outputs))
 
     def at_step(self, step: int, seed: int) -> None:
-        """Draw the decoder's random features anew every ``redraw_every`` steps; heads do not read it."""
+        """Redraw the decoder's random features every ``redraw_every`` steps; heads do not read the decoder."""
         if not self.head_specs:
             redraw(self, step, seed, self.config.redraw_every)
 
     def speed_up(self, *, compile: bool = False, checkpointing: bool = False) -> None:
-        """As for all models, the decoder included: it holds most of the memory."""
+        """Compile or checkpoint the blocks, including those of the decoder, which needs most of the memory."""
         super().speed_up(compile=compile, checkpointing=checkpointing)
         for block in self.decoder_layers:
             block.checkpointing = checkpointing  # type: ignore[assignment]
@@ -213,27 +213,25 @@ class Model(CellModel):
                 block.compile_feed_forward()  # type: ignore[operator]
 
     def forward_flops(self, n_tokens: float) -> float:
-        """Of the encoder over ``n_tokens``, and of the decoder over all genes."""
+        """Count operations of the encoder for ``n_tokens``, and of the decoder for all genes."""
         decoder: Sequence[Any] = list(self.decoder_layers)
         return super().forward_flops(n_tokens) + self.n_positions * sum(block.flops_per_token for block in decoder)
 
     # --- encoder ---
 
     def inputs(self, batch: Batch) -> Tensor:
-        """What the first block reads, ``(t, d)``."""
+        """Compute the input embeddings of the first block, ``(t, d)``."""
         if batch.values is None:
-            raise ValueError(
-                "scfoundation reads a value beside each gene, this batch has none. Encode with a DepthEncoder."
-            )
+            raise ValueError("Expected a value for each gene, but this batch has none. Encode with a DepthEncoder.")
         return self.value_embedding(batch.values) + self.gene_embedding(batch.genes)
 
     def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
-        """States of all tokens after a block of the encoder, ``(t, d)``; normalised after the last one."""
+        """Compute hidden states after a block of the encoder, ``(t, d)``; normalised after the last one."""
         x = super().hidden(batch, layer=layer, first_only=first_only)
         return self.encoder_norm(x) if layer == -1 else x
 
     def pool(self, hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
-        """``"all"``: states of ``<S>`` and ``<T>``, maximum and mean over genes; ``"max"``: over depths too."""
+        """Pool states: ``"all"`` is ``<S>``, ``<T>``, maximum and mean over genes; ``"max"`` includes both depths."""
         if pooling == "all":
             last = batch.cu_seqlens[1:].long() - 1
             highest, mean = super().pool(hidden, batch, "max"), super().pool(hidden, batch, "mean")
@@ -245,7 +243,7 @@ class Model(CellModel):
         return super().pool(hidden, batch, pooling)
 
     def at_depth(self, batch: Batch, depth: float | Tensor) -> Batch:
-        """The same cells, asked for as if ``depth`` (counts; one number or ``(b,)``) had been sequenced."""
+        """Return the same cells with target depth ``depth`` (counts; one number or ``(b,)``)."""
         assert batch.values is not None
         log_depth = math.log10(depth) if isinstance(depth, (int, float)) else depth.log10()
         values = batch.values.clone()
@@ -255,20 +253,20 @@ class Model(CellModel):
     # --- decoder ---
 
     def gene_states(self, hidden: Tensor, batch: Batch, shown: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-        """The decoder's state of every gene (then of both depths) in each cell, ``(b, p, d_decoder)``.
+        """Compute the decoder's state of every gene, then of both depths, in each cell, ``(b, p, d_decoder)``.
 
         Parameters
         ----------
         hidden
-            What the encoder gave, ``(t, d)``.
+            Hidden states from the encoder, ``(t, d)``.
         batch
-            Its cells.
+            The cells.
         shown
-            Cells, genes and values ``(n,)`` that the decoder reads though the encoder did not; other genes are zero.
+            Cells, genes and values ``(n,)`` that only the decoder reads. All other genes are zero.
         """
         n = self.n_positions
         zero = self.value_embedding(hidden.new_zeros(1))
-        # what is zero looks alike in every cell: projected once
+        # zeros have the same embedding in every cell, so they are projected once
         x = self.to_decoder(zero + self.gene_embedding.weight[:n]).repeat(batch.n_cells, 1)
         if shown is not None:
             cell, gene, value = shown
@@ -280,25 +278,25 @@ class Model(CellModel):
         return self.norm(self.decoder_norm(x)).view(batch.n_cells, n, self.config.d_decoder)
 
     def _everything(self, batch: Batch) -> Batch:
-        """The cells with a token for every position."""
+        """Return the cells with a token for every position."""
         n, device = self.n_positions, batch.genes.device
         ends = torch.arange(batch.n_cells + 1, dtype=torch.int32, device=device) * n
         genes = torch.arange(n, device=device).repeat(batch.n_cells)
         return Batch(genes, None, ends, (n,) * batch.n_cells, batch.keys)
 
     def expression(self, states: Tensor) -> Tensor:
-        """Predicted ``log1p`` of normalised expression from the decoder's states, ``(..., d_decoder)`` to ``(...)``."""
+        """Predict ``log1p`` of normalised expression from the decoder's states, ``(..., d_decoder)`` to ``(...)``."""
         return self.out(states).squeeze(-1)
 
     def forward(self, batch: Batch) -> Outputs:
-        """Predictions for every token and every cell."""
+        """Compute predictions for every token and every cell."""
         hidden = self.hidden(batch)
         cell = self.pool(hidden, batch, self.pooling)
         value = self.expression(self.gene_states(hidden, batch)[batch.cell, batch.genes])
         return Outputs(hidden, cell, {"value": value} | self.head_outputs_after(hidden, batch))
 
     def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
-        """Predictions at the tokens ``at``, ``(n,)``; with ``hide`` without having seen those."""
+        """Predict the tokens ``at``, ``(n,)``; with ``hide``, these are masked in the input."""
         cell, gene, shown = batch.cell[at], batch.genes[at], None
         if hide:
             shown = (cell, gene, torch.full((len(at),), self.config.mask_value, device=gene.device))
@@ -306,7 +304,7 @@ class Model(CellModel):
         return self.expression(self.gene_states(self.hidden(batch), batch, shown)[cell, gene])
 
     def reconstruct_genes(self, batch: Batch, genes: Tensor) -> Tensor:
-        """Predictions of chosen genes, expressed or not, ``(b, g)``."""
+        """Predict chosen genes, expressed or not, ``(b, g)``."""
         return self.expression(self.gene_states(self.hidden(batch), batch)[:, genes])
 
 
@@ -330,25 +328,26 @@ _NAMES: tuple[tuple[str, str], ...] = (
     ("decoder_embed.", "to_decoder."),
     ("to_final.", "out."),
 )
-# when random features are drawn anew is a function of the step here
+# here, the step decides when random features are redrawn
 _UNUSED = ("decoder.performer.calls_since_last_redraw",)
 _CHECKPOINT = "models.ckpt"
 _GENE_LISTS = ("scfoundation_gene_list_19264.json.gz", "genes.json", "genes.txt", "vocab.json")
 
 
 def read(path: str | Path, *, vocab: Vocab | None = None, part: str | None = None) -> Checkpoint:
-    """Read ``models.ckpt`` (or the folder that holds it): one of the three models in it.
+    """Read one of the three models in ``models.ckpt``, or in the folder that contains it.
 
-    The file holds no gene names: ``vocab`` gives them in the order the model was trained with, or a list beside the
-    file does. ``part`` is ``"cell"`` (the default: for embeddings), ``"rde"`` (read-depth enhancement) or ``"gene"``.
+    The file contains no gene names. They come from ``vocab``, in the order that the model was trained with, or from a
+    list next to the file. ``part`` is ``"cell"`` (for embeddings, the default), ``"rde"`` (read-depth enhancement) or
+    ``"gene"``.
     """
     path = Path(path)
     file = path / _CHECKPOINT if path.is_dir() else path
     content, part = read_torch(file), part or "cell"
     if part not in get_args(Part) or part not in content:
         raise ValueError(
-            f"{file} holds {sorted(map(str, content))[:8]}, part={part!r} is asked for, one of {get_args(Part)} "
-            "that is there expected. Pass another part=."
+            f"Expected part to be one of {get_args(Part)} that {file} contains, got {part!r}. It contains "
+            f"{sorted(map(str, content))[:8]}. Pass another part."
         )
     settings, original = content[part]["config"], content[part]["state_dict"]
     weights = {
@@ -363,12 +362,13 @@ def read(path: str | Path, *, vocab: Vocab | None = None, part: str | None = Non
 
 
 def _config(settings: dict[str, Any], weights: dict[str, Tensor]) -> Config:
-    """Depths and heads from the file's settings, widths from the weights."""
+    """Read numbers of layers and heads from the file's settings, and widths from the weights."""
     encoder, decoder = settings["encoder"], settings["decoder"]
     if encoder["module_type"] != "transformer" or decoder["module_type"] != "performer" or encoder["norm_first"]:
         raise ValueError(
-            f"the checkpoint has a {encoder['module_type']} encoder (norm_first={encoder['norm_first']}) and a "
-            f"{decoder['module_type']} decoder, a post-norm transformer and a performer expected. Take another file."
+            "Expected a post-norm transformer encoder and a performer decoder, but the checkpoint has a "
+            f"{encoder['module_type']} encoder (norm_first={encoder['norm_first']}) and a {decoder['module_type']} "
+            "decoder. Use another file."
         )
     query = weights["decoder_layers.0.attention.query.weight"]
     return Config(

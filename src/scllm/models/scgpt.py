@@ -1,4 +1,4 @@
-"""scGPT: a transformer over binned expression (Cui et al., Nature Methods 2024, doi:10.1038/s41592-024-02201-0)."""
+"""scGPT: a transformer on binned expression (Cui et al., Nature Methods 2024, doi:10.1038/s41592-024-02201-0)."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ SIZES = {
     "base": {},
 }
 
-# scGPT-style pretraining on 300,000 blood cells
+# settings of scGPT-style pretraining on 300,000 blood cells
 PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 1e-4}
-# the head has learnt alone before (engine/head_start.py): higher rates first undo what it knows
+# the head is fitted beforehand (engine/head_start.py), and higher learning rates would first undo that
 FINETUNE = {"epochs": 3, "batch_size": 32, "lr": 3e-5}
 
 ValueStyle = Literal["continuous", "category", "scaling"]
@@ -44,33 +44,33 @@ ValueStyle = Literal["continuous", "category", "scaling"]
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    """The architecture; defaults are those of the published whole-human model.
+    """Architecture of scGPT; defaults are those of the published whole-human model.
 
     Parameters
     ----------
     d_hidden
         Width of the feed-forward layers.
     value_style
-        How the value beside a gene is read: by a small network (``"continuous"``), by a table of bins (``"category"``),
-        or as a factor of the gene's embedding (``"scaling"``).
+        How values are embedded: by a small network (``"continuous"``), by a table of bins (``"category"``), or as a
+        factor of the gene embedding (``"scaling"``).
     n_value_bins
-        Rows of the table of bins, the one for hidden values included (``"category"`` only).
+        Rows of the table of bins, including the one for masked values (``"category"`` only).
     mask_value
-        What stands in the place of a hidden value.
+        Value that replaces a masked one.
     cell_decoder
-        How expression is predicted from the cell embedding (MVC in the original); ``None`` for not at all.
+        How expression is predicted from the cell embedding (MVC in the original). ``None``: not at all.
     explicit_zero_prob
-        Whether a second head says how likely a gene is zero.
+        Whether a second head predicts the probability that a gene is zero.
     n_batches
-        Number of experimental batches that the model knows; 0 for none.
+        Number of experimental batches; 0 for none.
     batch_labels
-        Whether the decoders see the batch.
+        Whether the decoders read the batch.
     domain_norm
-        Whether features are normalised by batch first (DSBN in the original).
+        Whether inputs are normalised within each batch (DSBN in the original).
     adversarial
-        Whether a head tries to tell the batch from the cell embedding, against the model (DAB in the original).
+        Whether an adversarial head predicts the batch from the cell embedding (DAB in the original).
     class_layers
-        Layers of a classification head.
+        Number of layers of a published classification head.
     """
 
     dropout: float = 0.2
@@ -90,26 +90,26 @@ class Config(ModelConfig):
         super().__post_init__()
         if (self.batch_labels or self.domain_norm or self.adversarial) and self.n_batches < 1:
             raise ValueError(
-                f"n_batches is {self.n_batches}, at least 1 expected with batch_labels, domain_norm or adversarial. "
-                "Pass the number of batches."
+                "Expected n_batches of at least 1 with batch_labels, domain_norm or adversarial, got "
+                f"{self.n_batches}. Pass the number of batches."
             )
         if self.value_style == "category" and not 0 <= self.mask_value < self.n_value_bins:
-            # the table has no row -1: the row after the bins stands for hidden values
+            # the table has no row -1, so the row after the bins is for masked values
             object.__setattr__(self, "mask_value", self.n_value_bins - 1)
 
     def objective(self) -> dict[str, Any]:
-        """What the family is pretrained for by default."""
+        """Return the default pretraining objective."""
         return {"kind": "MaskedValue", "mask_ratio": (0.25, 0.5, 0.75), "from_cell": 1.0}
 
     def encoder(self) -> Encoder:
-        """Counts to sentences, as the family does it by default."""
+        """Return the default encoder, which turns counts into token sequences."""
         if self.value_style == "scaling":
             return ValueEncoder(max_len=1201, include_zeros=False)
         return BinEncoder()
 
 
 class Model(CellModel):
-    """The scGPT transformer: gene embedding + value embedding, post-norm blocks without positions, ``<cls>`` first."""
+    """scGPT: gene embedding + value embedding, ``<cls>`` first, post-norm blocks without positions."""
 
     family = "scgpt"
     unit_length = True
@@ -128,7 +128,7 @@ class Model(CellModel):
         if config.batch_labels:
             self.batch_embedding = nn.Sequential(nn.Embedding(config.n_batches, d), nn.LayerNorm(d))
         if config.domain_norm:
-            # the original's batch norms have no weights of their own
+            # the original's batch norms have no weights
             self.domain_norms = nn.ModuleList(
                 nn.BatchNorm1d(d, eps=6.1e-5, affine=False) for _ in range(config.n_batches)
             )
@@ -146,31 +146,31 @@ class Model(CellModel):
         self._initialise()
 
     def _initialise(self) -> None:
-        # the original's: a narrow uniform table, PyTorch's own defaults elsewhere
+        # as in the original: a narrow uniform table, PyTorch's defaults elsewhere
         nn.init.uniform_(self.gene_embedding.weight, -0.1, 0.1)
 
     @property
     def blocks(self) -> Sequence[Any]:
-        """The transformer blocks, first to last."""
+        """Transformer blocks, first to last."""
         return list(self.layers)
 
     def gene_table(self) -> Tensor:
-        """The embedding of each token before the norm, ``(n_tokens, d)``."""
+        """Return the embedding of each token before the norm, ``(n_tokens, d)``."""
         return self.gene_embedding.weight
 
     def new_head(self, n_outputs: int) -> nn.Module:
-        """The original's classifier."""
+        """Make a classifier like that of the original."""
         return ClassHead(self.config.d_model, n_outputs, self.config.class_layers, nn.ReLU)
 
     def embed_genes(self, genes: Tensor) -> Tensor:
-        """Gene embeddings as the blocks see them, any shape to ``(..., d)``."""
+        """Embed genes as the blocks read them, any shape to ``(..., d)``."""
         return self.gene_norm(self.gene_embedding(genes))
 
     def inputs(self, batch: Batch) -> Tensor:
-        """What the first block reads, ``(t, d)``."""
+        """Compute the input embeddings of the first block, ``(t, d)``."""
         genes = self.embed_genes(batch.genes)
         if batch.values is None:
-            raise ValueError("scgpt reads a value beside each gene, this batch has none. Encode with a BinEncoder.")
+            raise ValueError("Expected a value for each gene, but this batch has none. Encode with a BinEncoder.")
         if self.config.value_style == "scaling":
             x = genes * batch.values[:, None].to(genes.dtype)
         else:
@@ -178,7 +178,7 @@ class Model(CellModel):
         return self._normalise_domains(x, batch) if self.config.domain_norm else x
 
     def forward(self, batch: Batch) -> Outputs:
-        """Predictions for every token and every cell."""
+        """Compute predictions for every token and every cell."""
         hidden = self.hidden(batch)
         cell = hidden[batch.first]
         heads = self.decode(hidden, batch.cell, batch) | self.decode_cell(cell, batch.genes, batch.cell, batch)
@@ -187,7 +187,7 @@ class Model(CellModel):
         return Outputs(hidden, cell, heads | self.head_outputs_after(hidden, batch))
 
     def decode(self, hidden: Tensor, cell_of: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Values predicted from token states ``(n, d)`` of the cells ``cell_of``: ``value``, and ``zero`` logits."""
+        """Predict ``value`` and ``zero`` logits from hidden states of tokens ``(n, d)`` of the cells ``cell_of``."""
         if self.config.batch_labels:
             hidden = torch.cat([hidden, self.batch_embedding(batch.experiment)[cell_of]], dim=1)
         predicted = {"value": self.decoder(hidden).squeeze(1)}
@@ -196,7 +196,7 @@ class Model(CellModel):
         return predicted
 
     def decode_cell(self, cell: Tensor, genes: Tensor, cell_of: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Values of ``genes`` ``(n,)`` predicted from the embeddings of the cells ``cell_of``."""
+        """Predict values of ``genes`` ``(n,)`` from the embeddings of the cells ``cell_of``."""
         if self.cell_decoder is None:
             return {}
         if self.config.batch_labels:
@@ -204,14 +204,14 @@ class Model(CellModel):
         return self.cell_decoder(cell, self.embed_genes(genes), cell_of)
 
     def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
-        """Values at the tokens ``at``, ``(n,)``; with ``hide`` without having seen those."""
+        """Predict values of the tokens ``at``, ``(n,)``; with ``hide``, these are masked in the input."""
         if hide:
             assert batch.values is not None
             batch = batch.with_values(batch.values.index_fill(0, at, self.config.mask_value))
         return self.decode(self.hidden(batch)[at], batch.cell[at], batch)["value"]
 
     def reconstruct_genes(self, batch: Batch, genes: Tensor) -> Tensor:
-        """Values of chosen genes from the cell embedding, ``(b, g)``."""
+        """Predict values of chosen genes from the cell embedding, ``(b, g)``."""
         cell_of = torch.arange(batch.n_cells, device=genes.device).repeat_interleave(len(genes))
         cell = self.embed(batch, pooling=self.pooling)
         predicted = self.decode_cell(cell, genes.repeat(batch.n_cells), cell_of, batch)
@@ -220,14 +220,14 @@ class Model(CellModel):
         return predicted["cell_value"].view(batch.n_cells, -1)
 
     def value_losses(self, from_cell: bool) -> tuple[str, ...]:
-        """Names of the error terms that :class:`scllm.engine.objectives.MaskedValue` finds."""
+        """Return the names of the losses that :class:`scllm.engine.objectives.MaskedValue` computes."""
         names = ["mse"] + ["zero"] * self.config.explicit_zero_prob
         if from_cell and self.cell_decoder is not None:
             names += ["mse_cell"] + ["zero_cell"] * self.config.explicit_zero_prob
         return tuple(names)
 
     def _normalise_domains(self, x: Tensor, batch: Batch) -> Tensor:
-        """Each experimental batch by its own statistics; cells of several may share a mini-batch."""
+        """Normalise each experimental batch by its own statistics; a mini-batch may hold cells of several."""
         domain = batch.experiment[batch.cell]
         normalised = torch.empty_like(x)
         for label in domain.unique().tolist():
@@ -242,7 +242,7 @@ class Model(CellModel):
 
 # --- the original's checkpoint folders ---
 
-# names in scGPT's state dict and ours; the first that fits is used, both ways
+# names in scGPT's state dict and ours; the first match is used, for reading and for writing
 _NAMES: tuple[tuple[str, str], ...] = (
     ("encoder.embedding.", "gene_embedding."),
     ("encoder.enc_norm.", "gene_norm."),
@@ -301,15 +301,16 @@ def read(path: str | Path) -> Checkpoint:
 
 
 def write(model: Model, path: Path) -> None:
-    """Write a folder that the scGPT package (and :func:`read`) reads."""
+    """Write a folder that the scGPT package and :func:`read` can read."""
     config, encoder = model.config, model.encoder
     if len(model.heads) > 1:
         raise ValueError(
-            f"scGPT has room for one classification head, the model has {len(model.heads)}. Use format='native'."
+            f"scGPT's format holds one classification head, but the model has {len(model.heads)}. Use format='native'."
         )
     if model.heads and model.head_specs[0].pooling not in (None, "cls"):
         raise ValueError(
-            "the head reads a mean over genes, one on <cls> expected. Use head_reads='published' or format='native'."
+            "scGPT's format holds a head on <cls>, but this head reads a mean over genes. Fine-tune with "
+            "head_reads='published', or use format='native'."
         )
     args: dict[str, Any] = {
         "embsize": config.d_model, "nheads": config.n_heads, "d_hid": config.d_hidden, "nlayers": config.n_layers,
@@ -331,17 +332,18 @@ def write(model: Model, path: Path) -> None:
 
 
 def read_vocab(path: Path) -> Vocab:
-    """scGPT's ``{symbol: id}`` file."""
+    """Read scGPT's ``{symbol: id}`` file."""
     tokens = read_tokens(path)
     if isinstance(tokens, dict):
         raise ValueError(
-            f"{path} is a native scllm vocabulary, scGPT's symbol -> id dictionary expected. Drop family=."
+            f"Expected scGPT's dictionary of symbols and ids, but {path} is a vocabulary that scllm wrote. Leave "
+            "family= out."
         )
     return Vocab(_with_specials(tokens), mask=None)
 
 
 def _with_specials(tokens: Sequence[str]) -> tuple[str, ...]:
-    """Specials that are missing are appended, as scGPT's package does when it reads."""
+    """Append missing special tokens, as the scGPT package does when it reads a vocabulary."""
     return (*tokens, *(token for token in _SPECIALS if token not in tokens))
 
 
@@ -350,12 +352,12 @@ def _ours(name: str) -> str:
 
 
 def _theirs(name: str) -> str:
-    # several of their names may stand for one of ours: the first is the released one
+    # several of their names may map to one of ours; the first is that of the release
     return renamed(name, [(ours, theirs) for theirs, ours in _NAMES])
 
 
 def _config(args: dict[str, Any], weights: dict[str, Tensor]) -> Config:
-    """The architecture: sizes from the settings, optional parts from the weights that are there."""
+    """Read the architecture: sizes from the settings, optional parts from the weights."""
     style: CellDecoder | None = None
     if "cell_decoder.weight.weight" in weights:
         style = args.get("mvc_decoder_style") or "inner product"
@@ -388,7 +390,7 @@ def _config(args: dict[str, Any], weights: dict[str, Tensor]) -> Config:
 
 
 def _encoder(args: dict[str, Any], config: Config) -> Encoder:
-    """The original's embedding path: ties drawn, ``<cls>`` beside the padding value, 1,200 genes and ``<cls>``."""
+    """Make the encoder of the original's embedding code: random ties, ``<cls>`` with the padding value, 1,200 genes."""
     max_len = args.get("max_seq_len", 1200) + 1
     cls_value = args.get("pad_value", -2)
     zeros = bool(args.get("include_zero_gene", False))
@@ -396,5 +398,5 @@ def _encoder(args: dict[str, Any], config: Config) -> Encoder:
         return ValueEncoder(max_len=max_len, cls_value=cls_value, include_zeros=zeros)
     ties = args.get("ties", "random")
     if config.value_style == "category":
-        cls_value = 0  # the table of bins has no row for a negative value
+        cls_value = 0  # the table of bins has no row for negative values
     return BinEncoder(args.get("n_bins", 51), max_len, ties, cls_value, zeros)

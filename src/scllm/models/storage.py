@@ -1,6 +1,6 @@
-"""A model in a folder: ``config.json``, ``vocab.json``, ``weights.safetensors``; whole or not there, strictly read.
+"""Write and read a model folder: ``config.json``, ``vocab.json``, ``weights.safetensors``.
 
-``extras.npz`` holds the arrays of encoders that have any.
+``extras.npz`` holds the arrays of encoders that have any. A folder is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ _FILES = ("config.json", "vocab.json", "weights.safetensors", "history.jsonl", _
 
 
 def write_native(model: CellModel, path: Path) -> None:
-    """Write beside the target, then rename: the folder is whole or not there.
+    """Write a model folder next to the target and rename it, so that the target is never incomplete.
 
-    A model that is replaced is moved aside just before: who looks, or is killed, between the two renames finds no model
-    at the path, and both lie whole beside it, in hidden folders that begin with its name.
+    A model that is replaced is first moved aside. If the process is killed between the two renames, the path is empty,
+    and both models are complete in hidden folders next to it whose names begin with that of the model.
     """
     path = path.absolute()
     _check_target(path)
@@ -77,7 +77,7 @@ def write_native(model: CellModel, path: Path) -> None:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, fresh / "weights.safetensors")
         if model.history is not None:
-            # what a line does not have is NaN in the table
+            # missing entries of a line are NaN in the table
             lines = [{k: v for k, v in line.items() if v == v} for line in model.history.to_dict("records")]
             append_history(fresh / "history.jsonl", lines)
         if model.report is not None:
@@ -92,32 +92,32 @@ def write_native(model: CellModel, path: Path) -> None:
 
 
 def bytes_on_disk(model: CellModel) -> int:
-    """Size of the folder that a model is saved in: written, measured, and removed."""
+    """Measure the size of a saved model by writing it into a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         write_native(model, Path(folder) / "model")
         return sum(file.stat().st_size for file in (Path(folder) / "model").iterdir())
 
 
 def check_empty(path: Path) -> None:
-    """Raise where files of a published format would take the place of others."""
+    """Raise if writing a published format would overwrite other files."""
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"{path} is there and not empty, a new folder expected. Pass another path.")
+        raise ValueError(f"Expected a new or empty folder, but {path} already exists. Pass another path.")
 
 
 def _check_target(path: Path) -> None:
-    """Raise where writing a model would take the place of anything but a model."""
+    """Raise if writing a model would replace anything but a model."""
     if not path.exists():
         return
     others = sorted(file.name for file in path.iterdir() if file.name not in _FILES) if path.is_dir() else [path.name]
     if others:
         raise ValueError(
-            f"{path} holds other files (first: {others[0]!r}), a new folder or a model that scllm wrote expected: it "
-            "would be replaced. Pass another path."
+            f"Expected a new folder or a model that scllm wrote, but {path} holds other files (first: {others[0]!r}), "
+            "which would be deleted. Pass another path."
         )
 
 
 def from_hub(name: str) -> Path:
-    """Fetch a repository of the Hugging Face Hub (``hf://owner/name``): weights and dictionaries, never code."""
+    """Download weights and dictionaries, never code, from the Hugging Face Hub (``hf://owner/name``)."""
     from huggingface_hub import snapshot_download  # only when the user names the Hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -126,30 +126,30 @@ def from_hub(name: str) -> Path:
         return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
-            f"{name} could not be fetched ({str(error).splitlines()[0]}), a repository of the Hugging Face Hub "
-            "that can be reached expected. Check its name and the connection, or pass a folder that is here."
+            f"Could not download {name} from the Hugging Face Hub ({str(error).splitlines()[0]}). Check the name and "
+            "the connection, or pass a local folder."
         ) from error
 
 
 def is_native(path: Path) -> bool:
-    """Whether a folder holds a model that scllm wrote."""
+    """Return whether a folder holds a model that scllm wrote."""
     config = path / "config.json"
     return config.is_file() and (path / "weights.safetensors").is_file() and '"family"' in config.read_text()[:4096]
 
 
 def read_native(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], dict[str, NDArray[Any]]]:
-    """Contents of ``config.json``, ``vocab.json``, the weights and the arrays of the encoder."""
+    """Read ``config.json``, ``vocab.json``, the weights and the arrays of the encoder."""
     config = _json(path / "config.json")
     if config.get("format") != _FORMAT:
         raise ValueError(
-            f"{path} has format {config.get('format')!r}, this version of scllm reads {_FORMAT}. Update scllm."
+            f"Expected a model in format {_FORMAT}, but {path} has format {config.get('format')!r}. Update scllm."
         )
     try:
         weights = load_file(path / "weights.safetensors")
     except SafetensorError as error:
         raise ValueError(
-            f"{path / 'weights.safetensors'} cannot be read ({error}); a whole safetensors file expected. The file is "
-            "truncated or damaged: copy it again, or take an earlier checkpoint."
+            f"Expected a complete safetensors file, but {path / 'weights.safetensors'} cannot be read ({error}). It is "
+            "truncated or damaged: copy it again, or use an earlier checkpoint."
         ) from error
     arrays = {}
     if (path / _ARRAYS).is_file():
@@ -163,48 +163,49 @@ def _json(file: Path) -> dict[str, Any]:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{file} cannot be read ({error}), a whole JSON file expected. It is truncated or damaged: copy it again."
+            f"Expected a complete JSON file, but {file} cannot be read ({error}). It is truncated or damaged: copy it "
+            "again."
         ) from error
 
 
 def read_torch(path: Path) -> dict[str, Any]:
-    """A file of ``torch.save``, plain tensors and containers only: nothing in it is executed."""
+    """Read plain tensors and containers from a file of ``torch.save``, without executing anything in it."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there, a checkpoint file expected. Check the path.")
+        raise FileNotFoundError(f"Expected a checkpoint file at {path}, but it does not exist. Check the path.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{path} cannot be read ({reason}); a whole file of plain tensors expected. It is truncated, damaged or "
-            "holds code, which is never executed: copy it again, or take another checkpoint."
+            f"Expected a complete file of plain tensors, but {path} cannot be read ({reason}). It is truncated, "
+            "damaged or contains code, which scllm never executes: copy it again, or use another checkpoint."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(
-            f"{path} holds a {type(content).__name__}, a dictionary of weights expected. Take another checkpoint."
+            f"Expected a dictionary of weights in {path}, got a {type(content).__name__}. Use another checkpoint."
         )
     return content
 
 
 def gene_list(file: Path, vocab: Vocab | None, n_genes: int, names: Sequence[str]) -> tuple[str, ...]:
-    """Genes of a checkpoint that does not name them: those of ``vocab``, or of a list beside it of one of ``names``."""
+    """Return the genes of a checkpoint without gene names, from ``vocab`` or from a file next to it."""
     lists = [file.parent / name for name in names if (file.parent / name).is_file()]
     if vocab is None and not lists:
         raise ValueError(
-            f"{file} holds no gene names, the list of its {n_genes} genes in their order expected. Pass it with "
-            f"vocab=, or put it beside the file as {names[0]}."
+            f"{file} does not contain gene names. Pass the list of its {n_genes} genes in order with vocab=, or put it "
+            f"next to the file as {names[0]}."
         )
     genes = (vocab or Vocab.read(lists[0])).genes
     if len(genes) != n_genes:
         raise ValueError(
-            f"the gene list has {len(genes)} genes, the model in {file} has {n_genes}; the list that the model was "
-            "trained with expected. Pass that one with vocab=."
+            f"Expected a list of {n_genes} genes, as many as the model in {file} has, got {len(genes)}. Pass the list "
+            "that the model was trained with as vocab=."
         )
     return genes
 
 
 def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
-    """A weight's name by the first entry ``(old, new)`` whose old beginning fits; ``#`` stands for a layer's number."""
+    """Rename a weight by the first entry ``(old, new)`` whose old prefix matches; ``#`` matches a layer's number."""
     for old, new in table:
         found = re.match(re.escape(old).replace(r"\#", r"(\d+)"), name)
         if found:
@@ -216,7 +217,7 @@ def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
 def load_weights(
     model: nn.Module, weights: Mapping[str, Tensor], *, source: object, ignore: Iterable[str] = ()
 ) -> None:
-    """Every weight must find its place; what is missing, left over or of another shape is an error that lists names."""
+    """Load weights; names that are missing, unused or of the wrong shape raise an error that lists them."""
     expected = model.state_dict()
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     given = (
@@ -229,12 +230,12 @@ def load_weights(
         for name in sorted(set(given) & set(expected))
         if given[name].shape != expected[name].shape
     ]
-    problems = [("missing", missing), ("left over", surplus), ("of another shape", shapes)]
+    problems = [("missing", missing), ("unused", surplus), ("wrong shape", shapes)]
     seen = "; ".join(f"{what}: {listed(names, quoted=False)}" for what, names in problems if names)
     if seen:
         raise ValueError(
-            f"the weights in {source} do not fit the model ({seen}). Every weight must find its place: check that the "
-            "architecture is the one that was trained, or name parts to leave out with `ignore=`."
+            f"The weights in {source} do not match the model ({seen}). Check that the architecture is the one that was "
+            "trained, or pass prefixes of weights to leave out with ignore=."
         )
     model.load_state_dict(given, strict=not ignore)
 
@@ -245,7 +246,7 @@ def _flush(file: Path) -> None:
 
 
 def _swap(fresh: Path, path: Path) -> None:
-    """Put a finished folder in the place of another, in two renames: no file of one ever stands among the other's."""
+    """Replace a folder by a finished one with two renames, so that files of the two are never mixed."""
     if not path.exists():
         fresh.rename(path)
         return

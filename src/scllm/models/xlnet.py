@@ -1,7 +1,7 @@
-"""XLNet over gene sentences: each gene from those before it in a drawn order (Yang et al. 2019).
+"""XLNet on ranked genes: predicts each gene from those before it in a random order (Yang et al. 2019).
 
-In transformers' XLNet every position sees itself unless ``perm_mask`` and ``target_mapping`` say otherwise: trained
-with labels alone it copies. Here genes are only ever predicted through both.
+In transformers' XLNet, every position sees itself unless ``perm_mask`` and ``target_mapping`` prevent it, so with
+labels alone the network learns to copy. Here, genes are always predicted with both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scllm.models.base import Batch
-from scllm.models.gene_lm import GeneLM, Likelihood, SentenceConfig
+from scllm.models.gene_lm import GeneLM, GeneLMConfig, Likelihood
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model"]
 
@@ -29,13 +29,13 @@ FINETUNE = {"epochs": 3, "batch_size": 32, "lr": 3e-5}
 
 
 @dataclass(frozen=True)
-class Config(SentenceConfig):
-    """The architecture; ``"xlnet-base"`` is the published one's. Positions are relative, so none are learnt."""
+class Config(GeneLMConfig):
+    """Architecture of XLNet, with relative positions; the size ``"xlnet-base"`` is that of the published model."""
 
     takes: ClassVar[tuple[Likelihood, ...]] = ("permutation",)
 
     def architecture(self) -> dict[str, Any]:
-        """XLNet's settings."""
+        """Return XLNet's settings."""
         if self.hf_config is not None:
             return super().architecture()
         return {
@@ -45,23 +45,23 @@ class Config(SentenceConfig):
 
 
 class Model(GeneLM):
-    """XLNet: post-norm blocks with relative positions; a second stream of states that know their place alone.
+    """XLNet: post-norm blocks with relative positions and a second stream of states that know only their position.
 
-    Embeddings come from the first stream, in which all genes of a cell see each other. Adapters (``lora``) reach the
-    feed-forward layers: the attention's weights are no linear layers.
+    Embeddings come from the first stream, in which all genes of a cell see each other. Adapters (``lora``) are put into
+    the feed-forward layers only, because the attention's weights are not linear layers.
     """
 
     family = "xlnet"
 
     def permuted_logits(self, batch: Batch, order: Tensor, at: Tensor) -> Tensor:
-        """Logits of the tokens at positions ``at``, ``(n, n_tokens)``, each from the tokens of lower order alone.
+        """Compute logits of the tokens at positions ``at``, ``(n, n_tokens)``, each only from tokens of lower order.
 
         Parameters
         ----------
         batch
             The cells.
         order
-            When each token's turn comes, ``(t,)``; tokens of one turn do not see each other.
+            Order of each token, ``(t,)``; tokens with the same number do not see each other.
         at
             Positions to predict.
         """
@@ -71,7 +71,7 @@ class Model(GeneLM):
         wanted = torch.zeros_like(batch.genes, dtype=torch.bool).index_fill(0, at, True)
         asked = torch.zeros_like(padding)
         asked[~padding] = wanted
-        # as many targets a cell as the cell with most has; a surplus one looks at padding and is dropped
+        # every cell gets as many targets as the cell with most; surplus targets are dropped afterwards
         n_asked = asked.sum(1)
         most = int(n_asked.max()) if len(n_asked) else 1
         place = torch.argsort((~asked).to(torch.uint8), dim=1, stable=True)[:, :most]
@@ -83,14 +83,14 @@ class Model(GeneLM):
             target_mapping=torch.nn.functional.one_hot(place, genes.shape[1]).to(dtype),
         )
         there = torch.arange(place.shape[1], device=place.device) < n_asked[:, None]
-        # targets come out by position; `at` may ask for them in any order
+        # targets are returned by position, while `at` may be in any order
         found = self.network.get_output_embeddings()(states[there])
         return found[wanted.cumsum(0)[at] - 1]
 
     def _unseen(self, turn: Tensor) -> Tensor:
-        """Which tokens each token must not see, ``(b, l, l)``: itself and those whose turn has not come before its."""
+        """Return which tokens each token must not see, ``(b, l, l)``: itself and all that are not before it."""
         return turn[:, None, :] >= turn[:, :, None]
 
     def gene_logits(self, batch: Batch, at: Tensor) -> Tensor:
-        """Logits of the tokens at positions ``at``, ``(n, n_tokens)``, from all tokens that are not among them."""
+        """Compute logits of the tokens at positions ``at``, ``(n, n_tokens)``, from all other tokens."""
         return self.permuted_logits(batch, torch.zeros_like(batch.genes).index_fill(0, at, 1), at)
