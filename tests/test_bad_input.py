@@ -137,7 +137,7 @@ LOGGED = {
 }
 DAMAGED = {
     "seen": r"best_model\.pt cannot be read", "expected": "plain tensors",
-    "advice": "copy it again, or take another checkpoint",
+    "advice": "checkpoint",
 }  # fmt: skip
 
 CASES = {
