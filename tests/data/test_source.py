@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from scllm.data.source import CellSource, fingerprint, open_source, write_arrays
+from scllm.data.fingerprint import fingerprint
+from scllm.data.source import CellSource, open_source, write_arrays
 
 N_CELLS, N_GENES = 150, 30
 ROWS = np.random.default_rng(1).integers(0, N_CELLS, 200)  # any order, with repeats

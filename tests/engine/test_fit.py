@@ -16,6 +16,7 @@ from engine.runs import assert_same_curve, curve, pretrain, workers
 import scllm
 from scllm.data import genes
 from scllm.data.source import open_source
+from scllm.engine import loop
 from scllm.engine.predict import predict
 from scllm.models.storage import read_torch
 
@@ -189,3 +190,28 @@ def test_a_value_that_training_comes_upon_in_a_file_names_the_cell(toy, tmp_path
     # raised on the thread that reads ahead
     with pytest.raises(ValueError, match=re.escape("cell57")):
         pretrain(tmp_path / "toy.h5ad", tmp_path / "run")
+
+
+@pytest.mark.parametrize("validation", [0.1, 0])
+def test_modules_are_walked_once_an_epoch_and_not_at_every_step(toy, tmp_path, monkeypatch, validation):
+    walks, walk = [], loop.train_mode
+    monkeypatch.setattr(loop, "train_mode", lambda model: walks.append(walk(model)))
+    pretrain(toy, tmp_path / "run", validation=validation)
+    assert len(curve(tmp_path / "run").query("split == 'train'")) > 3
+    assert len(walks) == 3
+
+
+def test_every_step_is_in_training_mode_but_for_what_is_frozen(toy, model, tmp_path, monkeypatch):
+    modes, outputs = [], type(model).head_outputs
+
+    def watched(self, batch):
+        if torch.is_grad_enabled():
+            modes.append((self.training, self.blocks[0].training, self.blocks[1].training))
+        return outputs(self, batch)
+
+    monkeypatch.setattr(type(model), "head_outputs", watched)
+    options = {"validation": 0.1, "epochs": 2, "device": "cpu", "run_dir": tmp_path / "run"}
+    config = scllm.tl.TrainConfig(head_reads="published")
+    scllm.tl.finetune(toy, model, key="cell_type", freeze=1, config=config, **options)
+    assert len(modes) > 4
+    assert set(modes) == {(True, False, True)}

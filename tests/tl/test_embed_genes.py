@@ -12,7 +12,7 @@ from scllm.data.genes import match
 from scllm.data.source import open_source
 from scllm.models.base import Batch
 from scllm.tl import embed_genes
-from scllm.tl._embed import _contextual_means
+from scllm.tl._embed import _contextual_means, _Means
 from scllm.tl._model import gene_match
 
 
@@ -76,3 +76,15 @@ def test_means_are_kept_for_the_genes_of_the_data_alone(adata, tiny):
     assert means.shape == (14, 1, 16)
     embed_genes(part, tiny, contextual=True)
     np.testing.assert_allclose(part.varm["scllm_genes"], np.nanmean(states_slowly(part, tiny), axis=0), atol=1e-5)
+
+
+def test_more_cells_than_float32_can_count_are_counted():
+    means = _Means(2, 3)
+    means.add(torch.zeros(2, dtype=torch.int64), torch.ones(2, 3))
+    means.count[0] += 1 << 24  # as many cells before
+    means.total[0] += 1 << 24
+    for _ in range(3):
+        means.add(torch.zeros(1, dtype=torch.int64), torch.ones(1, 3))
+    assert means.count.tolist() == [(1 << 24) + 5, 0]
+    assert means.so_far()[0].tolist() == [1, 1, 1]
+    assert means.so_far()[1].isnan().all()

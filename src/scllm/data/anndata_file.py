@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from anndata.io import read_elem
 
 from scllm._typing import IntArray
 
-__all__ = ["AnnDataFile", "FileTables", "MemoryTables", "Tables", "is_array", "naming"]
+__all__ = ["AnnDataFile", "FileTables", "MemoryTables", "Tables", "is_array", "naming", "stamp"]
 
 _opening = threading.RLock()
 
@@ -170,6 +171,19 @@ def naming(path: Path, rows: IntArray) -> Iterator[None]:
             f"'{path}' could not be read ({span}): {error}. The file as it was when opened was expected; "
             "see whether it was moved, truncated or is on a disk that went away, then call again."
         ) from error
+
+
+def stamp(path: Path) -> str:
+    """When and how large a file, or each file of a folder, was written last, in one line; to key caches only."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [(str(file), *_times(file)) for file in files]
+    return hashlib.blake2b(repr((str(path.absolute()), found)).encode(), digest_size=8).hexdigest()
+
+
+def _times(file: Path) -> tuple[int, int, int]:
+    """Size and both times: one of them changes where a copy was given the time of its original."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _with_cache(dataset: h5py.Dataset, n_bytes: int) -> h5py.Dataset:

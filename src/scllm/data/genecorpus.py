@@ -20,7 +20,7 @@ import pandas as pd
 from scipy import sparse
 
 from scllm._checks import missing_key
-from scllm._typing import CSR, FloatArray, Rows
+from scllm._typing import CSR, FloatArray, IntArray, Rows
 from scllm.data.dictionaries import read_dictionary
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
@@ -59,6 +59,14 @@ class RankedCells:
         column = np.full(len(self.vocab), -1, np.int32)
         column[self.vocab.gene_ids] = np.arange(len(self.vocab.genes))
         return column
+
+    @cached_property
+    def lengths(self) -> IntArray | None:
+        """Genes of each cell, if its tokens are counted: the same specials stand in every sentence."""
+        if "length" not in self._sentences.column_names or not self.n_obs:
+            return None
+        found = self._sentences.select_columns(["length"])[:]["length"].to_numpy()
+        return found - (found[0] - self.read(slice(0, 1)).nnz)
 
     def read(self, rows: Rows) -> CSR:
         """Read rows in the order asked for."""

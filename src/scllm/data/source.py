@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from scllm.data.mapped import MappedRows, TransposedRows, write_rows
 from scllm.data.storage import DenseRows, MemoryRows, RowStore, SelectedRows, SparseRows, positions
 from scllm.kernels.ragged import take_rows
 
-__all__ = ["CellSource", "ConcatenatedCells", "StoredCells", "fingerprint", "open_source", "write_arrays"]
+__all__ = ["CellSource", "ConcatenatedCells", "StoredCells", "open_source", "write_arrays"]
 
 # the last file of a folder of memory-mapped arrays to be written: with it the folder is whole
 _TABLES = "cells.h5ad"
@@ -140,7 +139,7 @@ def write_arrays(
 
     Returns
     -------
-    The folder, for :func:`open_source`. It keeps the name of the layer, and so the fingerprint.
+    The folder, for :func:`open_source`. It keeps the name of the layer.
     """
     folder = Path(path)
     if (folder / _TABLES).exists():
@@ -163,19 +162,6 @@ def _is_text(column: pd.Series) -> bool:
     return pd.api.types.infer_dtype(np.asarray(values, dtype=object), skipna=True) == "string"
 
 
-def fingerprint(source: CellSource) -> str:
-    """Hash what a source holds, cheaply: size, genes, layer and 64 rows spread over all.
-
-    The same matrix has the same fingerprint however it is stored.
-    """
-    block = source.read(np.unique(np.linspace(0, source.n_obs - 1, min(64, source.n_obs)).astype(np.int64)))
-    block.eliminate_zeros()
-    digest = hashlib.sha256(repr((source.n_obs, source.layer, list(source.genes))).encode())
-    for array, dtype in ((block.indptr, "<i8"), (block.indices, "<i8"), (block.data, "<f8")):
-        digest.update(array.astype(dtype).tobytes())
-    return digest.hexdigest()[:16]
-
-
 class StoredCells:
     """One matrix beside the tables that describe its cells and genes."""
 
@@ -188,6 +174,16 @@ class StoredCells:
     def read(self, rows: Rows) -> CSR:
         """Read rows in the order asked for."""
         return self._store.read(positions(rows, self.n_obs))
+
+    @property
+    def path(self) -> Path | None:
+        """The file or folder that holds the matrix; ``None`` for one in memory and for a view."""
+        return getattr(self._store, "path", None)
+
+    @property
+    def lengths(self) -> IntArray | None:
+        """Values stored for each cell; ``None`` where only reading them tells."""
+        return getattr(self._store, "lengths", None)
 
     @property
     def obs_names(self) -> pd.Index:

@@ -80,7 +80,7 @@ class SparseRows:
     chunked = True
 
     def __init__(self, file: AnnDataFile, key: str) -> None:
-        self.file, self.key = file, key
+        self.file, self.key, self.path = file, key, file.path
         group = file.root[key]
         self.indptr: IntArray = group["indptr"][:].astype(np.int64, copy=False)
         self.shape = (len(self.indptr) - 1, int(group.attrs["shape"][1]))
@@ -91,6 +91,11 @@ class SparseRows:
         self.chunk_rows = int(np.clip(6 * chunk // per_row, 64, 256))
         # zarr keeps no decompressed chunks, so two slices of one chunk would decompress it twice
         self._bridge = _BRIDGE if isinstance(group["data"], h5py.Dataset) else max(chunk, _BRIDGE)
+
+    @property
+    def lengths(self) -> IntArray:
+        """Values stored in each row."""
+        return np.diff(self.indptr)
 
     def read(self, rows: IntArray) -> CSR:
         """Read rows in the order asked for."""
@@ -130,7 +135,7 @@ class DenseRows:
     chunked = True
 
     def __init__(self, file: AnnDataFile, key: str) -> None:
-        self.file, self.key = file, key
+        self.file, self.key, self.path = file, key, file.path
         array = file.root[key]
         self.shape, self.dtype = array.shape, stored_dtype(array.dtype)
         height = array.chunks[0] if array.chunks else 1

@@ -21,7 +21,8 @@ from scllm import models
 from scllm._log import log, show_progress, warn
 from scllm.data import genes
 from scllm.data.encode import Encoder
-from scllm.data.source import CellSource, fingerprint, open_source
+from scllm.data.fingerprint import fingerprint, same_matrix, source_stamp
+from scllm.data.source import CellSource, open_source
 from scllm.engine import ranks
 from scllm.engine.calibrate import calibrate
 from scllm.engine.checkpoint import restore, save, writing
@@ -167,11 +168,14 @@ def _open(run: Run, spec: dict[str, Any]) -> CellSource:
             )
         return open_source(run.data)
     source = open_source(reference, layer=spec["data"]["layer"])
+    if source_stamp(source) == spec["data_stamp"]:  # nobody touched the files since they were hashed
+        return source
     seen, expected = fingerprint(source), spec["data"]["fingerprint"]
-    if seen != expected:
+    if not same_matrix(seen, expected):
         raise ValueError(
             f"{reference} holds other cells, genes or values than when the run in {run.path} began (fingerprint "
-            f"{seen}, {expected} expected): parts and labels are kept by row. Put the data back, or start another run."
+            f"{seen}, then {expected}). The split and the labels are kept by row. Put the data back, or start another "
+            "run."
         )
     return source
 

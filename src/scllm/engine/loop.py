@@ -75,6 +75,7 @@ def fit(
     with tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=quiet, leave=False) as bar:
         while step < n_steps and (config.patience is None or since_best < config.patience):
             epoch = step // per_epoch
+            train_mode(model)  # validation, at the end of an epoch, leaves it
             read = batches.epoch(epoch, start=step % per_epoch, rank=rank, world=world, parts=config.accumulate)
             with closing(read):
                 began = time.perf_counter()
@@ -153,7 +154,6 @@ class _Updates:
 
     def _gradients(self, parts: Sequence[Batch], step: int) -> tuple[dict[str, float], float, int]:
         """Sum this rank's gradients; means of the losses, what they are means over, and the cells, over all ranks."""
-        train_mode(self.model)
         self.model.at_step(step, self.config.random_state or 0)
         totals = _Totals(self.objective.logs(self.model), self.device)
         with _seeded(self.device, self.config.random_state or 0, step, ranks.rank()):

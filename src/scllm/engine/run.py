@@ -17,12 +17,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from scllm.data.fingerprint import same_matrix
 from scllm.data.run_files import read_history, read_json, write_json
 
 __all__ = ["Run"]
 
 # what may differ between a run and its continuation
-_FREE = ("versions", "processes", "data_reference")
+_FREE = ("versions", "processes", "data_reference", "data_stamp")
 
 
 # seconds that the processes of a run that was just killed may need to end
@@ -106,9 +107,9 @@ class Run:
         for name in ("spec.json", ".spec.json.new", "cells.npz", ".lock"):
             (self.path / name).unlink(missing_ok=True)
 
-    def refer_to(self, reference: Any) -> None:
-        """Say where other processes find the data now."""
-        write_json(self.path / "spec.json", self.spec | {"data_reference": reference})
+    def refer_to(self, reference: Any, stamp: str | None) -> None:
+        """Say where other processes find the data now, and when those files were written."""
+        write_json(self.path / "spec.json", self.spec | {"data_reference": reference, "data_stamp": stamp})
 
     def is_new(self) -> bool:
         """Whether nothing was written here yet."""
@@ -119,7 +120,7 @@ class Run:
         # as it reads back: JSON knows no tuples
         ours = _flat({k: v for k, v in json.loads(json.dumps(spec)).items() if k not in _FREE})
         theirs = _flat({k: v for k, v in self.spec.items() if k not in _FREE})
-        different = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+        different = sorted(name for name in {*ours, *theirs} if not _agree(name, ours.get(name), theirs.get(name)))
         if different:
             seen = "; ".join(
                 f"{name}: {_cut(theirs.get(name))} there, {_cut(ours.get(name))} here" for name in different[:6]
@@ -167,6 +168,12 @@ class Run:
             pass
         handle.close()
         return None
+
+
+def _agree(name: str, ours: Any, theirs: Any) -> bool:
+    if name == "data.fingerprint" and ours and theirs:
+        return same_matrix(ours, theirs)
+    return ours == theirs
 
 
 def _cut(value: Any, most: int = 60) -> str:

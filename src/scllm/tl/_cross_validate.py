@@ -20,7 +20,8 @@ from scllm._checks import check_adata, check_options, missing_key
 from scllm._log import details, log, warn
 from scllm._results import match_settings, record, record_classes
 from scllm._typing import CSR, FloatArray, IntArray
-from scllm.data.source import fingerprint, open_source
+from scllm.data.fingerprint import fingerprint
+from scllm.data.source import CellSource, open_source
 from scllm.data.split import PARTS, split_cells
 from scllm.engine.config import TrainConfig
 from scllm.engine.lora import Lora
@@ -29,7 +30,7 @@ from scllm.tl._baseline import label_baseline, log_normalised, value_baseline
 from scllm.tl._classify import classify
 from scllm.tl._finetune import check_class_weight, default_reads, finetune
 from scllm.tl._folds import fold_cells, folds_directory, keep_predictions, kept_predictions
-from scllm.tl._model import ModelLike, remember, resolve
+from scllm.tl._model import ModelLike, gene_match, remember, resolve
 from scllm.tl._out_of_fold import check_coverage, check_folds, find_groups, fold_scores, overall_scores
 from scllm.tl._target import Target, find_target
 from scllm.tl._train import check_config, hash_cells
@@ -197,9 +198,14 @@ class _Cells:
         return log_normalised(self.adata.X if self.layer is None else self.adata.layers[self.layer])
 
     @cached_property
+    def source(self) -> CellSource:
+        """The rows of the matrix."""
+        return open_source(self.adata, layer=self.layer)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Of the matrix and its genes."""
-        return fingerprint(open_source(self.adata, layer=self.layer))
+        return fingerprint(self.source)
 
     def by_model(
         self,
@@ -232,6 +238,7 @@ class _Cells:
             "classes": self.target.classes,
             "data": {
                 "fingerprint": self.fingerprint, "layer": self.layer, "cells": hash_cells(cells),
+                "tokens": hash_cells({"tokens": gene_match(self.adata, self.source, model).token_ids}),
                 **match_settings(self.adata),
             },
         }  # fmt: skip

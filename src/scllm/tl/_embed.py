@@ -238,8 +238,7 @@ def _contextual_means(model, source, match, codes, n_groups) -> FloatArray:
     """Mean state of each measured token over the cells of each group that hold it, ``(n_measured, n_groups, d)``."""
     d, n_measured = model.config.d_model, len(match.measured)
     row = torch.from_numpy(_row_of_token(match, model))
-    total = torch.zeros(n_measured * n_groups, d, dtype=torch.float64)
-    count = torch.zeros(n_measured * n_groups)
+    means = _Means(n_measured * n_groups, d)
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
         # token and cell travel beside the state, so that one array comes back
@@ -250,11 +249,25 @@ def _contextual_means(model, source, match, codes, n_groups) -> FloatArray:
     for rows, found in predict(model, source, match, forward, desc="embedding genes of"):
         group = torch.from_numpy(codes[rows])[found[:, 1].long()]
         place = row[found[:, 0].long()] * n_groups + group
-        there = group >= 0
-        total.index_add_(0, place[there], found[there, 2:].double())
-        count.index_add_(0, place[there], torch.ones(int(there.sum())))
-    total /= count[:, None]  # NaN where a gene was not seen
-    return total.float().view(n_measured, n_groups, d).numpy()
+        means.add(place[group >= 0], found[group >= 0, 2:])
+    return means.so_far().float().view(n_measured, n_groups, d).numpy()
+
+
+class _Means:
+    """Means of vectors by place, of any number of them: float32 would stop counting at 16.7 million."""
+
+    def __init__(self, n_places: int, d: int) -> None:
+        self.total = torch.zeros(n_places, d, dtype=torch.float64)
+        self.count = torch.zeros(n_places, dtype=torch.int64)
+
+    def add(self, place: Tensor, vectors: Tensor) -> None:
+        """Vectors ``(n, d)`` and the place of each."""
+        self.total.index_add_(0, place, vectors.double())
+        self.count += torch.bincount(place, minlength=len(self.count))
+
+    def so_far(self) -> Tensor:
+        """The means, NaN where there was no vector."""
+        return self.total / self.count[:, None]
 
 
 def _row_of_token(match: GeneMatch, model: CellModel) -> IntArray:

@@ -19,7 +19,7 @@ from scllm import models
 from scllm._log import details
 from scllm._results import match_settings
 from scllm._typing import FloatArray, IntArray
-from scllm.data.source import fingerprint
+from scllm.data.fingerprint import fingerprint
 from scllm.data.split import split_cells
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.linear_head import chosen_penalty, fit_linear_head
@@ -173,6 +173,7 @@ class GeneTask:
             "data": {
                 "fingerprint": fingerprint(self.cells.source), "layer": self.options.layer,
                 "genes": hash_cells(genes | {"tokens": self.cells.tokens}),
+                "tokens": hash_cells({"tokens": self.cells.match.token_ids}),
                 **match_settings(self.cells.adata),
             },
         }  # fmt: skip

@@ -25,8 +25,9 @@ from scllm._results import match_settings, record
 from scllm._typing import IntArray
 from scllm.data.checks import warn_of_empty_cells
 from scllm.data.encode import encoder_to_dict
+from scllm.data.fingerprint import fingerprint, source_stamp
 from scllm.data.genes import GeneMatch
-from scllm.data.source import CellSource, fingerprint, open_source, write_arrays
+from scllm.data.source import CellSource, open_source, write_arrays
 from scllm.engine.config import TrainConfig
 from scllm.engine.device import check_gpus, resolve_device
 from scllm.engine.gene_init import start_from_data
@@ -148,13 +149,9 @@ def train(
         "freeze": freeze,
         "lora": None if lora is None else asdict(lora),
         "params": {name: str(value) for name, value in params.items()},
-        "data": {
-            "fingerprint": fingerprint(source),
-            "layer": layer,
-            "cells": hash_cells(cells),
-            **match_settings(data),
-        },
+        "data": _identity(data, source, layer, cells, match),
         "data_reference": _reference(data, layer),
+        "data_stamp": source_stamp(source),
         "processes": asdict(where),
         "versions": {"scllm": version("scllm-tools"), "torch": torch.__version__},
     }
@@ -193,6 +190,19 @@ def train(
         record(data, verb, {**said, "run_dir": run.path}, trained.history)
         remember(data, trained)
     return trained
+
+
+def _identity(
+    data: Data, source: CellSource, layer: str | None, cells: Mapping[str, NDArray[Any]], match: GeneMatch
+) -> dict[str, Any]:
+    """What a run is trained on: if any of it changes, it is another run."""
+    return {
+        "fingerprint": fingerprint(source),
+        "layer": layer,
+        "cells": hash_cells(cells),
+        "tokens": hash_cells({"tokens": match.token_ids}),
+        **match_settings(data),
+    }
 
 
 def check_resume(resume: object, run_dir: object) -> None:
@@ -265,7 +275,7 @@ def _set_up_again(run: Run, spec: Mapping[str, Any], source: CellSource) -> None
     run.check(spec)
     if spec["data_reference"] != run.spec["data_reference"]:
         _store(run, spec, source)
-        run.refer_to(spec["data_reference"])
+        run.refer_to(spec["data_reference"], spec["data_stamp"])
 
 
 def _store(run: Run, spec: Mapping[str, Any], source: CellSource) -> None:
