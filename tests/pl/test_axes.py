@@ -5,6 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from messages import naming
 
 from scllm import pl
 from scllm.pl import _axes
@@ -45,7 +46,7 @@ def test_given_axes_are_drawn_on() -> None:
 
 def test_wrong_number_of_axes_is_named() -> None:
     _, axes = plt.subplots(1, 3)
-    with pytest.raises(ValueError, match="3 axes, this plot draws 1 panels"):
+    with pytest.raises(ValueError, match=naming("ax", 3, 1)):
         pl.loss_curves(HISTORY, ax=axes, show=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+from messages import naming
 
 from scllm import models, pl, tl
 
@@ -20,7 +21,7 @@ def widths(axis):
 def test_bars_are_what_the_report_says(small):
     axes = pl.compression(small, show=False)
     titles = [axis.get_title(loc="left") for axis in axes]
-    assert titles == ["MB on disk", "GFLOP a cell", "cells a second", "cosine to the original", "kNN overlap"]
+    assert titles == ["size on disk (MB)", "GFLOP per cell", "cells per second", "cosine similarity", "kNN overlap"]
     assert widths(axes[0]) == pytest.approx(small.report["bytes_on_disk"] / 1e6)
     assert widths(axes[2]) == pytest.approx(small.report["cells_per_s"])
     assert widths(axes[3]) == pytest.approx([small.report.loc["after", "cosine_mean"]])
@@ -38,9 +39,9 @@ def test_models_folders_and_tables_are_drawn_together(small, tmp_path):
 
 
 def test_there_is_something_to_draw(small):
-    with pytest.raises(ValueError, match="source is an empty list, one model expected"):
+    with pytest.raises(ValueError, match=naming("source", "empty")):
         pl.compression([], show=False)
-    with pytest.raises(ValueError, match=r"the report has the columns \['watts'\], one of .* expected"):
+    with pytest.raises(ValueError, match=naming("['watts']", "'bytes_on_disk'")):
         pl.compression(pd.DataFrame({"watts": [1, 2]}, index=["before", "after"]), show=False)
     axis = pl.compression(small, labels="mine", show=False)[0]
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["mine"]
@@ -48,9 +49,9 @@ def test_there_is_something_to_draw(small):
 
 def test_sources_without_a_report_are_an_error(tmp_path):
     whole = models.build("scgpt", vocab=["a", "b"], size="tiny")
-    with pytest.raises(ValueError, match=r"the Model has no report of a compression, rows 'before' and 'after'"):
+    with pytest.raises(ValueError, match=naming("Model", "'before'", "'after'")):
         pl.compression(whole)
-    with pytest.raises(ValueError, match="holds no report of a compression"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "'before'", "'after'")):
         pl.compression(tmp_path)
-    with pytest.raises(ValueError, match="2 labels for 1 sources"):
+    with pytest.raises(ValueError, match=naming("labels", 2, 1)):
         pl.compression(pd.DataFrame(index=["before", "after"]), labels=["a", "b"])

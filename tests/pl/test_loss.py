@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from messages import naming
 
 from scllm._results import record
 from scllm.pl import loss_curves
@@ -145,15 +146,15 @@ def test_history_without_validation_is_drawn(history) -> None:
 
 
 def test_bad_sources_are_named(history, adata, tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"history\.jsonl.*expected"):
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path / "history.jsonl")):
         loss_curves(tmp_path, show=False)
     with pytest.raises(KeyError, match=r"'pretrain' is not in adata\.uns.*scllm\.tl\.pretrain"):
         loss_curves(adata, show=False)
     with pytest.raises(KeyError, match="Did you mean 'masked'"):
         loss_curves(history, metrics=["maskd"], show=False)
-    with pytest.raises(ValueError, match="no training history"):
+    with pytest.raises(ValueError, match=naming("SimpleNamespace", "history")):
         loss_curves(SimpleNamespace(history=None), show=False)
-    with pytest.raises(ValueError, match="1 labels for 2 sources"):
+    with pytest.raises(ValueError, match=naming("labels", 1, 2)):
         loss_curves([history, history], labels=["a"], show=False)
 
 

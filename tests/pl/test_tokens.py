@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from messages import naming
 from scipy import sparse
 
 from scllm.pl import _tokens, bin_distribution, gene_coverage, reconstruction
@@ -49,7 +50,7 @@ def test_coverage_without_lost_genes_is_drawn(matched) -> None:
     matched.uns["scllm"]["match_genes"]["table"] = matched.uns["scllm"]["match_genes"]["table"][:0]
     axes = gene_coverage(matched, show=False)
     axes[0].figure.canvas.draw()
-    assert axes[1].get_title() == "no gene is lost"
+    assert axes[1].get_title() == "all genes matched"
 
 
 def test_coverage_before_matching_says_what_to_call(adata) -> None:
@@ -147,7 +148,7 @@ def test_truth_is_read_from_a_backed_matrix(binned, tmp_path) -> None:
     axes = [reconstruction(cells, truth=None, show=False) for cells in (binned, backed)]
     assert axes[0].get_title() == axes[1].get_title()
     binned.X = None
-    with pytest.raises(ValueError, match=r"adata\.X is None, expression expected\. Set it"):
+    with pytest.raises(ValueError, match=naming("adata.X", None)):
         reconstruction(binned, truth=None, show=False)
 
 

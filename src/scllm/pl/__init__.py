@@ -1,4 +1,4 @@
-"""Plots: training, tokens, labels, benchmarks, smaller models. Embeddings are plotted by scanpy."""
+"""Plots of training, tokens, labels, benchmarks and smaller models. Use scanpy to plot embeddings."""
 
 from __future__ import annotations
 

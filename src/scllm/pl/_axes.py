@@ -1,4 +1,4 @@
-"""What every plot does alike: make axes, strip what carries nothing, show or return."""
+"""Shared by all plots: make axes, remove clutter, show or return the figure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["COLORS", "GREY", "AxesArray", "axis_grid", "colors", "one_axis", "sh
 AxesArray: TypeAlias = NDArray[np.object_]
 Drawn = TypeVar("Drawn", Axes, AxesArray)
 
-# Okabe and Ito: told apart with any colour vision. Blue and vermilion lead, since two colours are needed most often
+# colours of Okabe and Ito, distinct for any colour vision; blue and vermilion first, because most plots need two
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 GREY = "#767676"
 
@@ -24,7 +24,7 @@ _STATIC_BACKENDS = frozenset({"agg", "cairo", "pdf", "pgf", "ps", "svg", "templa
 
 
 def one_axis(ax: Axes | None, figsize: tuple[float, float]) -> Axes:
-    """``ax``, or the axes of a new figure."""
+    """Return ``ax``, or the axes of a new figure."""
     return plt.subplots(figsize=figsize, layout="constrained")[1] if ax is None else ax
 
 
@@ -36,12 +36,12 @@ def axis_grid(
     n_columns: int | None = None,
     width_ratios: Sequence[float] | None = None,
 ) -> AxesArray:
-    """One axes for each panel, ``(n_panels,)``: those passed, or those of a new figure."""
+    """Return one axes for each panel, ``(n_panels,)``: those passed, or those of a new figure."""
     if ax is not None:
         given = np.atleast_1d(np.asarray(ax, dtype=object)).ravel()
         if len(given) != n_panels:
             raise ValueError(
-                f"`ax` holds {len(given)} axes, this plot draws {n_panels} panels. Pass that many, or leave `ax` out."
+                f"Expected {n_panels} axes in ax=, one for each panel, got {len(given)}. Pass as many, or leave ax out."
             )
         return given
     n_columns = n_columns or n_panels
@@ -55,7 +55,7 @@ def axis_grid(
 
 
 def tidy(ax: Axes, *, grid: str | None = None) -> None:
-    """No upper and right border; if asked for, faint lines along one axis."""
+    """Remove the upper and right border, and draw faint grid lines along one axis if requested."""
     ax.spines[["top", "right"]].set_visible(False)
     if grid:
         ax.grid(axis=grid, color="#E6E6E6", linewidth=0.7)
@@ -63,14 +63,14 @@ def tidy(ax: Axes, *, grid: str | None = None) -> None:
 
 
 def colors(n: int) -> list[str]:
-    """``n`` colours that stay apart, on from eight in shades of one map."""
+    """Return ``n`` distinct colours; more than eight are shades of one colour map."""
     if n <= len(COLORS):
         return list(COLORS[:n])
     return [mpl.colors.to_hex(mpl.colormaps["viridis"](at)) for at in np.linspace(0, 0.95, n)]
 
 
 def show_or_return(drawn: Drawn, show: bool | None) -> Drawn | None:
-    """Show the figure and return nothing, or return what was drawn; ``None``: show where there is a screen."""
+    """Show the figure, or return what was drawn; ``show=None``: show it if there is a screen."""
     if show is None:
         show = mpl.get_backend().lower() not in _STATIC_BACKENDS
     if not show:

@@ -1,4 +1,4 @@
-"""Embeddings side by side."""
+"""Plot benchmark scores of several embeddings."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ _GAP = 0.25  # between groups of columns
 
 
 def benchmark_table(adata: AnnData | pd.DataFrame, *, ax: Axes | None = None, show: bool | None = None) -> Axes | None:
-    """Draw the scores of ``scllm.tl.benchmark`` as a table, the best embedding first.
+    """Plot the scores of ``scllm.tl.benchmark`` as a table, with the best embedding first.
 
-    Colours run from 0 to 1 in every column, so that equal colours are equal scores; the best of a column is bold. Means
-    are drawn as bars.
+    Colours range from 0 to 1 in every column, so equal colours are equal scores. The best score of a column is bold.
+    Means are drawn as bars.
 
     Parameters
     ----------
     adata
-        After ``scllm.tl.benchmark``, or the table that it returned.
+        An AnnData after ``scllm.tl.benchmark``, or the table that it returned.
     ax
-        Axes to draw on. ``None`` = a new figure.
+        Axes to draw on. ``None``: a new figure.
     show
-        Whether to show the figure. ``None`` = if there is a screen.
+        Whether to show the figure. ``None``: only if there is a screen.
 
     Returns
     -------
-    The axes with ``show=False`` or without a screen, else nothing.
+    The axes, if the figure is not shown.
 
     Examples
     --------
@@ -64,7 +64,7 @@ def benchmark_table(adata: AnnData | pd.DataFrame, *, ax: Axes | None = None, sh
     else:
         table = adata
     if "overall" not in table:
-        raise missing_key("overall", table.columns, "a column of the table", "Pass what scllm.tl.benchmark returned.")
+        raise missing_key("overall", table.columns, "a column of the table", "Pass the table of scllm.tl.benchmark.")
     table = table.sort_values("overall", ascending=False)
     places = _places(table)
     width = max(places.values()) + 1
@@ -84,7 +84,7 @@ def benchmark_table(adata: AnnData | pd.DataFrame, *, ax: Axes | None = None, sh
 
 
 def _places(table: pd.DataFrame) -> dict[str, float]:
-    """Left edge of each column: the scores by kind, then the means; without batches there is one mean."""
+    """Return the left edge of each column: scores by kind, then means; without batches there is one mean."""
     means = ("bio", "batch", "overall") if "batch" in table else ("overall",)
     places, left = {}, 0.0
     for kind in (BIO_METRICS, BATCH_METRICS, means):
@@ -95,7 +95,7 @@ def _places(table: pd.DataFrame) -> dict[str, float]:
 
 
 def _draw_fields(ax: Axes, scores: pd.Series, left: float) -> None:
-    """One coloured field a score."""
+    """Draw one coloured field for each score."""
     for row, score in enumerate(scores):
         color = mpl.colormaps["Blues"](0.85 * score) if score == score else "#F0F0F0"
         ax.add_patch(Rectangle((left + 0.03, row + 0.05), 0.94, 0.9, color=color, linewidth=0))
@@ -103,7 +103,7 @@ def _draw_fields(ax: Axes, scores: pd.Series, left: float) -> None:
 
 
 def _draw_bars(ax: Axes, scores: pd.Series, left: float) -> None:
-    """One bar a mean, as long as the score."""
+    """Draw one bar for each mean, as long as the score."""
     for row, score in enumerate(scores):
         ax.add_patch(Rectangle((left + 0.05, row + 0.16), 0.9, 0.68, color="#F0F0F0", linewidth=0))
         ax.add_patch(Rectangle((left + 0.05, row + 0.16), 0.9 * max(0.0, score), 0.68, color="#F2B98F", linewidth=0))
@@ -118,7 +118,7 @@ def _write(ax: Axes, x: float, row: int, score: float, scores: pd.Series, color:
 
 
 def _draw_heading(ax: Axes, title: str, lefts: list[float]) -> None:
-    """A title over a group of columns, on a thin line."""
+    """Draw a title and a thin line above a group of columns."""
     if not lefts:
         return
     ax.plot([min(lefts) + 0.05, max(lefts) + 0.95], [-0.88, -0.88], color="#BBBBBB", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""How labels turned out."""
+"""Plot predicted against true labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scllm.pl._axes import one_axis, show_or_return
 
 __all__ = ["confusion_matrix"]
 
-_LONG = 16  # letters of a name that stand slanted below a field without running into the next
+_LONG = 16  # longest name, in letters, that fits slanted below a column
 
 
 def confusion_matrix(
@@ -31,29 +31,29 @@ def confusion_matrix(
     ax: Axes | None = None,
     show: bool | None = None,
 ) -> Axes | None:
-    """Draw which cell types (rows) were taken for which (columns).
+    """Plot a confusion matrix: true cell types (rows) by predicted ones (columns).
 
     Parameters
     ----------
     adata
-        Cells with both labels; cells that lack one are left out.
+        Cells with both labels. Cells that lack one are ignored.
     truth
         Column of ``obs`` with the true labels.
     predicted
-        Column of ``obs`` with the predicted ones, as ``scllm.tl.classify`` writes them. Labels that are none of the
-        true ones (``"unknown"``) come last.
+        Column of ``obs`` with the predicted labels, as ``scllm.tl.classify`` writes them. Labels that are not among the
+        true ones (such as ``"unknown"``) are the last columns.
     normalize
-        Colour and number are the percentage of the row, so that rare types are read like common ones; else cells.
+        Whether to show the percentage of each true type, which makes rare types comparable, or the number of cells.
     order
-        Rows and columns by falling size, or with types that are taken for each other side by side.
+        ``"size"`` sorts types by decreasing number of cells; ``"similarity"`` places confused types next to each other.
     ax
-        Axes to draw on, of a figure with ``layout="constrained"`` where names are long. ``None`` = a new figure.
+        Axes to draw on; for long names, use a figure with ``layout="constrained"``. ``None``: a new figure.
     show
-        Whether to show the figure. ``None`` = if there is a screen.
+        Whether to show the figure. ``None``: only if there is a screen.
 
     Returns
     -------
-    The axes with ``show=False`` or without a screen, else nothing.
+    The axes, if the figure is not shown.
 
     Examples
     --------
@@ -64,13 +64,13 @@ def confusion_matrix(
     (10, 21)
     """
     if order not in ("size", "similarity"):
-        raise ValueError(f"order is {order!r}, 'size' or 'similarity' expected. Pass one of those.")
+        raise ValueError(f"Expected order to be 'size' or 'similarity', got {order!r}. Pass one of these.")
     both = pd.DataFrame({"truth": _labels(adata.obs, truth), "predicted": _labels(adata.obs, predicted)})
     both = both.dropna().astype(str)
     if both.empty:
         raise ValueError(
-            f"no cell has both a label in obs[{truth!r}] and one in obs[{predicted!r}], some expected. "
-            "Check both columns."
+            f"Expected cells with a label in both obs[{truth!r}] and obs[{predicted!r}], but there are none. Check "
+            "both columns."
         )
     rows = list(both["truth"].value_counts().index)
     others = [name for name in both["predicted"].value_counts().index if name not in rows]
@@ -80,7 +80,7 @@ def confusion_matrix(
         rows = [rows[at] for at in place]
         counts = counts[place][:, [*place, *range(len(rows), counts.shape[1])]]
     columns = [*rows, *others]
-    # inches that long names, such as those of the Cell Ontology, would take from the fields
+    # inches to add for long names, such as those of the Cell Ontology
     extra = 0.075 * max(0, max(map(len, columns)) - _LONG)
     ax = one_axis(ax, (2.4 + 0.45 * len(columns) + extra, 1.9 + 0.42 * len(rows) + extra))
     _draw(ax, counts, normalize)
@@ -88,24 +88,24 @@ def confusion_matrix(
     ax.set_yticks(range(len(rows)), names)
     slant = {"rotation": 90} if extra else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     ax.set_xticks(range(len(columns)), columns, **slant)
-    ax.set(xlabel=f"predicted ({predicted})", ylabel=f"true ({truth})")
+    ax.set(xlabel=f"predicted label ({predicted})", ylabel=f"true label ({truth})")
     _frame(ax, len(rows), len(columns))
     return show_or_return(ax, show)
 
 
 def _labels(obs: pd.DataFrame, key: str) -> pd.Series:
-    """A column of labels; whole numbers may be clusters, values are an error."""
+    """Return a column of labels; integers may be clusters, floats are an error."""
     column = obs_column(obs, key)
     if pd.api.types.is_float_dtype(column):
         raise ValueError(
-            f"obs[{key!r}] holds values ({column.dtype}), labels expected. If the numbers are labels: "
+            f"Expected labels in obs[{key!r}], got values ({column.dtype}). If the numbers are labels, run "
             f"adata.obs[{key!r}] = adata.obs[{key!r}].astype('category')."
         )
     return groups(obs, key)
 
 
 def _by_similarity(counts: IntArray) -> IntArray:
-    """Order of the classes in a tree that joins those taken for each other."""
+    """Order classes by a hierarchical clustering that joins confused ones."""
     if len(counts) < 3:
         return np.arange(len(counts))
     share = counts / counts.sum(axis=1, keepdims=True)
@@ -115,11 +115,13 @@ def _by_similarity(counts: IntArray) -> IntArray:
 
 
 def _draw(ax: Axes, counts: IntArray, normalize: bool) -> None:
-    """The image and, where something is, the number on it."""
+    """Draw the image, and the number on every field that is not zero."""
     shown: FloatArray = 100 * counts / counts.sum(axis=1, keepdims=True) if normalize else counts.astype(float)
     highest = 100 if normalize else shown.max()
     image = ax.imshow(shown, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
-    bar = ax.figure.colorbar(image, ax=ax, label="% of true type" if normalize else "cells", pad=0.02, shrink=0.8)
+    bar = ax.figure.colorbar(
+        image, ax=ax, label="% of true type" if normalize else "number of cells", pad=0.02, shrink=0.8
+    )
     bar.outline.set_visible(False)
     size = 8 if max(counts.shape) <= 20 else 5.5
     for row, column in zip(*np.nonzero(counts), strict=True):
@@ -130,7 +132,7 @@ def _draw(ax: Axes, counts: IntArray, normalize: bool) -> None:
 
 
 def _frame(ax: Axes, n_rows: int, n_columns: int) -> None:
-    """White lines between the fields, nothing around them; a gap before labels that are no true class."""
+    """Draw white lines between fields, and a line before labels that are not among the true classes."""
     ax.spines[:].set_visible(False)
     ax.set_xticks(np.arange(n_columns + 1) - 0.5, minor=True)
     ax.set_yticks(np.arange(n_rows + 1) - 0.5, minor=True)

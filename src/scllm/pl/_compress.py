@@ -1,4 +1,4 @@
-"""What a smaller model saves, and what it costs."""
+"""Plot what compressing a model saves and costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["compression"]
 
 
 class HasReport(Protocol):
-    """A model that was made smaller."""
+    """A compressed model."""
 
     report: pd.DataFrame | None
 
@@ -28,7 +28,7 @@ Source: TypeAlias = str | PathLike[str] | pd.DataFrame | HasReport
 
 @dataclass(frozen=True)
 class _Panel:
-    """What one panel shows: columns of the report in a unit; agreement has no bar for the original."""
+    """A column of the report and its unit; agreement has no bar for the original model."""
 
     title: str
     column: str
@@ -37,12 +37,12 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel("MB on disk", "bytes_on_disk", 1e6),
-    _Panel("GFLOP a cell", "flops_per_cell", 1e9),
-    _Panel("cells a second", "cells_per_s"),
-    _Panel("cosine to the original", "cosine_mean", is_agreement=True),
+    _Panel("size on disk (MB)", "bytes_on_disk", 1e6),
+    _Panel("GFLOP per cell", "flops_per_cell", 1e9),
+    _Panel("cells per second", "cells_per_s"),
+    _Panel("cosine similarity", "cosine_mean", is_agreement=True),
     _Panel("kNN overlap", "knn_overlap", is_agreement=True),
-    _Panel("cells of the same label", "same_label", is_agreement=True),
+    _Panel("fraction with same label", "same_label", is_agreement=True),
     _Panel("accuracy", "accuracy"),
 )
 
@@ -54,26 +54,27 @@ def compression(
     ax: Axes | Sequence[Axes] | AxesArray | None = None,
     show: bool | None = None,
 ) -> Axes | AxesArray | None:
-    """Draw models before and after they were made smaller: size, operations, speed and agreement.
+    """Plot models before and after compression: size, operations, speed and agreement.
 
-    One panel a measure. Grey is the original, a colour the smaller model; agreement is that of the two, where the tick
-    marks the cell that agrees least. ``accuracy`` has a panel where the report has such a column.
+    Each measure has a panel. Grey bars are the original model, coloured bars the compressed one. For measures of
+    agreement between the two, there is one bar, and a tick marks the cell with the lowest cosine similarity.
+    ``accuracy`` has a panel if the report has such a column.
 
     Parameters
     ----------
     source
-        A model from ``scllm.tl.quantize`` or ``scllm.tl.prune``, the folder one was saved in, its ``report``, or a list
-        of those, drawn below each other.
+        A model from ``scllm.tl.quantize`` or ``scllm.tl.prune``, the folder of one, its ``report``, or a list of these,
+        which are drawn below each other.
     labels
-        Names of the sources. ``None`` = the folders' names, or numbers.
+        Names of the sources. ``None``: the names of the folders, or numbers.
     ax
-        Axes to draw on, as many as panels. ``None`` = a new figure.
+        Axes to draw on, one per panel. ``None``: a new figure.
     show
-        Whether to show the figure. ``None`` = if there is a screen.
+        Whether to show the figure. ``None``: only if there is a screen.
 
     Returns
     -------
-    The axes (an array of several panels) with ``show=False`` or without a screen, else nothing.
+    The axes (an array if there are several panels), if the figure is not shown.
 
     Examples
     --------
@@ -85,16 +86,19 @@ def compression(
     sources = list(source) if isinstance(source, (list, tuple)) else [source]
     labels = [labels] if isinstance(labels, str) else labels
     if not sources:
-        raise ValueError("source is an empty list, one model expected at least. Pass what tl.quantize returned.")
+        raise ValueError("Expected at least one model as source, got an empty list. Pass the model from tl.quantize.")
     if labels is not None and len(labels) != len(sources):
-        raise ValueError(f"{len(labels)} labels for {len(sources)} sources, as many expected. Name each source once.")
+        raise ValueError(
+            f"Expected {len(sources)} labels, one for each source, got {len(labels)}. Name each source once."
+        )
     reports = [_report(one) for one in sources]
     names = list(labels) if labels is not None else [_name(one, at, len(sources)) for at, one in enumerate(sources)]
     panels = [panel for panel in _PANELS if any(_has(report, panel.column) for report in reports)]
     if not panels:
         columns = [panel.column for panel in _PANELS]
         raise ValueError(
-            f"the report has the columns {list(reports[0].columns)}, one of {columns} expected. Pass a model's report."
+            f"Expected a report with at least one of the columns {columns}, got {list(reports[0].columns)}. Pass a "
+            "model's report."
         )
     axes = axis_grid(ax, len(panels), (0.6 + 2.3 * len(panels), 1.1 + 0.75 * len(reports)))
     for axis, panel in zip(axes, panels, strict=True):
@@ -108,7 +112,7 @@ def compression(
 
 
 def _report(source: Source) -> pd.DataFrame:
-    """The report of one source."""
+    """Return the report of one source."""
     if isinstance(source, pd.DataFrame):
         report: pd.DataFrame | None = source
     elif isinstance(source, (str, PathLike)):
@@ -116,9 +120,9 @@ def _report(source: Source) -> pd.DataFrame:
     else:
         report = getattr(source, "report", None)
     if report is None or not {"before", "after"} <= set(report.index):
-        seen = f"{str(source)!r} holds" if isinstance(source, (str, PathLike)) else f"the {type(source).__name__} has"
+        seen = repr(str(source)) if isinstance(source, (str, PathLike)) else f"the {type(source).__name__}"
         raise ValueError(
-            f"{seen} no report of a compression, rows 'before' and 'after' expected. Pass a model that came from "
+            f"Expected a compression report with the rows 'before' and 'after', but {seen} has none. Pass a model from "
             "scllm.tl.quantize or scllm.tl.prune, or the folder it was saved in."
         )
     return report
@@ -135,7 +139,7 @@ def _has(report: pd.DataFrame, column: str) -> bool:
 
 
 def _draw(ax: Axes, panel: _Panel, reports: Sequence[pd.DataFrame]) -> None:
-    """Bars of one measure, a pair (or, of agreement, one) for each report."""
+    """Draw bars of one measure: two for each report, or one for agreement."""
     hues = colors(max(2, len(reports)))
     highest = 0.0
     for row, report in enumerate(reports):
@@ -153,7 +157,7 @@ def _draw(ax: Axes, panel: _Panel, reports: Sequence[pd.DataFrame]) -> None:
             _write(ax, before, row - 0.19, _short(before))
             _write(ax, after, row + 0.19, _with_ratio(panel, before, after))
         highest = max(highest, before, after)
-    # room for the numbers beside the bars
+    # room for the numbers next to the bars
     ax.set_xlim(0, 1.5 if panel.is_agreement else 2.0 * highest)
     ax.set_xticks([0, 1] if panel.is_agreement else [])
     ax.spines["bottom"].set_bounds(0, 1)
@@ -161,7 +165,7 @@ def _draw(ax: Axes, panel: _Panel, reports: Sequence[pd.DataFrame]) -> None:
 
 
 def _with_ratio(panel: _Panel, before: float, after: float) -> str:
-    """The value, and what it is of the original's."""
+    """Format the value and its ratio to the original."""
     if panel.column == "accuracy" or not before or not after:
         return _short(after)
     if abs(after / before - 1) < 0.005:
@@ -170,11 +174,11 @@ def _with_ratio(panel: _Panel, before: float, after: float) -> str:
 
 
 def _write(ax: Axes, x: float, y: float, text: str) -> None:
-    """Beside the bar's end."""
+    """Write text next to the end of a bar."""
     place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center_baseline"}
     ax.annotate(text, (x, y), fontsize="small", color="#333333", **place)
 
 
 def _short(value: float) -> str:
-    """Three digits, or a whole number."""
+    """Format with three significant digits, or as an integer."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""How far predictions can be trusted: scores of folds, reliability, ROC curves."""
+"""Plot cross-validation scores, calibration and ROC curves."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _TITLES = {
     "accuracy": "accuracy", "macro_f1": "macro F1", "balanced_accuracy": "balanced\naccuracy", "auroc": "AUROC",
     "auprc": "AUPRC", "ece": "calibration\nerror ↓", "r2": "R²", "pearson": "Pearson", "mae": "mean absolute\nerror ↓",
 }  # fmt: skip
-_APART = 0.17  # of the two methods from the middle of a metric
+_APART = 0.17  # distance of the two methods from the middle of a metric
 _MAE = "mae"
-_FEW = 5  # cells of a bin whose share of right ones is mostly chance
+_FEW = 5  # the accuracy in bins with fewer cells is mostly chance
 
 
 def cv_scores(
@@ -35,26 +35,26 @@ def cv_scores(
     ax: Axes | Sequence[Axes] | AxesArray | None = None,
     show: bool | None = None,
 ) -> Axes | AxesArray | None:
-    """Draw the scores of all folds, the model beside the baseline.
+    """Plot the scores of all folds for the model and the baseline.
 
-    Points are folds, lines join the two methods on one fold, bars are means. Where most lines fall, the model is worth
-    less than a linear one, however high its score. Scores without the calibration error
-    (``metrics=["accuracy", "macro_f1"]``) have an axis that begins just below the lowest fold.
+    Points are folds, lines connect the two methods on one fold, and bars are means. If the baseline is higher on most
+    lines, a linear model is better. Without the calibration error (``metrics=["accuracy", "macro_f1"]``), the axis
+    begins just below the lowest fold.
 
     Parameters
     ----------
     adata
-        After ``scllm.tl.cross_validate``, or the table that it returned.
+        An AnnData after ``scllm.tl.cross_validate``, or the table that it returned.
     metrics
-        Which ones, in this order. ``None`` = all that were computed.
+        Metrics to plot, in this order. ``None``: all that were computed.
     ax
-        Axes to draw on, for values one for scores and one for the error. ``None`` = a new figure.
+        Axes to draw on. Heads that predict values need two: for scores and for the error. ``None``: a new figure.
     show
-        Whether to show the figure. ``None`` = if there is a screen.
+        Whether to show the figure. ``None``: only if there is a screen.
 
     Returns
     -------
-    The axes (an array if there are several) with ``show=False`` or without a screen, else nothing.
+    The axes (an array if there are several), if the figure is not shown.
 
     Examples
     --------
@@ -69,7 +69,7 @@ def cv_scores(
     for name in names:
         if name not in table:
             raise missing_key(name, table.columns, "a metric of the table")
-    # an error has the unit of the values, and an axis of its own
+    # the error has the unit of the values, so it gets its own axis
     panels = [part for part in ([n for n in names if n != _MAE], [n for n in names if n == _MAE]) if part]
     width = [0.5 + 1.4 * len(part) for part in panels]
     axes = axis_grid(ax, len(panels), (1.2 + sum(width), 3.4), width_ratios=width)
@@ -94,31 +94,31 @@ def calibration(
     ax: Axes | None = None,
     show: bool | None = None,
 ) -> Axes | None:
-    """Draw how often cells are right against how sure the model was of them.
+    """Plot accuracy against the predicted probability of the label.
 
-    On the diagonal probabilities mean what they say; below it the model is too sure. The area of a point is the cells
-    of its bin; the line leaves out bins of fewer than 5. The number is the expected calibration error, see
-    ``scllm.metrics.expected_calibration_error``.
+    On the diagonal, probabilities are calibrated; below it, the model is overconfident. The area of a point is
+    proportional to the number of cells in its bin, and the line skips bins with fewer than 5 cells. The number in the
+    legend is the expected calibration error, see ``scllm.metrics.expected_calibration_error``.
 
     Parameters
     ----------
     adata
-        Cells with probabilities; those without a true label are left out.
+        Cells with probabilities. Cells without a true label are ignored.
     truth
         Column of ``obs`` with the true labels.
     predicted
-        Columns of ``obs`` with predicted ones, as ``scllm.tl.classify`` writes them together with their probabilities.
-        ``None`` = model and baseline of ``scllm.tl.cross_validate``.
+        Columns of ``obs`` with predicted labels that have probabilities in ``obsm``, as ``scllm.tl.classify`` writes
+        them. ``None``: model and baseline of ``scllm.tl.cross_validate``.
     n_bins
-        Bins of equal width between 0 and 1.
+        Number of bins of equal width between 0 and 1.
     ax
-        Axes to draw on. ``None`` = a new figure.
+        Axes to draw on. ``None``: a new figure.
     show
-        Whether to show the figure. ``None`` = if there is a screen.
+        Whether to show the figure. ``None``: only if there is a screen.
 
     Returns
     -------
-    The axes with ``show=False`` or without a screen, else nothing.
+    The axes, if the figure is not shown.
 
     Examples
     --------
@@ -128,7 +128,7 @@ def calibration(
     >>> adata.obs["label"] = adata.obs["cell_type"]
     >>> adata.obsm["label_probabilities"] = 0.8 * truth + 0.1
     >>> scllm.pl.calibration(adata, truth="cell_type", predicted="label", show=False).get_ylabel()
-    'share of cells that are right'
+    'accuracy'
     """
     sources = predictions(adata, truth, predicted)
     ax = one_axis(ax, (4.2, 4.2))
@@ -147,7 +147,7 @@ def calibration(
     legend = ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     for handle in legend.legend_handles:
         handle.set_sizes([28])
-    ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="probability of the label", ylabel="share of cells that are right")
+    ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="mean predicted probability", ylabel="accuracy")
     ax.set_aspect("equal")
     tidy(ax)
     return show_or_return(ax, show)
@@ -161,28 +161,29 @@ def roc(
     ax: Axes | None = None,
     show: bool | None = None,
 ) -> Axes | None:
-    """Draw how many cells of a class are found for how many of the others taken with them.
+    """Plot ROC curves, averaged over classes.
 
-    Every class is held against the rest, and curves are averaged over classes at each false positive rate. Thin lines
-    are folds, where there are some, the thick one is their mean; the number is the mean area under the folds' curves.
+    Each class is compared with all others, and curves are averaged over classes at each false positive rate. Thin lines
+    are folds, if there are any, and the thick line is their mean. The number in the legend is the mean area under the
+    curves of the folds.
 
     Parameters
     ----------
     adata
-        Cells with probabilities; those without a true label are left out.
+        Cells with probabilities. Cells without a true label are ignored.
     truth
         Column of ``obs`` with the true labels.
     predicted
-        Columns of ``obs`` with predicted ones, as ``scllm.tl.classify`` writes them together with their probabilities.
-        ``None`` = model and baseline of ``scllm.tl.cross_validate``.
+        Columns of ``obs`` with predicted labels that have probabilities in ``obsm``, as ``scllm.tl.classify`` writes
+        them. ``None``: model and baseline of ``scllm.tl.cross_validate``.
     ax
-        Axes to draw on. ``None`` = a new figure.
+        Axes to draw on. ``None``: a new figure.
     show
-        Whether to show the figure. ``None`` = if there is a screen.
+        Whether to show the figure. ``None``: only if there is a screen.
 
     Returns
     -------
-    The axes with ``show=False`` or without a screen, else nothing.
+    The axes, if the figure is not shown.
 
     Examples
     --------
@@ -217,12 +218,12 @@ def roc(
 
 
 def _wide(adata: AnnData | pd.DataFrame) -> pd.DataFrame:
-    """Folds by metrics, indexed by method, repeat and fold."""
+    """Return a table of folds by metrics, indexed by method, repeat and fold."""
     if not isinstance(adata, AnnData):
         if list(adata.index.names) != ["method", "repeat", "fold"]:
             raise ValueError(
-                f"the table is indexed by {list(adata.index.names)}, method, repeat and fold expected. Pass what "
-                "scllm.tl.cross_validate returned."
+                f"Expected a table indexed by method, repeat and fold, got {list(adata.index.names)}. Pass the table "
+                "of scllm.tl.cross_validate."
             )
         return adata.sort_index()
     table = recorded(adata, "cross_validate", made_by="scllm.tl.cross_validate(adata, key=...)")["table"]
@@ -236,7 +237,7 @@ def _methods(table: pd.DataFrame) -> list[str]:
 
 
 def _draw_folds(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
-    """Points of the folds, lines between the methods, and means with their number."""
+    """Draw points of the folds, lines between the methods, and means with their value."""
     methods = _methods(table)
     places = dict(zip(methods, np.linspace(-_APART, _APART, len(methods)) if len(methods) > 1 else [0.0], strict=True))
     for at, name in enumerate(names):
@@ -257,7 +258,7 @@ def _draw_folds(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
     ax.set_xticks(range(len(names)), [_TITLES.get(name, name) for name in names], fontsize="small")
     ax.set_xlim(-0.75, len(names) - 0.25)
     errors = [name for name in (_MAE, "ece") if name in names]
-    # errors begin at zero; where scores are alone, high ones would lie on top of each other on an axis that does
+    # axes with errors begin at zero; on such an axis, high scores alone would lie on top of each other
     lowest = np.nanmin(table[list(names)].to_numpy(), initial=0.0 if errors else 1.0)
     bottom = 0 if errors and lowest >= 0 else 1 - 1.1 * max(1 - lowest, 0.02)
     ax.set_ylim(bottom, None if _MAE in names else 1 + min(0.02, 0.04 * (1 - bottom)))
@@ -266,7 +267,7 @@ def _draw_folds(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
 
 
 def _curves(source: Predictions) -> tuple[list[tuple[FloatArray, FloatArray]], list[float]]:
-    """Mean curve over classes and its area, for each fold or for all cells."""
+    """Compute the mean curve over classes and its area, for each fold or for all cells."""
     parts = [np.arange(len(source.truth))]
     if source.fold is not None:
         parts = [np.flatnonzero(source.fold == fold) for fold in np.unique(source.fold)]
@@ -277,7 +278,7 @@ def _curves(source: Predictions) -> tuple[list[tuple[FloatArray, FloatArray]], l
             curves.append(curve)
             areas.append(_area(source, cells))
     if not curves:
-        raise ValueError("the cells hold one class, at least two expected for a ROC curve. Pass more cells.")
+        raise ValueError("Expected cells of at least two classes for a ROC curve, got one class. Pass more cells.")
     return curves, areas
 
 

@@ -1,4 +1,4 @@
-"""How training went."""
+"""Plot training and validation losses."""
 
 from __future__ import annotations
 
@@ -47,35 +47,35 @@ def loss_curves(
     ax: Axes | Sequence[Axes] | AxesArray | None = None,
     show: bool | None = None,
 ) -> Axes | AxesArray | None:
-    """Draw training and validation loss over the steps, one panel a loss term.
+    """Plot training and validation loss over training steps, with one panel per loss term.
 
-    Thin lines are what was logged, thick ones their running mean, points the validation; vertical lines mark epochs,
-    and the ring marks the step with the lowest validation loss, whose weights are kept. A validation curve that rises
-    while training falls means that the model learns its cells by heart.
+    Thin lines are logged values, thick lines their running mean, and points the validation loss. Vertical lines mark
+    epochs. The ring marks the step with the lowest validation loss, whose weights are kept. If the validation loss
+    rises while the training loss falls, the model overfits.
 
     Parameters
     ----------
     source
-        A run directory, a trained model, an ``AnnData`` that ``scllm.tl.pretrain`` or ``scllm.tl.finetune`` has
-        recorded its training in (the former, if both), a history as a ``DataFrame``, or a list of those, drawn
-        together.
+        A run directory, a trained model, an ``AnnData`` after ``scllm.tl.pretrain`` or ``scllm.tl.finetune`` (of the
+        two, pretraining is plotted), a history as a ``DataFrame``, or a list of these, which are drawn together.
     metrics
-        Columns of the history to draw. ``None`` = the loss and, where there are several, its terms.
+        Columns of the history to plot. ``None``: the loss and, if it has several, its terms.
     perplexity
-        Draw ``exp(loss)``, the loss alone unless ``metrics`` says otherwise: among how many equally likely genes the
-        model hesitates. For losses in nats a gene, those of gene language models.
+        Plot ``exp(loss)``, by default of the total loss only. This is for gene language models, whose loss is in nats
+        per gene: the perplexity is the number of equally likely genes that would give the same loss.
     smooth
-        Logged points in the running mean; 1 = none. ``None`` = a 25th of the curve.
+        Number of logged points in the running mean; 1 is no smoothing. ``None``: a 25th of the curve.
     labels
-        Names of the sources in the legend. ``None`` = the directories' names, or numbers; of one source, ``train``.
+        Names of the sources in the legend. ``None``: the names of the directories, or numbers; for one source,
+        ``train``.
     ax
-        Axes to draw on, as many as panels. ``None`` = a new figure.
+        Axes to draw on, one per panel. ``None``: a new figure.
     show
-        Whether to show the figure. ``None`` = if there is a screen.
+        Whether to show the figure. ``None``: only if there is a screen.
 
     Returns
     -------
-    The axes (an array of several panels) with ``show=False`` or without a screen, else nothing.
+    The axes (an array if there are several panels), if the figure is not shown.
 
     Examples
     --------
@@ -97,7 +97,7 @@ def loss_curves(
         for curve, hue in zip(curves, hues):
             _draw(panel, curve, term, (hue, hues[1] if len(curves) == 1 else hue), smooth, perplexity)
         _mark_epochs(panel, [curve.history for curve in curves])
-        panel.set(xlabel="step", ylabel=f"perplexity ({term})" if perplexity else term)
+        panel.set(xlabel="training step", ylabel=f"perplexity ({term})" if perplexity else term)
         panel.margins(x=0.02)
         tidy(panel, grid="y")
     if len(curves) > 1:
@@ -112,7 +112,7 @@ class _Curve:
     history: pd.DataFrame
 
     def points(self, term: str, split: str) -> tuple[NDArray, NDArray]:
-        """Steps and values that were logged for a term, in order."""
+        """Return steps and values that were logged for a term, in order."""
         if term not in self.history:
             raise missing_key(term, self.history.columns, "a column of the history")
         rows = self.history[self.history["split"] == split].dropna(subset=[term]).sort_values("step")
@@ -122,7 +122,9 @@ class _Curve:
 def _read_all(source: Source | Sequence[Source], labels: Sequence[str] | None) -> list[_Curve]:
     sources = list(source) if isinstance(source, (list, tuple)) else [source]
     if labels is not None and len(labels) != len(sources):
-        raise ValueError(f"{len(labels)} labels for {len(sources)} sources, as many expected. Name each source once.")
+        raise ValueError(
+            f"Expected {len(sources)} labels, one for each source, got {len(labels)}. Name each source once."
+        )
     if labels is None:
         labels = [_name(one, at) for at, one in enumerate(sources)] if len(sources) > 1 else ["train"]
     return [_Curve(label, _history(one)) for one, label in zip(sources, labels, strict=True)]
@@ -133,7 +135,7 @@ def _name(source: Source, at: int) -> str:
 
 
 def _history(source: Source) -> pd.DataFrame:
-    """The history of one source."""
+    """Return the history of one source."""
     if isinstance(source, pd.DataFrame):
         history = source
     elif isinstance(source, AnnData):
@@ -144,8 +146,8 @@ def _history(source: Source) -> pd.DataFrame:
         history = getattr(source, "history", None)
     if history is None or not len(history):
         raise ValueError(
-            f"{type(source).__name__} has no training history, at least one logged step expected. Pass a trained "
-            "model or its run directory."
+            f"Expected a training history with at least one logged step, but the {type(source).__name__} has none. "
+            "Pass a trained model or its run directory."
         )
     for column in ("step", "split", "loss"):
         if column not in history:
@@ -166,13 +168,13 @@ def _read_run(path: Path) -> pd.DataFrame | None:
     file = path / "history.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
-            f"{str(file)!r} does not exist, a run directory with a history.jsonl expected. Check the path."
+            f"Expected a run directory with a history.jsonl, but {str(file)!r} does not exist. Check the path."
         )
     return read_history(file)
 
 
 def _loss_terms(curves: Sequence[_Curve]) -> list[str]:
-    """The loss and its terms; a single term that is the loss is not drawn twice."""
+    """Return the loss and its terms; a single term that equals the loss is not drawn twice."""
     columns = dict.fromkeys(
         name for curve in curves for name in curve.history.columns if not name.startswith(_NO_LOSSES)
     )
@@ -186,12 +188,12 @@ def _same(history: pd.DataFrame, term: str) -> bool:
 
 
 def _draw(ax: Axes, curve: _Curve, term: str, hues: tuple[str, str], smooth: int | None, perplexity: bool) -> None:
-    """Both splits of one source in one panel; several sources have one colour each, a single one has two."""
+    """Draw both splits of one source in one panel; several sources have one colour each, a single one has two."""
     scale = np.exp if perplexity else np.asarray
     alone = hues[0] != hues[1]
     steps, values = curve.points(term, "train")
     window = max(1, len(steps) // _POINTS_PER_WINDOW) if smooth is None else max(1, smooth)
-    # averaged before exp: the perplexity of several batches is that of their mean loss
+    # averaged before exp, because the perplexity of several batches is that of their mean loss
     mean = pd.Series(values).rolling(window, center=True, min_periods=1).mean().to_numpy()
     if window > 1:
         ax.plot(steps, scale(values), color=hues[0], linewidth=0.7, alpha=0.25 if alone else 0.12, label="_logged")
@@ -210,13 +212,13 @@ def _draw(ax: Axes, curve: _Curve, term: str, hues: tuple[str, str], smooth: int
 
 
 def _best_step(curve: _Curve) -> int:
-    """Step with the lowest validation loss."""
+    """Return the step with the lowest validation loss."""
     steps, losses = curve.points("loss", "validation")
     return int(steps[np.argmin(losses)]) if len(steps) else -1
 
 
 def _mark_epochs(ax: Axes, histories: Sequence[pd.DataFrame]) -> None:
-    """A faint line where each epoch begins, every second, third ... of many; none where sources differ in it."""
+    """Draw a faint line at the beginning of epochs, thinned out if there are many; none if sources differ in them."""
     if not all("epoch" in history for history in histories):
         return
     first, *others = (history[history["split"] == "train"].groupby("epoch")["step"].min() for history in histories)

@@ -1,4 +1,4 @@
-"""Labels with probabilities, as verbs leave them on an AnnData: for reliability diagrams and ROC curves."""
+"""Read predicted labels and their probabilities from AnnData, for reliability diagrams and ROC curves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Predictions", "predictions"]
 
 @dataclass(frozen=True)
 class Predictions:
-    """What one column of predictions says of the cells whose label is known."""
+    """One column of predictions, for the cells whose true label is known."""
 
     name: str
     color: str
@@ -34,7 +34,7 @@ class Predictions:
 
 
 def predictions(adata: AnnData, truth: str, predicted: str | Sequence[str] | None) -> list[Predictions]:
-    """Each of the predictions; ``None``: model and, if there is one, baseline of ``cross_validate``."""
+    """Read the given predictions; ``None``: those of model and baseline from ``cross_validate``."""
     labels = groups(adata.obs, truth)
     first = truth + _keys.CROSS_VALIDATED
     titles: dict[str, str] = {}
@@ -42,8 +42,8 @@ def predictions(adata: AnnData, truth: str, predicted: str | Sequence[str] | Non
         if first + _keys.PROBABILITIES not in adata.obsm:
             others = listed(_predicted(adata)) if _predicted(adata) else "a column that scllm.tl.classify wrote"
             raise KeyError(
-                f"{first + _keys.PROBABILITIES!r} is not in adata.obsm, what scllm.tl.cross_validate(adata, model, "
-                f"key={truth!r}) writes expected. Call it first, or pass `predicted=`: {others}."
+                f"Expected {first + _keys.PROBABILITIES!r} in adata.obsm, but it is not there. Call "
+                f"scllm.tl.cross_validate(adata, model, key={truth!r}) first, or pass predicted=: {others}."
             )
         titles = {first: "fine-tuned", first + _keys.BASELINE: "baseline"}
         names = [name for name in titles if name + _keys.PROBABILITIES in adata.obsm]
@@ -51,7 +51,7 @@ def predictions(adata: AnnData, truth: str, predicted: str | Sequence[str] | Non
         given = [predicted] if isinstance(predicted, str) else list(predicted)
         names = [name.removesuffix(_keys.PROBABILITIES) for name in given]  # the key in obsm means the same
         if not names:
-            raise ValueError("predicted is an empty list, one column of predictions expected at least. Name it.")
+            raise ValueError("Expected at least one column of predictions in predicted=, got an empty list. Name one.")
     shades = dict(zip(names, colors(len(names)), strict=True)) | {first + _keys.BASELINE: GREY}
     return [_of_column(adata, labels, name, titles.get(name, name), shades[name]) for name in names]
 
@@ -68,19 +68,19 @@ def _of_column(adata: AnnData, labels: pd.Series, name: str, title: str, color: 
     cells = np.flatnonzero(is_known & is_there)
     if not len(cells):
         raise ValueError(
-            f"no cell has both a label in obs[{labels.name!r}] and probabilities in obsm[{key!r}], some expected. "
-            "Check both."
+            f"Expected cells with both a label in obs[{labels.name!r}] and probabilities in obsm[{key!r}], but there "
+            "are none. Check both."
         )
     known = labels.to_numpy(dtype=object)[cells]
     if not np.isin(known, classes).any():
         raise ValueError(
-            f"obs[{labels.name!r}] holds {listed(list(pd.unique(known)))}, and {name!r} is one of "
-            f"{listed(list(classes))}, labels in common expected. Pass the column that was predicted as truth=."
+            f"Expected common labels in obs[{labels.name!r}] and the predictions {name!r}, got "
+            f"{listed(list(pd.unique(known)))} and {listed(list(classes))}. Pass the predicted column as truth=."
         )
     if len(cells) < is_known.sum():
         warn(
             f"{is_known.sum() - len(cells)} of {is_known.sum()} cells with a label in obs[{labels.name!r}] have no "
-            f"probabilities in obsm[{key!r}], all expected: they are left out."
+            f"probabilities in obsm[{key!r}] and are ignored."
         )
     found = adata.obs.get(name.removesuffix(_keys.BASELINE) + _keys.FOLD)
     fold = None if found is None else found.astype("category").cat.codes.to_numpy()[cells]
@@ -88,25 +88,25 @@ def _of_column(adata: AnnData, labels: pd.Series, name: str, title: str, color: 
 
 
 def _check_labels(adata: AnnData, name: str, classes: NDArray[np.object_]) -> None:
-    """Raise where predicted labels are none of the classes: data of several models were joined under one's names."""
+    """Raise if predicted labels are not among the classes, as after joining the data of several models."""
     if name not in adata.obs:
         return
     others = [label for label in groups(adata.obs, name).cat.categories if label not in {*classes, _keys.UNKNOWN}]
     if others:
         raise ValueError(
-            f"obs[{name!r}] holds {listed(others)}, and the columns of obsm[{name + _keys.PROBABILITIES!r}] are "
-            f"recorded as {listed(list(classes))}, labels out of those expected: they were renamed, or cells of "
-            "several models joined. Call the verb that wrote them again, on all cells."
+            f"Expected labels in obs[{name!r}] to be among {listed(list(classes))}, the recorded classes of "
+            f"obsm[{name + _keys.PROBABILITIES!r}], got {listed(others)}. Labels were renamed, or cells of several "
+            "models were joined. Call the function that wrote them again, on all cells."
         )
 
 
 def _predicted(adata: AnnData) -> list[str]:
-    """Columns of predictions that have probabilities in ``obsm``."""
+    """Return columns of predictions that have probabilities in ``obsm``."""
     return [key.removesuffix(_keys.PROBABILITIES) for key in adata.obsm if key.endswith(_keys.PROBABILITIES)]
 
 
 def _classes(adata: AnnData, name: str, n_classes: int) -> NDArray[np.object_]:
-    """Names of the columns: what the verb that wrote them recorded, else the categories of the labels themselves."""
+    """Return names of the columns: as recorded by the function that wrote them, else the categories of the labels."""
     recorded = classes_of(adata, name)
     if len(recorded) == n_classes:
         return np.array(recorded, dtype=object)
@@ -115,7 +115,7 @@ def _classes(adata: AnnData, name: str, n_classes: int) -> NDArray[np.object_]:
     if len(categories) != n_classes:
         seen = f"{len(recorded)} classes are recorded" if recorded else "the names of their classes are not recorded"
         raise ValueError(
-            f"obsm[{name + _keys.PROBABILITIES!r}] has {n_classes} columns, and {seen}; {n_classes} classes or "
-            f"categories of obs[{name!r}] expected. Call the verb that wrote them again."
+            f"Expected {n_classes} classes, one for each column of obsm[{name + _keys.PROBABILITIES!r}], or as many "
+            f"categories of obs[{name!r}], but {seen}. Call the function that wrote them again."
         )
     return np.array([str(category) for category in categories], dtype=object)

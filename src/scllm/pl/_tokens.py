@@ -1,4 +1,4 @@
-"""What a model reads, and how well it says it again."""
+"""Plot gene coverage, expression bins and reconstruction."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ def gene_coverage(
     ax: Sequence[Axes] | AxesArray | None = None,
     show: bool | None = None,
 ) -> AxesArray | None:
-    """Draw which share of the genes a model knows, and the most expressed genes that it does not.
+    """Plot the fraction of genes that a model knows, and the most expressed genes that it does not know.
 
-    Many lost genes of low expression are normal; known markers among the most expressed lost ones are a reason to look
-    at the gene names.
+    Many unmatched genes of low expression are normal. If known markers are among the most expressed unmatched genes,
+    check the gene names.
 
     Parameters
     ----------
     adata
-        After ``scllm.pp.match_genes``.
+        An AnnData after ``scllm.pp.match_genes``.
     n_lost
-        Number of lost genes shown.
+        Number of unmatched genes to show.
     ax
-        Axes to draw on, as many as panels. ``None`` = a new figure.
+        Axes to draw on, one per panel. ``None``: a new figure.
     show
-        Whether to show the figure. ``None`` = if there is a screen.
+        Whether to show the figure. ``None``: only if there is a screen.
 
     Returns
     -------
-    Both axes with ``show=False`` or without a screen, else nothing.
+    Both axes, if the figure is not shown.
 
     Examples
     --------
@@ -65,7 +65,7 @@ def gene_coverage(
     _draw_shares(axes[0], match)
     axes[1].barh(lost["gene"].astype(str), lost["mean_expression"], color=COLORS[1], height=0.7)
     axes[1].invert_yaxis()
-    axes[1].set(xlabel="mean expression", title="most expressed genes lost" if len(lost) else "no gene is lost")
+    axes[1].set(xlabel="mean expression", title="most expressed unmatched genes" if len(lost) else "all genes matched")
     axes[1].tick_params(axis="y", length=0, labelsize="small")
     tidy(axes[1], grid="x")
     if not len(lost):
@@ -81,26 +81,27 @@ def bin_distribution(
     ax: Sequence[Axes] | AxesArray | None = None,
     show: bool | None = None,
 ) -> AxesArray | None:
-    """Draw how often each expression bin occurs, the zero bin apart.
+    """Plot the frequency of each expression bin, with the zero bin in a separate panel.
 
-    Bins of equal size would be flat. Peaks are ties: most counts are 1, and equal counts of a cell share a bin.
+    Bins of equal size would give a flat distribution. Peaks are ties: most counts are 1, and equal counts of a cell
+    share a bin.
 
     Parameters
     ----------
     adata
-        After ``scllm.pp.bin_expression``.
+        An AnnData after ``scllm.pp.bin_expression``.
     layer
         Layer with the bins.
     group_key
-        Column of ``obs``; one row for each of its groups.
+        Column of ``obs`` with groups; each group gets a row.
     ax
-        Axes to draw on, as many as panels. ``None`` = a new figure.
+        Axes to draw on, one per panel. ``None``: a new figure.
     show
-        Whether to show the figure. ``None`` = if there is a screen.
+        Whether to show the figure. ``None``: only if there is a screen.
 
     Returns
     -------
-    Both axes with ``show=False`` or without a screen, else nothing.
+    Both axes, if the figure is not shown.
 
     Examples
     --------
@@ -120,9 +121,9 @@ def bin_distribution(
     if group_key is None:
         axes = axis_grid(ax, 2, (8, 3.2), width_ratios=(1, 6))
         axes[0].bar([0], zero_share, color=GREY, width=0.6)
-        axes[0].set(xticks=[], xlabel="zero bin", ylabel="share of all entries", xlim=(-0.6, 0.6), ylim=(0, 1))
+        axes[0].set(xticks=[], xlabel="zero bin", ylabel="fraction of all entries", xlim=(-0.6, 0.6), ylim=(0, 1))
         axes[1].stairs(share[0], edges, fill=True, color=COLORS[0])
-        axes[1].set(ylabel="share of expressed entries")
+        axes[1].set(ylabel="fraction of expressed entries")
         axes[1].set_ylim(bottom=0)
         for panel in axes:
             tidy(panel, grid="y")
@@ -155,13 +156,13 @@ def reconstruction(
     truth
         Layer with what was to be predicted. ``None`` = ``X``.
     ax
-        Axes to draw on. ``None`` = a new figure.
+        Axes to draw on. ``None``: a new figure.
     show
-        Whether to show the figure. ``None`` = if there is a screen.
+        Whether to show the figure. ``None``: only if there is a screen.
 
     Returns
     -------
-    The axes with ``show=False`` or without a screen, else nothing.
+    The axes, if the figure is not shown.
 
     Examples
     --------
@@ -198,22 +199,22 @@ def reconstruction(
 
 
 def _draw_groups(axes: AxesArray, names: list[str], zero_share: NDArray, share: NDArray, edges: NDArray) -> None:
-    """One row a group: a bar for its zeros, a strip of colours for its bins."""
+    """Draw one row for each group: a bar for its zeros, and coloured fields for its bins."""
     rows = np.arange(len(names))
     axes[0].barh(rows, zero_share, color=GREY, height=0.7)
-    axes[0].set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xlabel="share of zeros")
+    axes[0].set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xlabel="fraction of zeros")
     axes[0].set_yticks(rows, names)
     axes[0].tick_params(axis="y", length=0)
     tidy(axes[0], grid="x")
     mesh = axes[1].pcolormesh(edges, np.arange(len(names) + 1) - 0.5, share, cmap="Blues", vmin=0, rasterized=True)
     axes[1].set(ylim=(len(names) - 0.5, -0.5), yticks=[])
     axes[1].spines[:].set_visible(False)
-    bar = axes[1].figure.colorbar(mesh, ax=axes[1], label="share of expressed entries", pad=0.02)
+    bar = axes[1].figure.colorbar(mesh, ax=axes[1], label="fraction of expressed entries", pad=0.02)
     bar.outline.set_visible(False)
 
 
 def _draw_shares(ax: Axes, match: dict) -> None:
-    """One stacked bar for the data and one for the vocabulary: known to both, or to one."""
+    """Draw a stacked bar of matched and unmatched genes for the data and one for the vocabulary."""
     names = ("data", "vocabulary")
     totals = np.array([match["n_data"], match["n_vocab"]], dtype=float)
     shared = match["n_matched"] / np.maximum(totals, 1)
@@ -236,7 +237,7 @@ def _layer(adata: AnnData, layer: str | None, *, advice: str = "") -> CSR:
     if layer is not None:
         return sparse.csr_matrix(adata.layers[layer])
     if adata.X is None:
-        raise ValueError("adata.X is None, expression expected. Set it, or name a layer.")
+        raise ValueError("Expected expression in adata.X, got None. Set adata.X, or name a layer.")
     return sparse.csr_matrix(adata.X[:] if adata.isbacked else adata.X)
 
 
@@ -248,14 +249,14 @@ def _cells_by_group(adata: AnnData, group_key: str | None) -> dict[str, NDArray[
 
 
 def _count_bins(bins: CSR, n_bins: int) -> NDArray[np.int64]:
-    """Entries in each bin; what is not stored is in bin 0."""
+    """Count entries in each bin; entries that are not stored are in bin 0."""
     counts = np.bincount(bins.data.astype(np.int64), minlength=n_bins)
     counts[0] += np.prod(bins.shape, dtype=np.int64) - bins.nnz
     return counts
 
 
 def _values_at(where: CSR, values: CSR) -> NDArray:
-    """``values`` at the stored positions of ``where``; 0 where nothing is stored."""
+    """Return ``values`` at the stored positions of ``where``; 0 where nothing is stored."""
     wanted, stored = _positions(where), _positions(values)
     order = np.argsort(stored) if np.any(np.diff(stored) < 0) else np.arange(len(stored))
     at = np.searchsorted(stored, wanted, sorter=order).clip(max=max(0, len(stored) - 1))
@@ -266,13 +267,13 @@ def _values_at(where: CSR, values: CSR) -> NDArray:
 
 
 def _positions(matrix: CSR) -> NDArray[np.int64]:
-    """Row x columns + column of each stored entry."""
+    """Return row x columns + column of each stored entry."""
     rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
     return rows * matrix.shape[1] + matrix.indices
 
 
 def _histogram_edges(true: NDArray, predicted: NDArray) -> tuple[NDArray, NDArray]:
-    """Bin edges along both axes: one bin a true value where these are few whole numbers."""
+    """Return bin edges along both axes: one bin for each true value if these are few integers."""
     low, high = float(true.min()), float(true.max())
     step = max(1.0, np.ceil((high - low + 1) / _MAX_HISTOGRAM_BINS)) if np.all(true == np.rint(true)) else None
     along = np.arange(low - 0.5, high + step, step) if step else np.linspace(low, high + 1e-9, _MAX_HISTOGRAM_BINS + 1)
@@ -282,7 +283,7 @@ def _histogram_edges(true: NDArray, predicted: NDArray) -> tuple[NDArray, NDArra
 
 
 def _mean_by_bin(true: NDArray, predicted: NDArray, edges: NDArray) -> tuple[NDArray, NDArray]:
-    """Mean true and mean predicted value in each bin that holds any."""
+    """Compute the mean true and the mean predicted value in each bin that is not empty."""
     pairs = pd.DataFrame({"true": true, "predicted": predicted})
     means = pairs.groupby(np.digitize(true, edges)).mean()
     return means["true"].to_numpy(), means["predicted"].to_numpy()
