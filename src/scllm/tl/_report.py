@@ -61,7 +61,7 @@ def report(before: CellModel, after: CellModel) -> pd.DataFrame:
             "n_parameters": model.n_parameters,
             "flops_per_cell": model.forward_flops(float(n_tokens)),
             "cells_per_s": speed[name],
-            **agreement(found[name]["embedding"], found["before"]["embedding"], k=max(1, k)),
+            **agreement(found[name]["embedding"], found["before"]["embedding"], n_neighbors=max(1, k)),
         }
         if labels.min() >= 0:
             rows[name]["same_label"] = float((found[name]["label"] == labels).mean())
