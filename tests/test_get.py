@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from messages import naming
 
 import scllm
 from scllm import get, pp
@@ -55,6 +56,6 @@ def test_missing_tokens_say_what_to_call(adata):
 def test_the_padding_of_another_vocabulary_is_never_taken(adata):
     pp.tokenize(adata, key_added="first")
     pp.tokenize(adata, vocab=Vocab.from_genes(adata.var_names[:20]), key_added="second")
-    with pytest.raises(ValueError, match=r"last called with key_added='second', 'first' expected"):
+    with pytest.raises(ValueError, match=naming("key_added='first'", "'second'")):
         get.tokens(adata, key="first")
     assert get.tokens(adata, key="second")[0].shape[0] == adata.n_obs

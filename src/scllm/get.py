@@ -1,4 +1,4 @@
-"""Taking scllm's results out of AnnData."""
+"""Read scllm's results from AnnData."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = ["tokens"]
 def tokens(
     adata: AnnData, *, key: str = _keys.TOKENS, length: int | None = None, pad_value: float = -2
 ) -> tuple[IntArray, NDArray[np.float32] | None]:
-    """Token ids and values as padded arrays, as scGPT's code lays them out.
+    """Return token ids and values as padded arrays, in the format of scGPT's code.
 
     Parameters
     ----------
     adata
-        After :func:`scllm.pp.tokenize`.
+        An AnnData after :func:`scllm.pp.tokenize`.
     key
-        What ``tokenize`` was given as ``key_added``.
+        The ``key_added`` of ``tokenize``.
     length
-        Columns; ``None`` is the longest sentence. Longer sentences are cut at the end.
+        Number of columns; longer token sequences are truncated. ``None``: the length of the longest sequence.
     pad_value
-        Value of padding.
+        Value of padding tokens.
 
     Returns
     -------
     Genes and values, each ``(n_cells, length)``: ``<cls>`` first, then genes, then padding (the vocabulary's pad id and
-    ``pad_value``). Values are ``None`` for rank sentences.
+    ``pad_value``). Values are ``None`` if tokens have no values, as for ranked genes.
 
     Examples
     --------
@@ -49,8 +49,8 @@ def tokens(
     last = str(settings["key_added"])
     if last != key:
         raise ValueError(
-            f"pp.tokenize was last called with key_added={last!r}, {key!r} expected: vocabularies may differ, and the "
-            f"padding token with them. Call pp.tokenize(adata, key_added={key!r}) again."
+            f"Expected key_added={key!r} in the last call of pp.tokenize, got {last!r}. Their vocabularies, and so the "
+            f"padding tokens, may differ: call pp.tokenize(adata, key_added={key!r}) again."
         )
     genes = _padded(adata.obsm[key], length, int(settings["pad_id"]))
     values = adata.obsm.get(key + _keys.TOKEN_VALUES)
@@ -58,7 +58,7 @@ def tokens(
 
 
 def _padded(rows: CSR, length: int | None, fill: float) -> NDArray[np.generic]:
-    """Sentences whose column is the position, filled up or cut at the end."""
+    """Pad or truncate token sequences whose column is the position."""
     lengths = np.diff(rows.indptr)
     out = np.full((len(lengths), lengths.max(initial=0) if length is None else length), fill, rows.dtype)
     cell = np.repeat(np.arange(len(lengths)), lengths)

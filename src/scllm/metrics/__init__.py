@@ -1,6 +1,6 @@
-"""How good labels and embeddings are: small functions on plain arrays.
+"""Score labels and embeddings, with functions on plain arrays.
 
-Unless said otherwise every score lies between 0 (worst) and 1 (best). scIB below is Luecken et al., "Benchmarking
+Unless stated otherwise, scores range from 0 (worst) to 1 (best). scIB below is Luecken et al., "Benchmarking
 atlas-level data integration in single-cell genomics", *Nature Methods* 2022, doi:10.1038/s41592-021-01336-8.
 """
 
@@ -49,4 +49,4 @@ __all__ = [
 BIO_METRICS = ("nmi", "ari", "silhouette_label", "knn_accuracy", "logreg_accuracy", "logreg_macro_f1")
 BATCH_METRICS = ("silhouette_batch", "graph_connectivity", "batch_mixing")
 BIO_WEIGHT = 0.6
-"""Share of the bio mean in the overall score; 0.4 is left for the batch mean (scIB)."""
+"""Weight of the bio mean in the overall score; the batch mean has weight 0.4 (scIB)."""

@@ -111,19 +111,19 @@ def batch_mixing(graph: CSR, batches: ArrayLike) -> float:
 
 
 def agreement(embedding: FloatArray, reference: FloatArray, *, n_neighbors: int = 15) -> dict[str, float]:
-    """How alike two embeddings of the same cells are, such as those of a model and of its int8 form.
+    """Measure how similar two embeddings of the same cells are, such as those of a model and its int8 version.
 
     Parameters
     ----------
     embedding, reference
         ``(n, d)``, rows in the same order.
     n_neighbors
-        Neighbours of a cell that are compared; fewer where there are fewer cells.
+        Number of nearest neighbours to compare; fewer if there are fewer cells.
 
     Returns
     -------
-    ``cosine_mean`` and ``cosine_min`` over cells, and ``knn_overlap``: the mean share of the
-    ``n_neighbors`` nearest neighbours (Euclidean) in one embedding that are among the nearest in the other.
+    ``cosine_mean`` and ``cosine_min`` over cells, and ``knn_overlap``: the mean fraction of the ``n_neighbors`` nearest
+    neighbours (Euclidean) in one embedding that are also nearest neighbours in the other.
 
     Examples
     --------
@@ -134,8 +134,8 @@ def agreement(embedding: FloatArray, reference: FloatArray, *, n_neighbors: int 
     a, b = (np.asarray(x, np.float64) for x in (embedding, reference))
     if a.shape != b.shape or len(a) < 2:
         raise ValueError(
-            f"the embeddings are of shape {a.shape} and {b.shape}, two of one shape and of at least two cells "
-            "expected. Embed the same cells with both models."
+            f"Expected two embeddings of the same shape and of at least two cells, got shapes {a.shape} and {b.shape}. "
+            "Embed the same cells with both models."
         )
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosine = (a * b).sum(1) / np.where(lengths > 0, lengths, 1)
@@ -173,5 +173,5 @@ def logistic_regression_scores(
 
 
 def _entropy(shares: FloatArray) -> FloatArray:
-    """Entropy of each row in nats."""
+    """Compute the entropy of each row in nats."""
     return -np.sum(shares * np.log(np.where(shares > 0, shares, 1)), axis=1)

@@ -1,4 +1,4 @@
-"""How good predicted labels and values are."""
+"""Score predicted labels and values."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ __all__ = ["class_f1", "classification_scores", "confusion", "mean_roc", "regres
 def classification_scores(
     truth: ArrayLike, predicted: ArrayLike, probabilities: FloatArray | None = None, classes: ArrayLike | None = None
 ) -> dict[str, float]:
-    """Accuracy, macro F1 and balanced accuracy; with ``probabilities`` also areas under curves and calibration.
+    """Compute accuracy, macro F1 and balanced accuracy; with ``probabilities`` also areas under curves and calibration.
 
-    Averages go over the classes of ``truth``: a prediction outside them ("unknown") is a miss of the true class and no
-    class of its own.
+    Averages are over the classes of ``truth``. A prediction that is not among them ("unknown") counts as an error for
+    the true class, but not as a class.
 
     Parameters
     ----------
     truth, predicted
         Labels, ``(n,)``.
     probabilities
-        ``(n, k)``, one column for each of ``classes``. Classes without a cell, or with all of them, have no AUROC.
+        ``(n, k)``, one column for each of ``classes``. Classes with no cells or with all cells have no AUROC.
     classes
-        Names of the columns; ``None`` = the sorted classes of ``truth``.
+        Names of the columns. ``None``: the sorted classes of ``truth``.
 
     Returns
     -------
-    ``accuracy``, ``macro_f1``, ``balanced_accuracy`` and, with probabilities, ``auroc`` and ``auprc`` (average
-    precision): means over classes of one class against the rest; and ``ece``, see
-    :func:`expected_calibration_error`: 0 is best.
+    ``accuracy``, ``macro_f1`` and ``balanced_accuracy``. With probabilities also ``auroc`` and ``auprc`` (average
+    precision), which are means over classes of one class against the rest, and ``ece`` (0 is best), see
+    :func:`expected_calibration_error`.
 
     Examples
     --------
@@ -69,7 +69,7 @@ def classification_scores(
 
 
 def class_f1(truth: ArrayLike, predicted: ArrayLike, classes: ArrayLike) -> FloatArray:
-    """F1 of each class, ``(k,)``: the harmonic mean of precision and recall; NaN for a class without a cell.
+    """Compute the F1 score of each class, ``(k,)``: the harmonic mean of precision and recall; NaN without cells.
 
     Examples
     --------
@@ -82,9 +82,9 @@ def class_f1(truth: ArrayLike, predicted: ArrayLike, classes: ArrayLike) -> Floa
 
 
 def regression_scores(truth: ArrayLike, predicted: ArrayLike) -> dict[str, float]:
-    """``r2`` (below 0 for what is worse than the mean), ``pearson`` and ``mae``, the mean absolute error (0 is best).
+    """Compute ``r2`` (below 0: worse than the mean), ``pearson`` and ``mae``, the mean absolute error (0 is best).
 
-    NaN where it is not defined: for values that are all alike.
+    ``r2`` and ``pearson`` are NaN if all values are equal.
 
     Examples
     --------
@@ -100,18 +100,22 @@ def regression_scores(truth: ArrayLike, predicted: ArrayLike) -> dict[str, float
 def mean_roc(
     truth: ArrayLike, probabilities: FloatArray, classes: ArrayLike | None = None, *, n_points: int = 201
 ) -> tuple[FloatArray, FloatArray]:
-    """False and true positive rate of one class against the rest, the latter averaged over classes.
+    """Compute ROC curves of one class against the rest, with true positive rates averaged over classes.
 
     Parameters
     ----------
     truth
         Labels, ``(n,)``.
     probabilities
-        ``(n, k)``, one column for each of ``classes``. Classes without a cell, or with all of them, are left out.
+        ``(n, k)``, one column for each of ``classes``. Classes with no cells or with all cells are ignored.
     classes
-        Names of the columns; ``None`` = the sorted classes of ``truth``.
+        Names of the columns. ``None``: the sorted classes of ``truth``.
     n_points
-        Rates between 0 and 1 at which curves are averaged.
+        Number of false positive rates between 0 and 1 at which curves are averaged.
+
+    Returns
+    -------
+    False positive rates and mean true positive rates.
     """
     truth, probabilities, names = scored_labels(truth, probabilities, classes)
     is_class = truth[:, None] == names
@@ -123,7 +127,7 @@ def mean_roc(
 
 
 def confusion(truth: ArrayLike, predicted: ArrayLike, *, rows: ArrayLike, columns: ArrayLike) -> IntArray:
-    """Cells of each true class (row) by predicted class (column), ``(len(rows), len(columns))``.
+    """Count cells of each true class (row) by predicted class (column), ``(len(rows), len(columns))``.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What the simplest models of token sequences reach."""
+"""Scores of the simplest models of token sequences."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ __all__ = ["permutation_bound", "unigram_nats"]
 
 
 def permutation_bound(n_genes: ArrayLike) -> float:
-    """``ln(n!) / n``: nats a gene below which no model tells the random order of ``n`` distinct genes, known or not.
+    """Compute ``ln(n!) / n``, the lowest possible nats per gene for a random order of ``n`` distinct genes.
 
-    Of several sentences, summed over all before it is divided by the genes of all.
+    The bound holds even for a model that knows which genes they are. For several sequences, it is the sum over all
+    sequences divided by the number of all genes.
 
     Parameters
     ----------
     n_genes
-        Genes of each sentence.
+        Number of genes of each sequence.
 
     Examples
     --------
@@ -32,17 +33,17 @@ def permutation_bound(n_genes: ArrayLike) -> float:
 
 
 def unigram_nats(counts: CSR) -> tuple[float, float]:
-    """Nats a gene of the two simplest models of gene sentences, each gene left out of what predicts it.
+    """Compute nats per gene of two unigram models, holding each gene out of its own estimate.
 
     Parameters
     ----------
     counts
-        How often each gene stands in each place, places by genes.
+        How often each gene is at each position, positions by genes.
 
     Returns
     -------
-    The nats where every gene is as likely as it is frequent (each counted once more), and where that is mixed with how
-    frequent it is in its place. The mixing weight is the best of 1, 10, ... 10,000.
+    The nats of a model that knows the frequency of each gene (with a pseudocount of one), and of a model that mixes
+    this with the frequency of each gene at each position. The mixing weight is the best of 1, 10, ... 10,000.
     """
     seen = np.asarray(counts.sum(0), float).ravel()
     total = seen.sum()
