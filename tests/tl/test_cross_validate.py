@@ -439,14 +439,49 @@ def test_labels_that_one_fold_alone_has_may_be_weighed(adata, tiny):
         cross_validate(adata, tiny, key="label", n_folds=3, validation=0, class_weight={"on": 5}, **FAST)
 
 
-def test_heads_on_groups_that_are_tested_whole_read_the_inputs(adata, tiny, tmp_path):
+def parts_of_fold(run_dir, number, column):
+    """Groups of the training and of the validation cells."""
+    with np.load(run_dir / f"fold-{number}" / "cells.npz") as cells:
+        return set(column[cells["train"]]), set(column[cells["validation"]])
+
+
+def test_groups_change_nothing_of_what_heads_read(adata, tiny, tmp_path):
     adata.obs["donor"] = ["x"] * 20 + ["y"] * 20 + ["z"] * 20
-    for group_key, reads in ((None, "both"), ("donor", "inputs")):
-        run_dir = tmp_path / reads
+    for group_key in (None, "donor"):
+        run_dir = tmp_path / str(group_key)
         cross_validate(
             adata, tiny, key="cell_type", group_key=group_key, n_folds=3, run_dir=run_dir, keep_models=True, **FAST
         )
-        assert {models.load(run_dir / f"fold-{i}" / "model").head_specs[0].reads for i in range(3)} == {reads}
+        assert {models.load(run_dir / f"fold-{i}" / "model").head_specs[0].reads for i in range(3)} == {"both"}
+
+
+def test_folds_are_validated_on_whole_groups_where_there_are_three(adata, tiny, tmp_path, caplog):
+    column = adata.obs["donor"] = np.repeat(list("abcd"), 15)
+    with caplog.at_level("INFO", logger="scllm"):
+        cross_validate(adata, tiny, key="cell_type", group_key="donor", n_folds=4, run_dir=tmp_path, **FAST)
+    assert "validating on whole groups: 1 of the 3 training groups" in caplog.text
+    for number in range(4):
+        training, held_out = parts_of_fold(tmp_path, number, column)
+        assert len(training) == 2
+        assert not training & held_out
+
+
+def test_folds_are_validated_on_single_cells_where_groups_do_not_do(adata, tiny, tmp_path, caplog):
+    two_left = adata.obs["three donors"] = np.tile(list("abc"), 20)
+    adata.obs["donor"] = own_label = np.tile(list("abcd"), 15)
+    adata.obs["label"] = np.where(own_label == "a", "only a", adata.obs["cell_type"])
+    adata.obs["label"] = np.where(own_label == "b", "only b", adata.obs["label"])
+    adata.obs["label"] = np.where(own_label == "c", "only c", adata.obs["label"])
+    options = {"n_folds": 3, "group_key": "three donors", "run_dir": tmp_path / "three", **FAST}
+    with caplog.at_level("INFO", logger="scllm"):
+        cross_validate(adata, tiny, key="cell_type", **options)
+    assert "validating on single cells: 2 groups are too few" in caplog.text
+    training, held_out = parts_of_fold(tmp_path / "three", 0, two_left)
+    assert training == held_out == {"b", "c"}
+    options = {"n_folds": 4, "group_key": "donor", "run_dir": tmp_path / "own", **FAST}
+    with caplog.at_level("INFO", logger="scllm"), pytest.warns(UserWarning, match="in one fold only"):
+        cross_validate(adata, tiny, key="label", **options)
+    assert "whole groups would take every cell of a label out of training" in caplog.text
 
 
 def test_labels_like_numbers_are_labels(adata, tiny):

@@ -468,7 +468,7 @@ def test_down_sampling_needs_counts(adata, tune):
         ({"key": "batch", "group_key": "batch"}, ValueError, "training cells hold 1 distinct labels"),
         ({"epochs": 1, "config": TrainConfig(epochs=2)}, TypeError, "epochs is given twice"),
         ({"config": TrainConfig(max_len=1)}, ValueError, "max_len is 1, at least 2 expected"),
-        ({"lora": 4, "config": TrainConfig(head_reads="inputs")}, TypeError, r"lora= adapts the blocks.*Leave one out"),
+        ({"lora": 4, "config": TrainConfig(head_reads="inputs")}, TypeError, r"with lora=, got 'inputs'"),
         ({"lora": True}, TypeError, "lora is True, the rank of adapters, LoraSettings or peft's LoraConfig"),
         ({"freeze": 1.5}, TypeError, r"freeze is 1\.5, a number of blocks, 'encoder', or a pattern"),
         ({"freeze": ["layers.*", 1]}, TypeError, r"freeze is \['layers\.\*', 1\], a number of blocks"),
@@ -516,19 +516,25 @@ def test_what_is_left_open_is_as_documented(tune):
     assert (tuned.head_specs[0].pooling, tuned.head_specs[0].reads) == ("ranked", "both")
 
 
-def test_heads_on_new_groups_read_the_inputs_unless_adapters_or_the_caller_say_otherwise(adata, tune):
+@pytest.mark.parametrize("option", [{"group_key": "donor"}, {"lora": 2}, {"freeze": "encoder"}, {"validation": 0}])
+@pytest.mark.parametrize("family", ["scgpt", "scbert"])
+def test_what_heads_read_depends_on_no_other_argument(adata, tune, family, option):
     adata.obs["donor"] = pd.Categorical(["a", "b", "c", "d"] * 15)
-    assert tune(group_key="donor").head_specs[0].reads == "inputs"
-    assert tune(group_key="donor", lora=2).head_specs[0].reads == "both"
-    assert tune(group_key="donor", config=TrainConfig(head_reads="last")).head_specs[0].reads == "last"
+    model = models.build(family, vocab=adata.var_names, size="tiny")
+    tuned = tune(model=model, epochs=1, **option)
+    assert spec_of(tuned)["train"]["head_reads"] == ("both" if family == "scgpt" else "published")
+
+
+def test_what_heads_read_is_what_the_caller_says(adata, tune):
+    adata.obs["donor"] = pd.Categorical(["a", "b", "c", "d"] * 15)
+    for reads in ("inputs", "last"):
+        assert tune(group_key="donor", config=TrainConfig(head_reads=reads)).head_specs[0].reads == reads
 
 
 def test_heads_of_geneformer_read_linear_weights_but_of_inputs(adata, tune):
-    adata.obs["donor"] = pd.Categorical(["a", "b", "c", "d"] * 15)
     model = models.build("geneformer", vocab=adata.var_names, size="tiny")
     assert tune(model=model).head_specs[0].pooling == "linear"
-    assert tune(model=model, group_key="donor").head_specs[0].pooling == "ranked"
-    assert tune(model=model, group_key="donor", lora=2).head_specs[0].pooling == "linear"
+    assert tune(model=model, config=TrainConfig(head_reads="inputs")).head_specs[0].pooling == "ranked"
 
 
 @pytest.mark.filterwarnings("ignore:after the first epoch the model gives one label")

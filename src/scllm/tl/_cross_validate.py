@@ -24,11 +24,10 @@ from scllm.data.fingerprint import fingerprint
 from scllm.data.source import CellSource, open_source
 from scllm.data.split import PARTS, split_cells
 from scllm.engine.config import TrainConfig
-from scllm.engine.lora import Lora
 from scllm.models.base import CellModel
 from scllm.tl._baseline import label_baseline, log_normalised, value_baseline
 from scllm.tl._classify import classify
-from scllm.tl._finetune import check_class_weight, default_reads, finetune
+from scllm.tl._finetune import check_class_weight, finetune
 from scllm.tl._folds import fold_cells, folds_directory, keep_predictions, kept_predictions
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
 from scllm.tl._out_of_fold import check_coverage, check_folds, find_groups, fold_scores, overall_scores
@@ -76,8 +75,11 @@ def cross_validate(
         How often all is done again with other folds and another seed; the spread between repeats is what chance does.
         Where one group is left out at a time, folds stay the same and only the seed changes.
     group_key
-        Column of groups (donors, studies) that are tested whole, by heads that read what carries over best to new ones
-        (see :func:`finetune`). Labels are spread over the folds as evenly as groups allow.
+        Column of groups (donors, studies) that are tested whole. Labels are spread over the folds as evenly as groups
+        allow. If a fold has at least three training groups, its validation cells are whole groups too. With fewer, or
+        if a label would be lost from training, they are single cells; the log says which. What the classification head
+        reads does not change: compare ``config=TrainConfig(head_reads="inputs")`` with the default, as
+        :class:`TrainConfig` explains.
     baseline
         Whether the linear model is fitted too.
     keep_models
@@ -85,7 +87,7 @@ def cross_validate(
         size). By default a fold leaves its predictions, settings and history there.
     **finetune_options
         Passed on to :func:`finetune`: ``epochs=``, ``lr=``, ``freeze=``, ... ``validation`` is the share of the
-        *training* cells that chooses the best weights, drawn by cell. ``random_state`` is the seed of the first
+        *training* cells that chooses the best weights. ``random_state`` is the seed of the first
         repeat's folds and training, one more of each further one. Folds are runs of their own in
         ``run_dir/fold-0``, ..., those of further repeats in ``run_dir/repeat-1/fold-0``, ...: the same call continues
         where an earlier one was stopped, and asked for more repeats it keeps those that are there.
@@ -134,12 +136,12 @@ def cross_validate(
             f"the model was fine-tuned on a column {key!r} before, one that has not seen the labels of these cells "
             "expected: if they are the same cells, every score is too high. Pass the pretrained model."
         )
-    options["config"] = _with_reads(options.get("config") or TrainConfig(), chosen, group_key, options.get("lora"))
+    options["config"] = options.get("config") or TrainConfig()
     folds = [_folds(target, groups, n_folds, seed + repeat) for repeat in range(n_repeats)]
     check_coverage(target, folds)
     run_dir = folds_directory("cross_validate", options.pop("run_dir", None), options.pop("resume", "auto"))
     methods = ("model", "baseline") if baseline else ("model",)
-    cells = _Cells.of(adata, target, options.get("layer"))
+    cells = _Cells.of(adata, target, options.get("layer"), groups)
     tables, first = [], {method: np.full((adata.n_obs, target.n_outputs), np.nan, np.float32) for method in methods}
     log.info("cross-validating obs[%r]: a model is trained in each of %d folds", key, n_repeats * n_folds)
     for repeat, fold in np.ndindex(n_repeats, n_folds):
@@ -183,14 +185,15 @@ class _Cells:
     adata: AnnData
     target: Target
     layer: str | None
+    groups: IntArray | None
 
     @classmethod
-    def of(cls, adata: AnnData, target: Target, layer: str | None) -> _Cells:
+    def of(cls, adata: AnnData, target: Target, layer: str | None, groups: IntArray | None) -> _Cells:
         matched = {name: value for name, value in adata.uns.get(_keys.UNS, {}).items() if name == "match_genes"}
         light = AnnData(
             adata.X, obs=adata.obs[[target.key]], var=adata.var, layers=dict(adata.layers), uns={_keys.UNS: matched}
         )
-        return cls(light, target, layer)
+        return cls(light, target, layer, groups)
 
     @cached_property
     def logged(self) -> CSR:
@@ -231,6 +234,8 @@ class _Cells:
         """What a fold's predictions depend on."""
         free = ("config", "device", "n_gpus", "n_procs", "precision")
         cells = {"training": training, "tested": tested, "labels": self.target.column}
+        if self.groups is not None:  # validation cells are whole groups
+            cells["groups"] = self.groups
         return {
             "weights": model.hash(),
             "config": {**options["config"].to_dict(), "precision": None},
@@ -287,10 +292,30 @@ class _Cells:
     def _parts(self, training: IntArray, share: float, seed: int) -> pd.Categorical:
         """``train`` and ``validation`` among the training cells; all else is ``test``, which is never touched."""
         share = min(max(share, 1 / len(training)), 1 - 1 / len(training))
-        labels = None if self.target.classes is None else pd.Series(self.target.column[training])
+        part = self._part_by_group(training, share, seed)
+        if part is None:
+            labels = None if self.target.classes is None else pd.Series(self.target.column[training])
+            part = split_cells(len(training), (1 - share, share), stratify=labels, random_state=seed)
         parts = np.full(self.adata.n_obs, PARTS.index("test"))
-        parts[training] = split_cells(len(training), (1 - share, share), stratify=labels, random_state=seed)
+        parts[training] = part
         return pd.Categorical.from_codes(parts, categories=list(PARTS))
+
+    def _part_by_group(self, training: IntArray, share: float, seed: int) -> IntArray | None:
+        """0 for training and 1 for validation by whole groups; ``None`` where groups do not allow it."""
+        if self.groups is None:
+            return None
+        of_cell = pd.Series(self.groups[training])
+        if of_cell.nunique() < 3:
+            log.info("validating on single cells: %d groups are too few to hold one out", of_cell.nunique())
+            return None
+        part = split_cells(len(training), (1 - share, share), groups=of_cell, random_state=seed)
+        labels = self.target.column[training]
+        if self.target.classes is not None and len(np.unique(labels[part == 0])) < len(np.unique(labels)):
+            log.info("validating on single cells: whole groups would take every cell of a label out of training")
+            return None
+        n_held_out = of_cell[part == 1].nunique()
+        log.info("validating on whole groups: %d of the %d training groups", n_held_out, of_cell.nunique())
+        return part
 
 
 def _checked(given: Mapping[str, Any], adata: AnnData) -> tuple[dict[str, Any], int]:
@@ -316,13 +341,6 @@ def _checked(given: Mapping[str, Any], adata: AnnData) -> tuple[dict[str, Any], 
         options["config"] = replace(config, random_state=None)
         seed = config.random_state or seed
     return options, int(TrainConfig(random_state=seed).random_state or 0)
-
-
-def _with_reads(config: TrainConfig, model: CellModel, group_key: str | None, lora: Lora | None) -> TrainConfig:
-    """What heads read, which follows from the groups that are tested: ``finetune`` does not see those."""
-    if config.head_reads is not None:
-        return config
-    return replace(config, head_reads=default_reads(model, group_key, lora))
 
 
 def _folds(target: Target, groups: IntArray | None, n_folds: int, seed: int) -> IntArray:

@@ -32,7 +32,7 @@ from scllm.tl._parts import column_or_all, divide
 from scllm.tl._target import Target, find_target
 from scllm.tl._train import Data, check_config, merged_config, processes, train
 
-__all__ = ["check_class_weight", "default_reads", "finetune"]
+__all__ = ["check_class_weight", "finetune"]
 
 
 def finetune(
@@ -62,16 +62,17 @@ def finetune(
 ) -> CellModel:
     """Train a head that predicts ``obs[key]``, together with the model below it.
 
-    Heads are linear and read the states of a cell's genes before the first block and after the last one, its highest
-    genes weighing most (``tl.embed`` shows the latter with ``pooling="ranked"``, of geneformer with ``"linear"``); with
-    ``group_key`` those before the first block alone, as ``"ranked"``, which carry over best to new groups (blocks are
-    not trained then: embed cells with the model that was given). They first learn alone, as logistic regression does
-    (in seconds); then all that is not frozen trains on, without dropout (scbert: with its own). The best weights by
-    validation loss are kept, those of the start among them, and their probabilities are calibrated on the validation
-    cells.
+    The classification head is linear. Its input is the rank-weighted mean of the gene embeddings
+    (``pooling="ranked"`` of :func:`embed`; of geneformer ``"linear"`` after the last block), taken both before the
+    first transformer block and after the last one. The head is first trained alone on frozen embeddings, as logistic
+    regression does, which takes seconds. Then everything that is not frozen is trained, without dropout (scbert: with
+    its own). The weights with the best validation loss are kept, including those at the start, and probabilities are
+    calibrated on the validation cells.
 
-    ``config=TrainConfig(head_reads="published")`` makes heads like those of the published checkpoints, as scbert and
-    scfoundation have them anyway; that of scbert, which reads every position, has no such start.
+    Two other heads can be chosen, see :class:`TrainConfig`. ``config=TrainConfig(head_reads="inputs")`` reads only the
+    embeddings before the first block, which carry over best to new donors and studies.
+    ``TrainConfig(head_reads="published")`` makes heads like those of the published checkpoints; scbert and scfoundation
+    have no others. That of scbert reads every position and is not trained alone first.
 
     Parameters
     ----------
@@ -98,8 +99,8 @@ def finetune(
     validation
         Share of cells held out (of every label alike), or a column as :func:`scllm.pp.split` writes it.
     group_key
-        Column of groups (donors, studies) that are held out whole. Pass it where cells of other groups are to be
-        labelled: heads then read what carries over. Of one group alone: ``config=TrainConfig(head_reads="inputs")``.
+        Column of groups (donors, studies) that are held out whole for validation. Pass it if cells of other groups
+        are to be labelled: weights are then chosen, and probabilities calibrated, on groups unseen in training.
     layer
         Layer to read; ``None`` is ``X``.
     epochs
@@ -161,7 +162,7 @@ def finetune(
         **module.FINETUNE,
         "gene_init": "random",
         "use_dropout": not begun.heads_read_cells,
-        "head_reads": default_reads(begun, group_key, lora),
+        "head_reads": "published" if begun.head_pooling is None else "both",
         "schedule": "linear",
         "warmup": 20,
     }
@@ -235,20 +236,12 @@ def _names(key: str | Sequence[str]) -> list[str]:
     return keys
 
 
-def default_reads(model: CellModel, group_key: str | None, lora: Lora | None) -> HeadSetting:
-    """What heads read unless the caller says: what blocks do to states carries over badly to groups never seen."""
-    if model.head_pooling is None:
-        return "published"
-    # adapters are beside blocks, which the inputs have not gone through
-    return "inputs" if group_key is not None and lora is None else "both"
-
-
 def _adapters(lora: Lora | None, reads: HeadSetting | None) -> LoraSettings | None:
     """Settings of the adapters, if there shall be any."""
     if lora is not None and reads == "inputs":
         raise TypeError(
-            "lora= adapts the blocks, and heads with head_reads='inputs' read what comes before them, one of the two "
-            "expected. Leave one out."
+            "Expected head_reads='both' or 'last' with lora=, got 'inputs'. Adapters change the blocks, and heads on "
+            "the inputs read what comes before them. Leave one of the two out."
         )
     return lora_settings(lora)
 
@@ -342,7 +335,7 @@ def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadSetting, 
         if reads == "published":
             model.set_heads(specs)
         else:
-            # of inputs, which are read for new groups, these weights carry over best (docs/study.md)
+            # weights with which the inputs carry over best to new groups (docs/study.md)
             pooling = "ranked" if reads == "inputs" else model.head_pooling
             model.set_heads(replace(spec, pooling=pooling, reads=reads) for spec in specs)
 
