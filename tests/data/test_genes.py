@@ -89,7 +89,7 @@ def test_specials_are_no_genes_to_match():
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32), st.sampled_from([np.float32, np.float64, np.int32]))
-def test_columns_of_one_token_are_summed_and_stand_where_the_first_stood(seed, dtype):
+def test_columns_of_one_token_are_summed_and_rows_stand_in_the_order_of_tokens(seed, dtype):
     rng = np.random.default_rng(seed)
     token_ids = rng.integers(-1, 6, 9).astype(np.int32)
     dense = rng.integers(0, 3, (4, 9)).astype(dtype)
@@ -101,10 +101,16 @@ def test_columns_of_one_token_are_summed_and_stand_where_the_first_stood(seed, d
             if token_ids[gene] >= 0:
                 expected[token_ids[gene]] = expected.get(token_ids[gene], 0) + dense[cell, gene]
         row = tokens.take(np.array([cell]))
-        assert row.genes.tolist() == [token for token, value in expected.items() if value]
-        assert row.values.tolist() == [value for value in expected.values() if value]
-    assert found.measured.tolist() == list(dict.fromkeys(token_ids[token_ids >= 0].tolist()))
+        assert row.genes.tolist() == sorted(token for token, value in expected.items() if value)
+        assert row.values.tolist() == [expected[token] for token in row.genes]
+    assert found.measured.tolist() == sorted(set(token_ids[token_ids >= 0].tolist()))
     assert found.n_matched == len(found.measured)
+
+
+@pytest.mark.parametrize("kind", [sparse.csc_matrix, np.asarray])
+def test_counts_that_are_not_csr_are_an_error(kind):
+    with pytest.raises(TypeError, match=r"CSR matrix, got '(csc|ndarray)'"):
+        GeneMatch(np.arange(3, dtype=np.int32), "var_names", "symbol", 3).tokens(kind(np.eye(3)))
 
 
 def test_stored_zeros_are_no_tokens():

@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 from kernels.strategies import ragged, rows_of
 from messages import naming
 
-from scllm.kernels.ragged import _crop_top, _take, crop_random, crop_top, pad_rows, prepend, restrict, take_rows
+from scllm.kernels.ragged import (
+    _crop_top,
+    _take,
+    crop_random,
+    crop_top,
+    pad_rows,
+    prepend,
+    restrict,
+    restrict_in_order,
+    sum_repeats,
+    take_rows,
+)  # fmt: skip
 
 slow_first_call = settings(deadline=None, max_examples=60)
 
@@ -41,6 +52,33 @@ def test_restrict_keeps_known_columns_and_values_other_than_zero(rows, seed):
     assert_rows_equal(new_indptr, kept, [row[k] for row, k in zip(*(rows_of(indptr, a) for a in (values, keep)))])
     np.testing.assert_array_equal(kept_ids, ids[columns][keep])
     assert (kept_ids.dtype, kept.dtype) == (np.int32, values.dtype)
+
+
+@slow_first_call
+@given(st.integers(0, 2**32), st.integers(0, 200), st.sampled_from([np.float32, np.int64]))
+def test_restrict_in_order_sorts_what_restrict_keeps(seed, n_columns, dtype):
+    rng = np.random.default_rng(seed)
+    dense = (rng.integers(0, 4, (5, n_columns)) * (rng.random((5, 1)) < 0.8)).astype(dtype)
+    cell, column = np.nonzero(rng.random(dense.shape) < 0.7)  # zeros among them
+    indptr, values = np.searchsorted(cell, np.arange(6)), dense[cell, column]
+    place = rng.permutation(n_columns).astype(np.int32)
+    place[rng.random(n_columns) < 0.2] = -1
+    ids = np.arange(n_columns, dtype=np.int32) * 3
+    new_indptr, kept_ids, kept = restrict_in_order(indptr, column, values, place, ids)
+    expected, unsorted_ids, unsorted = restrict(indptr, column, values, place * 3)
+    np.testing.assert_array_equal(new_indptr, expected)
+    order = np.lexsort([unsorted_ids, np.repeat(np.arange(5), np.diff(expected))])
+    np.testing.assert_array_equal(kept_ids, unsorted_ids[order])
+    np.testing.assert_array_equal(kept, unsorted[order])
+    assert (kept_ids.dtype, kept.dtype) == (np.int32, values.dtype)
+
+
+def test_repeats_are_summed_in_float64_whatever_their_order():
+    values = np.array([2.0**24, 1, 1, 5, 7], np.float32)
+    for order in ([0, 1, 2, 3, 4], [2, 0, 1, 3, 4], [1, 2, 0, 3, 4]):
+        indptr, ids, sums = sum_repeats(np.array([0, 3, 3, 5]), np.array([4, 4, 4, 4, 9]), values[order])
+        assert (indptr.tolist(), ids.tolist(), sums.tolist()) == ([0, 1, 1, 3], [4, 4, 9], [2.0**24 + 2, 5, 7])
+        assert sums.dtype == np.float64
 
 
 @slow_first_call

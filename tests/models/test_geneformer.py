@@ -9,6 +9,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import torch
+from forms import FORMS, stored_as
 from messages import naming
 from safetensors.torch import load_file
 
@@ -68,10 +69,11 @@ def packed(ids, mask):
     return Batch.from_tokens(Tokens(np.concatenate([[0], np.cumsum(there.sum(1))]), ids[there], None))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_parity_geneformer_tokens(parity, cells, of_version, version):
+def test_parity_geneformer_tokens(parity, cells, of_version, version, form):
     expected = {key[3:]: value for key, value in np.load(parity / "tokenized.npz").items() if key.startswith(version)}
-    model, adata = of_version[version], chosen(cells, expected["cell_id"])
+    model, adata = of_version[version], stored_as(chosen(cells, expected["cell_id"]), form)
     tokens = sentences(model, adata)
     np.testing.assert_array_equal(tokens.lengths, expected["length"])
     offsets = expected["offsets"]

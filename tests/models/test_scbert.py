@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from anndata import AnnData, read_h5ad
+from forms import FORMS, rows_of, stored_as
 from messages import naming
 from scipy.sparse import csr_matrix
 from torch.nn import functional as F
@@ -65,7 +66,7 @@ def packed(tokens, vocab) -> Batch:
 
 def encoded(model, adata, cells=slice(None)):
     match = genes.match(adata.var_names, model.vocab)
-    counts = match.tokens(adata.X[cells])
+    counts = match.tokens(rows_of(adata)[cells])
     return counts, model.encoder(counts, model.vocab, measured=match.measured)
 
 
@@ -77,8 +78,9 @@ def test_parity_scbert_kept_cells(parity, arrays):
     assert adata.obs_names[known.X.getnnz(1) >= least].tolist() == arrays["kept_cells"].tolist()
 
 
-def test_parity_scbert_tokens(model, counts, arrays):
-    found, tokens = encoded(model, counts)
+@pytest.mark.parametrize("form", FORMS)
+def test_parity_scbert_tokens(model, counts, arrays, form):
+    found, tokens = encoded(model, stored_as(counts, form))
     np.testing.assert_array_equal(tokens.values.reshape(arrays["tokens"].shape), arrays["tokens"])
     assert (tokens.genes.reshape(arrays["tokens"].shape) == np.arange(len(model.vocab))).all()
     row = np.repeat(np.arange(len(found)), found.lengths)

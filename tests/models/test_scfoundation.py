@@ -9,6 +9,7 @@ import pytest
 import scanpy as sc
 import torch
 from anndata import read_h5ad
+from forms import FORMS, rows_of, stored_as
 from messages import naming
 
 from scllm import models, tl
@@ -20,6 +21,7 @@ from scllm.engine.objectives import MaskedExpression
 from scllm.kernels.draws import mix
 from scllm.models import scfoundation, storage
 from scllm.models.base import Batch, HeadSpec
+from scllm.models.batch import Measured
 
 CLOSE = {"atol": 5e-5, "rtol": 5e-4}
 DECODED = {"atol": 2e-4, "rtol": 2e-3}
@@ -62,10 +64,12 @@ def embedded(adata, model, encoder, pooling):
 
 def encoded(model, adata, **settings):
     match = genes.match(adata.var_names, model.vocab)
-    tokens = replace(model.encoder, **settings)(match.tokens(adata.X), model.vocab, measured=match.measured)
-    return Batch.from_tokens(tokens, mix(0, 0, np.arange(adata.n_obs)), measured=match.measured)
+    tokens = replace(model.encoder, **settings)(match.tokens(rows_of(adata)), model.vocab, measured=match.measured)
+    rows = np.arange(adata.n_obs)
+    return Batch.from_tokens(tokens, mix(0, 0, rows), measured=Measured.of(match, rows))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("run", "name", "target", "pooling"),
     [
@@ -75,13 +79,14 @@ def encoded(model, adata, **settings):
         ("rde_all_a1", "rde", "a1", "all"),
     ],
 )
-def test_parity_scfoundation_embeddings(parity, gene_list, embeddings, counts, run, name, target, pooling):
+def test_parity_scfoundation_embeddings(parity, gene_list, embeddings, counts, run, name, target, pooling, form):
     model = models.load(parity, family="scfoundation", vocab=gene_list, part=name)
-    found = embedded(counts, model, DepthEncoder(target), pooling)
+    found = embedded(stored_as(counts, form), model, DepthEncoder(target), pooling)
     np.testing.assert_allclose(found, embeddings[run], **CLOSE)
 
 
 def test_parity_scfoundation_values_normalised_before(parity, gene_list, embeddings, counts):
+    counts = stored_as(counts, "csr")
     totals = np.asarray(counts.X.sum(1)).ravel()
     values = counts.X.data / np.repeat(totals, counts.X.getnnz(1)) * 1e4
     counts.X.data = np.log1p(values).astype(np.float32)

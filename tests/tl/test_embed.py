@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from forms import FORMS, rows_of, stored_as
 from scipy import sparse
 
 from scllm import models
@@ -30,7 +31,7 @@ def embedded(adata, tiny) -> ad.AnnData:
 def sentences(adata, model) -> list[Batch]:
     """Each cell as a batch of its own."""
     genes = match(adata.var_names, model.vocab)
-    tokens = model.encoder(genes.tokens(adata.X), model.vocab, measured=genes.measured)
+    tokens = model.encoder(genes.tokens(rows_of(adata)), model.vocab, measured=genes.measured)
     return [Batch.from_tokens(tokens.take(np.array([cell]))) for cell in range(adata.n_obs)]
 
 
@@ -250,30 +251,36 @@ def test_parity_scgpt_embedding_of_the_sentences_of_the_original(original, check
         np.testing.assert_allclose(checkpoint.embed(batch), original[f"X_scGPT_{kind}"], **CLOSE)
 
 
-def test_parity_scgpt_sentences_of_the_folder(original, checkpoint, cells):
-    """Genes, their order and <cls> are equal; bins are where nothing is drawn, and in bounds elsewhere."""
+@pytest.mark.parametrize("form", FORMS)
+def test_parity_scgpt_sentences_of_the_folder(original, checkpoint, cells, form):
+    """Genes and <cls> are equal; bins are where nothing is drawn, and in bounds elsewhere."""
     genes = match(cells.var_names, checkpoint.vocab, var=cells.var)
-    counts = genes.tokens(cells.X)
+    counts = genes.tokens(rows_of(stored_as(cells, form)))
     assert checkpoint.encoder == BinEncoder(51, 1201, "random", -2, False)
+    # the original's stand in the order of the columns, ours in that of the tokens, `<cls>` before both
+    key = np.where(original["genes_full"] == checkpoint.vocab.cls_id, -1, original["genes_full"])
+    order = np.argsort(np.where(key == checkpoint.vocab.pad_id, len(checkpoint.vocab), key), axis=1, kind="stable")
+    their_genes = np.take_along_axis(original["genes_full"], order, 1)
+    theirs = np.take_along_axis(original["binned_values_full"], order, 1)
     bounds = [
         BinEncoder(51, 1201, ties, -2)(counts, checkpoint.vocab, measured=genes.measured).padded(
             pad_id=checkpoint.vocab.pad_id
         )
         for ties in ("left", "right")
     ]
-    np.testing.assert_array_equal(bounds[0][0], original["genes_full"])
-    lowest, highest, theirs = bounds[0][1], bounds[1][1], original["binned_values_full"]
+    np.testing.assert_array_equal(bounds[0][0], their_genes)
+    lowest, highest = bounds[0][1], bounds[1][1]
     assert (theirs[:, 0] == -2).all()
     assert (lowest[:, 0] == -2).all()
     assert ((lowest <= theirs) & (theirs <= highest)).all()
     ours = checkpoint.encoder(counts, checkpoint.vocab, measured=genes.measured).padded(pad_id=checkpoint.vocab.pad_id)
-    np.testing.assert_array_equal(ours[0], original["genes_full"])
+    np.testing.assert_array_equal(ours[0], their_genes)
     assert ((lowest <= ours[1]) & (ours[1] <= highest)).all()
     # with the draws of the original, the bins are equal everywhere
     generator = np.random.RandomState(int(original["numpy_seed"]))
-    draws = np.concatenate([generator.rand(n) for n in counts.lengths])
-    bins = bin_rows(counts.indptr, counts.values, n_bins=51, ties="random", draws=draws)
-    np.testing.assert_array_equal(bins, theirs[:, 1:][original["genes_full"][:, 1:] != checkpoint.vocab.pad_id])
+    draws = [generator.rand(n)[places[1 : n + 1] - 1] for n, places in zip(counts.lengths, order, strict=True)]
+    bins = bin_rows(counts.indptr, counts.values, n_bins=51, ties="random", draws=np.concatenate(draws))
+    np.testing.assert_array_equal(bins, theirs[:, 1:][their_genes[:, 1:] != checkpoint.vocab.pad_id])
 
 
 def test_parity_scgpt_a_folder_embeds_cells(original, checkpoint, cells, parity, tmp_path):

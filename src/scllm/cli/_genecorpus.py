@@ -57,14 +57,15 @@ def genecorpus(
         vocab, encoder = chosen.vocab, chosen.encoder
     if not isinstance(encoder, RankEncoder):
         raise ValueError(f"{model} does not rank genes, a geneformer model expected. Leave --model out.")
-    match = genes.match(source.genes, vocab, var=source.var)
+    match = genes.match_source(source, vocab)
     if encoder.medians is None:
         encoder = replace(encoder, medians=token_medians(source, match, np.arange(source.n_obs), len(vocab)))
     medians = encoder.medians
 
     def sentences() -> Iterator[Tokens]:
         for start in range(0, source.n_obs, _ROWS):
-            counts = match.tokens(read_checked(source, np.arange(start, min(start + _ROWS, source.n_obs))))
+            rows = np.arange(start, min(start + _ROWS, source.n_obs))
+            counts = match.tokens(read_checked(source, rows), rows)
             yield encoder(counts, vocab, measured=match.measured)
 
     write_genecorpus(sentences(), out, vocab=vocab, medians=medians, obs=source.obs(column or []))

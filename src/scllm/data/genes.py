@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from scllm._checks import missing_key
 from scllm._log import log
 from scllm._typing import CSR, IntArray
+from scllm.data.source import CellSource, gene_tables
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
-from scllm.kernels.ragged import restrict
+from scllm.kernels.ragged import restrict, restrict_in_order, sum_repeats
 
-__all__ = ["USUAL_COLUMNS", "GeneMatch", "check_unique", "id_type", "match", "name_columns", "strip_version"]
+__all__ = [
+    "USUAL_COLUMNS", "GeneMatch", "check_unique", "id_type", "match", "match_source", "name_columns", "strip_version",
+]  # fmt: skip
 
 _ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{11}(\.\d+)?$", re.IGNORECASE)
 
@@ -44,12 +46,19 @@ class GeneMatch:
         What the names are: ``"symbol"`` or ``"ensembl"``.
     n_vocab
         Genes in the vocabulary.
+    files
+        Where files with different genes are read together: how the genes of each file match, over the same columns;
+        a gene that a file did not measure is -1 there.
+    file_of
+        Which of ``files`` each cell of the source is from.
     """
 
     token_ids: IntArray
     column: str
     id_type: Literal["symbol", "ensembl"]
     n_vocab: int
+    files: tuple[GeneMatch, ...] = ()
+    file_of: IntArray | None = field(default=None, repr=False)
 
     @cached_property
     def n_matched(self) -> int:
@@ -62,34 +71,68 @@ class GeneMatch:
         return self.n_matched / max(1, min(len(self.token_ids), self.n_vocab))
 
     @cached_property
-    def _collapse(self) -> tuple[CSR, IntArray] | None:
-        """Matrix that sums columns of one token, and the tokens; ``None`` where no two columns share one."""
-        known = np.flatnonzero(self.token_ids >= 0)
-        tokens, first, place = np.unique(self.token_ids[known], return_index=True, return_inverse=True)
-        if len(tokens) == len(known):
-            return None
-        by_appearance = np.argsort(first, kind="stable")
-        column = np.argsort(by_appearance, kind="stable")[place]
-        shape = (len(self.token_ids), len(tokens))
-        ones = np.ones(len(known), np.float32)
-        return sparse.csr_matrix((ones, (known, column)), shape=shape), tokens[by_appearance].astype(np.int32)
+    def measured(self) -> IntArray:
+        """Tokens of the genes that the data (any of the files) have, each once, in rising order."""
+        if self.files:
+            return np.unique(np.concatenate([file.measured for file in self.files]))
+        return np.unique(self.token_ids[self.token_ids >= 0])
+
+    def by_file(self, rows: IntArray) -> list[tuple[GeneMatch, IntArray]]:
+        """How the genes of some cells of the source match, file by file, and the places of its cells in ``rows``."""
+        if self.file_of is None:
+            return [(self, np.arange(len(rows)))]
+        file = self.file_of[rows]
+        return [(self.files[i], np.flatnonzero(file == i)) for i in np.unique(file)]
 
     @cached_property
-    def measured(self) -> IntArray:
-        """Tokens of the genes that the data have, each once, in the order of the data."""
-        known = self.token_ids[self.token_ids >= 0]
-        _, first = np.unique(known, return_index=True)
-        return known[np.sort(first)]
+    def _order(self) -> tuple[IntArray, IntArray]:
+        """Place of each column among the known ones in the order of their tokens, -1 for others; tokens by place."""
+        known = np.flatnonzero(self.token_ids >= 0)
+        known = known[np.argsort(self.token_ids[known], kind="stable")]
+        place = np.full(len(self.token_ids), -1, np.int32)
+        place[known] = np.arange(len(known))
+        return place, self.token_ids[known].astype(np.int32)
 
-    def tokens(self, counts: CSR) -> Tokens:
-        """Counts as ragged rows over the vocabulary; columns of one token are summed, zeros and other genes dropped."""
-        ids = self.token_ids
-        if self._collapse is not None:
-            summing, ids = self._collapse
-            counts = sparse.csr_matrix(counts @ summing)
-            counts.sort_indices()
-        indptr, genes, values = restrict(counts.indptr, counts.indices, counts.data, ids)
-        return Tokens(indptr, genes, values)
+    @cached_property
+    def _is_in_order(self) -> bool:
+        """Whether the known columns stand in the order of their tokens, no token twice."""
+        return bool((np.diff(self.token_ids[self.token_ids >= 0]) > 0).all())
+
+    def tokens(self, counts: CSR, rows: IntArray | None = None) -> Tokens:
+        """Counts as ragged rows over the vocabulary, each row in the order of its token ids.
+
+        Zeros and genes that are not in the vocabulary are dropped. Counts of columns that share a token are summed, in
+        float64 and from the lowest to the highest. So a cell's tokens depend on its genes and their counts, and not on
+        the order of the columns, and whatever breaks a tie later by position breaks it by token id.
+
+        Parameters
+        ----------
+        counts
+            CSR, its columns sorted and free of duplicates, as sources read it.
+        rows
+            Which cells of the source these are; needed where its files hold different genes.
+        """
+        if getattr(counts, "format", None) != "csr":
+            kind = getattr(counts, "format", type(counts).__name__)
+            raise TypeError(
+                f"Expected counts as a CSR matrix, got {kind!r}. Convert them with scipy.sparse.csr_matrix."
+            )
+        if self.files:
+            assert rows is not None
+            by_file = self.by_file(rows)
+            if len(by_file) <= 1:
+                return (by_file[0][0] if by_file else self.files[0]).tokens(counts)
+            found = [file.tokens(counts[places]) for file, places in by_file]
+            return Tokens.stacked(found, [places for _, places in by_file])
+        if self._is_in_order:
+            indptr, genes, values = restrict(counts.indptr, counts.indices, counts.data, self.token_ids)
+        else:
+            place, token = self._order
+            indptr, genes, values = restrict_in_order(counts.indptr, counts.indices, counts.data, place, token)
+            if len(token) > self.n_matched:
+                indptr, genes, values = sum_repeats(indptr, genes, values)
+        # one type whatever the file's: quantiles round differently in float32 and float64
+        return Tokens(indptr, genes, values.astype(np.float32, copy=False))
 
 
 def match(
@@ -129,6 +172,37 @@ def match(
         log.debug("%d genes share a token with another gene and are summed with it", n_summed)
     log.debug("%d of %d genes matched by %s (%.0f %%)", found.n_matched, len(names), found.column, 100 * found.coverage)
     return found
+
+
+def match_source(
+    source: CellSource, vocab: Vocab, *, gene_key: str | None = None, min_coverage: float = 0.3
+) -> GeneMatch:
+    """Find the token of each gene of a source, as :func:`match` does.
+
+    Where a source is made of files with different genes or gene tables, each file is matched as if it were alone: what
+    a cell is read as does not depend on which other files came along.
+    """
+    tables = gene_tables(source)
+    if len(tables.tables) == 1:
+        return match(source.genes, vocab, var=source.var, gene_key=gene_key, min_coverage=min_coverage)
+    files = []
+    for name, var in zip(tables.names, tables.tables, strict=True):
+        try:
+            found = match(var.index, vocab, var=var, gene_key=gene_key, min_coverage=min_coverage)
+        except (KeyError, ValueError) as error:
+            error.add_note(f"This is about the genes of {name}.")
+            raise
+        token_ids = np.full(len(source.genes), -1, np.int32)
+        token_ids[source.genes.get_indexer(var.index)] = found.token_ids
+        files.append(replace(found, token_ids=token_ids))
+    # other tables may well say the same of the genes
+    _, first, kind = np.unique([file.token_ids for file in files], axis=0, return_index=True, return_inverse=True)
+    if len(first) == 1:
+        return files[0]
+    token_ids = np.max([file.token_ids for file in files], axis=0)
+    return replace(
+        files[0], token_ids=token_ids, files=tuple(files[i] for i in first), file_of=kind.ravel()[tables.of_cell]
+    )
 
 
 def name_columns(names: pd.Index, var: pd.DataFrame | None = None, gene_key: str | None = None) -> dict[str, list[str]]:

@@ -71,17 +71,23 @@ def streamed_medians(source: CellSource, *, target_sum: float) -> FloatArray:
 def token_medians(source: CellSource, match: GeneMatch, rows: IntArray, n_tokens: int) -> FloatArray:
     """Median of each token over some cells of a source, scaled to 10,000 counts of all genes; NaN where not seen."""
     sketch = MedianSketch(n_tokens)
-    for counts in _blocks(source, np.sort(rows)):
-        tokens = match.tokens(counts)
-        scale = 1e4 / np.maximum(np.asarray(counts.sum(1), np.float64).ravel(), 1)
+    rows = np.sort(rows)
+    for start, counts in zip(range(0, len(rows), _ROWS), _blocks(source, rows), strict=True):
+        tokens = match.tokens(counts, rows[start : start + _ROWS])
+        scale = 1e4 / np.maximum(_totals(counts), 1)
         sketch.add(tokens.genes, np.asarray(tokens.values, np.float64) * np.repeat(scale, tokens.lengths))
     return sketch.medians()
 
 
 def _normalised(counts: CSR, target_sum: float) -> FloatArray:
     """Values with every row scaled to the same sum."""
-    totals = np.asarray(counts.sum(1), np.float64).ravel()
+    totals = _totals(counts)
     return counts.data / np.repeat(np.where(totals > 0, totals, 1), np.diff(counts.indptr)) * target_sum
+
+
+def _totals(counts: CSR) -> FloatArray:
+    """Sum of each row, in float64: sums of float32 counts would depend on the order of the columns."""
+    return np.asarray(counts.astype(np.float64).sum(1)).ravel()
 
 
 def _blocks(source: CellSource, rows: IntArray) -> Iterator[CSR]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,7 +12,7 @@ import h5py
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from anndata.io import write_elem
+from anndata.io import read_elem, write_elem
 from scipy import sparse
 
 from scllm._checks import missing_key
@@ -25,7 +26,9 @@ from scllm.data.mapped import MappedRows, TransposedRows, write_rows
 from scllm.data.storage import DenseRows, MemoryRows, RowStore, SelectedRows, SparseRows, positions
 from scllm.kernels.ragged import take_rows
 
-__all__ = ["CellSource", "ConcatenatedCells", "StoredCells", "open_source", "write_arrays"]
+__all__ = [
+    "CellSource", "ConcatenatedCells", "GeneTables", "StoredCells", "gene_tables", "open_source", "write_arrays",
+]  # fmt: skip
 
 # the last file of a folder of memory-mapped arrays to be written: with it the folder is whole
 _TABLES = "cells.h5ad"
@@ -35,7 +38,8 @@ _TABLES = "cells.h5ad"
 class CellSource(Protocol):
     """Rows of a count matrix, wherever they live.
 
-    ``chunked`` says that single random rows are slow to read: draw chunks of about ``chunk_rows`` neighbours then.
+    ``chunked`` says that single random rows are slow to read: draw chunks of about ``chunk_rows`` neighbours then. A
+    source of files with different genes has ``gene_tables`` too, see :func:`gene_tables`.
     """
 
     n_obs: int
@@ -65,6 +69,31 @@ class CellSource(Protocol):
     def obs(self, columns: Sequence[str]) -> pd.DataFrame:
         """Read columns of ``obs``, indexed by the names of the cells."""
         ...
+
+
+@dataclass(frozen=True)
+class GeneTables:
+    """The genes that each cell's file measured.
+
+    Parameters
+    ----------
+    names
+        What the files are called in messages.
+    tables
+        ``var`` of each file, indexed by its genes. Files whose tables are equal share one.
+    of_cell
+        Which of the tables each cell belongs to, ``(n_obs,)``.
+    """
+
+    names: tuple[str, ...]
+    tables: tuple[pd.DataFrame, ...]
+    of_cell: IntArray
+
+
+def gene_tables(source: CellSource) -> GeneTables:
+    """Which genes each cell's file measured; one table, unless files with different ones are read together."""
+    found = getattr(source, "gene_tables", None)
+    return found or GeneTables((_name(source),), (source.var,), np.zeros(source.n_obs, np.int32))
 
 
 def open_source(data: AnnData | str | os.PathLike | Sequence | CellSource, *, layer: str | None = None) -> CellSource:
@@ -147,14 +176,19 @@ def write_arrays(
     folder.mkdir(parents=True, exist_ok=True)
     cells = positions(slice(None) if rows is None else rows, source.n_obs)
     write_rows((source.read(cells[start : start + chunk]) for start in range(0, max(1, len(cells)), chunk)), folder)
-    var = source.var.loc[:, [name == gene_key or _is_text(column) for name, column in source.var.items()]]
     with h5py.File(folder / "cells.partial", "w") as file:
         write_elem(file, "obs", storable_table(source.obs(list(obs)).iloc[cells]))
-        write_elem(file, "var", storable_table(var))
+        write_elem(file, "var", storable_table(_names_in(source.var, gene_key)))
         if source.layer is not None:
             file.attrs["layer"] = source.layer
+        _write_gene_tables(file, gene_tables(source), cells, gene_key)
     os.replace(folder / "cells.partial", folder / _TABLES)
     return folder
+
+
+def _names_in(var: pd.DataFrame, gene_key: str | None) -> pd.DataFrame:
+    """The columns of a table of genes that can name them."""
+    return var.loc[:, [name == gene_key or _is_text(column) for name, column in var.items()]]
 
 
 def _is_text(column: pd.Series) -> bool:
@@ -162,11 +196,30 @@ def _is_text(column: pd.Series) -> bool:
     return pd.api.types.infer_dtype(np.asarray(values, dtype=object), skipna=True) == "string"
 
 
+def _write_gene_tables(file: h5py.File, found: GeneTables, cells: IntArray, gene_key: str | None) -> None:
+    """Keep which genes each cell's file measured, where files differ in that."""
+    if len(found.tables) == 1:
+        return
+    group = file.create_group("gene_tables")
+    group["of_cell"] = found.of_cell[cells]
+    for i, (name, table) in enumerate(zip(found.names, found.tables, strict=True)):
+        write_elem(group, str(i), storable_table(_names_in(table, gene_key)))
+        group[str(i)].attrs["name"] = name
+
+
+def _read_gene_tables(group: h5py.Group) -> GeneTables:
+    keys = [str(i) for i in range(len(group) - 1)]
+    names = tuple(str(group[key].attrs["name"]) for key in keys)
+    return GeneTables(names, tuple(read_elem(group[key]) for key in keys), group["of_cell"][:])
+
+
 class StoredCells:
     """One matrix beside the tables that describe its cells and genes."""
 
-    def __init__(self, store: RowStore, tables: Tables, *, name: str, layer: str | None) -> None:
-        self._store, self._tables, self.name, self.layer = store, tables, name, layer
+    def __init__(
+        self, store: RowStore, tables: Tables, *, name: str, layer: str | None, genes: GeneTables | None = None
+    ) -> None:
+        self._store, self._tables, self.name, self.layer, self.gene_tables = store, tables, name, layer, genes
         self.n_obs, self.chunked, self.chunk_rows = store.shape[0], store.chunked, store.chunk_rows
         self.var = tables.var
         self.genes = self.var.index
@@ -227,9 +280,11 @@ class ConcatenatedCells:
         n_lacking = max(len(self.genes) - len(part.genes) for part in self.parts)
         if n_lacking:
             log.info(
-                "up to %d of %d genes are missing from a part of the data: what was not measured is read as zero",
+                "reading files with different genes (up to %d of %d are missing from one): each cell is read as if its "
+                "file were alone",
                 n_lacking, len(self.genes),
             )  # fmt: skip
+        self.gene_tables = _united_tables([gene_tables(part) for part in self.parts])
         self.layer = self.parts[0].layer
         self._columns = [self.genes.get_indexer(part.genes).astype(np.int32) for part in self.parts]
         self._ends = np.cumsum([part.n_obs for part in self.parts])
@@ -366,7 +421,9 @@ def _open_arrays(folder: Path, layer: str | None) -> StoredCells:
     if layer not in (None, written):
         raise KeyError(_no_layer(layer, [] if written is None else [written], f"'{folder}'"))
     tables = FileTables(file)
-    return StoredCells(MappedRows(folder.absolute(), len(tables.var)), tables, name=f"'{folder}'", layer=written)
+    measured = _read_gene_tables(file.root["gene_tables"]) if "gene_tables" in file.root else None
+    rows = MappedRows(folder.absolute(), len(tables.var))
+    return StoredCells(rows, tables, name=f"'{folder}'", layer=written, genes=measured)
 
 
 def _open_matrix(file: AnnDataFile, layer: str | None) -> RowStore:
@@ -394,6 +451,23 @@ def _open_matrix(file: AnnDataFile, layer: str | None) -> RowStore:
 
 def _no_layer(layer: str, layers: list[str], name: str) -> str:
     return f"layer {layer!r} is not in {name}. There are {listed(layers)}; pass one of them, or `layer=None` for X."
+
+
+def _united_tables(parts: list[GeneTables]) -> GeneTables:
+    """The tables of several sources, equal ones once."""
+    names: list[str] = []
+    tables: list[pd.DataFrame] = []
+    of_cell = []
+    for part in parts:
+        kinds = []
+        for name, table in zip(part.names, part.tables, strict=True):
+            kind = next((i for i, known in enumerate(tables) if known.equals(table)), len(tables))
+            if kind == len(tables):
+                names.append(name)
+                tables.append(table)
+            kinds.append(kind)
+        of_cell.append(np.array(kinds, np.int32)[part.of_cell])
+    return GeneTables(tuple(names), tuple(tables), np.concatenate(of_cell))
 
 
 def _united(columns: list[pd.Series]) -> Any:

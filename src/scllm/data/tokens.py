@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,16 @@ class Tokens:
             return Tokens(indptr, genes, None)
         indptr, genes, values = take_rows(self.indptr, rows, self.genes, self.values)
         return Tokens(indptr, genes, values)
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Tokens], places: Sequence[IntArray] | None = None) -> Tokens:
+        """The cells of several parts as one: part after part, or each cell in its place (rising within a part)."""
+        if len(parts) == 1:
+            return parts[0]
+        indptr = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))])
+        values = [part.values for part in parts if part.values is not None]
+        whole = cls(indptr, np.concatenate([part.genes for part in parts]), np.concatenate(values) if values else None)
+        return whole if places is None else whole.take(np.argsort(np.concatenate(places)))
 
     def slice(self, start: int, stop: int) -> Tokens:
         """Neighbouring cells, without a copy of their tokens."""

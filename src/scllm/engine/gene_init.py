@@ -30,7 +30,7 @@ _STANDS_OUT = 1.05
 def start_from_data(
     model: CellModel, source: CellSource, match: GeneMatch, rows: IntArray, *, random_state: int = 0
 ) -> None:
-    """Put gene vectors of the data into the model's gene table, in place; genes not measured stay as they are."""
+    """Put gene vectors of the data into the model's gene table, in place; genes that no file has stay as they are."""
     table = model.gene_table()
     vectors = gene_vectors(source, match, rows, table.shape[1], len(model.vocab), random_state=random_state)
     with torch.no_grad():
@@ -88,7 +88,8 @@ def _log_normalised(source: CellSource, match: GeneMatch, rows: IntArray, n_toke
     column[match.measured] = np.arange(len(match.measured))
     starts, is_logged = range(0, len(rows), _ROWS), None
     for start in progress(starts, desc=desc, total=len(starts), unit="block"):
-        tokens = match.tokens(source.read(rows[start : start + _ROWS]))
+        block = rows[start : start + _ROWS]
+        tokens = match.tokens(source.read(block), block)
         values = np.asarray(tokens.values, np.float64)
         cell = np.repeat(np.arange(len(tokens)), tokens.lengths)
         if is_logged is None:

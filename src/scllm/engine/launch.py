@@ -184,9 +184,7 @@ def _loaders(
     run: Run, spec: dict[str, Any], config: TrainConfig, source: CellSource, model: CellModel, objective: Objective
 ) -> tuple[Loader, Loader | None]:
     data, cells = spec["data"], run.cells
-    match = genes.match(
-        source.genes, model.vocab, var=source.var, gene_key=data["gene_key"], min_coverage=data["min_coverage"]
-    )
+    match = genes.match_source(source, model.vocab, gene_key=data["gene_key"], min_coverage=data["min_coverage"])
     obs = {name.removeprefix("obs:"): column for name, column in cells.items() if name.startswith("obs:")}
     common = {
         "source": source, "match": match, "encoder": model.encoder, "vocab": model.vocab, "obs": obs,

@@ -24,7 +24,7 @@ from scllm.data.vocab import Vocab
 from scllm.kernels.draws import mix
 from scllm.kernels.ragged import take_rows
 from scllm.kernels.thinning import thin
-from scllm.models.base import Batch
+from scllm.models.batch import Batch, Measured
 
 __all__ = ["Loader", "prefetched"]
 
@@ -134,16 +134,17 @@ class Loader:
         counts = read_checked(self.source, ascending)
         edges = np.concatenate([[0], np.cumsum(read.sizes)])
         for first, last in zip(edges[skip:-1], edges[skip + 1 :], strict=True):
-            tokens = self.match.tokens(_taken(counts, place[first:last]))
-            sentences, spacing = self._sentences(tokens, keys[first:last])
-            whole = self._whole(tokens) if self.keep_whole else None
+            chosen = rows[first:last]
+            tokens = self.match.tokens(_taken(counts, place[first:last]), chosen)
+            sentences, spacing = self._sentences(tokens, chosen, keys[first:last])
+            whole = self._whole(tokens, chosen) if self.keep_whole else None
             cuts = np.linspace(first, last, parts + 1).astype(int)
             batches = [
                 Batch.from_tokens(
                     sentences.slice(a - first, b - first),
                     keys[a:b],
                     {name: column[rows[a:b]] for name, column in self.obs.items()},
-                    self.match.measured,
+                    Measured.of(self.match, rows[a:b]),
                     None if whole is None else Batch.from_tokens(whole.slice(a - first, b - first), keys[a:b]),
                     None if spacing is None else spacing[a - first : b - first],
                 )
@@ -152,30 +153,45 @@ class Loader:
             ]
             yield [batch.pin() for batch in batches] if self.pinned else batches
 
-    def _sentences(self, tokens: Tokens, keys: IntArray) -> tuple[Tokens, FloatArray | None]:
+    def _sentences(self, tokens: Tokens, rows: IntArray, keys: IntArray) -> tuple[Tokens, FloatArray | None]:
         """What the model reads of the cells of one batch; in training also of how many genes one is read."""
         if not self.training:
-            return self.encoder(tokens, self.vocab, measured=self.match.measured), None
+            return self._encoded(self.encoder, tokens, rows), None
         if self.downsample:
             tokens = Tokens(*thin(tokens.indptr, tokens.genes, tokens.values, keys, self.downsample))
-        sentences = self.encoder(tokens, self.vocab, keys, measured=self.match.measured)
+        sentences = self._encoded(self.encoder, tokens, rows, keys)
         n_read = np.maximum(sentences.lengths - self.encoder.n_specials, 1)
-        return sentences, np.maximum(self._n_genes(tokens) / n_read, 1)
+        return sentences, np.maximum(self._n_genes(tokens, rows) / n_read, 1)
 
-    def _n_genes(self, tokens: Tokens) -> IntArray:
+    def _encoded(self, encoder: Encoder, tokens: Tokens, rows: IntArray, keys: IntArray | None = None) -> Tokens:
+        """The token sequences of cells, each read with the genes that its own file measured."""
+        by_file = self.match.by_file(rows)
+        if len(by_file) <= 1:
+            measured = by_file[0][0].measured if by_file else self.match.measured
+            return encoder(tokens, self.vocab, keys, measured=measured)
+        parts = [
+            encoder(tokens.take(cells), self.vocab, None if keys is None else keys[cells], measured=file.measured)
+            for file, cells in by_file
+        ]
+        return Tokens.stacked(parts, [cells for _, cells in by_file])
+
+    def _n_genes(self, tokens: Tokens, rows: IntArray) -> IntArray:
         """Genes of each cell that would be read if there were room for all."""
         if getattr(self.encoder, "include_zeros", False):
-            return np.full(len(tokens), len(self.match.measured))
+            n_genes = np.empty(len(tokens), np.int64)
+            for file, cells in self.match.by_file(rows):
+                n_genes[cells] = len(file.measured)
+            return n_genes
         medians = getattr(self.encoder, "medians", None)
         if medians is None:
             return tokens.lengths
         # genes without a median have no rank
         return np.diff(np.concatenate([[0], np.cumsum(~np.isnan(medians)[tokens.genes])])[tokens.indptr])
 
-    def _whole(self, tokens: Tokens) -> Tokens:
+    def _whole(self, tokens: Tokens, rows: IntArray) -> Tokens:
         """The cells with all their counts, nothing cut."""
         encoder = replace(self.encoder, max_len=len(self.vocab) + self.encoder.n_specials)  # type: ignore[type-var]
-        return encoder(tokens, self.vocab, measured=self.match.measured)
+        return self._encoded(encoder, tokens, rows)
 
 
 def _taken(counts: CSR, rows: IntArray) -> CSR:

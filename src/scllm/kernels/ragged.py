@@ -1,4 +1,4 @@
-"""Gather, restrict, crop and pad ragged rows.
+"""Gather, restrict, order, crop and pad ragged rows.
 
 Row ``i`` owns ``values[indptr[i]:indptr[i + 1]]``. Every returned ``indptr`` is int64 and begins at 0.
 """
@@ -11,9 +11,16 @@ from numpy.typing import NDArray
 
 from scllm.kernels._jit import jit, row_kernel
 
-__all__ = ["crop_random", "crop_top", "pad_rows", "prepend", "restrict", "take_rows"]
+__all__ = [
+    "crop_random", "crop_top", "pad_rows", "prepend", "restrict", "restrict_in_order", "sum_repeats", "take_rows",
+]  # fmt: skip
 
 _BUCKETS = 1024
+
+# multiplied by this, a word with one bit has another number in its six leading bits for each place of the bit
+_DE_BRUIJN = 0x03F79D71B4CB0A89
+_PLACE_OF_BIT = np.zeros(64, np.uint8)
+_PLACE_OF_BIT[[(_DE_BRUIJN << place & (1 << 64) - 1) >> 58 for place in range(64)]] = np.arange(64)
 
 
 def take_rows(indptr: NDArray[np.integer], rows: NDArray[np.integer], *arrays: NDArray) -> tuple[NDArray, ...]:
@@ -63,6 +70,57 @@ def restrict(
     kept_ids, kept = np.empty(n_entries + 1, np.int32), np.empty(n_entries + 1, data.dtype)
     _restrict(indptr, indices, data, ids, new_indptr, kept_ids, kept)
     return new_indptr, kept_ids[: new_indptr[-1]], kept[: new_indptr[-1]]
+
+
+def restrict_in_order(
+    indptr: NDArray[np.integer],
+    indices: NDArray[np.integer],
+    data: NDArray,
+    place: NDArray[np.integer],
+    ids: NDArray[np.integer],
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray]:
+    """Keep the entries whose column has a place and whose value is not zero, and put each row in the order of places.
+
+    Linear in the entries: a row is written into its places, which are then read from the first to the last.
+
+    Parameters
+    ----------
+    indptr, indices, data
+        A CSR matrix, no column twice in a row.
+    place
+        Place of each column, -1 for columns to leave out; no place twice.
+    ids
+        Id of each place.
+
+    Returns
+    -------
+    ``indptr``, ids (int32) and values of what is left.
+    """
+    n_entries = indptr[-1] - indptr[0]
+    new_indptr = np.zeros(indptr.size, np.int64)
+    kept_ids, kept = np.empty(n_entries, np.int32), np.empty(n_entries, data.dtype)
+    _restrict_in_order(indptr, indices, data, place, ids, new_indptr, kept_ids, kept)
+    return new_indptr, kept_ids[: new_indptr[-1]], kept[: new_indptr[-1]]
+
+
+def sum_repeats(
+    indptr: NDArray[np.integer], ids: NDArray[np.integer], values: NDArray
+) -> tuple[NDArray[np.int64], NDArray[np.integer], NDArray[np.float64]]:
+    """Sum neighbouring entries of a row that share an id, in float64 and from the lowest to the highest.
+
+    Parameters
+    ----------
+    indptr, ids, values
+        Ragged rows in the order of their ids.
+
+    Returns
+    -------
+    ``indptr``, ids and sums. They do not depend on the order in which the values of one id stood.
+    """
+    new_indptr = np.zeros(indptr.size, np.int64)
+    kept_ids, sums = np.empty_like(ids), np.empty(values.size, np.float64)
+    _sum_repeats(indptr, ids, values.astype(np.float64), new_indptr, kept_ids, sums)
+    return new_indptr, kept_ids[: new_indptr[-1]], sums[: new_indptr[-1]]
 
 
 def crop_top(indptr: NDArray[np.integer], values: NDArray, max_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -185,6 +243,47 @@ def _restrict(indptr, indices, data, ids, new_indptr, kept_ids, kept):
         for j in range(np.uint64(indptr[row]), np.uint64(indptr[row + 1])):
             kept_ids[n], kept[n] = ids[np.uint64(indices[j])], data[j]
             n += np.uint64((kept_ids[n] >= 0) & (data[j] != 0))
+        new_indptr[row + 1] = n
+
+
+@jit
+def _restrict_in_order(indptr, indices, data, place, ids, new_indptr, kept_ids, kept):
+    one, six, last = np.uint64(1), np.uint64(6), np.uint64(63)
+    at_place = np.empty(ids.size, data.dtype)
+    # one bit a place, so that a row of few entries is read off in few steps
+    taken = np.zeros(ids.size // 64 + 1, np.uint64)
+    n = np.uint64(0)
+    for row in range(indptr.size - 1):
+        for j in range(np.uint64(indptr[row]), np.uint64(indptr[row + 1])):
+            signed = place[np.uint64(indices[j])]
+            if signed >= 0 and data[j] != 0:
+                p = np.uint64(signed)
+                at_place[p] = data[j]
+                taken[p >> six] |= one << (p & last)
+        for word in range(taken.size):
+            bits, taken[word] = taken[word], np.uint64(0)
+            while bits:
+                lowest = bits & (~bits + one)
+                p = (np.uint64(word) << six) + np.uint64(_PLACE_OF_BIT[lowest * np.uint64(_DE_BRUIJN) >> np.uint64(58)])
+                kept_ids[n], kept[n] = ids[p], at_place[p]
+                n += one
+                bits ^= lowest
+        new_indptr[row + 1] = n
+
+
+@jit
+def _sum_repeats(indptr, ids, values, new_indptr, kept_ids, sums):
+    n = 0
+    for row in range(indptr.size - 1):
+        start, end = indptr[row], indptr[row + 1]
+        while start < end:
+            stop = start + 1
+            while stop < end and ids[stop] == ids[start]:
+                stop += 1
+            kept_ids[n] = ids[start]
+            sums[n] = values[start] if stop == start + 1 else np.sort(values[start:stop]).sum()
+            n += 1
+            start = stop
         new_indptr[row + 1] = n
 
 

@@ -11,9 +11,53 @@ import torch
 from torch import Tensor
 
 from scllm._typing import FloatArray, IntArray
+from scllm.data.genes import GeneMatch
 from scllm.data.tokens import Tokens
 
-__all__ = ["Batch", "Outputs"]
+__all__ = ["Batch", "Measured", "Outputs"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Which genes each cell's file measured: a gene that was not measured is not zero.
+
+    Parameters
+    ----------
+    genes
+        Tokens, of one file after the other, ``(m,)`` int64.
+    first
+        Where those of each cell's file begin, ``(b,)``.
+    n
+        How many they are, ``(b,)``.
+    """
+
+    genes: Tensor
+    first: Tensor
+    n: Tensor
+
+    @classmethod
+    def of(cls, match: GeneMatch, rows: IntArray) -> Measured:
+        """For some cells of a source."""
+        by_file = match.by_file(rows)
+        first, n, begin = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64), 0
+        for file, cells in by_file:
+            first[cells], n[cells] = begin, len(file.measured)
+            begin += len(file.measured)
+        genes = np.concatenate([np.empty(0, np.int64), *(file.measured for file, _ in by_file)])
+        return cls(torch.from_numpy(genes), torch.from_numpy(first), torch.from_numpy(n))
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Every cell with every gene that its file measured: cells and genes, ``(n.sum(),)`` each."""
+        cell = torch.repeat_interleave(torch.arange(len(self.n), device=self.n.device), self.n)
+        begin = self.first - (self.n.cumsum(0) - self.n)
+        return cell, self.genes[torch.arange(len(cell), device=cell.device) + begin[cell]]
+
+    def drawn(self, cell: Tensor, draws: Tensor) -> Tensor:
+        """One gene for each of some cells, by a number from 0 up to below 1."""
+        return self.genes[self.first[cell] + (draws * self.n[cell]).long()]
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Measured:
+        return Measured(change(self.genes), change(self.first), change(self.n))
 
 
 @dataclass
@@ -35,7 +79,7 @@ class Batch:
     obs
         Labels, batch and other columns by name, ``(b,)`` each.
     measured
-        Tokens of the genes that the data have, ``(g,)``: a gene that was not measured is not a zero.
+        Which genes the file of each cell has.
     whole
         The same cells before count downsampling and truncation, for objectives that predict those.
     spacing
@@ -48,7 +92,7 @@ class Batch:
     lengths: tuple[int, ...]
     keys: Tensor
     obs: dict[str, Tensor] = field(default_factory=dict)
-    measured: Tensor | None = None
+    measured: Measured | None = None
     whole: Batch | None = None
     spacing: Tensor | None = None
 
@@ -58,7 +102,7 @@ class Batch:
         tokens: Tokens,
         keys: IntArray | None = None,
         obs: Mapping[str, Any] | None = None,
-        measured: IntArray | None = None,
+        measured: Measured | None = None,
         whole: Batch | None = None,
         spacing: FloatArray | None = None,
     ) -> Batch:
@@ -71,7 +115,7 @@ class Batch:
             tuple(tokens.lengths.tolist()),
             torch.from_numpy(np.ascontiguousarray(keys, np.int64)),
             {name: torch.as_tensor(column) for name, column in (obs or {}).items()},
-            None if measured is None else torch.from_numpy(measured.astype(np.int64)),
+            measured,
             whole,
             None if spacing is None else torch.from_numpy(spacing.astype(np.float32)),
         )
@@ -143,7 +187,7 @@ class Batch:
             self.lengths,
             change(self.keys),
             {name: change(column) for name, column in self.obs.items()},
-            None if self.measured is None else change(self.measured),
+            None if self.measured is None else self.measured._mapped(change),
             None if self.whole is None else self.whole._mapped(change),
             None if self.spacing is None else change(self.spacing),
         )

@@ -108,7 +108,7 @@ def tokenize(
         blocks.append(encode(counts, vocab, measured=match.measured, random_state=random_state))
     warn_of_empty_cells(n_empty, adata.n_obs)
     adata = adata.copy() if copy else adata
-    tokens = _concatenated(blocks)
+    tokens = Tokens.stacked(blocks)
     adata.obsm[key_added] = _by_position(tokens, tokens.genes)
     if tokens.values is None:
         adata.obsm.pop(key_added + _keys.TOKEN_VALUES, None)  # of an earlier call
@@ -136,14 +136,6 @@ def _encoder(named: str | Encoder) -> Encoder:
                 f"encoder is {named!r}, 'bins', 'ranks', 'values' or an encoder object expected. Pass one of those."
             )
     return named
-
-
-def _concatenated(blocks: list[Tokens]) -> Tokens:
-    lengths = np.concatenate([block.lengths for block in blocks])
-    indptr = np.concatenate([[0], np.cumsum(lengths)])
-    token_ids = np.concatenate([block.genes for block in blocks])
-    values = [block.values for block in blocks if block.values is not None]
-    return Tokens(indptr, token_ids, np.concatenate(values) if values else None)
 
 
 def _by_position(tokens: Tokens, content: np.ndarray) -> sparse.csr_matrix:

@@ -184,7 +184,7 @@ def gene_statistics(cells: GeneCells, n_tokens: int, *, random_state: int = 0) -
 
 def _log_normalised(cells: GeneCells, n_tokens: int) -> CSR:
     """Cells by tokens; what was logged before stays as it is."""
-    counts = cells.match.tokens(sparse.csr_matrix(cells.adata.X))
+    counts = cells.match.tokens(cells.source.read(slice(None)))
     values = counts.values.astype(np.float64)
     if not is_log_like(values):
         total = np.asarray(cells.adata.X.sum(1), np.float64).ravel()

@@ -114,4 +114,4 @@ def remember(adata: AnnData | CellSource, model: CellModel) -> None:
 
 def gene_match(data: object, source: CellSource, model: CellModel) -> genes.GeneMatch:
     """The token of each gene of the data."""
-    return genes.match(source.genes, model.vocab, var=source.var, **match_settings(data))  # type: ignore[arg-type]
+    return genes.match_source(source, model.vocab, **match_settings(data))  # type: ignore[arg-type]

@@ -377,6 +377,7 @@ def warn_of_unread_cells(source: CellSource, match: GeneMatch, rows: IntArray) -
         return
     n_empty = 0
     for start in range(0, len(rows), 8192):
-        lengths = match.tokens(source.read(np.sort(rows)[start : start + 8192])).lengths
+        chosen = np.sort(rows)[start : start + 8192]
+        lengths = match.tokens(source.read(chosen), chosen).lengths
         n_empty += int((lengths == 0).sum())
     warn_of_empty_cells(n_empty, len(rows))

@@ -20,7 +20,7 @@ CROP, TIES = 1, 2
 
 
 class Encoder(Protocol):
-    """Turns the counts of cells, restricted to a vocabulary, into sentences."""
+    """Turns the counts of cells, restricted to a vocabulary and in the order of its ids, into sentences."""
 
     @property
     def max_len(self) -> int:
@@ -47,7 +47,8 @@ class Encoder(Protocol):
     ) -> Tokens:
         """Encode. With ``keys`` (one a cell) this is training and draws are a function of the key.
 
-        ``measured`` holds the tokens of the genes that the data have: a gene that was not measured is not zero.
+        ``measured`` holds the tokens of the genes that the cells' file has, in rising order: a gene that was not
+        measured is not zero.
         """
         ...
 
@@ -69,7 +70,12 @@ def sentence(
     cls_value: float | None,
     zeros_of: IntArray | None,
 ) -> Tokens:
-    """Add zeros, crop by the counts (inference) or at random (training), put ``<cls>`` first."""
+    """Add zeros, crop by the counts (inference) or at random (training), put ``<cls>`` first.
+
+    Tokens rise within a cell, as :meth:`scllm.data.genes.GeneMatch.tokens` hands them out, and stay in that order: of
+    equal counts at the edge of a crop those with the lowest token ids are kept. The original scGPT draws which genes
+    are kept, so no rule of its own is lost.
+    """
     order = np.asarray(counts.values)
     sentence = Tokens(counts.indptr, counts.genes, values)
     if zeros_of is not None:

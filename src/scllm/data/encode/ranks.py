@@ -23,7 +23,9 @@ __all__ = ["RankEncoder"]
 class RankEncoder:
     """A cell's expressed genes by falling ``count / median``, as Geneformer reads them (Theodoris et al. 2023).
 
-    The depth of a cell does not change its order, so counts are not normalised. Equal values stand in gene order.
+    The depth of a cell does not change its order, so counts are not normalised. Equal values stand in the order of
+    their token ids. The original has no rule of its own: it sorts the columns of the file with numpy's unstable sort,
+    whose order within a tie depends on the columns and on the processor.
 
     Parameters
     ----------
@@ -85,6 +87,7 @@ class RankEncoder:
                 indptr = np.concatenate([[0], np.cumsum(known)])[indptr]
                 strength, genes = strength[known], genes[known]
         room = self.max_len - self.n_specials
+        # tokens rise within a cell and the sort is stable: ties stand by token id
         if keys is not None:
             # before the order: a part keeps it
             indptr, kept = crop_random(indptr, room, uniform_entries(indptr, genes, keys, CROP))

@@ -80,13 +80,13 @@ class MaskedExpression:
 
     def asked(self, model: CellModel, batch: Batch, expression: Tensor) -> tuple[Tensor, Tensor]:
         """Cells and genes ``(n,)`` to predict, drawn among the measured genes; ``expression`` is ``(b, p)``."""
-        genes = batch.measured
-        if genes is None:
-            genes = (~model.is_special).nonzero().squeeze(1)
-        keys = batch.keys[:, None].expand(-1, len(genes))
-        draws = uniform(keys, genes.expand_as(keys), ASKED)
-        cell, place = (draws < torch.where(expression[:, genes] > 0, self.mask_ratio[0], self.zeros)).nonzero().T
-        return cell, genes[place]
+        if batch.measured is None:
+            cell, gene = (~model.is_special).expand(batch.n_cells, -1).nonzero().T
+        else:
+            cell, gene = batch.measured.pairs()
+        draws = uniform(batch.keys[cell], gene, ASKED)
+        asked = draws < torch.where(expression[cell, gene] > 0, self.mask_ratio[0], self.zeros)
+        return cell[asked], gene[asked]
 
     def _others(self, whole: Batch, keys: Tensor, cell: Tensor, gene: Tensor) -> Tensor:
         """For each gene asked for the value of a gene of the same cell, drawn; the depths come last in a cell."""

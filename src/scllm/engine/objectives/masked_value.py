@@ -108,7 +108,7 @@ class MaskedValue:
         cell = batch.cell[out]
         number = torch.arange(len(out), device=out.device) - torch.searchsorted(cell, cell)
         draws = uniform(batch.keys[cell], number, ABSENT)
-        genes = batch.measured[(draws * len(batch.measured)).long()]
+        genes = batch.measured.drawn(cell, draws)
         # a gene drawn is zero unless the cell expresses it: looked up among the (cell, gene) pairs of the batch
         pairs, order = (batch.cell * n_tokens + batch.genes).sort()
         wanted = cell * n_tokens + genes
