@@ -12,7 +12,8 @@ from scipy import sparse
 
 from scllm.data.encode import BinEncoder, DepthEncoder, LevelEncoder, RankEncoder, ValueEncoder
 from scllm.data.encode.depth import SOURCE, TARGET
-from scllm.data.genes import match, match_source
+from scllm.data.genes import match
+from scllm.data.matching import match_source
 from scllm.data.source import open_source, write_arrays
 from scllm.data.vocab import Vocab
 from scllm.engine.loader import Loader

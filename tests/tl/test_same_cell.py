@@ -12,7 +12,7 @@ from engine.runs import assert_same_curve, curve, interrupted, pretrain
 from forms import by_name
 
 from scllm import datasets, models, tl
-from scllm.data.genes import match_source
+from scllm.data.matching import match_source
 from scllm.data.source import open_source
 from scllm.engine.launch import continue_run
 from scllm.engine.objectives import MaskedExpression, MaskedValue

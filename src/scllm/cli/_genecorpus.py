@@ -43,6 +43,7 @@ def genecorpus(
     from scllm.data.checks import check_source, read_checked
     from scllm.data.encode import RankEncoder
     from scllm.data.genecorpus import write_genecorpus
+    from scllm.data.matching import match_source
     from scllm.data.medians import token_medians
     from scllm.data.source import open_source
     from scllm.models import geneformer
@@ -57,7 +58,7 @@ def genecorpus(
         vocab, encoder = chosen.vocab, chosen.encoder
     if not isinstance(encoder, RankEncoder):
         raise ValueError(f"{model} does not rank genes, a geneformer model expected. Leave --model out.")
-    match = genes.match_source(source, vocab)
+    match = match_source(source, vocab)
     if encoder.medians is None:
         encoder = replace(encoder, medians=token_medians(source, match, np.arange(source.n_obs), len(vocab)))
     medians = encoder.medians

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -14,14 +14,11 @@ import pandas as pd
 from scllm._checks import missing_key
 from scllm._log import log
 from scllm._typing import CSR, IntArray
-from scllm.data.source import CellSource, gene_tables
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
 from scllm.kernels.ragged import restrict, restrict_in_order, sum_repeats
 
-__all__ = [
-    "USUAL_COLUMNS", "GeneMatch", "check_unique", "id_type", "match", "match_source", "name_columns", "strip_version",
-]  # fmt: skip
+__all__ = ["USUAL_COLUMNS", "GeneMatch", "check_unique", "id_type", "match", "name_columns", "strip_version"]
 
 _ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{11}(\.\d+)?$", re.IGNORECASE)
 
@@ -172,37 +169,6 @@ def match(
         log.debug("%d genes share a token with another gene and are summed with it", n_summed)
     log.debug("%d of %d genes matched by %s (%.0f %%)", found.n_matched, len(names), found.column, 100 * found.coverage)
     return found
-
-
-def match_source(
-    source: CellSource, vocab: Vocab, *, gene_key: str | None = None, min_coverage: float = 0.3
-) -> GeneMatch:
-    """Find the token of each gene of a source, as :func:`match` does.
-
-    Where a source is made of files with different genes or gene tables, each file is matched as if it were alone: what
-    a cell is read as does not depend on which other files came along.
-    """
-    tables = gene_tables(source)
-    if len(tables.tables) == 1:
-        return match(source.genes, vocab, var=source.var, gene_key=gene_key, min_coverage=min_coverage)
-    files = []
-    for name, var in zip(tables.names, tables.tables, strict=True):
-        try:
-            found = match(var.index, vocab, var=var, gene_key=gene_key, min_coverage=min_coverage)
-        except (KeyError, ValueError) as error:
-            error.add_note(f"This is about the genes of {name}.")
-            raise
-        token_ids = np.full(len(source.genes), -1, np.int32)
-        token_ids[source.genes.get_indexer(var.index)] = found.token_ids
-        files.append(replace(found, token_ids=token_ids))
-    # other tables may well say the same of the genes
-    _, first, kind = np.unique([file.token_ids for file in files], axis=0, return_index=True, return_inverse=True)
-    if len(first) == 1:
-        return files[0]
-    token_ids = np.max([file.token_ids for file in files], axis=0)
-    return replace(
-        files[0], token_ids=token_ids, files=tuple(files[i] for i in first), file_of=kind.ravel()[tables.of_cell]
-    )
 
 
 def name_columns(names: pd.Index, var: pd.DataFrame | None = None, gene_key: str | None = None) -> dict[str, list[str]]:

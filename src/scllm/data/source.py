@@ -104,8 +104,8 @@ def open_source(data: AnnData | str | os.PathLike | Sequence | CellSource, *, la
     data
         An ``AnnData`` (also backed, also a view); a path to ``.h5ad`` or ``.zarr``; a folder of such files, taken in
         the order of their names; a folder from :func:`write_arrays` or of rank sentences (``scllm genecorpus``); a list
-        of any of these, whose genes are united in the order in which they first appear. A source is handed back as it
-        is.
+        of any of these, whose genes are united in the order in which they first appear; a gene that a file did not
+        measure is no zero of its cells (:func:`gene_tables`). A source is handed back as it is.
     layer
         Layer that holds the matrix; ``None`` is ``X``.
 

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from scllm import models
 from scllm._log import log, show_progress, warn
-from scllm.data import genes
 from scllm.data.encode import Encoder
 from scllm.data.fingerprint import fingerprint, same_matrix, source_stamp
+from scllm.data.matching import match_source
 from scllm.data.source import CellSource, open_source
 from scllm.engine import ranks
 from scllm.engine.calibrate import calibrate
@@ -184,7 +184,7 @@ def _loaders(
     run: Run, spec: dict[str, Any], config: TrainConfig, source: CellSource, model: CellModel, objective: Objective
 ) -> tuple[Loader, Loader | None]:
     data, cells = spec["data"], run.cells
-    match = genes.match_source(source, model.vocab, gene_key=data["gene_key"], min_coverage=data["min_coverage"])
+    match = match_source(source, model.vocab, gene_key=data["gene_key"], min_coverage=data["min_coverage"])
     obs = {name.removeprefix("obs:"): column for name, column in cells.items() if name.startswith("obs:")}
     common = {
         "source": source, "match": match, "encoder": model.encoder, "vocab": model.vocab, "obs": obs,

@@ -56,7 +56,8 @@ def tokenize(
     vocab
         Token ids; ``None`` makes a vocabulary of all genes.
     max_len
-        Longest sentence, specials included; ``None`` is the encoder's own. Longer cells keep their highest values.
+        Longest token sequence, specials included; ``None`` is the encoder's own. Longer cells keep their highest
+        values, of equal ones those with the lowest token ids.
     layer
         Layer to read; ``None`` is ``X``.
     key_added

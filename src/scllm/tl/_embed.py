@@ -52,8 +52,8 @@ def embed(
 ) -> AnnData | FloatArray | None:
     """Embed cells.
 
-    An embedding depends on the cell and the model alone: not on the other cells, their order, the batch size or the
-    number of processes (fp32: to 1e-5).
+    An embedding depends on the cell's genes and counts and on the model alone: not on the order of the genes, the other
+    cells or files, the batch size or the number of processes (fp32: to 1e-5). Ties are broken by token id.
 
     Parameters
     ----------

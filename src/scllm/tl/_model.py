@@ -14,6 +14,7 @@ from anndata import AnnData
 from scllm import _keys, models
 from scllm._results import match_settings
 from scllm.data import genes
+from scllm.data.matching import match_source
 from scllm.data.source import CellSource
 from scllm.models.base import CellModel
 
@@ -114,4 +115,4 @@ def remember(adata: AnnData | CellSource, model: CellModel) -> None:
 
 def gene_match(data: object, source: CellSource, model: CellModel) -> genes.GeneMatch:
     """The token of each gene of the data."""
-    return genes.match_source(source, model.vocab, **match_settings(data))  # type: ignore[arg-type]
+    return match_source(source, model.vocab, **match_settings(data))  # type: ignore[arg-type]
