@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from scllm.data import mapped
 from scllm.data.fingerprint import fingerprint
 from scllm.data.source import CellSource, open_source, write_arrays
 
@@ -320,18 +322,75 @@ def test_stored_zeros_stay():
     assert open_source(AnnData(matrix)).read(slice(None)).nnz == 2
 
 
-def test_columns_are_rewritten_once_and_removed_with_the_source(adata, tmp_path, caplog, monkeypatch):
+OF_COLUMNS = """
+import sys, numpy as np
+from scllm.data.source import open_source
+print(open_source(sys.argv[1]).read(np.arange(5)).sum(), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def by_columns(adata, tmp_path, monkeypatch):
+    """A file stored by columns, and a folder of its own for temporary files."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    source = open_source(store(adata, "h5ad-csc", tmp_path))
-    with caplog.at_level(logging.INFO, logger="scllm"):
-        source.read(ROWS)
-        source.read(ROWS)
-    assert len(caplog.records) == 1
-    assert "stored by columns" in caplog.text
-    assert len(list(tmp_path.glob("scllm-rows-*"))) == 1
-    del source
-    gc.collect()
-    assert not list(tmp_path.glob("scllm-rows-*"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return store(adata, "h5ad-csc", tmp_path)
+
+
+def copies(tmp_path):
+    return [path.name for path in tmp_path.glob("scllm-*/*") if path.suffix != ".lock"]
+
+
+def reading(path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", OF_COLUMNS, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    return process, float(process.stdout.readline())
+
+
+def test_columns_are_rewritten_once_for_all_that_read_a_file(adata, by_columns, tmp_path, monkeypatch):
+    transposed, transpose = [], mapped._transpose
+    monkeypatch.setattr(mapped, "_transpose", lambda *args: transposed.append(args) or transpose(*args))
+    for _ in range(2):
+        source = open_source(by_columns)
+        assert_same(source.read(ROWS), adata.X[ROWS])
+        assert_same(pickle.loads(pickle.dumps(source)).read(ROWS), adata.X[ROWS])
+        source.close()
+        assert_same(source.read(ROWS), adata.X[ROWS])
+    assert len(transposed) == 1
+    assert len(copies(tmp_path)) == 1
+
+
+def test_a_file_by_columns_that_is_written_again_is_rewritten_again(adata, by_columns, tmp_path):
+    open_source(by_columns).read(ROWS)
+    adata.X = sparse.csc_matrix(adata.X * 2)
+    adata.write_h5ad(by_columns)
+    assert_same(open_source(by_columns).read(ROWS), sparse.csr_matrix(adata.X)[ROWS])
+
+
+def test_processes_share_what_was_rewritten_and_the_last_removes_it(adata, by_columns, tmp_path):
+    first, total = reading(by_columns)
+    inode = next(tmp_path.glob("scllm-*/rows-*/data.npy")).stat().st_ino
+    second, again = reading(by_columns)
+    assert total == again == adata.X[:5].sum()
+    first.communicate("\n")
+    assert next(tmp_path.glob("scllm-*/rows-*/data.npy")).stat().st_ino == inode
+    second.communicate("\n")
+    assert not copies(tmp_path)
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(adata, by_columns, tmp_path):
+    process, _ = reading(by_columns)
+    process.kill()
+    process.communicate()
+    left = copies(tmp_path)
+    other = tmp_path / "other.h5ad"
+    AnnData(sparse.csc_matrix(adata.X * 2)).write_h5ad(other)
+    process, _ = reading(other)
+    assert not set(copies(tmp_path)) & set(left)
+    process.communicate("\n")
+    assert not copies(tmp_path)
 
 
 def test_many_column_blocks_give_the_same_rows(adata, tmp_path, monkeypatch):

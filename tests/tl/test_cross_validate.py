@@ -526,6 +526,20 @@ def test_other_matrices_give_the_same(adata, tiny, form):
     pd.testing.assert_frame_equal(cross_validate(other, tiny, key="cell_type", n_folds=2, **FAST), expected)
 
 
+@pytest.mark.parametrize("layer", [None, "counts"])
+def test_a_matrix_by_columns_is_turned_round_once_for_all_folds(adata, tiny, monkeypatch, layer):
+    whole, turn = [], sparse.csc_matrix.tocsr
+    adata.layers["counts"] = adata.X = sparse.csc_matrix(adata.X)
+
+    def counted(self, *args, **kwargs):
+        whole.append(1) if self.shape == adata.shape else None
+        return turn(self, *args, **kwargs)
+
+    monkeypatch.setattr(sparse.csc_matrix, "tocsr", counted)
+    cross_validate(adata, tiny, key="cell_type", n_folds=3, layer=layer, baseline=False, **FAST)
+    assert len(whole) == 1
+
+
 def test_each_fold_is_logged(adata, tiny, caplog):
     with caplog.at_level(logging.INFO, logger="scllm"):
         cross_validate(adata, tiny, key="cell_type", n_folds=2, **FAST)

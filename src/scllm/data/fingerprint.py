@@ -31,9 +31,9 @@ def fingerprint(source: CellSource) -> str:
 
     The first is of the genes' names in their order. The second is of the number of values in each row and of the
     content of 1024 rows, drawn at random with a fixed seed. The third is of all values; it is left out for a CSR matrix
-    on disk with more than 67 million values. The matrix is hashed in canonical form: columns sorted, duplicates summed,
-    no explicit zeros, and each number in one width. So the same matrix has the same fingerprint whether it is CSR, CSC
-    or dense, in memory, in one file or in several; compare with :func:`same_matrix`.
+    in a file with more than 67 million values. The matrix is hashed in canonical form: columns sorted, duplicates
+    summed, no explicit zeros, and each number in one width. So the same matrix has the same fingerprint whether it is
+    CSR, CSC or dense, in memory, in one file or in several; compare with :func:`same_matrix`.
 
     What the sample can miss: values that change in ``k`` of ``n`` cells, without a change in how many genes each of
     them expresses, are missed with a probability of ``(1 - k / n) ** 1024``. That is 36 % for one cell in a thousand,

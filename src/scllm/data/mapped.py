@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
-import tempfile
 import threading
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,8 @@ from scipy import sparse
 
 from scllm._log import log
 from scllm._typing import CSR, IntArray
-from scllm.data.anndata_file import AnnDataFile, naming
+from scllm.data.anndata_file import AnnDataFile, naming, stamp
+from scllm.data.shared import shared_folder
 from scllm.data.storage import BLOCK, csr, runs, stored_dtype
 from scllm.kernels.ragged import take_rows
 
@@ -36,7 +34,7 @@ class MappedRows:
     chunk_rows = 1
 
     def __init__(self, folder: Path, n_genes: int, *, is_canonical: bool = True) -> None:
-        self.folder, self._is_canonical = folder, is_canonical
+        self.folder, self.path, self._is_canonical = folder, folder, is_canonical
         self.indptr: IntArray = np.load(folder / "indptr.npy")
         self.shape = (len(self.indptr) - 1, n_genes)
         self._map()
@@ -65,55 +63,53 @@ class MappedRows:
 
 
 class TransposedRows:
-    """A CSC group of an ``.h5ad`` or ``.zarr``, rewritten by rows into a temporary folder when first read.
+    """A CSC group of an ``.h5ad`` or ``.zarr``, rewritten by rows when first read.
 
-    Columns are streamed, so memory stays small. The folder goes with the object, or when it is closed.
+    Columns are streamed, so memory stays small. The copy is temporary: it is written once for all processes and for
+    all sources that read the file, and removed when the last of these processes ends.
     """
 
     chunked = False
     chunk_rows = 1
 
     def __init__(self, file: AnnDataFile, key: str) -> None:
-        self.file, self.key = file, key
+        self.file, self.key, self.path = file, key, file.path
         group = file.root[key]
         self.shape = (int(group.attrs["shape"][0]), int(group.attrs["shape"][1]))
         self.dtype = stored_dtype(group["data"].dtype)
+        self._name = f"rows-{stamp(file.path)}-{key.encode().hex()}"
         self._rows: MappedRows | None = None
-        self._remove: weakref.finalize | None = None
 
     def read(self, rows: IntArray) -> CSR:
         """Read rows in the order asked for."""
         if not len(rows):
             return sparse.csr_matrix((0, self.shape[1]), dtype=self.dtype)
         with _rewriting:
-            mapped = self._rows = self._rows or self._rewrite()
+            if self._rows is None:
+                self._rows = MappedRows(shared_folder(self._name, self._write), self.shape[1], is_canonical=False)
+            mapped = self._rows
         return mapped.read(rows)
 
     def close(self) -> None:
-        """Remove the temporary folder; the next read writes it again."""
+        """Close the copy; the next read opens it again."""
         self._rows = None
-        if self._remove is not None:
-            self._remove()
 
-    def _rewrite(self) -> MappedRows:
+    def _write(self, folder: Path) -> None:
         group = self.file.root[self.key]
         n_values, size = group["data"].shape[0], 4 + self.dtype.itemsize
         # mapped files are sparse: a full disk would kill the process instead of raising
-        if (free := shutil.disk_usage(tempfile.gettempdir()).free) < n_values * size:
+        if (free := shutil.disk_usage(folder).free) < n_values * size:
             raise OSError(
-                f"'{self.file.path}' is stored by columns, must be rewritten by rows: {n_values * size / 1e9:.1f} GB "
-                f"are needed in '{tempfile.gettempdir()}', {free / 1e9:.1f} GB are free. "
-                "Set TMPDIR to a larger disk, or store the matrix as CSR."
+                f"'{self.file.path}' is stored by columns and has to be rewritten by rows. That needs "
+                f"{n_values * size / 1e9:.1f} GB in '{folder.parent}', where {free / 1e9:.1f} GB are free. Set TMPDIR "
+                "to a larger disk, or store the matrix as CSR."
             )
-        folder = Path(tempfile.mkdtemp(prefix="scllm-rows-"))
-        self._remove = weakref.finalize(self, _remove_folder, folder, os.getpid())
-        log.info("%s is stored by columns: rewriting '%s' by rows into %s", self.file.path, self.key, folder)
+        log.info("%s is stored by columns: rewriting '%s' by rows into %s", self.file.path, self.key, folder.parent)
         with naming(self.file.path, np.array([0, self.shape[0] - 1])):
             _transpose(group, folder, self.shape, self.dtype)
-        return MappedRows(folder, self.shape[1], is_canonical=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": None, "_remove": None}
+        return {**self.__dict__, "_rows": None}
 
 
 def write_rows(blocks: Iterator[CSR], folder: Path) -> None:
@@ -142,12 +138,6 @@ def _mapped(path: Path) -> np.memmap:
     if not isinstance(array, np.memmap):
         raise OSError(f"'{path}' cannot be mapped into memory. Write the folder again with `write_arrays`.")
     return array
-
-
-def _remove_folder(folder: Path, process: int) -> None:
-    """Remove a folder, but not from a fork of the process that made it."""
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_header(file: Any, dtype: np.dtype, length: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy import sparse
 
 from scllm import _keys
 from scllm._checks import check_adata, check_options, missing_key
@@ -190,9 +191,10 @@ class _Cells:
     @classmethod
     def of(cls, adata: AnnData, target: Target, layer: str | None, groups: IntArray | None) -> _Cells:
         matched = {name: value for name, value in adata.uns.get(_keys.UNS, {}).items() if name == "match_genes"}
-        light = AnnData(
-            adata.X, obs=adata.obs[[target.key]], var=adata.var, layers=dict(adata.layers), uns={_keys.UNS: matched}
-        )
+        # a matrix stored by columns is turned round here, not in every fold
+        layers = {name: _by_rows(matrix) if name == layer else matrix for name, matrix in adata.layers.items()}
+        matrix = _by_rows(adata.X) if layer is None else adata.X
+        light = AnnData(matrix, obs=adata.obs[[target.key]], var=adata.var, layers=layers, uns={_keys.UNS: matched})
         return cls(light, target, layer, groups)
 
     @cached_property
@@ -316,6 +318,10 @@ class _Cells:
         n_held_out = of_cell[part == 1].nunique()
         log.info("validating on whole groups: %d of the %d training groups", n_held_out, of_cell.nunique())
         return part
+
+
+def _by_rows(matrix: Any) -> Any:
+    return matrix.tocsr() if sparse.issparse(matrix) else matrix
 
 
 def _checked(given: Mapping[str, Any], adata: AnnData) -> tuple[dict[str, Any], int]:

@@ -1,0 +1,115 @@
+"""Temporary folders that all processes of one user on one machine share: the first writes one, the last removes it."""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+__all__ = ["shared_folder"]
+
+# folders that this process uses, each with the lock that says so, by process: a fork must not remove them
+_used: dict[tuple[int, Path], IO[str]] = {}
+
+
+def shared_folder(name: str, write: Callable[[Path], None]) -> Path:
+    """Find the folder of this name, or write it.
+
+    It stays until every process that asked for it has ended. Whatever killed processes left is removed as well.
+
+    Parameters
+    ----------
+    name
+        What the folder is called. It has to say all that its content depends on.
+    write
+        Fills an empty folder. Other processes that ask for the same name wait until it is whole.
+
+    Returns
+    -------
+    The folder, to be read only.
+    """
+    folder = _parent() / name
+    if (os.getpid(), folder) in _used:
+        return folder
+    for lock in folder.parent.glob("*.lock"):
+        if lock != _lock_of(folder):
+            _remove_if_unused(lock)
+    while True:
+        handle = _locked(_lock_of(folder), fcntl.LOCK_SH)
+        if folder.is_dir():
+            break
+        handle.close()
+        with _locked(_lock_of(folder), fcntl.LOCK_EX):
+            if not folder.is_dir():
+                _write(folder, write)
+    if not any(process == os.getpid() for process, _ in _used):
+        atexit.register(_release, os.getpid())
+    _used[os.getpid(), folder] = handle
+    return folder
+
+
+def _parent() -> Path:
+    """The folder of all of them, which belongs to this user alone."""
+    parent = Path(tempfile.gettempdir()) / f"scllm-{os.getuid()}"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    if parent.stat().st_uid != os.getuid():
+        raise OSError(f"Expected '{parent}' to be yours, but it belongs to another user. Set TMPDIR to another folder.")
+    return parent
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _locked(file: Path, kind: int) -> IO[str]:
+    """The file, open and locked; waits for its turn, or raises ``BlockingIOError`` with ``LOCK_NB``."""
+    while True:
+        handle = file.open("w")
+        try:
+            fcntl.flock(handle, kind)
+            # the process that had it before may have removed it
+            if os.path.samestat(file.stat(), os.fstat(handle.fileno())):
+                return handle
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            handle.close()
+            raise
+        handle.close()
+
+
+def _write(folder: Path, write: Callable[[Path], None]) -> None:
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        write(partial)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _release(process: int) -> None:
+    """Remove the folders of this process that no other one uses."""
+    for owner, folder in [*_used]:
+        if owner == process == os.getpid():
+            _used.pop((owner, folder)).close()
+            _remove_if_unused(_lock_of(folder))
+
+
+def _remove_if_unused(lock: Path) -> None:
+    """Remove a folder and its lock, unless a process uses it or has just removed it."""
+    try:
+        handle = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    with handle:
+        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+        shutil.rmtree(lock.with_suffix(".partial"), ignore_errors=True)
+        lock.unlink(missing_ok=True)
