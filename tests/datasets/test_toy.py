@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from messages import naming
 from scipy import sparse
 
 from scllm.datasets import toy
@@ -77,5 +78,5 @@ def test_toy_can_be_written(tmp_path) -> None:
 
 
 def test_too_few_genes_are_refused() -> None:
-    with pytest.raises(ValueError, match="n_genes=19, at least 1 and 20 expected"):
+    with pytest.raises(ValueError, match=naming("n_genes=19", 20)):
         toy(n_genes=19)

@@ -1,4 +1,4 @@
-"""The command line: the verbs and run directories of the library, for shells and clusters."""
+"""Command line for the functions and run directories of the library."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ for command in (demo, pretrain, run, info, embed, finetune, classify, genecorpus
 
 
 def main() -> None:
-    """Run the command that the shell asked for."""
+    """Run the command line."""
     app()

@@ -1,4 +1,4 @@
-"""The application: one line an error, and exit codes."""
+"""The command-line application, with one-line errors and exit codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 class _OneLineErrors(TyperGroup):
-    """Says what went wrong in one line on stderr, whichever command it was."""
+    """Command group that reports errors of all commands in one line on stderr."""
 
     def invoke(self, ctx: typer.Context) -> Any:
         """Run the command; exit with 2 for bad input and 1 for other failures."""
@@ -38,24 +38,24 @@ class _OneLineErrors(TyperGroup):
 
 
 def _one_line(error: Exception) -> str:
-    if hasattr(error, "format_message"):  # a wrong option or argument
+    if hasattr(error, "format_message"):  # an invalid option or argument
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "scllm"
         text = " ".join(error.format_message().split())
-        if text.startswith("Missing argument"):  # which one is a guess: a lone word is taken for the last of them
+        if text.startswith("Missing argument"):  # which one is a guess, as a single word is read as the last argument
             names = [one.metavar for one in context.command.params if one.param_type_name == "argument"]
-            text = f"An argument is missing, `{where} {' '.join(names)}` expected."
+            text = f"Expected `{where} {' '.join(names)}`, but an argument is missing."
         return f"{text} See `{where} --help`."
     # the text of a KeyError is its quoted argument
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if _exit_code(error) == BAD_INPUT:
         return " ".join(text.split())
     first = text.strip().splitlines()[:1]
-    return first[0] if first else f"{type(error).__name__}. Run again with --debug to see where it comes from."
+    return first[0] if first else f"{type(error).__name__}. Run again with --debug to see the traceback."
 
 
 def _exit_code(error: Exception) -> int:
-    """2 where a check of scllm or of the command line raised; the same exception from elsewhere is a failure."""
+    """Return 2 if a check of scllm or of the command line raised; the same exception from elsewhere is a failure."""
     if hasattr(error, "format_message"):
         return BAD_INPUT
     frames = traceback.extract_tb(error.__traceback__)
@@ -83,7 +83,7 @@ def _say_version(value: bool) -> None:
         raise typer.Exit
 
 
-Verbose = Annotated[bool, typer.Option("--verbose", callback=_say_more, help="Say details too, such as each epoch.")]
+Verbose = Annotated[bool, typer.Option("--verbose", callback=_say_more, help="Show details too, such as each epoch.")]
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_keep_traceback, is_eager=True, help="Show the traceback of an error.")
 ]

@@ -14,12 +14,12 @@ __all__ = ["demo"]
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where pictures, embedding and runs are written.")] = Path("scllm_demo"),
+    out: Annotated[Path, typer.Option(help="Folder for figures, embedding and runs.")] = Path("scllm_demo"),
     device: Device = "auto",
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Pretrain a tiny model on 700 blood cells, embed, fine-tune and classify them, and compare with simple methods."""
+    """Pretrain, embed, fine-tune and classify with a tiny model on 700 blood cells, and compare with simple methods."""
     from scllm.cli._demonstration import demonstrate
 
     typer.echo(demonstrate(out, device=device))

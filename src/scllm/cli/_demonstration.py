@@ -1,4 +1,4 @@
-"""The demonstration: a tiny model on 700 real blood cells, beside the simple methods that it has to beat."""
+"""The demonstration: a tiny model on 700 real blood cells, compared with simple methods."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _MEASURES = {
     "nmi": "NMI of Leiden clusters",
     "ari": "ARI of Leiden clusters",
     "silhouette_label": "silhouette, 0 to 1",
-    "knn_accuracy": "nearest neighbours, accuracy",
-    "logreg_accuracy": "linear probe, accuracy",
-    "logreg_macro_f1": "linear probe, macro F1",
+    "knn_accuracy": "accuracy of nearest neighbours",
+    "logreg_accuracy": "accuracy of a linear probe",
+    "logreg_macro_f1": "macro F1 of a linear probe",
     "bio": "mean of the six",
 }
 
@@ -40,14 +40,14 @@ _MEASURES = {
 def demonstrate(
     out: Path, *, device: str = "auto", pretrain_epochs: int = 12, finetune_epochs: int | None = None
 ) -> str:
-    """Pretrain, embed, fine-tune and classify; write pictures and data into ``out`` and return the table of scores.
+    """Pretrain, embed, fine-tune and classify; write figures and data into ``out`` and return a table of scores.
 
-    The same call continues what an earlier one left in ``out``.
+    The same call resumes what an earlier one left in ``out``.
     """
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     adata = datasets.pbmc68k()
-    # a fifth of the cells is seen by no training, a tenth chooses the best weights
+    # a fifth of the cells is held out for testing, a tenth for validation
     pp.split(adata, fractions=_FRACTIONS, stratify=_KEY)
     n_train = int((adata.obs["split"] == "train").sum())
     with _one_thread(), details():
@@ -67,7 +67,7 @@ def demonstrate(
         name: metrics.classification_scores(test.obs[_KEY], test.obs[column])
         for name, column in {"X_scllm": "scllm_label", "X_pca": "logreg_label"}.items()
     }
-    _say("drawing")
+    _say("plotting")
     _draw(adata, test, model, tuned, out)
     adata.write_h5ad(out / "embedding.h5ad")
     files = "loss_curves.png, umap.png, confusion_matrix.png and embedding.h5ad"
@@ -77,7 +77,7 @@ def demonstrate(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # matrices this small are not worth sharing: with two threads on two busy cores the demo took six times as long
+    # for matrices this small, two threads on two busy cores took six times as long
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -110,7 +110,7 @@ def _uses_gpu(device: str) -> bool:
 
 
 def _add_simple_methods(adata: AnnData) -> None:
-    """``obsm["X_pca"]`` of all cells, and ``obs["logreg_label"]`` learnt from the training and validation cells."""
+    """Write ``obsm["X_pca"]`` of all cells, and ``obs["logreg_label"]``, fitted to training and validation cells."""
     import scanpy as sc
 
     logged = AnnData(adata.X.copy())
@@ -127,8 +127,8 @@ def _add_simple_methods(adata: AnnData) -> None:
 def _draw(adata: AnnData, test: AnnData, model: CellModel, tuned: CellModel, out: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     pl.loss_curves(model, metrics=["mse_share"], ax=axes[:1], show=False)
-    # the first steps bring the decoder to the right scale and would flatten everything after them
-    axes[0].set(ylim=(0.5, 1.2), ylabel="pretraining: share of variance left")
+    # the loss of the first steps is so high that it would flatten the rest of the curve
+    axes[0].set(ylim=(0.5, 1.2), ylabel="pretraining: unexplained variance (fraction)")
     pl.loss_curves(tuned, metrics=["loss", "accuracy"], ax=axes[1:], show=False)
     axes[1].set(ylabel="fine-tuning: cross-entropy")
     axes[2].set(ylabel="fine-tuning: accuracy", ylim=(0, 1.02))
@@ -139,7 +139,7 @@ def _draw(adata: AnnData, test: AnnData, model: CellModel, tuned: CellModel, out
 
 
 def _umaps(adata: AnnData) -> plt.Figure:
-    """UMAPs of both embeddings side by side, one legend."""
+    """Plot UMAPs of both embeddings side by side, with one legend."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     sizes = adata.obs[_KEY].value_counts()
     colors = dict(zip(sizes.index, plt.get_cmap("tab10").colors, strict=False))
@@ -163,7 +163,7 @@ def _umap(values: FloatArray) -> FloatArray:
 
 
 def _scatter(ax: Axes, coordinates: FloatArray, labels: np.ndarray, colors: Mapping[str, tuple[float, ...]]) -> None:
-    for name, color in colors.items():  # large classes first, so that small ones lie on top
+    for name, color in colors.items():  # large classes first, so that small ones are on top
         x, y = coordinates[labels == name].T
         ax.scatter(x, y, s=9, color=color, linewidths=0, label=name)
     ax.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
@@ -176,7 +176,7 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 
 def _table(adata: AnnData, embeddings: pd.DataFrame, held_out: Mapping[str, Mapping[str, float]]) -> str:
-    """One table: a measure a line, the transformer beside the simple method."""
+    """Format a table with one measure per line, for the transformer and the simple method."""
     n_test = int((adata.obs["split"] == "test").sum())
     line = "{:<34}{:>14}{:>22}".format
     score = "{:.3f}".format

@@ -1,4 +1,4 @@
-"""What a pretraining would be and cost, for ``--dry-run``. Nothing is written."""
+"""Describe a pretraining run and its cost for ``--dry-run``, without writing anything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["what_would_run"]
 
 
 def what_would_run(data: Data, begun: Prepared, run_dir: str | PathLike[str] | None) -> str:
-    """The model, the cells, floating-point operations and time, and the line for a cluster."""
+    """Describe the model, cells, floating-point operations and time, and give the command for a cluster."""
     model, config, where = begun.model, begun.config, begun.where
     training = begun.cells["train"]
     assert config.batch_size is not None
@@ -23,14 +23,14 @@ def what_would_run(data: Data, begun: Prepared, run_dir: str | PathLike[str] | N
     warn_of_unread_cells(begun.source, match, training)
     cost = training_cost(begun.source, match, model, config, begun.cells, where.device, where.n)
     n_epochs = cost.n_steps / -(-len(training) // config.batch_size)
-    each = f"{cost.flops_per_cell / 1e9:.3g} GFLOP a cell of {cost.n_tokens:,.0f} tokens"
+    each = f"{cost.flops_per_cell / 1e9:.3g} GFLOP per cell of {cost.n_tokens:,.0f} tokens"
     lines = [
         repr(model),
         f"  cells       {len(training):,} for training, {len(begun.cells['validation']):,} for validation",
         f"  steps       {cost.n_steps:,} of {config.batch_size} cells ({n_epochs:.1f} epochs)",
         f"  processes   {where.n} on {where.device}, {cost.precision}",
         f"  cost        {each}, {time_in_words(cost.seconds)}",
-        "On several machines, once this command has written the run directory, on each of them:",
+        "To use several machines, let this command write the run directory, then run on each of them:",
         f"  {cluster_command(run_dir or 'RUN_DIR', where.n)}",
     ]
     return "\n".join(lines)

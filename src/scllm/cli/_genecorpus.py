@@ -21,20 +21,18 @@ _ROWS = 4096
 
 def genecorpus(
     data: DataPaths,
-    out: Annotated[Path, typer.Option(help="Folder to make, for pretrain, and for Hugging Face datasets.")],
+    out: Annotated[Path, typer.Option(help="Folder to create, which pretrain and Hugging Face datasets can read.")],
     model: Annotated[
         str | None,
-        typer.Option(help="Geneformer model whose genes, medians and length are taken. [default: those of the data]"),
+        typer.Option(help="Geneformer model with the genes, medians and length to use. [default: those of the data]"),
     ] = None,
     family: Family = None,
-    column: Annotated[
-        list[str] | None, typer.Option(help="Column of obs to keep beside each sentence; repeat it for several.")
-    ] = None,
+    column: Annotated[list[str] | None, typer.Option(help="Column of obs to keep; repeat it for several.")] = None,
     layer: Layer = None,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Write cells as rank sentences: a folder in the layout of Genecorpus."""
+    """Write cells as sequences of ranked genes, in the format of Genecorpus."""
     from dataclasses import replace
 
     import numpy as np
@@ -57,7 +55,7 @@ def genecorpus(
         chosen = read_model(model, family)
         vocab, encoder = chosen.vocab, chosen.encoder
     if not isinstance(encoder, RankEncoder):
-        raise ValueError(f"{model} does not rank genes, a geneformer model expected. Leave --model out.")
+        raise ValueError(f"Expected a geneformer model, but {model} does not rank genes. Leave --model out.")
     match = match_source(source, vocab)
     if encoder.medians is None:
         encoder = replace(encoder, medians=token_medians(source, match, np.arange(source.n_obs), len(vocab)))

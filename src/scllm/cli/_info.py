@@ -1,4 +1,4 @@
-"""``scllm info``: what a model is, and how far its run has come."""
+"""``scllm info``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def info(
 
     run = Run(path)
     is_run = path.is_dir() and not run.is_new()
-    # a run that is not done has its initial model, which models.load would refuse
+    # an unfinished run holds its initial model, which models.load would reject
     model = models.load(run.model if is_run else path, family=family)
     lines = [*_architecture(model), *(_progress(run) if is_run else [])]
     width = max(len(name) for name, _ in lines)
@@ -61,7 +61,7 @@ def _progress(run: Run) -> list[tuple[str, str]]:
     n_steps = settings["steps"] or per_epoch * settings["epochs"]
     step = 0 if history is None else int(history["step"].max())
     lines = [
-        ("run", f"{spec['verb']}, {'done' if run.is_done else 'not done: continue with `scllm run`'}"),
+        ("run", f"{spec['verb']}, {'finished' if run.is_done else 'not finished: resume it with `scllm run`'}"),
         ("cells", f"{n_cells:,} for training, {len(cells['validation']):,} for validation"),
         ("steps", f"{step:,} of {n_steps:,}"),
         ("epochs", f"{step / per_epoch:.1f} of {n_steps / per_epoch:.1f}"),

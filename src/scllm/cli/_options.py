@@ -1,4 +1,4 @@
-"""Options that commands share, and how their text is read. Names and meanings are those of the verbs."""
+"""Options that commands share, with the names and meanings that they have in Python, and how they are parsed."""
 
 from __future__ import annotations
 
@@ -20,86 +20,92 @@ __all__ = [
 ]  # fmt: skip
 
 DataPaths = Annotated[
-    list[str], typer.Argument(metavar="DATA...", help="An .h5ad or .zarr, several of them, or a folder of such.")
+    list[str], typer.Argument(metavar="DATA...", help="One or more .h5ad or .zarr files, or a folder of them.")
 ]
 WrittenData = Annotated[
     list[str],
     typer.Argument(
         metavar="DATA...",
-        help="An .h5ad or .zarr, several of them, or a folder of such. Written out, cells whose name several files "
-        "have get the number of their file (AAAC-0, AAAC-1); other names stay. Genes that a file lacks are zero.",
+        help="One or more .h5ad or .zarr files, or a folder of them. In the output, cells whose name occurs in several "
+        "files get the number of their file (AAAC-0, AAAC-1). Genes that a file lacks are zero.",
     ),
 ]
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A model or run directory.")]
-NGpus = Annotated[
-    int | None, typer.Option(help="GPUs, one process each. [default: all there are, else one CPU process]")
-]
-NProcs = Annotated[int | None, typer.Option(help="Processes on the CPU, with --device cpu.")]
+NGpus = Annotated[int | None, typer.Option(help="Number of GPUs, one process each. [default: all, or one CPU process]")]
+NProcs = Annotated[int | None, typer.Option(help="Number of CPU processes, with --device cpu.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 RunDir = Annotated[
     Path | None,
-    typer.Option(help="Where the run is written and continued. [default: a new directory under scllm_runs]"),
+    typer.Option(help="Directory of the run, to start or resume it. [default: a new directory in scllm_runs]"),
 ]
-Epochs = Annotated[int | None, typer.Option(help="Passes over the cells. [default: the family's own]")]
+Epochs = Annotated[int | None, typer.Option(help="Number of passes over the cells. [default: that of the family]")]
 BatchSize = Annotated[
-    int | None, typer.Option(help="Cells of one optimiser step, over all processes. [default: the family's own]")
+    int | None, typer.Option(help="Cells per optimiser step, over all processes. [default: that of the family]")
 ]
 CellsAtOnce = Annotated[
     int | None,
-    typer.Option("--batch-size", help="Cells of one forward pass; for speed and memory. [default: chosen]"),
+    typer.Option("--batch-size", help="Cells per forward pass; affects only speed and memory. [default: automatic]"),
 ]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Highest learning rate. [default: the family's own]")]
-GroupKey = Annotated[str | None, typer.Option(help="Column of obs with groups (donors) that are held out whole.")]
+LearningRate = Annotated[
+    float | None, typer.Option("--lr", help="Highest learning rate. [default: that of the family]")
+]
+GroupKey = Annotated[
+    str | None, typer.Option(help="Column of obs with groups (such as donors) that are held out as a whole.")
+]
 Layer = Annotated[str | None, typer.Option(help="Layer to read. [default: X]")]
-Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: fp32 on a CPU, bf16 on a GPU that has it.")]
+Precision = Annotated[
+    str, typer.Option(help="fp32, bf16, fp16, or auto: fp32 on a CPU, bf16 on a GPU that supports it.")
+]
 Resume = Annotated[
     bool | None,
     typer.Option(
         "--resume/--no-resume",
-        help="Insist that --run-dir holds a run to continue, or that it holds none. [default: continue one]",
+        help="Fail if --run-dir holds no run to resume, or if it holds one. [default: resume or start]",
     ),
 ]
 Config = Annotated[
-    Path | None, typer.Option(help="TOML file with the other training settings, the fields of scllm.tl.TrainConfig.")
+    Path | None, typer.Option(help="TOML file with other training settings, the fields of scllm.tl.TrainConfig.")
 ]
-RandomState = Annotated[int, typer.Option(help="What weights, order, masks and dropout are a function of.")]
+RandomState = Annotated[int, typer.Option(help="Seed for weight initialisation, data order, masking and dropout.")]
 Family = Annotated[
     str | None,
     typer.Option(
-        help="Family of a published checkpoint (scgpt, geneformer, ...), or module of a family from another package."
+        help="Family of a published checkpoint (scgpt, geneformer, ...), or the module of a family in another package."
     ),
 ]
 
 
 def read_config(path: Path | None) -> TrainConfig | None:
-    """Training settings from a TOML file."""
+    """Read training settings from a TOML file."""
     from scllm.engine.config import TrainConfig
 
     if path is None:
         return None
     if not path.is_file():
-        raise FileNotFoundError(f"--config {path} is not there, a TOML file expected. Check the path.")
+        raise FileNotFoundError(f"Expected a TOML file as --config, but {path} does not exist. Check the path.")
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"--config {path} is not TOML: {error}. Write one `name = value` a line.") from error
+        raise ValueError(
+            f"Expected a TOML file as --config, but {path} is not: {error}. Write `name = value` lines."
+        ) from error
     return TrainConfig.from_dict(settings)
 
 
 def read_model(path: str, family: str | None) -> CellModel:
-    """A model that scllm wrote, or with its family a published checkpoint."""
+    """Load a model that scllm wrote, or a published checkpoint if its family is given."""
     from scllm import models
 
     return models.load(path, family=family)
 
 
 def read_resume(given: bool | None) -> Any:
-    """``"auto"`` where neither ``--resume`` nor ``--no-resume`` is given."""
+    """Return ``"auto"`` if neither ``--resume`` nor ``--no-resume`` is given."""
     return "auto" if given is None else given
 
 
 def read_validation(text: str) -> float | str:
-    """A share of cells, or the name of a column."""
+    """Parse a fraction of cells, or the name of a column."""
     try:
         return float(text)
     except ValueError:
@@ -107,7 +113,7 @@ def read_validation(text: str) -> float | str:
 
 
 def read_weights(option: str, given: list[str]) -> str | Mapping[str, float]:
-    """One bare name, or ``name=weight`` for each of several."""
+    """Parse one name, or ``name=weight`` for each of several."""
     if len(given) == 1 and "=" not in given[0]:
         return given[0]
     weights = {}
@@ -118,10 +124,10 @@ def read_weights(option: str, given: list[str]) -> str | Mapping[str, float]:
         except ValueError:
             name = ""
         if not name:
-            raise ValueError(f"{option} is {text!r}, name=weight expected where there are several. Write {option} a=1.")
+            raise ValueError(f"Expected {option} name=weight if there are several, got {text!r}. Write {option} a=1.")
     return weights
 
 
 def one_or_all(texts: list[str]) -> str | list[str]:
-    """The only text, or all of them."""
+    """Return the only text, or all of them."""
     return texts[0] if len(texts) == 1 else texts

@@ -42,10 +42,10 @@ __all__ = ["finetune", "pretrain", "run"]
 def pretrain(
     data: DataPaths,
     model: Annotated[
-        str, typer.Option(help="Name of a family for fresh weights, or a model or run directory to go on from.")
+        str, typer.Option(help="Family of a new model, or a model or run directory to start from.")
     ] = "scgpt",
     family: Family = None,
-    size: Annotated[str, typer.Option(help="Architecture of a fresh model: tiny, small or base.")] = "base",
+    size: Annotated[str, typer.Option(help="Size of a new model: tiny, small or base.")] = "base",
     n_gpus: NGpus = None,
     n_procs: NProcs = None,
     device: Device = "auto",
@@ -56,18 +56,16 @@ def pretrain(
     mask_ratio: Annotated[
         list[float] | None,
         typer.Option(
-            help="Share of a cell's genes to hide; repeat it to draw one each step. [default: the family's own]"
+            help="Fraction of a cell's genes to mask; repeat it to draw one per step. [default: that of the family]"
         ),
     ] = None,
     left_out: Annotated[
         float | None,
-        typer.Option(
-            help="Share of a cell's genes to leave out and tell from the embedding. [default: the family's own]"
-        ),
+        typer.Option(help="Fraction of genes to hold out of the input and predict. [default: that of the family]"),
     ] = None,
-    dropout: Annotated[float | None, typer.Option(help="Dropout of the blocks. [default: the family's own]")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout of the blocks. [default: that of the family]")] = None,
     validation: Annotated[
-        str, typer.Option(help="Share of cells held out, or a column of obs that says train and validation.")
+        str, typer.Option(help="Fraction of validation cells, or a column of obs with train and validation.")
     ] = "0.03",
     group_key: GroupKey = None,
     layer: Layer = None,
@@ -77,12 +75,12 @@ def pretrain(
     random_state: RandomState = 0,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say what would be trained, what it costs and how to start it; write nothing."),
+        typer.Option("--dry-run", help="Show what would be trained and what it costs, and write nothing."),
     ] = False,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Train a model on cells without labels. The same command continues after a crash."""
+    """Pretrain a model on cells without labels. After a crash, the same command resumes the run."""
     from scllm import tl
     from scllm.cli._estimate import what_would_run
     from scllm.tl._pretrain import prepare
@@ -107,18 +105,21 @@ def finetune(
     family: Family = None,
     freeze: Annotated[
         list[str] | None,
-        typer.Option(help="What stays as it is: the first n blocks, encoder, or patterns of weight names (repeat it)."),
+        typer.Option(help="What to freeze: the first n blocks, encoder, or patterns of weight names (repeat it)."),
     ] = None,
     loss: Annotated[
-        list[str] | None, typer.Option(help="ce, bce, dice or focal; weigh several by repeating --loss name=weight.")
+        list[str] | None, typer.Option(help="ce, bce, dice or focal; for a weighted sum, repeat --loss name=weight.")
     ] = None,
     upsample: Annotated[bool, typer.Option("--upsample", help="Draw cells of rare labels more often.")] = False,
     class_weight: Annotated[
-        list[str] | None, typer.Option(help="balanced, or repeat --class-weight label=weight. [default: cells alike]")
+        list[str] | None,
+        typer.Option(help="balanced, or repeat --class-weight label=weight. [default: all cells equal]"),
     ] = None,
-    lora: Annotated[int | None, typer.Option(help="Rank of adapters to train in place of the blocks' weights.")] = None,
+    lora: Annotated[
+        int | None, typer.Option(help="Rank of LoRA adapters to train instead of the blocks' weights.")
+    ] = None,
     validation: Annotated[
-        str, typer.Option(help="Share of cells held out, or a column of obs that says train and validation.")
+        str, typer.Option(help="Fraction of validation cells, or a column of obs with train and validation.")
     ] = "0.1",
     group_key: GroupKey = None,
     layer: Layer = None,
@@ -136,7 +137,7 @@ def finetune(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Train a head that predicts a column of obs, together with the model below it."""
+    """Fine-tune a model to predict a column of obs."""
     from scllm import tl
 
     trained = tl.finetune(
@@ -153,30 +154,30 @@ def finetune(
 
 
 def run(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What pretrain or finetune wrote.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory that pretrain or finetune wrote.")],
     device: Device = "auto",
     family: Family = None,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a run directory to its end, alone or as one of the processes that torchrun starts."""
+    """Resume a run and finish it, alone or as one of the processes that torchrun starts."""
     from scllm.engine.launch import continue_run
     from scllm.engine.run import Run
 
     chosen = Run(run_dir.absolute())
-    _ = chosen.spec  # says so where this is no run directory, before anything is written
+    _ = chosen.spec  # raises if this is not a run directory, before anything is written
     if "RANK" in os.environ:
         continue_run(chosen, device=device, family=family)
     else:
         with chosen.locked():
             continue_run(chosen, device=device, family=family)
     if is_first_rank():
-        shutil.rmtree(chosen.data, ignore_errors=True)  # the run is done: nothing reads the copy again
-        typer.echo(f"{run_dir} is done. Its model is in {chosen.model}.")
+        shutil.rmtree(chosen.data, ignore_errors=True)  # the run is finished, so the copy is not needed
+        typer.echo(f"The run in {run_dir} is finished. Its model is in {chosen.model}.")
 
 
 def _freeze(texts: list[str]) -> int | str | tuple[str, ...]:
-    """A number of blocks, ``encoder``, or patterns."""
+    """Parse a number of blocks, ``encoder``, or patterns."""
     if len(texts) > 1:
         return tuple(texts)
     return int(texts[0]) if texts[0].lstrip("-").isdigit() else texts[0]

@@ -32,22 +32,24 @@ def embed(
     model: ModelPath,
     out: Annotated[
         Path,
-        typer.Option(help="Where the embedding goes: .npy or .zarr (streamed), or .h5ad (the data with it in obsm)."),
+        typer.Option(help="Output file: .npy or .zarr (streamed), or .h5ad (a copy of the data with it in obsm)."),
     ],
     family: Family = None,
     pooling: Annotated[
         str | None,
         typer.Option(
-            help="cls; mean, max, ranked or linear (means that the highest genes lead) over gene tokens; all "
-            "(scfoundation). [default: the family's own]"
+            help="cls; mean, max, ranked or linear (rank-weighted means) over genes; all (scfoundation). [default: "
+            "that of the family]"
         ),
     ] = None,
-    hidden_layer: Annotated[int, typer.Option(help="-1 is the output of the last block, -2 of the one before.")] = -1,
+    hidden_layer: Annotated[
+        int, typer.Option(help="Block whose output is pooled: -1 is the last, -2 the one before.")
+    ] = -1,
     layer: Layer = None,
-    key_added: Annotated[str, typer.Option(help="Key in obsm, with --out x.h5ad.")] = "X_scllm",
+    key_added: Annotated[str, typer.Option(help="Key in obsm, if --out is an .h5ad.")] = "X_scllm",
     batch_size: CellsAtOnce = None,
     device: Device = "auto",
-    n_gpus: Annotated[int, typer.Option(help="GPUs that share the cells.")] = 1,
+    n_gpus: Annotated[int, typer.Option(help="Number of GPUs that share the cells.")] = 1,
     precision: Precision = "auto",
     verbose: Verbose = False,
     debug: Debug = False,
@@ -72,11 +74,13 @@ def embed(
 def classify(
     data: WrittenData,
     model: ModelPath,
-    out: Annotated[Path, typer.Option(help="Where labels go: .csv (one row a cell), or .h5ad (the data with them).")],
+    out: Annotated[Path, typer.Option(help="Output file: .csv (one row per cell), or .h5ad (a copy of the data).")],
     family: Family = None,
-    key_added: Annotated[str, typer.Option(help="Column to write; several heads append _<key>.")] = "scllm_label",
+    key_added: Annotated[
+        str, typer.Option(help="Column to write; with several heads, _<key> is appended.")
+    ] = "scllm_label",
     threshold: Annotated[
-        float | None, typer.Option(help="Cells whose best label is less probable are called unknown.")
+        float | None, typer.Option(help="Cells whose best label has a lower probability are labelled unknown.")
     ] = None,
     layer: Layer = None,
     batch_size: CellsAtOnce = None,
@@ -105,15 +109,15 @@ def classify(
 
 
 def _check_ending(out: Path, endings: tuple[str, ...]) -> None:
-    """Before the slow part: what it ends in, and whether there is a place for it."""
+    """Check the extension and the folder of the output file before the slow part."""
     if out.suffix not in endings:
-        raise ValueError(f"--out is '{out}', a path ending in {' or '.join(endings)} expected. Change its ending.")
+        raise ValueError(f"Expected --out to end in {' or '.join(endings)}, got '{out}'. Change the extension.")
     if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out is '{out}', and its folder is not there. Make it, or choose another place.")
+        raise FileNotFoundError(f"The folder of --out '{out}' does not exist. Create it, or choose another one.")
 
 
 def _write(adata: AnnData, out: Path) -> None:
-    """Write the data; ``out`` may be the file that they were read from."""
+    """Write the data; ``out`` may be the file that was read."""
     from scllm.data.replace import replaced_when_whole
 
     with replaced_when_whole(out) as fresh:
@@ -121,24 +125,25 @@ def _write(adata: AnnData, out: Path) -> None:
 
 
 def _read(paths: list[str], out: Path, *, backed: bool = False) -> AnnData:
-    """The data as an AnnData; with ``backed`` the matrix of a single .h5ad stays in its file."""
+    """Read the data as an AnnData; with ``backed``, the matrix of a single .h5ad stays on disk."""
     import anndata as ad
 
     from scllm.data.source import open_source
 
     files = []
     for path in map(Path, paths):
-        open_source(path)  # says what is wrong with a path that is none of ours
+        open_source(path)  # raises if scllm cannot read the path
         inside = sorted(file for file in path.iterdir() if file.suffix in (".h5ad", ".zarr")) if path.is_dir() else []
         if path.is_dir() and path.suffix != ".zarr" and not inside:
             raise ValueError(
-                f"'{path}' holds no .h5ad or .zarr, which --out .h5ad and labels need. Pass such files, or --out .npy."
+                f"Expected .h5ad or .zarr files in '{path}', which --out .h5ad and labels need. Pass such files, or "
+                "--out .npy."
             )
         files += inside if inside and path.suffix != ".zarr" else [path]
     if len(files) > 1 and out.resolve() in [file.resolve() for file in files]:
         raise ValueError(
-            f"--out is '{out}', one of the {len(files)} files that are read, another path expected: cells of all files "
-            "would take its place. Choose another one."
+            f"--out '{out}' is one of the {len(files)} input files and would be replaced by the cells of all of them. "
+            "Choose another path."
         )
     if backed and len(files) == 1 and files[0].suffix == ".h5ad":
         return ad.read_h5ad(files[0], backed="r")
@@ -147,7 +152,7 @@ def _read(paths: list[str], out: Path, *, backed: bool = False) -> AnnData:
 
 
 def _united(parts: list[AnnData]) -> AnnData:
-    """One AnnData over the union of genes; names of cells get the number of their file where files share them."""
+    """Join the data over the union of genes; cell names that several files share get the number of their file."""
     import anndata as ad
     import pandas as pd
 
@@ -155,15 +160,15 @@ def _united(parts: list[AnnData]) -> AnnData:
 
     layers = set.union(*(set(part.layers) for part in parts))
     for name in sorted(layers - set.intersection(*(set(part.layers) for part in parts))):
-        # zeros in place of the cells of a file would pass for counts
-        warn(f"layer {name!r} is not in all {len(parts)} files, a layer of each expected: it is left out.")
+        # zeros for the cells of a file would look like counts
+        warn(f"Layer {name!r} is not in all {len(parts)} files and is left out of the output.")
         for part in parts:
             part.layers.pop(name, None)
     n_files = pd.Series([name for part in parts for name in part.obs_names.unique()]).value_counts()
     for number, part in enumerate(parts):
         part.obs_names = [f"{name}-{number}" if n_files[name] > 1 else name for name in part.obs_names]
     united = ad.concat(parts, join="outer", merge="first", fill_value=0)
-    # unlike a gene that was not measured, an embedding that a file does not have is missing, and not zero
+    # an embedding that a file lacks is missing, unlike a gene that it lacks, which is zero
     described = [ad.AnnData(obs=part.obs[[]], obsm=dict(part.obsm)) for part in parts]
     united.obsm = ad.concat(described, join="outer").obsm
     return united

@@ -1,4 +1,4 @@
-"""Data to start with: real cells and gene sets, and simulated cells whose structure is known."""
+"""Example data: real cells, gene sets, and simulated cells with known structure."""
 
 from __future__ import annotations
 

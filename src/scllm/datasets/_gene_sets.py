@@ -26,24 +26,25 @@ _COLUMNS = ("ensembl_id", "gene_symbol", "dosage_sensitive")
 
 
 def gene_set(name: str = _NAME, path: str | PathLike[str] | None = None) -> pd.DataFrame:
-    """A published set of labelled genes: ``"dosage_sensitivity"``, 490 human transcription factors.
+    """Load a published set of labelled genes: ``"dosage_sensitivity"``, 490 human transcription factors.
 
-    122 of them are sensitive to their dosage (one copy too few shows), 368 are not: the most reliable sets of Ni et
-    al., *Frontiers in Genetics* 2019, doi:10.3389/fgene.2019.01208, on which Geneformer was tried (Theodoris et al.,
-    *Nature* 2023). Fetched once, with a checksum, and kept under ``scllm.settings.cache_dir``.
+    122 of them are sensitive to dosage (losing one copy has an effect), 368 are not. These are the most reliable sets
+    of Ni et al., *Frontiers in Genetics* 2019, doi:10.3389/fgene.2019.01208, on which Geneformer was evaluated
+    (Theodoris et al., *Nature* 2023). They are downloaded once, with a checksum, and kept in
+    ``scllm.settings.cache_dir``.
 
     Parameters
     ----------
     name
         Name of the set.
     path
-        A file to read in place of fetching one: CSV with the columns ``ensembl_id``, ``gene_symbol`` and
-        ``dosage_sensitive`` (``True`` or ``False``).
+        A local CSV file to read instead, with the columns ``ensembl_id``, ``gene_symbol`` and ``dosage_sensitive``
+        (``True`` or ``False``).
 
     Returns
     -------
-    One row a gene, indexed by ``ensembl_id``: ``gene_symbol`` and ``dosage_sensitive`` (bool). As it is, it goes into
-    ``scllm.tl.classify_genes(adata, model, labels=...)``.
+    A table with one row per gene, indexed by ``ensembl_id``: ``gene_symbol`` and ``dosage_sensitive`` (bool). Pass it
+    to ``scllm.tl.classify_genes(adata, model, labels=...)``.
 
     Examples
     --------
@@ -54,13 +55,13 @@ def gene_set(name: str = _NAME, path: str | PathLike[str] | None = None) -> pd.D
         close = get_close_matches(str(name), [_NAME], n=1, cutoff=0.3)
         offer = f"Did you mean {close[0]!r}?" if close else f"Pass {_NAME!r}."
         offer = f"For a file of your own: path={str(name)!r}." if Path(name).suffix else offer
-        raise ValueError(f"name is {name!r}, one of {[_NAME]} expected. {offer}")
+        raise ValueError(f"Expected name to be one of {[_NAME]}, got {name!r}. {offer}")
     return _fetched() if path is None else _read(Path(path))
 
 
 def _fetched() -> pd.DataFrame:
     advice = (
-        "Download the CSV files where there is a connection, or take a table of your own with the columns "
+        "Download the CSV files on a machine with a connection, or use a table of your own with the columns "
         f"{', '.join(_COLUMNS)}, and pass it with path=."
     )
     parts = []
@@ -75,7 +76,7 @@ def _fetched() -> pd.DataFrame:
 def _read(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is not there, a CSV file with the columns {_COLUMNS} expected. Check the path."
+            f"Expected a CSV file with the columns {_COLUMNS} at {path}, but it does not exist. Check the path."
         )
     try:
         table = pd.read_csv(path)
@@ -84,15 +85,15 @@ def _read(path: Path) -> pd.DataFrame:
     missing = [name for name in _COLUMNS if name not in table]
     if missing:
         raise ValueError(
-            f"{path} has the columns {list(table.columns)[:8]}, {_COLUMNS} expected. Rename them, or pass another file."
+            f"Expected the columns {_COLUMNS} in {path}, got {list(table.columns)[:8]}. Rename them, or use another."
         )
     if table.empty:
-        raise ValueError(f"{path} holds no gene, one row a gene expected. Pass another file.")
+        raise ValueError(f"Expected one row per gene in {path}, but it has no rows. Pass another file.")
     bad = np.flatnonzero([not isinstance(value, bool) for value in table["dosage_sensitive"].tolist()])
     if len(bad):
         raise ValueError(
-            f"dosage_sensitive is {table['dosage_sensitive'].iloc[bad[0]]!r} in {path} for "
-            f"{table['ensembl_id'].iloc[bad[0]]!r}, True or False in every row expected. Write it so."
+            f"Expected dosage_sensitive to be True or False in every row of {path}, got "
+            f"{table['dosage_sensitive'].iloc[bad[0]]!r} for {table['ensembl_id'].iloc[bad[0]]!r}. Correct the file."
         )
     table = table.astype({"dosage_sensitive": bool})
     return table.set_index("ensembl_id")[list(_COLUMNS[1:])]

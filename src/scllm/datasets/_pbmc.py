@@ -1,4 +1,4 @@
-"""Real blood cells without a network."""
+"""Blood cells that need no download."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _ROUNDING_DISTANCE = 0.1
 
 
 def pbmc68k() -> AnnData:
-    """700 labelled blood cells with raw counts of 765 genes, from the copy that comes with scanpy.
+    """Load 700 labelled blood cells with raw counts of 765 genes, from the copy that comes with scanpy.
 
-    That copy holds logarithms rounded to three decimals. The counts behind them come back exactly: with the cell's
-    total over all genes ``n``, each is ``expm1(value) * n / 1e4``, which lies within 0.082 of an integer everywhere.
-    The data are from Zheng et al., *Nature Communications* 2017, doi:10.1038/ncomms14049. Nothing is downloaded.
+    That copy holds log values rounded to three decimals, from which the counts are recovered exactly: with the cell's
+    total ``n`` over all genes, a count is ``expm1(value) * n / 1e4``, which is always within 0.082 of an integer. The
+    data are from Zheng et al., *Nature Communications* 2017, doi:10.1038/ncomms14049. Nothing is downloaded.
 
     Returns
     -------
@@ -54,13 +54,13 @@ def pbmc68k() -> AnnData:
 
 
 def _recover_counts(logged: np.ndarray, n_counts: np.ndarray) -> np.ndarray:
-    """Integers behind ``log1p(count / n_counts * 1e4)``, as float32; ``ValueError`` where rounding would be a guess."""
+    """Recover integers from ``log1p(count / n_counts * 1e4)``, as float32; raise if rounding would be a guess."""
     scaled = np.expm1(logged.astype(np.float64)) * n_counts / _TARGET_SUM
     counts = np.rint(scaled)
     distance = np.abs(scaled - counts).max()
     if not distance < _ROUNDING_DISTANCE:
         raise ValueError(
-            f"a value is {distance:.3g} away from the nearest count, under {_ROUNDING_DISTANCE} expected. The data in "
-            "this version of scanpy are not those that scllm knows; install another version of scanpy."
+            f"Expected values within {_ROUNDING_DISTANCE} of a count, got one at a distance of {distance:.3g}. The "
+            "data of this version of scanpy differ from those that scllm knows: install another version of scanpy."
         )
     return counts.astype(np.float32)

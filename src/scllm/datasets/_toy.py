@@ -1,4 +1,4 @@
-"""Small data whose structure is known because it was planted."""
+"""Small simulated data with known structure."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ _BATCHES = ("batch1", "batch2")
 _BATCH_DEPTH = (1.0, 0.6)
 _BATCH_EFFECT = 0.4  # standard deviation of a gene's log fold change between the batches
 _MARKER_FOLD = 12.0
-_TARGET_RANGE = (0.2, 4.0)  # expression of a target where the regulator is off and where it is fully on
+_TARGET_RANGE = (0.2, 4.0)  # expression of a target if the regulator is off, and if it is fully on
 _COUNTS_PER_GENE = 0.8
 _CHUNK = 1024
 _MIN_GENES = 20
 
 
 def toy(*, n_cells: int = 600, n_genes: int = 200, random_state: int = 0) -> AnnData:
-    """Simulate cells with marker programmes, a batch effect, and one regulator that drives its targets.
+    """Simulate cells with marker genes, a batch effect, and one regulator that drives its targets.
 
-    For tests and for trying verbs out: what a model ought to find is known. Counts are Poisson, with a rate that is
-    the product of the cell's depth, the gene's level, 12 if the gene marks the cell's type, a factor of gene and
-    batch (log-normal, and the second batch is shallower), and, for targets, the regulator's level in the cell. That
-    level lies between 0 and 1, mostly near the ends, and does not depend on type or batch.
+    Use it for tests and for trying functions out, because it is known what a model should find. Counts are Poisson.
+    Their rate is the product of the cell's depth, the gene's level, 12 if the gene is a marker of the cell's type, a
+    log-normal factor of gene and batch (the second batch is also shallower), and, for targets, the regulator's level in
+    the cell. That level is between 0 and 1, mostly near 0 or 1, and does not depend on type or batch.
 
     Parameters
     ----------
     n_cells
-        Cells, spread evenly over 4 types and, independently, 2 batches.
+        Number of cells, divided evenly between 4 types and, independently, 2 batches.
     n_genes
-        Genes, at least 20. A twentieth of them (at least 2) marks each type, as many are targets, one is the regulator;
-        the others are background. Roles are dealt out at random.
+        Number of genes, at least 20. Each type has a twentieth of them (at least 2) as markers, as many genes are
+        targets, one is the regulator, and all others are background. Roles are assigned at random.
     random_state
-        Seed; the same seed gives the same data.
+        Random seed.
 
     Returns
     -------
-    Counts in ``X`` (CSR float32), ``obs["cell_type"]``, ``obs["batch"]``, ``obs["regulator_level"]``, and the plan in
-    ``uns["toy"]``: ``markers`` (a table of ``gene`` and ``cell_type``), ``regulator`` (a gene) and ``targets`` (genes).
+    Counts in ``X`` (CSR float32), ``obs["cell_type"]``, ``obs["batch"]``, ``obs["regulator_level"]``, and the roles of
+    genes in ``uns["toy"]``: ``markers`` (a table of ``gene`` and ``cell_type``), ``regulator`` and ``targets``.
 
     Examples
     --------
@@ -59,8 +59,8 @@ def toy(*, n_cells: int = 600, n_genes: int = 200, random_state: int = 0) -> Ann
     """
     if n_genes < _MIN_GENES or n_cells < 1:
         raise ValueError(
-            f"n_cells={n_cells} and n_genes={n_genes}, at least 1 and {_MIN_GENES} expected: the planted structure "
-            "does not fit into less. Ask for more."
+            f"Expected at least 1 cell and {_MIN_GENES} genes, which the simulated structure needs, got "
+            f"n_cells={n_cells} and n_genes={n_genes}. Pass larger numbers."
         )
     rng = np.random.default_rng(random_state)
     plan = _Plan.draw(n_genes, rng)
@@ -95,7 +95,7 @@ def toy(*, n_cells: int = 600, n_genes: int = 200, random_state: int = 0) -> Ann
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which gene does what."""
+    """Roles of the genes."""
 
     level: FloatArray  # (g,)
     batch_effect: FloatArray  # (n_batches, g)
@@ -109,7 +109,7 @@ class _Plan:
         order = rng.permutation(n_genes)
         n_markers = n_each * len(_CELL_TYPES)
         level = rng.lognormal(0, 0.8, n_genes)
-        # planted genes are expressed well enough to be seen
+        # markers, regulator and targets are expressed strongly enough to be detected
         level[order[: n_markers + 1 + n_each]] = rng.uniform(0.5, 1.5, n_markers + 1 + n_each)
         return cls(
             level=level * _COUNTS_PER_GENE / level.mean(),
@@ -120,7 +120,7 @@ class _Plan:
         )
 
     def rates(self, cell_type: IntArray, batch: IntArray, level: FloatArray) -> NDArray[np.float64]:
-        """Expected counts at depth 1, ``(n_cells, g)``."""
+        """Compute expected counts at depth 1, ``(n_cells, g)``."""
         fold = np.ones((len(_CELL_TYPES), len(self.level)))
         np.put_along_axis(fold, self.markers, _MARKER_FOLD, axis=1)
         rates = self.level * fold[cell_type] * self.batch_effect[batch]
