@@ -1,7 +1,7 @@
-"""torchrun's agent, tied to the process that starts it: ``python -m scllm.engine.agent PARENT_PID OPTIONS``.
+"""torchrun's agent, which ends when its parent process ends: ``python -m scllm.engine.agent PARENT_PID OPTIONS``.
 
-The agent ties itself once it runs: between fork and exec (``preexec_fn``) that would be unsafe in a parent with
-threads, such as a notebook.
+The agent ties itself to its parent after it has started. Doing that between fork and exec (``preexec_fn``) would be
+unsafe in a parent with threads, such as a notebook.
 """
 
 from __future__ import annotations
@@ -17,5 +17,5 @@ if __name__ == "__main__":
     parent, *options = sys.argv[1:]
     tie_to_parent()
     if os.getppid() != int(parent):
-        sys.exit("the process that started this run is gone")
+        sys.exit(f"The process {parent} that started this run has ended, so the run ends too.")
     main(options)

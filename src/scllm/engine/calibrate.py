@@ -1,4 +1,4 @@
-"""Temperatures of a fine-tuned model's heads, from cells that were not trained on."""
+"""Temperature scaling of a fine-tuned model's heads on validation cells."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from scllm.models.base import CellModel
 
 __all__ = ["calibrate"]
 
-# a temperature from so many cells counts half of what it says: few cells, all of them right, say that nothing is unsure
+# With this many cells, the log of the fitted temperature is halved: a few cells that are all classified correctly would
+# make every prediction look certain.
 _HALF_TRUSTED = 50
-_MAX_CELLS = 10_000  # other processes wait meanwhile
+_MAX_CELLS = 10_000  # all other processes wait during calibration
 
 
 @torch.no_grad()
 def calibrate(model: CellModel, validation: Loader, precision: str) -> None:
-    """Set the temperature of each head of labels, in place (Guo et al. 2017)."""
+    """Set the temperature of each classification head, in place (Guo et al. 2017)."""
     if len(validation.rows) > _MAX_CELLS:
         chosen = np.random.default_rng(validation.seed).choice(validation.rows, _MAX_CELLS, replace=False)
         validation = replace(validation, rows=np.sort(chosen))

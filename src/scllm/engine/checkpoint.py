@@ -1,4 +1,4 @@
-"""Saving and restoring the state of a run, atomically."""
+"""Save and restore the state of a run, atomically."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["restore", "save", "writing"]
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write beside the last good file, flush, then rename over it; on any error the last good one stays."""
+    """Write a new file, flush it and rename it over the last checkpoint, which is kept if anything fails."""
     fresh = path.with_name(f".{path.name}.new")
     try:
         with writing(path), fresh.open("wb") as handle:
@@ -32,17 +32,17 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Errors of the disk say what was written, and that the run can go on."""
+    """Turn disk errors into one that names the file and says how to resume the run."""
     try:
         yield
-    # the zip writer of torch reports a full disk as a RuntimeError, safetensors as its own
+    # torch's zip writer reports a full disk as a RuntimeError, safetensors as its own error
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(
-            f"{path} could not be written ({error}), room on the disk expected; the last good checkpoint is untouched. "
-            "Make room and call again with the same run_dir to continue."
+            f"'{path}' could not be written ({error}). The last good checkpoint is unchanged. Free some disk space and "
+            "call again with the same run_dir to resume."
         ) from error
 
 
 def restore(path: Path) -> dict[str, Any] | None:
-    """The state that was saved last, ``None`` where there is none yet."""
+    """Return the state that was saved last, or ``None`` if nothing has been saved yet."""
     return read_torch(path) if path.exists() else None

@@ -1,4 +1,4 @@
-"""Which device and which precision, and a clear error where they are not to be had."""
+"""Choice of device and precision, with a clear error if they are not available."""
 
 from __future__ import annotations
 
@@ -16,38 +16,40 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """The device to use; under torchrun each process takes the GPU of its local rank."""
+    """Choose the device; under torchrun, each process uses the GPU of its local rank."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    unknown = ValueError(f"Expected device to be 'auto', 'cpu' or 'cuda', got {device!r}. Pass one of them.")
     if device != "cpu" and not device.startswith("cuda"):
-        raise ValueError(f"device is {device!r}, 'auto', 'cpu' or 'cuda' expected. Pass one of those.")
+        raise unknown
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device is {device!r}, 'auto', 'cpu' or 'cuda' expected. Pass one of those.") from error
+        raise unknown from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"device is {device!r}, and torch {torch.__version__} sees no GPU. Use device='cpu' or 'auto'."
+            f"Expected a GPU for device={device!r}, but torch {torch.__version__} finds none. Use device='cpu' or "
+            "'auto'."
         )
     return chosen
 
 
 def check_gpus(n_gpus: int) -> None:
-    """Raise where fewer GPUs are there than asked for."""
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    """Raise an error if this machine has fewer GPUs than requested."""
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if n_gpus < 1:
-        raise ValueError(f"n_gpus is {n_gpus}, at least 1 expected. Leave it out to have it chosen.")
-    if n_gpus > there:
-        advice = "Leave n_gpus out, and pass device='cpu'." if there == 0 else f"Use n_gpus={there}."
-        raise ValueError(f"n_gpus is {n_gpus}, this machine has {there}. {advice}")
+        raise ValueError(f"Expected n_gpus of at least 1, got {n_gpus}. Leave it out to use the default.")
+    if n_gpus > available:
+        advice = "Leave n_gpus out, and pass device='cpu'." if available == 0 else f"Use n_gpus={available}."
+        raise ValueError(f"Expected n_gpus of at most {available}, the GPUs of this machine, got {n_gpus}. {advice}")
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> str:
-    """``"auto"``: fp32 on a CPU, bf16 on a GPU that has it, fp16 on older ones."""
+    """Choose the precision; ``"auto"`` is fp32 on a CPU, bf16 on a GPU that supports it, and fp16 on older GPUs."""
     if precision not in get_args(Precision):
-        raise ValueError(f"precision is {precision!r}, one of {get_args(Precision)} expected. Pass one of those.")
+        raise ValueError(f"Expected precision to be one of {get_args(Precision)}, got {precision!r}. Pass one of them.")
     if precision != "auto":
         return precision
     if device.type != "cuda":
@@ -56,5 +58,5 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Run matrix products in a lower precision; nothing for fp32."""
+    """Run matrix products in the given precision; do nothing for fp32."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=_DTYPES[precision])

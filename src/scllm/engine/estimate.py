@@ -1,4 +1,4 @@
-"""What a run reads and costs, said before it starts."""
+"""Estimates of what a run reads and how long it takes, made before it starts."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from scllm.models.base import CellModel
 
 __all__ = ["cells_in_words", "device_in_words", "expected_seconds", "flops_per_cell", "mean_tokens", "time_in_words"]
 
-# cells whose tokens are counted
+# number of cells in which tokens are counted
 _SOME = 64
-# seconds that a cell costs besides the matrix products of the model: reading, encoding, small operations
+# seconds per cell besides the matrix products of the model: reading, encoding, small operations
 _OVERHEAD = 5e-4
 
 
 def flops_per_cell(model: CellModel, n_tokens: float, *, training: bool = True) -> float:
-    """Floating-point operations for a cell of ``n_tokens``; the backward pass costs twice the forward one."""
+    """Estimate floating-point operations per cell of ``n_tokens``; a backward pass costs two forward passes."""
     return model.forward_flops(n_tokens) * (3 if training else 1)
 
 
 def mean_tokens(model: CellModel, source: CellSource, match: GeneMatch, rows: IntArray) -> float:
-    """Mean number of tokens of a cell, specials included, from a few cells spread over ``rows``."""
+    """Estimate the mean number of tokens per cell, special tokens included, from a few cells spread over ``rows``."""
     if not len(rows):
         return 0.0
     some = rows[np.unique(np.linspace(0, len(rows) - 1, min(_SOME, len(rows))).astype(np.int64))]
@@ -41,7 +41,7 @@ def mean_tokens(model: CellModel, source: CellSource, match: GeneMatch, rows: In
 
 @cache
 def _matrix_rate(device: torch.device, precision: str, seconds: float = 0.2) -> float:
-    """Floating-point operations a second that matrix products reach here; measured once in a process."""
+    """Measure the floating-point operations per second of matrix products on this device, once per process."""
     n = 4096 if device.type == "cuda" else 512
     a = torch.ones(n, n, device=device)
     done, began = 0, time.perf_counter()
@@ -55,12 +55,12 @@ def _matrix_rate(device: torch.device, precision: str, seconds: float = 0.2) -> 
 
 
 def expected_seconds(flops: float, n_cells: int, device: torch.device, precision: str, n: int = 1) -> float:
-    """Time to expect for ``flops`` over ``n_cells`` on ``n`` devices: at half the rate of plain matrix products."""
+    """Estimate the time for ``flops`` and ``n_cells`` on ``n`` devices, at half the rate of plain matrix products."""
     return (2 * flops / _matrix_rate(device, precision) + _OVERHEAD * n_cells) / n
 
 
 def time_in_words(seconds: float) -> str:
-    """Rounded as roughly as it is known: ``about 40 s``, ``about 3 min``, ``about 2.5 h``."""
+    """Write a time roughly, because it is an estimate: ``about 40 s``, ``about 3 min``, ``about 2.5 h``."""
     if seconds < 10:
         return "a few seconds"
     if seconds < 95:
@@ -69,14 +69,14 @@ def time_in_words(seconds: float) -> str:
 
 
 def cells_in_words(n_cells: int, source: CellSource, match: GeneMatch, n_tokens: float) -> str:
-    """How many cells, of which matrix, and what of them is read."""
+    """Describe the cells: how many, from which matrix, with how many matched genes and tokens."""
     matrix = "X" if source.layer is None else f"layer {source.layer!r}"
     genes = f"{match.n_matched:,} of {len(match.token_ids):,} genes matched"
     return f"{n_cells:,} cells ({matrix}, {genes}, {n_tokens:,.0f} tokens a cell)"
 
 
 def device_in_words(device: torch.device, n: int = 1) -> str:
-    """``the CPU``, ``cuda:0``, or how many of them."""
+    """Name the device (``the CPU``, ``cuda:0``), or the number of devices."""
     if n > 1:
         return f"{n} GPUs" if device.type == "cuda" else f"{n} CPU processes"
     return "the CPU" if device.type == "cpu" else str(device)

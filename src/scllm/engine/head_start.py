@@ -1,11 +1,12 @@
-"""Starting fresh heads from the data: trained alone on the states that the model gives the training cells, in seconds.
+"""Initialisation of new heads by logistic regression on frozen embeddings of the training cells, in seconds.
 
-A head that knows nothing pulls the model's states about before it has learnt anything (Kumar et al., "Fine-tuning can
-distort pretrained features and underperform out-of-distribution", *ICLR* 2022, arXiv:2202.10054). States of cells lie
-close together and vary along few directions, and what tells related types apart is not among those: heads learn from
-whitened states, and their first linear layer takes the whitening over at the end. A linear head is then the logistic
-regression of the states. What is whitened is the variance within labels, as in linear discriminant analysis: that
-between them is what the head shall read, while cells of one label differ in depth, donor and batch.
+Gradients from a randomly initialised head distort the pretrained features before the head has learnt anything (Kumar et
+al., "Fine-tuning can distort pretrained features and underperform out-of-distribution", *ICLR* 2022, arXiv:2202.10054).
+
+Embeddings of cells are close to each other and vary along few directions, which do not separate related cell types.
+Heads are therefore fitted on whitened embeddings, and the whitening is merged into their first linear layer afterwards.
+A linear head is then a logistic regression on the embeddings. As in linear discriminant analysis, the variance within
+labels is whitened: it comes from depth, donor and batch, while the head needs the variance between labels.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from scllm.models.base import CellModel, HeadSpec
 
 __all__ = ["start_heads", "whitening"]
 
-_MAX_CELLS = 100_000  # of a head: more do not change where a head of this size starts
+_MAX_CELLS = 100_000  # per head; more cells do not change the result for a head of this size
 _MAX_STEPS = 300
-# Half of it times the squared weights is added to the summed loss, as C = 0.1 of a logistic regression; how it and the
-# ridge were chosen stands in docs/study.md
+# L2 penalty on the summed loss (half of it times the squared weights), like C = 0.1 in scikit-learn's logistic
+# regression
 _PENALTY = 10.0
-_RIDGE = 0.3  # of the mean variance: directions far below it are noise
-# of all variance, taken for that within labels where cells of a label hardly differ: one cell of each, or copies of one
+_RIDGE = 0.3  # share of the mean variance; directions with far less variance are noise
+# lower bound of the variance within labels, as a share of all variance; needed if labels have one cell each, or copies
 _LEAST_WITHIN = 0.1
 
 
@@ -50,34 +51,34 @@ def start_heads(
     device: str,
     random_state: int,
 ) -> None:
-    """Train the heads alone, each on the cells that have its label or value, in place.
+    """Fit the heads on frozen embeddings, each on the cells that have its label or value, in place.
 
     Parameters
     ----------
     model
-        With fresh heads.
+        Model with new heads.
     source, match
         The cells, and the token of each of their genes.
     rows
         Training cells.
     objective
-        What the heads are trained for.
+        Loss of the heads.
     targets
-        Labels and values by name, over all rows of the source.
+        Labels and values by name, for all rows of the source.
     weights
-        Probability of drawing each of ``rows``; ``None``: all alike.
+        Probability of sampling each of ``rows``; ``None``: every cell is used once.
     device
-        Where the model computes; the heads themselves are trained on the CPU.
+        Device on which embeddings are computed; the heads themselves are fitted on the CPU.
     random_state
-        What the order of the cells is a function of.
+        Seed for sampling cells.
     """
     rng = np.random.default_rng(random_state)
     columns = {spec.key: targets[f"label:{spec.key}"][rows] for spec in model.head_specs}
-    there = {
+    labelled = {
         spec.key: np.isfinite(columns[spec.key]) if spec.classes is None else columns[spec.key] >= 0
         for spec in model.head_specs
     }
-    chosen = np.unique(np.concatenate([_some(np.flatnonzero(known), rng) for known in there.values()]))
+    chosen = np.unique(np.concatenate([_some(np.flatnonzero(known), rng) for known in labelled.values()]))
     parts = predict(
         model, source, match, lambda replica, batch: replica.head_inputs(batch), rows=rows[chosen], device=device,
         precision="fp32", desc="initialising the heads on",
@@ -87,7 +88,7 @@ def start_heads(
     if weights is not None:
         drawn = rng.choice(drawn, len(drawn), p=weights[chosen] / weights[chosen].sum())
     for spec in model.head_specs:
-        column, known = torch.from_numpy(columns[spec.key][chosen]), there[spec.key][chosen]
+        column, known = torch.from_numpy(columns[spec.key][chosen]), labelled[spec.key][chosen]
         mean, whiten = whitening(states[known], _RIDGE, None if spec.classes is None else column[known])
         seen = drawn[known[drawn]]
         head = model.heads_on("cell")[spec.key]
@@ -104,10 +105,11 @@ def _some(cells: IntArray, rng: np.random.Generator) -> IntArray:
 
 
 def whitening(states: Tensor, ridge: float, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean ``(d,)``, and the matrix ``(d, d)`` by which centred states get variances near one and no correlations.
+    """Compute the mean ``(d,)`` and the whitening matrix ``(d, d)`` of states ``(n, d)``.
 
-    ``ridge`` times the mean variance is added to that of every direction. With ``labels`` (codes) variances and
-    correlations are those within labels; the mean is of all cells.
+    Centred states times this matrix are uncorrelated and have variances near one. ``ridge`` times the mean variance is
+    added to the variance of every direction. With ``labels`` (codes), the covariance within labels is whitened; the
+    mean is that of all cells.
     """
     mean, spread = states.mean(0), states.var(0, correction=0).mean()
     of_label = [slice(None)] if labels is None else (labels == code for code in labels.unique())
@@ -118,14 +120,14 @@ def whitening(states: Tensor, ridge: float, labels: Tensor | None = None) -> tup
         scatter.addmm_(centred.T, centred)
     variance, directions = torch.linalg.eigh(scatter / len(states))
     variance = variance.clamp(min=0)
-    # states that are the same in all cells say nothing
+    # avoids a division by zero if all cells have the same state
     least = max(_LEAST_WITHIN * float(spread), 1e-12)
     scale = (variance + ridge * variance.mean().clamp(min=least)).rsqrt()
     return mean, ((directions * scale) @ directions.T).to(states.dtype)
 
 
 def _fit(head: nn.Module, spec: HeadSpec, states: Tensor, target: Tensor, objective: Label) -> None:
-    """All cells at once, to the end: a function of the data alone where heads are linear."""
+    """Fit a head on all cells at once, to convergence: for linear heads, the result depends only on the data."""
     weights = list(head.parameters())
     matrices = [weight for weight in weights if weight.ndim > 1]
     optimise = torch.optim.LBFGS(
@@ -142,5 +144,7 @@ def _fit(head: nn.Module, spec: HeadSpec, states: Tensor, target: Tensor, object
     head.eval()
     optimise.step(closure)
     log.debug(
-        "the head %r starts at a loss of %.4g on the training cells, its penalty included", spec.key, closure().item()
+        "initialised the head %r with a loss of %.4g on the training cells, including the penalty",
+        spec.key,
+        closure().item(),
     )

@@ -1,4 +1,4 @@
-"""How likely a model finds each gene of a sentence, in nats."""
+"""Negative log-likelihood of each gene in a token sequence, in nats."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ if TYPE_CHECKING:
 __all__ = ["N_ORDERS", "gene_nats"]
 
 N_ORDERS = 4
-"""Orders over which the likelihood of a permutation model is averaged."""
+"""Number of random orders over which the likelihood of a permutation model is averaged."""
 
-# tokens of one forward pass over copies of sentences: enough to keep a device busy, little enough to fit
+# tokens per forward pass over copies of token sequences: enough to keep a device busy, few enough to fit into memory
 _TOKENS = {"cpu": 4_096, "cuda": 262_144}
 
 
 def gene_nats(model: CellModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Positions of all genes ``(n,)`` and minus the logarithm of each one's probability ``(n,)``.
+    """Compute the positions of all genes ``(n,)`` and the negative log-probability of each ``(n,)``, in nats.
 
-    What a gene is predicted from depends on the model's ``likelihood``: ``"causal"`` the genes before it, so that the
-    sum is the exact likelihood of the sentence; ``"permutation"`` the genes before it in an order, averaged over
-    ``N_ORDERS`` fixed ones, each of which gives a likelihood; ``"pseudo"`` all other genes, which is none.
+    The model's ``likelihood`` decides which genes a gene is predicted from:
+
+    - ``"causal"``: the genes before it, so that the sum is the exact likelihood of the token sequence.
+    - ``"permutation"``: the genes before it in a random order. Each order gives a likelihood; the result is the mean
+      over ``N_ORDERS`` fixed orders.
+    - ``"pseudo"``: all other genes. The sum is a pseudo-likelihood, not a likelihood.
     """
     at = (~model.is_special[batch.genes]).nonzero().squeeze(1)
     match model.likelihood:
         case "causal":
-            # a sentence without `<cls>` has nothing to predict its first gene from
+            # the first token has no context: without `<cls>`, this is a gene that cannot be predicted
             first = batch.first[torch.tensor(batch.lengths, device=at.device) > 0]
             at = at[~torch.isin(at, first)]
             return at, _nats(model.gene_logits(batch, at), batch.genes[at])
@@ -57,7 +60,7 @@ def _nats(logits: Tensor, genes: Tensor) -> Tensor:
 
 
 def _permuted(model: Model, batch: Batch, at: Tensor) -> Tensor:
-    """Mean over orders that are a function of the place in the sentence alone, the same for all cells."""
+    """Average over random orders of positions, which are the same for all cells."""
     special = model.is_special[batch.genes]
     place = torch.arange(len(special), device=at.device) - batch.first[batch.cell]
     longest = max(batch.lengths, default=0)
@@ -70,7 +73,7 @@ def _permuted(model: Model, batch: Batch, at: Tensor) -> Tensor:
 
 
 def _each_hidden(model: CellModel, batch: Batch, at: Tensor) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Copies of the sentences with one gene hidden in each: a batch, where that gene is in it, and which it is."""
+    """Copy token sequences with one gene hidden in each; yield batches, with the hidden genes' positions and ids."""
     cell = batch.cell
     lengths = torch.tensor(batch.lengths, device=at.device)
     ends = lengths[cell[at]].cumsum(0)
@@ -85,7 +88,7 @@ def _each_hidden(model: CellModel, batch: Batch, at: Tensor) -> Iterator[tuple[B
 
 
 def _copies(batch: Batch, cells: Tensor, lengths: Tensor, hidden: Tensor, mask_id: int) -> tuple[Batch, Tensor, Tensor]:
-    """The sentences of ``cells``, each with the token at one position of the batch hidden."""
+    """Copy the token sequences of ``cells``, each with one token masked: the one at a position in ``hidden``."""
     n = lengths[cells]
     starts = F.pad(n.cumsum(0), (1, 0))
     shift = torch.repeat_interleave(batch.first[cells] - starts[:-1], n)

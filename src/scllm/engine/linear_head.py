@@ -1,4 +1,4 @@
-"""A linear head on states that do not change: fitted to its end, all rows at once."""
+"""A linear head on frozen hidden states, fitted to convergence on all rows at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scllm.engine.objectives.label import LossName
 __all__ = ["PENALTIES", "chosen_penalty", "fit_linear_head"]
 
 PENALTIES = (10.0, 1.0, 0.1, 0.01)
-"""Strengths of the penalty, from which inner folds choose."""
+"""L2 penalties from which inner cross-validation chooses."""
 
 
 def fit_linear_head(
@@ -28,26 +28,27 @@ def fit_linear_head(
     weights: FloatArray,
     penalty: float,
 ) -> nn.Linear:
-    """The linear head with the least loss on states ``(n, d)``.
+    """Fit a linear head on states ``(n, d)``.
 
-    Columns are standardised for the fit, so that one penalty suits all; the head reads states as they are.
+    Columns are standardised for the fit, so that one penalty suits all of them. The returned head takes states that are
+    not standardised.
 
     Parameters
     ----------
     states, codes
-        One row and one class each.
+        Hidden states, ``(n, d)``, and the class of each row, ``(n,)``.
     n_classes
-        Outputs of the head.
+        Number of outputs of the head.
     loss
         Weight of each loss.
     weights
-        Of each row.
+        Weight of each row.
     penalty
-        Half of it times the squared weights is added to the mean loss.
+        L2 penalty: half of it times the squared weights is added to the mean loss.
     """
     x, target, weight = torch.from_numpy(states).double(), torch.from_numpy(codes), torch.from_numpy(weights).double()
     mean, spread = x.mean(0), x.std(0, correction=0)
-    spread = torch.where(spread > 1e-9 * spread.max(), spread, torch.inf)  # a column that is constant says nothing
+    spread = torch.where(spread > 1e-9 * spread.max(), spread, torch.inf)  # constant columns get a weight of zero
     x = (x - mean) / spread
     slope = torch.zeros(n_classes, x.shape[1], dtype=torch.float64, requires_grad=True)
     offset = torch.zeros(n_classes, dtype=torch.float64, requires_grad=True)
@@ -79,7 +80,7 @@ def chosen_penalty(
     random_state: int = 0,
     n_folds: int = 3,
 ) -> float:
-    """The strength of the penalty with the least loss in folds of the rows themselves; 1 where a class is too small."""
+    """Choose the penalty with the lowest cross-validated loss; 1 if a class is too small for two folds."""
     n_folds = min(n_folds, int(np.bincount(codes, minlength=n_classes).min()))
     if n_folds < 2:
         return 1.0

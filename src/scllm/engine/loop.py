@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""The training loop, used for pretraining and fine-tuning."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ def fit(
     precision: str = "fp32",
     track: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> None:
-    """Train a model in place, from wherever the run directory says it is, to the end.
+    """Train a model in place, from the last checkpoint of the run directory to the end.
 
     Parameters
     ----------
     model
-        On its device. Weights that are not to be trained have ``requires_grad=False``.
+        The model on its device. Frozen weights have ``requires_grad=False``.
     batches
         Training cells.
     objective
-        What to train for.
+        Training objective.
     config
-        Settings, none of them open.
+        Training settings with all defaults filled in.
     run
-        Receives ``history.jsonl``, ``last.pt`` and ``best_model.pt``.
+        Run directory, which receives ``history.jsonl``, ``last.pt`` and ``best_model.pt``.
     validation
-        Cells to choose the best weights by; without them the last weights are the best.
+        Validation cells, which decide which weights are best; without them, the last weights are used.
     from_start
-        Whether the weights as they come may be the best (a model to fine-tune): they are validated as step 0.
+        Whether the initial weights can be the best (a model to fine-tune). They are then validated as step 0.
     precision
         ``"fp32"``, ``"bf16"`` or ``"fp16"``.
     track
-        Is given each line of the history, on the first rank.
+        Function that is called with each line of the history, on the first rank.
     """
     rank, world, per_epoch = ranks.rank(), ranks.world(), batches.n_batches()
     n_steps = config.steps or per_epoch * (config.epochs or 1)
@@ -75,7 +75,7 @@ def fit(
     with tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=quiet, leave=False) as bar:
         while step < n_steps and (config.patience is None or since_best < config.patience):
             epoch = step // per_epoch
-            train_mode(model)  # validation, at the end of an epoch, leaves it
+            train_mode(model)  # because validation at the end of an epoch switches to evaluation mode
             read = batches.epoch(epoch, start=step % per_epoch, rank=rank, world=world, parts=config.accumulate)
             with closing(read):
                 began = time.perf_counter()
@@ -95,11 +95,11 @@ def fit(
                         _check_validation(found["loss"], step, saved)
                         if validation is not None:
                             lines.append({"step": step, "epoch": epoch, "split": "validation", **found, "lr": lr})
-                        # without validation cells the last weights are the best
+                        # without validation cells, the last weights count as the best
                         score = -step if validation is None else found["loss"]
                         best, since_best = (score, 0) if score < best else (best, since_best + 1)
                         validated = "" if validation is None else f", {found['loss']:.4g} on validation"
-                        # where there is a bar it says so
+                        # a progress bar shows the same
                         say = log.info if quiet else log.debug
                         say("epoch %d, step %d of %d: loss %.4g%s", epoch, step, n_steps, means["loss"], validated)
                     if rank == 0:
@@ -114,7 +114,7 @@ def fit(
 
 
 class _Updates:
-    """Updates of a model's weights, one a step."""
+    """Optimiser steps of a model."""
 
     def __init__(self, model: CellModel, objective: Objective, config: TrainConfig, precision: str) -> None:
         self.model, self.objective, self.config, self.precision = model, objective, config, precision
@@ -126,7 +126,7 @@ class _Updates:
         self.pruned = pruned_weights(model)
 
     def update(self, parts: Sequence[Batch], step: int, lr: float, saved: int) -> tuple[dict[str, float], int]:
-        """Take one step on this rank's cells; means of the losses and the number of cells, over all ranks."""
+        """Take one step on this rank's cells; return mean losses and the number of cells over all ranks."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         means, count, n_cells = self._gradients(parts, step)
@@ -134,14 +134,14 @@ class _Updates:
         if not self.sharded:
             ranks.sum_over_ranks(gradients)
         self.scaler.unscale_(self.optimizer)
-        # sharded gradients were averaged over ranks on the way
+        # sharded gradients have already been averaged over ranks
         cells = max(count, 1) / (ranks.world() if self.sharded else 1)
         torch._foreach_div_(gradients, cells)
         norm = sharding.full_norm(self.trained, self.config.clip)
         if not math.isfinite(means["loss"]) or not (norm.isfinite() or self.scaler.is_enabled()):
             raise RuntimeError(
-                f"the loss or its gradient is not finite at step {step + 1} (loss {means['loss']}, norm {norm:.3g}), "
-                f"finite numbers expected. Nothing was updated; the last checkpoint is step {saved}. Lower lr, or use "
+                f"The loss or its gradient is not finite at step {step + 1} (loss {means['loss']}, gradient norm "
+                f"{norm:.3g}). The weights were not updated; the last checkpoint is step {saved}. Lower lr, or use "
                 "precision='fp32'."
             )
         self.scaler.step(self.optimizer)
@@ -153,7 +153,7 @@ class _Updates:
         return means, n_cells
 
     def _gradients(self, parts: Sequence[Batch], step: int) -> tuple[dict[str, float], float, int]:
-        """Sum this rank's gradients; means of the losses, what they are means over, and the cells, over all ranks."""
+        """Sum this rank's gradients; return mean losses, their count, and the number of cells over all ranks."""
         self.model.at_step(step, self.config.random_state or 0)
         totals = _Totals(self.objective.logs(self.model), self.device)
         with _seeded(self.device, self.config.random_state or 0, step, ranks.rank()):
@@ -164,12 +164,12 @@ class _Updates:
                 self.scaler.scale(loss.sum).backward()
                 totals.add(loss, batch)
         for weight in self.trained:
-            # ranks without cells, and heads without labels, contribute nothing
+            # ranks without cells, and heads without labels, contribute zeros
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         return totals.reduced()
 
     def state(self) -> dict[str, Any]:
-        """What training goes on from; where the model is sharded, all ranks must ask for it."""
+        """Return the state to resume from; if the model is sharded, all ranks must call this."""
         return {
             "model": sharding.weights(self.model),
             "optimizer": sharding.optimizer_state(self.model, self.optimizer),
@@ -178,16 +178,16 @@ class _Updates:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to what :meth:`state` gave."""
+        """Load a state that :meth:`state` returned."""
         sharding.load_weights(self.model, state["model"])
         sharding.load_optimizer(self.model, self.optimizer, state["optimizer"])
         if state["scaler"]:
-            # empty where the run has not scaled its loss so far
+            # empty if the run has not used loss scaling so far
             self.scaler.load_state_dict(state["scaler"])
 
 
 def _resume(run: Run, updates: _Updates) -> tuple[int, float, int]:
-    """Step, best validation loss and epochs since then at the last checkpoint; all of it goes back there."""
+    """Load the last checkpoint; return its step, best validation loss and the number of epochs since then."""
     state = checkpoint.restore(run.last)
     ranks.wait_for_all()
     if ranks.rank() == 0:
@@ -196,8 +196,8 @@ def _resume(run: Run, updates: _Updates) -> tuple[int, float, int]:
         return 0, math.inf, 0
     updates.restore(state)
     before = state.get("precision", updates.precision)
-    changed = "" if before == updates.precision else f", in {before} until there"
-    log.info("continuing at step %d%s", state["step"], changed)
+    changed = "" if before == updates.precision else f" in {updates.precision} (trained in {before} so far)"
+    log.info("resuming at step %d%s", state["step"], changed)
     return state["step"], state["best"], state["since_best"]
 
 
@@ -221,8 +221,8 @@ def _log_lines(run: Run, lines: list[dict[str, Any]], track: Callable[[dict[str,
 def _check_validation(loss: float, step: int, saved: int) -> None:
     if not math.isfinite(loss):
         raise RuntimeError(
-            f"the validation loss is {loss} at step {step}, a finite number expected. The last checkpoint is step "
-            f"{saved}. Lower lr, or use precision='fp32'."
+            f"The validation loss is {loss} at step {step}; the last checkpoint is step {saved}. Lower lr, or use "
+            "precision='fp32'."
         )
 
 
@@ -234,22 +234,22 @@ def _judge_start(
     run: Run,
     track: Callable[[dict[str, Any]], None],
 ) -> float:
-    """Validation loss of the weights as they came, which are the best so far."""
+    """Validate the initial weights, which are the best so far, and return the loss."""
     found = evaluate(model, validation, objective, precision)
     weights = sharding.weights(model)
     if ranks.rank() == 0:
         _log_lines(run, [{"step": 0, "epoch": 0, "split": "validation", **found, "lr": 0.0}], track)
         checkpoint.save(run.best, weights)
-    log.debug("before the first step: loss %.4g on validation", found["loss"])
+    log.debug("starting from a validation loss of %.4g", found["loss"])
     return found["loss"]
 
 
 @contextmanager
 def _seeded(device: torch.device, random_state: int, step: int, rank: int) -> Iterator[None]:
-    """Dropout is a function of the step too: seeded anew, and the caller's generators left as they were."""
+    """Seed dropout for one step and leave the caller's random generators unchanged."""
     seed = int(mix(random_state, step, rank)) & (1 << 63) - 1
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # torch.manual_seed would seed every GPU there is, also those whose state is not put back
+        # torch.manual_seed would seed all GPUs, also those whose state is not restored
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             with torch.cuda.device(device):
@@ -259,7 +259,7 @@ def _seeded(device: torch.device, random_state: int, step: int, rank: int) -> It
 
 @torch.no_grad()
 def evaluate(model: CellModel, cells: Loader, objective: Objective, precision: str) -> dict[str, float]:
-    """Losses over all cells of a loader, the same for any number of ranks. Masks do not change between epochs."""
+    """Compute mean losses over all cells, the same for any number of ranks; masks are the same in every epoch."""
     model.eval()
     device = model.device
     totals = _Totals(objective.logs(model), device)
@@ -271,15 +271,15 @@ def evaluate(model: CellModel, cells: Loader, objective: Objective, precision: s
                     totals.add(objective(model, batch, number), batch)
     means, _, _ = totals.reduced()
     found = objective.report(means, 0)
-    found.pop("mask_ratio", None)  # every batch has its own
+    found.pop("mask_ratio", None)  # differs between batches
     return found
 
 
 class _Totals:
-    """Sums over micro-batches and ranks, divided once."""
+    """Sums over micro-batches and ranks, which are divided once at the end."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        # named from the start: a rank without cells must take part in the sum
+        # with all names from the start, because ranks without cells take part in the sum too
         self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("loss", *names)}
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.n_cells = 0
@@ -291,7 +291,7 @@ class _Totals:
         self.n_cells += batch.n_cells
 
     def reduced(self) -> tuple[dict[str, float], float, int]:
-        """Means by name, the count they were divided by, and the number of cells."""
+        """Return means by name, the count they were divided by, and the number of cells."""
         flat = torch.stack([*self.sums.values(), self.count, self.count.new_tensor(self.n_cells)])
         ranks.sum_over_ranks([flat])
         *sums, count, n_cells = flat.tolist()

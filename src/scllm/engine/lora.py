@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) through peft: train few weights, then merge them into the model."""
+"""Low-rank adapters (LoRA, Hu et al. 2021) with peft: train few weights, then merge them into the model."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ Lora: TypeAlias = Union[int, "LoraSettings", "LoraConfig"]
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Adapters beside every linear layer of the blocks.
+    """Settings of the adapters that are added to every linear layer of the blocks.
 
     Parameters
     ----------
     r
-        Rank: an adapter of a layer ``(d, f)`` has ``r (d + f)`` weights.
+        Rank; an adapter of a layer ``(d, f)`` has ``r (d + f)`` weights.
     alpha
-        Scale of what adapters add, over ``r``.
+        Scale; the output of an adapter is multiplied by ``alpha / r``.
     dropout
-        Dropout of what goes into the adapters.
+        Dropout on the input of the adapters.
     """
 
     r: int = 8
@@ -44,17 +44,21 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, Integral) or self.r < 1:
             raise ValueError(
-                f"the rank of lora is {self.r!r}, a whole number of at least 1 expected. 8 is usual; lora=None trains "
-                "all weights."
+                f"Expected the rank of lora to be a whole number of at least 1, got {self.r!r}. 8 is a common rank; "
+                "lora=None trains all weights."
             )
         if not (isinstance(self.alpha, Real) and 0 < self.alpha < math.inf):
-            raise ValueError(f"alpha of lora is {self.alpha!r}, a number above 0 expected. Twice the rank is usual.")
+            raise ValueError(
+                f"Expected alpha of lora to be a number above 0, got {self.alpha!r}. Twice the rank is common."
+            )
         if not (isinstance(self.dropout, Real) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout of lora is {self.dropout!r}, a share from 0 up to below 1 expected. 0 is none.")
+            raise ValueError(
+                f"Expected dropout of lora to be at least 0 and below 1, got {self.dropout!r}. Pass 0 for no dropout."
+            )
 
 
 def lora_settings(lora: Lora | None) -> LoraSettings | None:
-    """Settings of the adapters, if there shall be any; an error where they are none, or peft is not installed."""
+    """Return the settings of the adapters (``None`` for no adapters); raise if they are invalid or peft is missing."""
     if lora is None:
         return None
     if find_spec("peft") is None:
@@ -68,13 +72,14 @@ def lora_settings(lora: Lora | None) -> LoraSettings | None:
 
     if not isinstance(lora, LoraConfig):
         raise TypeError(
-            f"lora is {lora!r}, the rank of adapters, LoraSettings or peft's LoraConfig expected. 8 is a common rank."
+            f"Expected lora to be a rank (whole number), LoraSettings or peft's LoraConfig, got {lora!r}. A common rank "
+            "is lora=8."
         )
     return _of_peft(lora)
 
 
 def _of_peft(config: LoraConfig) -> LoraSettings:
-    """Rank, scale and dropout of peft's own configuration; an error where it asks for more."""
+    """Read rank, scale and dropout from peft's configuration; raise an error if it sets anything else."""
     with quiet_imports():
         from peft import LoraConfig
 
@@ -83,14 +88,14 @@ def _of_peft(config: LoraConfig) -> LoraSettings:
     more = next((name for name in asked if asked[name] != usual[name]), None)
     if more is not None:
         raise ValueError(
-            f"lora has {more}={asked[more]!r}, {', '.join(kept)} alone expected: adapters go beside all linear layers "
-            "of the blocks that are not frozen. Leave it out."
+            f"Expected lora to set only {', '.join(kept)}, got {more}={asked[more]!r}. Leave {more} out: adapters are "
+            "always added to all linear layers of the blocks that are not frozen."
         )
     return LoraSettings(r=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout)
 
 
 def adapted_layers(model: CellModel, frozen: Collection[str]) -> list[str]:
-    """Names of the layers that adapters go beside: the linear ones of the blocks whose weights are not frozen."""
+    """Return the names of the layers that get adapters: the linear layers of the blocks that are not frozen."""
     within = {id(module) for block in model.blocks for module in block.modules()}
     names = [
         name
@@ -98,14 +103,16 @@ def adapted_layers(model: CellModel, frozen: Collection[str]) -> list[str]:
         if isinstance(module, nn.Linear) and id(module) in within and f"{name}.weight" not in frozen
     ]
     if not names:
-        raise ValueError("lora= adapts linear layers of the blocks, and all of them are frozen. Freeze fewer blocks.")
+        raise ValueError(
+            "lora= adapts the linear layers of the blocks, but all of them are frozen. Freeze fewer blocks."
+        )
     return names
 
 
 def add_adapters(model: CellModel, settings: LoraSettings, *, random_state: int = 0) -> None:
-    """Put adapters beside the blocks' linear layers that are not frozen, in place; only they and the heads are trained.
+    """Add adapters to all linear layers of the blocks that are not frozen, in place; only they and heads are trained.
 
-    Where adapters start is a function of ``random_state``.
+    ``random_state`` is the seed for the initial weights of the adapters.
     """
     with quiet_imports():
         from peft import LoraConfig, inject_adapter_in_model
@@ -116,7 +123,7 @@ def add_adapters(model: CellModel, settings: LoraSettings, *, random_state: int 
         r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=names, bias="none"
     )
     with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(random_state)  # of the CPU alone: GPUs keep their state
+        torch.default_generator.manual_seed(random_state)  # only the CPU's generator; those of GPUs keep their state
         inject_adapter_in_model(config, model)
     for name, weight in model.named_parameters():
         weight.requires_grad_(".lora_" in name)
@@ -125,7 +132,7 @@ def add_adapters(model: CellModel, settings: LoraSettings, *, random_state: int 
 
 
 def merge_adapters(model: CellModel) -> None:
-    """Add what adapters learnt to the weights beside them, and take the adapters out, in place."""
+    """Merge the adapters into the weights of their layers and remove them, in place."""
     with quiet_imports():
         from peft.tuners.lora import LoraLayer
 

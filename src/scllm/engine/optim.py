@@ -1,4 +1,4 @@
-"""Parameter groups, freezing, and the learning rate as a function of the step."""
+"""Parameter groups, frozen weights and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -22,33 +22,38 @@ Freeze = int | str | Sequence[str]
 
 
 def check_freeze(model: CellModel, what: Freeze) -> Freeze:
-    """``what`` as a run directory holds it; an error where it names no part of the model, or all of it."""
+    """Check ``freeze=`` and return it as plain data; raise if it matches no weight of the model, or all of them."""
     if isinstance(what, Integral) and not isinstance(what, bool):
         what = int(what)
     if isinstance(what, bool) or not (isinstance(what, (int, str)) or _is_list_of_names(what)):
         raise TypeError(
-            f"freeze is {what!r}, a number of blocks, 'encoder', or a pattern of weight names or a list of such "
-            "expected. Leave it out to freeze nothing."
+            "Expected freeze to be a number of blocks, 'encoder', a pattern of weight names or a list of such patterns, "
+            f"got {what!r}. Leave it out to freeze nothing."
         )
     if isinstance(what, int):
         n_blocks = len(list(model.blocks))
         if not 0 <= what <= n_blocks:
-            raise ValueError(f"freeze is {what}, 0 to {n_blocks} blocks expected. The model has {n_blocks} blocks.")
+            raise ValueError(
+                f"Expected freeze of 0 to {n_blocks}, the number of blocks of the model, got {what}. Freeze fewer blocks."
+            )
     elif what != "encoder":
         names = [name for name, _ in model.named_parameters()]
         for pattern in _patterns(what):
             if not any(fnmatch(name, pattern) for name in names):
                 raise ValueError(
-                    f"freeze: no weight is called {pattern!r}; 'encoder' or names such as {names[:3]} expected. "
-                    "Use patterns like 'layers.0.*'."
+                    f"Expected freeze to be 'encoder' or to match names of weights such as {names[:3]}, got {pattern!r}, "
+                    "which matches none. Pass a pattern such as 'layers.0.*'."
                 )
         if len(frozen_weights(model, what)) == len(names):
-            raise ValueError(f"freeze is {what!r}, which is every weight, at least one to train expected. Freeze less.")
+            raise ValueError(
+                f"Expected freeze to leave at least one weight to train, got {what!r}, which matches all {len(names)} "
+                "weights. Freeze less."
+            )
     return what
 
 
 def freeze(model: CellModel, what: Freeze) -> None:
-    """Keep weights as they are: the first n blocks, ``"encoder"`` (all but the heads), or name patterns."""
+    """Freeze weights: the first n blocks, ``"encoder"`` (all but the heads), or weights that match name patterns."""
     what = check_freeze(model, what)
     frozen = frozen_weights(model, what)
     for name, weight in model.named_parameters():
@@ -57,7 +62,7 @@ def freeze(model: CellModel, what: Freeze) -> None:
 
 
 def frozen_weights(model: CellModel, what: Freeze) -> set[str]:
-    """Names of the weights that stay as they are."""
+    """Return the names of the frozen weights."""
     weights = dict(model.named_parameters())
     if isinstance(what, int):
         within = {id(weight) for block in list(model.blocks)[:what] for weight in block.parameters()}
@@ -76,7 +81,7 @@ def _is_list_of_names(what: object) -> bool:
 
 
 def train_mode(model: nn.Module) -> None:
-    """Training mode, but for modules whose weights are all frozen: they leave dropout off."""
+    """Switch to training mode, except for modules whose weights are all frozen: their dropout stays off."""
     model.train()
     trained = any(weight.requires_grad for weight in model.parameters())
     if not trained:
@@ -92,25 +97,25 @@ def train_mode(model: nn.Module) -> None:
             if not isinstance(child, nn.Sequential):
                 train_mode(child)
     if not below_heads:
-        # dropout between frozen parts
+        # also no dropout between frozen modules
         for child in model.children():
             if not list(child.parameters()):
                 child.eval()
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Set every probability of dropout to zero, in place."""
+    """Set all dropout probabilities to zero, in place."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        # attention of transformers drops out by a number of its own
+        # attention layers of transformers store their dropout probability as a plain number
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
 def optimizer(model: CellModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, vectors and tables of embeddings do not; earlier blocks may learn more slowly."""
+    """Make an AdamW optimiser with layer-wise learning rates; vectors and embedding tables have no weight decay."""
     assert config.lr is not None
     block_of = {id(weight): i for i, block in enumerate(model.blocks) for weight in block.parameters()}
     n_blocks = len(list(model.blocks))
@@ -118,7 +123,7 @@ def optimizer(model: CellModel, config: TrainConfig) -> torch.optim.Optimizer:
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     above = -1
     for name, weight in model.named_parameters():
-        # what a model defines before its blocks stands below the first, what it defines after them above the last
+        # modules defined before the blocks count as below the first block, modules after them as above the last
         above = n_blocks if id(weight) in block_of else above
         depth = n_blocks if name.startswith("heads.") else block_of.get(id(weight), above)
         if not weight.requires_grad:
@@ -128,12 +133,12 @@ def optimizer(model: CellModel, config: TrainConfig) -> torch.optim.Optimizer:
         group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
         group["params"].append(weight)
     if not groups:
-        raise ValueError("every weight is frozen, at least one to train expected. Freeze less, or add a head.")
+        raise ValueError("Expected at least one weight to train, but all are frozen. Freeze less, or add a head.")
     return torch.optim.AdamW(list(groups.values()), lr=config.lr, fused=True)
 
 
 def learning_rate(step: int, epoch: int, n_steps: int, config: TrainConfig) -> float:
-    """Learning rate of a step (counted from 0)."""
+    """Compute the learning rate of a training step (counted from 0)."""
     assert config.lr is not None
     warmup = config.warmup or 0
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0

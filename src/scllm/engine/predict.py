@@ -1,4 +1,4 @@
-"""A forward pass over all cells, without gradients, in their order."""
+"""A forward pass over all cells in order, without gradients."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ __all__ = ["Forward", "predict"]
 
 Forward = Callable[[CellModel, Batch], Tensor]
 
-# cells of one forward pass where the caller leaves it open: enough to fill the device, little enough to fit
+# default number of cells per forward pass: enough to keep the device busy, few enough to fit into memory
 _CELLS = {"cpu": 64, "cuda": 512}
-# and tokens: sentences of all genes are long
+# tokens are limited too, because token sequences of all genes are long
 _TOKENS = {"cpu": 1 << 17, "cuda": 1 << 20}
 
 
@@ -56,34 +56,34 @@ def predict(
     desc: str = "embedding",
     passes: int | None = 1,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Results of ``forward`` for consecutive cells, on the CPU and in float32.
+    """Compute ``forward`` for consecutive batches of cells; results are on the CPU and in float32.
 
     Parameters
     ----------
     model
-        Left as it is: other devices and precisions work on a copy.
+        The model, which is not changed: a copy is used for another device or precision.
     source, match
         The cells, and the token of each of their genes.
     forward
-        What to compute of each batch; its rows are cells or tokens.
+        What to compute for each batch; rows of its result are cells or tokens.
     rows
         Rows of the source; ``None``: all of them.
     batch_size
-        Cells of one forward pass; does not change the result.
+        Number of cells per forward pass; does not change the result.
     device, precision
         Where and how to compute.
     n_gpus
-        GPUs that share the batches.
+        Number of GPUs that share the batches.
     random_state
-        Seed of ``batch.keys``, by which ``forward`` may draw.
+        Seed of ``batch.keys``, which ``forward`` may use to draw random numbers.
     desc
-        What is done to the cells, as the log and the progress bar say it.
+        What is done to the cells, for the log and the progress bar.
     passes
-        How often ``forward`` goes through the model, for the time to expect; ``None``: once a token.
+        Number of forward passes in ``forward``, to estimate the time; ``None``: one per token.
 
     Yields
     ------
-    Which of the rows, and what ``forward`` gave for them.
+    The slice of ``rows``, and the result of ``forward`` for them.
     """
     if n_gpus != 1:
         check_gpus(n_gpus)
@@ -93,7 +93,9 @@ def predict(
     fitting = max(1, min(_CELLS[first.type], _TOKENS[first.type] // longest))
     size = fitting if batch_size is None else batch_size
     if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
-        raise ValueError(f"batch_size is {size!r}, a whole number of at least 1 expected. Leave it out for the usual.")
+        raise ValueError(
+            f"Expected batch_size to be a whole number of at least 1, got {size!r}. Leave it out to use the default."
+        )
     chosen = resolve_precision(precision, first)
     rows = np.arange(source.n_obs) if rows is None else rows
     if log.isEnabledFor(logging.INFO):
@@ -132,7 +134,7 @@ def predict(
 
 
 def _n_empty(batch: Batch, is_special: Tensor) -> int:
-    """Cells without any expressed gene; sentences of some families hold zeros too."""
+    """Count cells without an expressed gene; token sequences of some families contain zeros too."""
     gene = ~is_special[batch.genes]
     if batch.values is not None:
         gene &= batch.values > 0
@@ -140,7 +142,7 @@ def _n_empty(batch: Batch, is_special: Tensor) -> int:
 
 
 def _ready(model: CellModel, device: torch.device, precision: str) -> CellModel:
-    """The model in evaluation mode where it is needed; whole in bf16, which is faster than casting on the way."""
+    """Return the model in evaluation mode on a device; all in bf16 if asked, which is faster than autocast."""
     if model.device == device and precision != "bf16" and not model.training:
         return model
     replica = copy.deepcopy(model).to(device).eval()

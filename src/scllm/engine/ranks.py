@@ -1,4 +1,4 @@
-"""The processes that train together, and which of them this is."""
+"""Processes that train together: their number, the rank of this process, and communication."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from torch import Tensor, distributed
 __all__ = ["joined", "rank", "sum_over_ranks", "tie_to_parent", "wait_for_all", "world"]
 
 _PDEATHSIG = 1
-_BUCKET = 32 * 2**20  # elements sent at once: large enough to fill the link, small enough to need little memory
+_BUCKET = 32 * 2**20  # elements per message: large enough to use the full bandwidth, small enough to save memory
 
 
 def rank() -> int:
-    """Number of this process, 0 where it is alone."""
+    """Return the rank of this process; 0 if there is only one."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def wait_for_all() -> None:
-    """Go on when every process is here."""
+    """Wait until every process has reached this point."""
     if distributed.is_initialized():
         distributed.barrier()
 
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Add up tensors over all processes, in place, in few large messages."""
+    """Sum tensors over all processes, in place, in a few large messages."""
     if world() == 1:
         return
     bucket: list[Tensor] = []
@@ -58,15 +58,15 @@ def _sum_bucket(bucket: list[Tensor]) -> None:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Join the other processes where torchrun started this one, and leave together."""
+    """Join the process group if torchrun started this process, and leave it together with the others."""
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
-    # torchrun stops its workers when it is asked to end, but not when it is killed
+    # torchrun stops its workers if it is terminated, but not if it is killed
     tie_to_parent()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # a rank that is lost must end the others within minutes, not the default half hour
+    # if a rank is lost, the others must end within minutes, not after the default half hour
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     try:
         yield
@@ -76,6 +76,6 @@ def joined(device: torch.device) -> Iterator[None]:
 
 
 def tie_to_parent() -> None:
-    """End this process as soon as its parent is gone, however that ended (on Linux)."""
+    """End this process as soon as its parent ends, for whatever reason (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)

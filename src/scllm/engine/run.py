@@ -1,4 +1,4 @@
-"""A run is a directory: what is trained (``spec.json``), how far it is (``last.pt``), what came out (``model/``)."""
+"""A run is a directory: what is trained (``spec.json``), how far (``last.pt``), and the result (``model/``)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from scllm.data.run_files import read_history, read_json, write_json
 
 __all__ = ["Run"]
 
-# what may differ between a run and its continuation
+# fields of the spec that may differ when a run is resumed
 _FREE = ("versions", "processes", "data_reference", "data_stamp")
 
 
-# seconds that the processes of a run that was just killed may need to end
+# seconds that the processes of a run that has just been killed may need to end
 _PATIENCE = 5.0
 
 
@@ -44,12 +44,12 @@ class Run:
 
     @property
     def model(self) -> Path:
-        """The model: as it began, and once the run is done with the best validation weights."""
+        """The model: the initial one, and after the run the one with the best validation loss."""
         return self.path / "model"
 
     @property
     def best(self) -> Path:
-        """The best validation weights as a plain state dict."""
+        """The weights with the best validation loss, as a plain state dict."""
         return self.path / "best_model.pt"
 
     @property
@@ -59,104 +59,106 @@ class Run:
 
     @property
     def history(self) -> Path:
-        """One JSON line a logged step."""
+        """One JSON line per logged step."""
         return self.path / "history.jsonl"
 
     @property
     def data(self) -> Path:
-        """In-memory data as memory-mapped arrays, while the run goes on."""
+        """In-memory data as memory-mapped arrays, for the duration of the run."""
         return self.path / "data"
 
     @property
     def log(self) -> Path:
-        """What the processes of a run printed."""
+        """Output of the processes of a run."""
         return self.path / "log.txt"
 
     @property
     def is_done(self) -> bool:
-        """Whether the final weights are written."""
+        """Whether the final weights have been written."""
         return (self.path / "done").exists()
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What is trained, on what, and how."""
+        """The specification: model, data and settings."""
         spec = self.path / "spec.json"
         if not spec.is_file():
             raise FileNotFoundError(
-                f"{self.path} is not a run directory (no spec.json). Pass the run_dir of tl.pretrain or tl.finetune."
+                f"Expected a run directory, but '{self.path}' has no spec.json. Pass the run_dir of tl.pretrain or "
+                "tl.finetune."
             )
         return read_json(spec)
 
     @property
     def cells(self) -> dict[str, NDArray[Any]]:
-        """Rows of the training and validation cells, and the columns that go with them."""
+        """Rows of the training and validation cells, and columns for all rows."""
         with np.load(self.path / "cells.npz", allow_pickle=False) as arrays:
             return dict(arrays)
 
     def create(self, spec: Mapping[str, Any], cells: Mapping[str, NDArray[Any]]) -> None:
-        """Write down what is to be trained; ``spec.json`` comes last, so that half a directory is none."""
+        """Write the specification; ``spec.json`` comes last, so that an incomplete directory is not taken for a run."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "cells.npz").open("wb") as handle:
             np.savez(handle, **cells)  # type: ignore[arg-type]
         write_json(self.path / "spec.json", spec)
 
     def clear(self) -> None:
-        """Remove what a run that could not be set up has written, and nothing else."""
+        """Remove the files of a run that could not be set up, and nothing else."""
         for folder in (self.model, self.data):
             shutil.rmtree(folder, ignore_errors=True)
         for name in ("spec.json", ".spec.json.new", "cells.npz", ".lock"):
             (self.path / name).unlink(missing_ok=True)
 
     def refer_to(self, reference: Any, stamp: str | None) -> None:
-        """Say where other processes find the data now, and when those files were written."""
+        """Update where other processes find the data, and when those files were written."""
         write_json(self.path / "spec.json", self.spec | {"data_reference": reference, "data_stamp": stamp})
 
     def is_new(self) -> bool:
-        """Whether nothing was written here yet."""
+        """Return whether nothing has been written here yet."""
         return not (self.path / "spec.json").is_file()
 
     def check(self, spec: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` naming what differs between a spec and the one in the directory."""
-        # as it reads back: JSON knows no tuples
+        """Raise a ``ValueError`` that names the differences between a spec and the one in the directory."""
+        # converted through JSON, because tuples come back as lists
         ours = _flat({k: v for k, v in json.loads(json.dumps(spec)).items() if k not in _FREE})
         theirs = _flat({k: v for k, v in self.spec.items() if k not in _FREE})
         different = sorted(name for name in {*ours, *theirs} if not _agree(name, ours.get(name), theirs.get(name)))
         if different:
             seen = "; ".join(
-                f"{name}: {_cut(theirs.get(name))} there, {_cut(ours.get(name))} here" for name in different[:6]
+                f"{name} was {_cut(theirs.get(name))}, now {_cut(ours.get(name))}" for name in different[:6]
             )
             raise ValueError(
-                f"{self.path} holds a run with other settings ({seen}), the same settings expected. Pass another "
-                "run_dir, or the settings of the run to continue it."
+                f"Expected the settings of the run in '{self.path}', got others ({seen}). Pass the settings of that run "
+                "to resume it, or another run_dir."
             )
 
     def table(self) -> pd.DataFrame | None:
-        """The history so far."""
+        """Return the history so far."""
         return read_history(self.history)
 
     def finish(self) -> None:
-        """Say that the final weights are written."""
+        """Mark the run as done, after the final weights have been written."""
         (self.path / "done").write_text("")
 
     @contextmanager
     def locked(self) -> Iterator[int]:
-        """Let one process train here at a time; the lock goes with the process, however it ends.
+        """Let only one process train here at a time; the lock is released when the process ends, for whatever reason.
 
-        Yields the file that is locked: a child that inherits it holds the lock on when this process is killed.
+        Yields the descriptor of the locked file: a child process that inherits it keeps the lock if this process is
+        killed.
         """
         end = time.monotonic() + _PATIENCE
         while (handle := self._lock()) is None:
             if time.monotonic() > end:
                 raise RuntimeError(
-                    f"Expected one process at a time in '{self.path}', but another one is training there. Wait for it, "
-                    "or stop it."
+                    f"Expected only one process to train in '{self.path}', but another one is running. Wait until it "
+                    "has finished, or stop it."
                 )
             time.sleep(0.1)
         with handle:
             yield handle.fileno()
 
     def _lock(self) -> IO[str] | None:
-        """The lock file, locked; ``None`` where another process holds it, or has just removed it."""
+        """Open and lock the lock file; return ``None`` if another process holds it or has just removed it."""
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / ".lock"
         handle = file.open("w")

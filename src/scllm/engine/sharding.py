@@ -1,6 +1,6 @@
-"""Weights, gradients and optimiser state split over the ranks (``strategy="fsdp"``), put together for checkpoints.
+"""Sharding of weights, gradients and optimiser state over ranks (``strategy="fsdp"``), gathered for checkpoints.
 
-For models that do not fit on one device; Zhao et al. 2023, doi:10.14778/3611540.3611569.
+For models that do not fit on one device (Zhao et al. 2023, doi:10.14778/3611540.3611569).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from scllm.models.base import CellModel
 
 __all__ = ["full_norm", "is_sharded", "load_optimizer", "load_weights", "optimizer_state", "shard", "weights"]
 
-# what objectives call in place of `forward`: each gathers the weights it needs
+# methods that objectives call instead of `forward`: each must gather the weights it needs
 _ENTRIES = (
     "hidden", "first_and_last", "embed", "head_inputs", "head_outputs", "apply_heads", "gene_head_outputs", "decode",
     "decode_cell", "gene_logits", "gene_loss", "permuted_logits", "gene_states", "expression",
@@ -37,38 +37,38 @@ _FROM_WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def shard(model: CellModel) -> None:
-    """Split the weights of every block, and the rest of the model, over the ranks, in place."""
+    """Shard the weights of every block and of the rest of the model over the ranks, in place."""
     mesh = init_device_mesh(model.device.type, (ranks.world(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
         _gather_in(block, ("first",))
     fully_shard(model, mesh=mesh)
     _gather_in(model, _ENTRIES)
-    # about changing what a method returned in place, which nothing here does
+    # the warning is about in-place changes of a method's result, which scllm does not make
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
 
 
 def _gather_in(module: nn.Module, names: Sequence[str]) -> None:
-    """Have methods gather the weights they need, as far as the module has them."""
+    """Make methods gather the weights they need, if the module has these methods."""
     for name in names:
         if hasattr(module, name):
             register_fsdp_forward_method(module, name)
 
 
 def is_sharded(model: CellModel) -> bool:
-    """Whether every rank holds a part of each weight only."""
+    """Return whether every rank holds only a part of each weight."""
     return isinstance(model, FSDPModule)
 
 
 def weights(model: CellModel) -> dict[str, Tensor]:
-    """All weights, whole and on the CPU; every rank must ask."""
+    """Return the complete weights on the CPU; every rank must call this."""
     if is_sharded(model):
         return get_model_state_dict(model, options=_WHOLE)
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
 def load_weights(model: CellModel, state: Mapping[str, Any]) -> None:
-    """Put whole weights back."""
+    """Load complete weights."""
     if is_sharded(model):
         set_model_state_dict(model, dict(state), options=_FROM_WHOLE)
     else:
@@ -76,12 +76,12 @@ def load_weights(model: CellModel, state: Mapping[str, Any]) -> None:
 
 
 def optimizer_state(model: CellModel, optimise: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state, whole; every rank must ask."""
+    """Return the complete state of the optimiser; every rank must call this."""
     return get_optimizer_state_dict(model, optimise, options=_WHOLE) if is_sharded(model) else optimise.state_dict()
 
 
 def load_optimizer(model: CellModel, optimise: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Put the whole state of an optimiser back."""
+    """Load the complete state of the optimiser."""
     if is_sharded(model):
         set_optimizer_state_dict(model, optimise, state, options=_FROM_WHOLE)
     else:
@@ -89,6 +89,6 @@ def load_optimizer(model: CellModel, optimise: torch.optim.Optimizer, state: dic
 
 
 def full_norm(trained: list[Tensor], clip: float | None) -> Tensor:
-    """Clip gradients, and give the norm they had over all ranks."""
+    """Clip gradients and return their norm before clipping, over all ranks."""
     norm = torch.nn.utils.clip_grad_norm_(trained, clip or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -1,4 +1,4 @@
-"""Sending losses to TensorBoard or Weights & Biases, besides the history file; nothing is sent unless asked for."""
+"""Logging of losses to TensorBoard or Weights & Biases, in addition to the history file, only on request."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def check_tracker(name: Logger | None) -> None:
-    """Raise where the package of a logger is not installed."""
+    """Raise an error if the package of a logger is not installed."""
     if name is not None and find_spec(_PACKAGES[name]) is None:
-        raise ImportError(f'logger={name!r} needs a package that is not installed. Run: pip install "scllm-tools[log]"')
+        raise ImportError(
+            f"logger={name!r} needs the package {_PACKAGES[name]}, which is not installed. Run: pip install "
+            '"scllm-tools[log]"'
+        )
 
 
 @contextmanager
 def tracker(name: Logger | None, run: Run) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What takes each line of the history; does nothing where no logger is asked for."""
+    """Yield a function that sends a line of the history to the logger; without a logger, it does nothing."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -60,5 +63,5 @@ def tracker(name: Logger | None, run: Run) -> Iterator[Callable[[dict[str, Any]]
 
 
 def _id(run: Run) -> str:
-    """The same for a run and its continuation, another for every directory."""
+    """Make an id of the directory, so that a resumed run keeps its id."""
     return hashlib.blake2b(str(run.path.absolute()).encode(), digest_size=8).hexdigest()
