@@ -1,4 +1,4 @@
-"""Training settings: one frozen dataclass, the same for verbs, command line and run directories."""
+"""Training settings: one frozen dataclass for functions, command line and run directories."""
 
 from __future__ import annotations
 
@@ -18,81 +18,83 @@ Strategy = Literal["ddp", "fsdp"]
 Logger = Literal["tensorboard", "wandb"]
 GeneInit = Literal["svd", "random"]
 
-# what is asked of each setting besides its type
+# smallest value of each setting
 _LEAST = {
     **dict.fromkeys(
         ("batch_size", "epochs", "steps", "accumulate", "log_every", "save_every", "patience", "max_len"), 1
     ),
     **dict.fromkeys(("warmup", "weight_decay", "max_restarts", "random_state"), 0),
 }
-_AT_LEAST = {1: "at least 1 expected. Pass a positive number", 0: "0 or more expected. Pass 0 or a positive number"}
+# settings above 0, and settings from 0 to below 1, each with advice
 _POSITIVE = {
     "lr": "scGPT uses 1e-4.",
-    "gamma": "1 keeps the learning rate.",
-    "layer_decay": "1 trains all blocks alike.",
-    "clip": "None is for no limit.",
+    "gamma": "Pass 1 to keep the learning rate constant.",
+    "layer_decay": "Pass 1 to use the same learning rate in all blocks.",
+    "clip": "Pass None for no limit.",
 }
-_SHARES = {"label_smoothing": "0.1 is usual.", "downsample": "0 leaves it off."}
+_BELOW_ONE = {"label_smoothing": "A common value is 0.1.", "downsample": "Pass 0 to train on all counts."}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained; ``None`` is the verb's and family's own choice.
+    """Settings of a training run; ``None`` stands for the default of the function and the model family.
 
     Parameters
     ----------
     batch_size
-        Cells of one optimiser step, over all processes.
+        Number of cells per optimiser step, over all processes.
     lr
         Highest learning rate.
     epochs
-        Passes over the training cells.
+        Number of passes over the training cells.
     steps
-        Optimiser steps, in place of ``epochs``.
+        Number of optimiser steps, instead of ``epochs``.
     warmup
-        Steps over which the learning rate rises from zero. ``None``: 20 in fine-tuning, else none.
+        Number of steps over which the learning rate rises from zero. ``None``: 20 in fine-tuning, otherwise 0.
     schedule
-        ``"step"`` (times ``gamma`` each epoch), ``"cosine"`` or ``"linear"`` (down to zero at the end), ``"constant"``.
-        ``None``: step in pretraining, linear in fine-tuning.
+        How the learning rate changes: ``"step"`` (multiplied by ``gamma`` after each epoch), ``"cosine"`` or
+        ``"linear"`` (falls to zero at the end), or ``"constant"``. ``None``: step in pretraining, linear in
+        fine-tuning.
     gamma
-        Factor of the learning rate an epoch with ``schedule="step"``.
+        Factor of the learning rate per epoch with ``schedule="step"``.
     weight_decay
-        Of AdamW, on matrices other than tables of embeddings; those that the loss does not reach (blocks, where heads
-        read the inputs) shrink too, unless frozen.
+        Weight decay of AdamW, for matrices other than embedding tables. Weights without a gradient (the blocks, if
+        heads read only the inputs) shrink too, unless they are frozen.
     layer_decay
-        Factor of the learning rate from each block to the one before it; 1 trains all alike.
+        Factor of the learning rate from each block to the block before it; with 1, the rate is the same in all blocks.
     clip
         Largest norm of the gradient; ``None`` for no limit.
     precision
         ``"fp32"``, ``"bf16"``, ``"fp16"`` (with loss scaling), or ``"auto"``.
     accumulate
-        Parts in which a step's cells go through the model, one after the other, for less memory.
+        Number of micro-batches into which the cells of a step are split, to save memory (gradient accumulation).
     max_len
         Longest sentence in training, ``<cls>`` included: a random part of longer cells is read, which saves time and
         regularises. The model itself keeps the encoder's own. ``None``: no shorter than that.
     downsample
-        Largest share of counts taken away at random from each cell of a training batch (augmentation). ``None`` is the
-        family's own (scfoundation: 0.8 in pretraining, all others 0).
+        Count downsampling (binomial thinning) of training cells as augmentation: the largest share of counts that is
+        removed at random from a cell. ``None``: the default of the family (scfoundation: 0.8 in pretraining, all others
+        0).
     gene_init
-        Where the gene table of a fresh model starts: ``"svd"`` (right singular vectors of the log-normalised
-        training cells, in place of a trained table too) or ``"random"`` (as it is). ``None``: ``"svd"`` where
-        :func:`pretrain` makes the model from a family's name.
+        Initial gene embedding table: ``"svd"`` (right singular vectors of the log-normalised training cells, which also
+        replace a trained table) or ``"random"`` (the table of the model, unchanged). ``None``: ``"svd"`` if
+        :func:`pretrain` makes the model from the name of a family.
     strategy
-        ``"ddp"``: every process holds the whole model; ``"fsdp"``: weights, gradients and optimiser state are split
+        ``"ddp"``: every process holds the whole model. ``"fsdp"``: weights, gradients and optimiser state are sharded
         over the processes, for models that do not fit on one GPU.
     max_restarts
-        How often a failed group of processes is started again.
+        How often a failed group of processes is restarted.
     logger
-        Where losses are sent besides ``history.jsonl``: ``"tensorboard"`` or ``"wandb"``.
+        Where losses are logged besides ``history.jsonl``: ``"tensorboard"`` or ``"wandb"``.
     random_state
-        What order, masks, crops and dropout are a function of.
+        Seed for data order, masking, random subsets of genes and dropout.
     log_every
-        Steps between two lines of the history.
+        Number of steps between two lines of the history.
     save_every
-        Steps between two checkpoints; ``None``: one an epoch.
+        Number of steps between two checkpoints; ``None``: one checkpoint per epoch.
     use_dropout
-        Whether the model's dropout is on in training. ``None``: yes in pretraining and in :func:`finetune` of scbert;
-        in all other fine-tuning heads start from states without that noise, and it stays off.
+        Whether to use the model's dropout in training. ``None``: yes in pretraining and in :func:`finetune` of scbert,
+        no in all other fine-tuning, where heads are initialised on embeddings without dropout.
     head_reads
         What the heads of :func:`finetune` read of a cell. ``None`` is ``"both"``, and ``"published"`` for scbert and
         scfoundation, which have no other heads; no other argument changes it.
@@ -112,13 +114,13 @@ class TrainConfig:
         The figures are those of a tiny or small scgpt in ``docs/study.md``. To compare on your own data, run
         :func:`cross_validate` with each.
     label_smoothing
-        Share of each label's target that is spread over all labels, in fine-tuning with ``loss="ce"``.
+        Share of each target that is spread over all labels, in fine-tuning with ``loss="ce"``.
     patience
-        Epochs without a better validation loss after which training stops; ``None``: never.
+        Early stopping: number of epochs without a better validation loss after which training stops; ``None``: never.
     compile
-        Whether blocks go through ``torch.compile``.
+        Whether to compile the blocks with ``torch.compile``.
     checkpointing
-        Whether blocks are computed again in the backward pass, for less memory.
+        Whether to recompute blocks in the backward pass, to save memory.
     """
 
     batch_size: int | None = None
@@ -154,37 +156,38 @@ class TrainConfig:
             value, kinds = getattr(self, name), get_args(hint)
             if value is None and type(None) in kinds:
                 continue
-            # plain ones, as they are written into run directories
+            # plain Python values, because they are written to run directories
             object.__setattr__(self, name, _plain(name, value, kinds[0] if type(None) in kinds else hint))
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
-                raise ValueError(f"{name} is {value}, {_AT_LEAST[least]}.")
+                raise ValueError(f"Expected {name} of at least {least}, got {value}. Pass {least} or a larger number.")
         for name, advice in _POSITIVE.items():
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}, a positive number expected. {advice}")
-        for name, advice in _SHARES.items():
+                raise ValueError(f"Expected {name} to be a positive number, got {value}. {advice}")
+        for name, advice in _BELOW_ONE.items():
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}, a share from 0 up to below 1 expected. {advice}")
+                raise ValueError(f"Expected {name} of at least 0 and below 1, got {value}. {advice}")
 
     def merged(self, given: Mapping[str, Any]) -> TrainConfig:
-        """With what the caller of a verb gave besides; a value given both ways is a ``TypeError``."""
+        """Return a copy with the arguments of a function; a setting given in both places is a ``TypeError``."""
         given = {name: value for name, value in given.items() if value is not None}
         for name, value in given.items():
             if getattr(self, name) is not None:
                 raise TypeError(
-                    f"{name} is given twice: {value!r} as an argument, {getattr(self, name)!r} in config. Give it once."
+                    f"{name} was given twice: {value!r} as an argument and {getattr(self, name)!r} in config. "
+                    "Give it only once."
                 )
         return replace(self, **given)
 
     def resolved(self, defaults: Mapping[str, Any]) -> TrainConfig:
-        """With defaults in place of what was left open."""
+        """Return a copy with defaults in place of ``None``."""
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain settings."""
+        """Return plain settings."""
         return asdict(self)
 
     @classmethod
@@ -196,24 +199,24 @@ class TrainConfig:
             close = get_close_matches(unknown[0], known, n=1, cutoff=0.8)
             offer = (
                 f"Did you mean {close[0]!r}?" if close else
-                "What else a verb takes (freeze, loss, dropout) is given to the verb, and settings stand in no [table]."
+                "Pass other arguments (freeze, loss, dropout) to the function itself, and put settings in no [table]."
             )  # fmt: skip
-            raise ValueError(f"{unknown[0]!r} is not a training setting, one of {sorted(known)} expected. {offer}")
+            raise ValueError(f"Expected training settings out of {sorted(known)}, got {unknown[0]!r}. {offer}")
         return cls(**saved)
 
 
 def _plain(name: str, value: Any, kind: Any) -> Any:
-    """The value as what a setting is; an error where it is of another type, or none of the strings it may be."""
+    """Convert a value to the type of a setting; raise an error if it has another type or is not an allowed string."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise ValueError(f"{name} is {value!r}, one of {get_args(kind)} expected. Pass one of those.")
+            raise ValueError(f"Expected {name} to be one of {get_args(kind)}, got {value!r}. Pass one of them.")
         return value
     fits, expected = {
-        # True is a number to Python, and a slip here
+        # True counts as a number in Python, but is a mistake here
         int: (isinstance(value, Integral) and not isinstance(value, bool), "a whole number"),
         float: (isinstance(value, Real) and not isinstance(value, bool), "a number"),
         bool: (isinstance(value, bool), "True or False"),
     }[kind]
     if not fits:
-        raise TypeError(f"{name} is {value!r}, {expected} expected. Pass {name}= as {expected}.")
+        raise TypeError(f"Expected {name} to be {expected}, got {value!r}. Pass {name} as {expected}.")
     return kind(value)

@@ -1,7 +1,7 @@
-"""Starting the gene table from the data: right singular vectors of the log-normalised matrix.
+"""Initial gene embeddings from the data: right singular vectors of the log-normalised matrix.
 
-The idea is that of scBERT's gene2vec (Yang et al. 2022): genes that go together start close together. It takes seconds
-and streams over the cells, so nothing cells-by-genes is held in memory.
+As with the gene2vec embeddings of scBERT (Yang et al. 2022), co-expressed genes start with similar embeddings. This
+takes seconds and streams over the cells, so that no matrix of cells by genes is held in memory.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from scllm.models.base import CellModel
 __all__ = ["gene_vectors", "start_from_data"]
 
 _ROWS = 8_192
-_MAX_CELLS = 200_000  # singular vectors of more cells are the same to any digit that matters
+_MAX_CELLS = 200_000  # more cells do not change the singular vectors noticeably
 _TARGET_SUM = 1e4
+# singular values below this multiple of the median are taken for noise
 _STANDS_OUT = 1.05
 
 
@@ -35,19 +36,19 @@ def start_from_data(
     vectors = gene_vectors(source, match, rows, table.shape[1], len(model.vocab), random_state=random_state)
     with torch.no_grad():
         spread = table.std()
-        there = torch.from_numpy(np.flatnonzero(np.abs(vectors).sum(1) > 0))
-        # unit variance in the space that the model normalises to anyway, at the scale the family starts with
-        table[there] = torch.from_numpy(vectors)[there].to(table) * spread
+        found = torch.from_numpy(np.flatnonzero(np.abs(vectors).sum(1) > 0))
+        # scaled to the standard deviation with which the family initialises its table
+        table[found] = torch.from_numpy(vectors)[found].to(table) * spread
 
 
 def gene_vectors(
     source: CellSource, match: GeneMatch, rows: IntArray, n_vectors: int, n_tokens: int, *, random_state: int = 0
 ) -> FloatArray:
-    """Right singular vectors of the log-normalised cells by their singular values, ``(n_tokens, n_vectors)``.
+    """Compute right singular vectors of the log-normalised cells, scaled by singular values, ``(n_tokens, n_vectors)``.
 
-    Centred; of unit variance over all entries. The first weighs as much as the second. Vectors whose singular value
-    does not stand out from the bulk are zero, as are genes that are not measured.
-    Randomised subspace iteration (Halko, Martinsson & Tropp 2011): a few passes over the cells in row chunks.
+    They are centred and have unit variance over all entries. The first one has the same weight as the second. Vectors
+    with a singular value near the median are set to zero, and so are genes that are not measured. The method is
+    randomised subspace iteration (Halko, Martinsson & Tropp 2011), with a few passes over the cells in row chunks.
     """
     rng = np.random.default_rng(random_state)
     if len(rows) > _MAX_CELLS:
@@ -60,7 +61,7 @@ def gene_vectors(
         for block in _log_normalised(source, match, rows, n_tokens, f"gene vectors, pass {step + 1} of 4"):
             gathered += block.T @ (block @ basis)
         basis, _ = np.linalg.qr(gathered)
-    # the small matrix B^T A^T A B holds the singular values in the subspace
+    # the eigenvalues of the small matrix B^T A^T A B are the squared singular values in the subspace
     small = np.zeros((basis.shape[1],) * 2)
     for block in _log_normalised(source, match, rows, n_tokens, "gene vectors"):
         projected = block @ basis
@@ -68,11 +69,11 @@ def gene_vectors(
     squared, order = np.linalg.eigh(small)
     vectors = (basis @ order)[:, ::-1][:, :k]
     strength = np.sqrt(np.maximum(squared[::-1][:k], 0))
-    # the sign of a singular vector is free: the largest entry is made positive
+    # the sign of a singular vector is arbitrary: the largest entry is made positive
     vectors *= np.sign(vectors[np.abs(vectors).argmax(0), np.arange(k)])
     vectors = (vectors - vectors.mean(0)) / np.maximum(vectors.std(0), 1e-12)
-    # vectors weigh what they explain, as in a PCA, but for the first: it says how high a gene is in all cells, and at
-    # its own weight would drown the others. Most are those of noise and nearly equal: they are left out
+    # Vectors are weighted by their singular value, as in PCA, except for the first: it describes how highly each gene
+    # is expressed in all cells and would dominate the others. Most vectors are noise with nearly equal singular values.
     weight = np.where(strength < _STANDS_OUT * np.median(strength), 0, strength)
     weight[0] = weight[1:2].sum()
     vectors *= weight
@@ -83,7 +84,7 @@ def gene_vectors(
 
 
 def _log_normalised(source: CellSource, match: GeneMatch, rows: IntArray, n_tokens: int, desc: str) -> Iterator[CSR]:
-    """Blocks of cells, columns in the order of ``match.measured``; values that look logged are left as they are."""
+    """Yield log-normalised blocks of cells, columns in the order of ``match.measured``; logged values stay as is."""
     column = np.zeros(n_tokens, np.int64)
     column[match.measured] = np.arange(len(match.measured))
     starts, is_logged = range(0, len(rows), _ROWS), None

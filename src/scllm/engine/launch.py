@@ -1,4 +1,4 @@
-"""Starting a run directory in this process or in several."""
+"""Start a run in this process or in several processes."""
 
 from __future__ import annotations
 
@@ -41,29 +41,30 @@ from scllm.models.base import CellModel
 
 __all__ = ["cluster_command", "command", "continue_run", "cropping", "launch"]
 
-# set for processes whose parent holds the lock of the run directory
+# environment variable of processes whose parent holds the lock of the run directory
 _LOCKED = "SCLLM_RUN_LOCKED"
-# what torchrun says when a process has failed, before its own traceback
+# what torchrun prints before its own traceback when a process has failed
 _FAILED = "] failed (exitcode"
 
 
 def launch(
     run: Run, *, n_procs: int, device: str, source: CellSource | None = None, family: str | None = None
 ) -> CellModel:
-    """Train a run directory to its end and read the final model back.
+    """Train the model of a run directory to the end and return it.
 
     Parameters
     ----------
     run
-        Made with its spec, its cells and its initial model.
+        The run directory, with its specification, its cells and its initial model.
     n_procs
-        1: in this process, on ``source``. More: as many fresh interpreters, on the data the directory names.
+        Number of processes. With 1, training runs in this process on ``source``; with more, in new processes on the
+        data that the directory names.
     device
-        Where to compute.
+        Device to train on.
     source
-        The data, where this process has them already.
+        The data, if this process has already opened them.
     family
-        Module of a family from another package.
+        Module of a model family from another package.
     """
     if not run.is_done:
         with run.locked() as lock:
@@ -75,15 +76,15 @@ def launch(
 
 
 def continue_run(run: Run, *, device: str = "auto", family: str | None = None) -> None:
-    """Continue whatever the run directory holds, to the end. This is ``python -m scllm run``."""
+    """Resume the run of a directory and train it to the end; this is ``python -m scllm run``."""
     if not run.is_done:
         with _locked_by_first_rank(run):
-            log.info("continuing the run in %s", run.path)
+            log.info("resuming the run in %s", run.path)
             _train(run, device, None, family)
 
 
 def command(run: Run, n_procs: int, device: str, family: str | None = None) -> list[str]:
-    """What starts a run in several processes on this machine."""
+    """Return the command that starts a run in several processes on this machine."""
     config = TrainConfig.from_dict(run.spec["train"])
     return [
         sys.executable, "-m", "scllm.engine.agent", str(os.getpid()), "--standalone", f"--nproc-per-node={n_procs}",
@@ -93,7 +94,7 @@ def command(run: Run, n_procs: int, device: str, family: str | None = None) -> l
 
 
 def cluster_command(run_dir: object, n_procs: int) -> str:
-    """What every one of several machines runs to train a run directory together."""
+    """Return the command to start on each of several machines to train a run directory together."""
     return (
         f"torchrun --nnodes=NODES --nproc-per-node={n_procs} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
         f"-m scllm run {run_dir}"
@@ -102,7 +103,7 @@ def cluster_command(run_dir: object, n_procs: int) -> str:
 
 @contextmanager
 def _locked_by_first_rank(run: Run) -> Iterator[None]:
-    """Of processes that torchrun started by hand, the first locks the directory; where a verb did, it has."""
+    """Lock the directory in the first rank if the user started torchrun; otherwise the parent process has locked it."""
     if os.environ.get("RANK") == "0" and _LOCKED not in os.environ:
         with run.locked():
             yield
@@ -114,7 +115,7 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
     chosen = resolve_device(device)
     with ranks.joined(chosen):
         if run.is_done:
-            # by a process that held the lock until now; asked when all ranks are here, so that all find the same
+            # another process, which held the lock until now, has finished it; all ranks check this at the same time
             return
         spec = run.spec
         config = TrainConfig.from_dict(spec["train"])
@@ -122,7 +123,7 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
             source = _open(run, spec)
         model = models.load(run.model, family=family)
         if config.use_dropout is False:
-            without_dropout(model)  # adapters have a dropout of their own
+            without_dropout(model)  # before adapters are added, which have their own dropout
         _choose_trained(model, spec)
         model.to(chosen)
         objective = objective_from_dict(spec["objective"])
@@ -151,7 +152,7 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
 
 
 def _choose_trained(model: CellModel, spec: dict[str, Any]) -> None:
-    """Freeze what shall stay as it is, and put adapters beside the rest where they are asked for."""
+    """Freeze weights and add adapters, if the specification says so."""
     if spec["freeze"]:
         freeze(model, spec["freeze"])
     if spec["lora"]:
@@ -163,19 +164,18 @@ def _open(run: Run, spec: dict[str, Any]) -> CellSource:
     if reference is None:
         if not run.data.exists():
             raise FileNotFoundError(
-                f"{run.path} was trained on data in memory, and they are not stored with it. Call the verb again with "
+                f"'{run.path}' was trained on data in memory, which are not stored in it. Call the function again with "
                 "the same data and the same run_dir."
             )
         return open_source(run.data)
     source = open_source(reference, layer=spec["data"]["layer"])
-    if source_stamp(source) == spec["data_stamp"]:  # nobody touched the files since they were hashed
+    if source_stamp(source) == spec["data_stamp"]:  # the files have not changed since they were hashed
         return source
     seen, expected = fingerprint(source), spec["data"]["fingerprint"]
     if not same_matrix(seen, expected):
         raise ValueError(
-            f"{reference} holds other cells, genes or values than when the run in {run.path} began (fingerprint "
-            f"{seen}, then {expected}). The split and the labels are kept by row. Put the data back, or start another "
-            "run."
+            f"{reference} has changed since the run in '{run.path}' began: expected fingerprint {expected}, got {seen}."
+            " The data split and the labels are stored by row. Restore the data, or start another run."
         )
     return source
 
@@ -204,7 +204,7 @@ def _loaders(
 
 
 def cropping(model: CellModel, max_len: int | None) -> Encoder:
-    """The model's encoder, with shorter sentences where training asks for them."""
+    """Return the model's encoder, with a shorter ``max_len`` for training if one is set."""
     encoder = model.encoder
     if max_len is None or max_len >= encoder.max_len:
         return encoder
@@ -212,7 +212,7 @@ def cropping(model: CellModel, max_len: int | None) -> Encoder:
 
 
 def _finish(run: Run, family: str | None, device: torch.device, validation: Loader | None, precision: str) -> None:
-    """Put the best weights into the model folder, and say that the run is done."""
+    """Write the best weights to the model folder and mark the run as done."""
     best = restore(run.best)
     assert best is not None
     model = models.load(run.model, family=family)
@@ -230,7 +230,7 @@ def _finish(run: Run, family: str | None, device: torch.device, validation: Load
     fresh = run.path / ".model"
     with writing(run.model):
         model.save(fresh)
-        # file by file: whenever this process is killed, there is a whole model folder to continue from
+        # file by file, so that a complete model folder exists whenever this process is killed
         for file in fresh.iterdir():
             file.replace(run.model / file.name)
         fresh.rmdir()
@@ -240,11 +240,11 @@ def _finish(run: Run, family: str | None, device: torch.device, validation: Load
 def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None, lock: int) -> None:
     environment = os.environ | {_LOCKED: "1"}
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        # each process its share of the cores, unless the caller decided
+        # processes share the cores equally, unless the caller has set these variables
         environment.setdefault(name, str(max(1, (os.cpu_count() or 1) // n_procs)))
     with run.log.open("w") as output:
-        # a session of its own, so that an interrupt in the terminal reaches it once, from here; processes must not
-        # train on when the notebook that started them is gone, nor the lock be free before they are
+        # In a new session, so that an interrupt in the terminal reaches the processes only through this one. They end
+        # if this process ends (see `scllm.engine.agent`), and hold the lock until then.
         process = subprocess.Popen(
             command(run, n_procs, device, family), stdout=output, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True, pass_fds=[lock],
@@ -256,20 +256,20 @@ def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None,
             raise
     if run.is_done:
         if process.returncode:
-            # workers have been seen to abort while exiting, after all work was saved
+            # workers sometimes abort while exiting, after all results have been saved
             warn(
-                f"the processes of {run.path} ended with exit status {process.returncode} after the run was done and "
-                f"saved; the result is whole. What they printed is in {run.log}."
+                f"The processes of the run in '{run.path}' ended with exit status {process.returncode} after the run "
+                f"had finished and saved everything. The result is complete; the processes' output is in {run.log}."
             )
         return
     raise RuntimeError(
-        f"the run in {run.path} ended with exit status {process.returncode} before it was done. Call again with the "
-        f"same run_dir to continue from the last checkpoint. From {run.log}:\n{_last_words(run.log)}"
+        f"The run in '{run.path}' ended with exit status {process.returncode} before it was done. Call again with the "
+        f"same run_dir to resume from the last checkpoint. From {run.log}:\n{_last_words(run.log)}"
     )
 
 
 def _follow(run: Run, process: subprocess.Popen[bytes]) -> None:
-    """Show progress until the processes end, and say what they cannot: their warnings end in the log."""
+    """Show progress until the processes end, and warn on their behalf, because their own warnings go to the log."""
     watch = CollapseWatch(run.history)
     with tqdm(desc=f"training in {run.path.name}", unit="step", disable=not show_progress(), leave=False) as bar:
         while process.poll() is None:
@@ -284,7 +284,7 @@ def _follow(run: Run, process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_words(log: Path) -> str:
-    """What the processes printed last, and torchrun's account of which failed first, without its own traceback."""
+    """Return the last output of the processes and torchrun's root cause, without torchrun's own traceback."""
     lines = log.read_text(errors="replace").splitlines()
     stopped = max((i for i, line in enumerate(lines) if _FAILED in line), default=len(lines))
     cause = max((i for i, line in enumerate(lines) if line.startswith("Root Cause")), default=len(lines))
@@ -292,7 +292,7 @@ def _last_words(log: Path) -> str:
 
 
 def _last_line(history: Path) -> dict[str, Any] | None:
-    """The last whole line of a history, without reading all of it."""
+    """Return the last complete line of a history, without reading all of it."""
     if not history.exists():
         return None
     with history.open("rb") as handle:

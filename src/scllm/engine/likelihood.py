@@ -50,8 +50,8 @@ def gene_nats(model: CellModel, batch: Batch) -> tuple[Tensor, Tensor]:
         case "permutation":
             return at, _permuted(cast("Model", model), batch, at)
     raise ValueError(
-        f"this {model.family} model does not say how likely a sentence is, a gene language model expected. Use 'gpt2', "
-        "'albert' or 'xlnet'."
+        f"Expected a gene language model, got the family {model.family!r}, which has no likelihood of token sequences. "
+        "Use 'gpt2', 'albert' or 'xlnet'."
     )
 
 

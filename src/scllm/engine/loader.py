@@ -1,4 +1,4 @@
-"""Batches of packed cells, made on a thread of their own while the model computes."""
+"""Batches of packed cells, prepared in a background thread while the model computes."""
 
 from __future__ import annotations
 
@@ -33,36 +33,36 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Loader:
-    """Cells of a source as batches; which rows make a batch is a function of ``(seed, epoch)``.
+    """Loader of batches of cells; the rows of each batch depend only on ``(seed, epoch)``.
 
     Parameters
     ----------
     source
-        Where the counts are.
+        Source of the counts.
     rows
-        Rows of the source that take part.
+        Rows of the source to use.
     match
         The token of each gene of the source.
     encoder, vocab
-        How counts become sentences.
+        Turn counts into token sequences.
     batch_size
-        Cells of one step over all ranks.
+        Number of cells per step over all ranks.
     seed
-        What order, crops and masks are keyed by.
+        Seed for data order, random subsets of genes and masks.
     obs
-        Columns that go with the batches, over all rows of the source.
+        Columns to add to the batches, with values for all rows of the source.
     weights
-        Probability of drawing each of ``rows``, up to a factor.
+        Probability of sampling each of ``rows``, up to a factor.
     downsample
-        Largest share of counts taken away from a cell.
+        Count downsampling (binomial thinning): the largest share of counts that is removed from a cell.
     keep_whole
-        Whether batches carry the same cells as they were too, with all their counts and genes.
+        Whether batches also contain the complete cells, with all their counts and genes.
     training
-        Whether draws differ between epochs, and long cells are cropped at random.
+        Whether random numbers differ between epochs, and long cells are reduced to a random subset of their genes.
     keep_empty
-        Whether a rank (or micro-batch) without cells gets an empty batch, so that all ranks compute equally often.
+        Whether a rank (or micro-batch) without cells gets an empty batch, so that all ranks run equally many passes.
     pinned
-        Whether batches lie in pinned memory, so that moving them to a GPU overlaps with computing.
+        Whether batches are in pinned memory, so that copying them to a GPU overlaps with computation.
     """
 
     source: CellSource
@@ -82,20 +82,20 @@ class Loader:
 
     @property
     def chunk(self) -> int:
-        """Neighbouring rows that are read together."""
+        """Number of adjacent rows that are read together."""
         chunks = self.source.chunked and self.training and self.weights is None
         return self.source.chunk_rows if chunks else 1
 
     def n_batches(self) -> int:
-        """Batches of one epoch, the same on every rank."""
+        """Return the number of batches per epoch, the same on every rank."""
         return n_batches(len(self.rows), self.batch_size)
 
     def epoch(
         self, epoch: int, *, start: int = 0, rank: int = 0, world: int = 1, parts: int = 1
     ) -> Generator[list[Batch], None, None]:
-        """Each step's cells on this rank, in ``parts`` micro-batches, from batch ``start`` on.
+        """Yield this rank's cells of each step in ``parts`` micro-batches, starting with batch ``start``.
 
-        Reads ahead until it is exhausted or closed.
+        A background thread reads ahead until the generator is exhausted or closed.
         """
         reads = self._training_plan(epoch, rank, world) if self.training else self._in_order(rank, world)
         return prefetched(lambda: self._batches(reads, 0 if not self.training else epoch, start, parts))
@@ -129,7 +129,7 @@ class Loader:
     def _encode(self, read: Read, epoch: int, skip: int, parts: int) -> Iterator[list[Batch]]:
         rows = self.rows[read.rows]
         keys = mix(self.seed, epoch, rows)
-        # in the order of the file, dealt out batch by batch: the arrays of a whole read would leave the caches
+        # Rows are read in file order and encoded batch by batch, because arrays of a whole read do not fit the caches.
         ascending, place = np.unique(rows, return_inverse=True)
         counts = read_checked(self.source, ascending)
         edges = np.concatenate([[0], np.cumsum(read.sizes)])
@@ -195,13 +195,13 @@ class Loader:
 
 
 def _taken(counts: CSR, rows: IntArray) -> CSR:
-    """Rows in the order asked for."""
+    """Return rows in the given order."""
     indptr, indices, data = take_rows(counts.indptr, rows, counts.indices, counts.data)
     return sparse.csr_matrix((data, indices, indptr), shape=(len(rows), counts.shape[1]))
 
 
 def prefetched(make: Callable[[], Iterator[T]], ahead: int = 4) -> Generator[T, None, None]:
-    """Iterate on a thread that stays a few items ahead until this is closed; what it raises is raised here."""
+    """Iterate in a background thread that stays a few items ahead; its errors are raised in the calling thread."""
     items: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(ahead)
     stopped = threading.Event()
 
@@ -219,7 +219,7 @@ def prefetched(make: Callable[[], Iterator[T]], ahead: int = 4) -> Generator[T, 
                 if stopped.is_set():
                     return
             put((None, StopIteration()))
-        except BaseException as error:  # handed on to the thread that waits
+        except BaseException as error:  # raised again in the thread that waits for items
             put((None, error))
 
     thread = threading.Thread(target=work, daemon=True, name="scllm-prefetch")

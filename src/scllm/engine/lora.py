@@ -72,8 +72,8 @@ def lora_settings(lora: Lora | None) -> LoraSettings | None:
 
     if not isinstance(lora, LoraConfig):
         raise TypeError(
-            f"Expected lora to be a rank (whole number), LoraSettings or peft's LoraConfig, got {lora!r}. A common rank "
-            "is lora=8."
+            f"Expected lora to be a rank (whole number), LoraSettings or peft's LoraConfig, got {lora!r}. "
+            "A common rank is lora=8."
         )
     return _of_peft(lora)
 
@@ -103,9 +103,7 @@ def adapted_layers(model: CellModel, frozen: Collection[str]) -> list[str]:
         if isinstance(module, nn.Linear) and id(module) in within and f"{name}.weight" not in frozen
     ]
     if not names:
-        raise ValueError(
-            "lora= adapts the linear layers of the blocks, but all of them are frozen. Freeze fewer blocks."
-        )
+        raise ValueError("lora= adapts linear layers of the blocks, but all of them are frozen. Freeze fewer blocks.")
     return names
 
 

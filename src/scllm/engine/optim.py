@@ -27,22 +27,23 @@ def check_freeze(model: CellModel, what: Freeze) -> Freeze:
         what = int(what)
     if isinstance(what, bool) or not (isinstance(what, (int, str)) or _is_list_of_names(what)):
         raise TypeError(
-            "Expected freeze to be a number of blocks, 'encoder', a pattern of weight names or a list of such patterns, "
+            "Expected freeze to be a number of blocks, 'encoder', a pattern of weight names or a list of patterns, "
             f"got {what!r}. Leave it out to freeze nothing."
         )
     if isinstance(what, int):
         n_blocks = len(list(model.blocks))
         if not 0 <= what <= n_blocks:
             raise ValueError(
-                f"Expected freeze of 0 to {n_blocks}, the number of blocks of the model, got {what}. Freeze fewer blocks."
+                f"Expected freeze from 0 to {n_blocks}, the number of blocks in the model, got {what}. Freeze fewer "
+                "blocks."
             )
     elif what != "encoder":
         names = [name for name, _ in model.named_parameters()]
         for pattern in _patterns(what):
             if not any(fnmatch(name, pattern) for name in names):
                 raise ValueError(
-                    f"Expected freeze to be 'encoder' or to match names of weights such as {names[:3]}, got {pattern!r}, "
-                    "which matches none. Pass a pattern such as 'layers.0.*'."
+                    f"Expected freeze to be 'encoder' or to match names of weights such as {names[:3]}, but "
+                    f"{pattern!r} matches none. Pass a pattern such as 'layers.0.*'."
                 )
         if len(frozen_weights(model, what)) == len(names):
             raise ValueError(

@@ -95,7 +95,7 @@ class Run:
             return dict(arrays)
 
     def create(self, spec: Mapping[str, Any], cells: Mapping[str, NDArray[Any]]) -> None:
-        """Write the specification; ``spec.json`` comes last, so that an incomplete directory is not taken for a run."""
+        """Write the specification; ``spec.json`` comes last, so that an incomplete directory is no run."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "cells.npz").open("wb") as handle:
             np.savez(handle, **cells)  # type: ignore[arg-type]
@@ -127,8 +127,8 @@ class Run:
                 f"{name} was {_cut(theirs.get(name))}, now {_cut(ours.get(name))}" for name in different[:6]
             )
             raise ValueError(
-                f"Expected the settings of the run in '{self.path}', got others ({seen}). Pass the settings of that run "
-                "to resume it, or another run_dir."
+                f"Expected the settings of the run in '{self.path}', got others ({seen}). Pass the same settings to "
+                "resume it, or another run_dir."
             )
 
     def table(self) -> pd.DataFrame | None:

@@ -1,4 +1,4 @@
-"""What a model is trained for. An objective is called with model, batch and step, and gives a sum and a count."""
+"""Training objectives. An objective is called with model, batch and step, and returns a sum and a count."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _KINDS: dict[str, type] = {kind.__name__: kind for kind in _ALL}
 
 
 def objective_to_dict(objective: Objective) -> dict[str, Any]:
-    """Plain settings of an objective."""
+    """Return plain settings of an objective."""
     return {"kind": type(objective).__name__, **asdict(objective)}  # type: ignore[call-overload]
 
 
 def objective_from_dict(saved: Mapping[str, Any]) -> Objective:
-    """The objective that :func:`objective_to_dict` described."""
+    """Make the objective that :func:`objective_to_dict` described."""
     settings = dict(saved)
     kind: type[Any] = _KINDS[settings.pop("kind")]
     unknown = sorted(set(settings) - {field.name for field in fields(kind)})
     if unknown:
         raise ValueError(
-            f"the objective {kind.__name__} has no setting {unknown[0]!r}, one of {[f.name for f in fields(kind)]} "
-            "expected. Leave it out."
+            f"Expected settings of the objective {kind.__name__} out of {[f.name for f in fields(kind)]}, got "
+            f"{unknown[0]!r}. Leave it out."
         )
     for name, value in settings.items():
         if isinstance(value, list):

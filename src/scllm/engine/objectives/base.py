@@ -1,4 +1,4 @@
-"""What objectives have in common: a sum with its count, and draws that are a function of the cell."""
+"""What objectives have in common: a loss with its count, and random numbers keyed by cell."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["Loss", "Objective", "uniform"]
 
 @dataclass
 class Loss:
-    """What one micro-batch contributes.
+    """Loss of one micro-batch.
 
     Parameters
     ----------
     sum
-        Loss summed over what counts; gradients are taken of this.
+        Loss summed over all predictions (hidden genes, labelled cells); used for the gradient.
     count
-        How many counted: hidden genes, labelled cells. The loss of a step is all sums over all counts.
+        Number of predictions. The loss of a step is the sum of all ``sum`` divided by the sum of all ``count``.
     logged
-        Sums that are divided by the same count and written to the history.
+        Other sums, which are divided by the same count and written to the history.
     """
 
     sum: Tensor
@@ -33,23 +33,23 @@ class Loss:
 
 
 class Objective(Protocol):
-    """A training task. Draws are a function of ``batch.keys`` and the step."""
+    """Training objective. Its random numbers depend only on ``batch.keys`` and the step."""
 
     def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
-        """The loss of a micro-batch."""
+        """Compute the loss of a micro-batch."""
         ...
 
     def logs(self, model: CellModel) -> tuple[str, ...]:
-        """Names of what is logged, the same on ranks that have no cells."""
+        """Return the names of the logged sums, the same on ranks without cells."""
         ...
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
-        """What the history holds, from the means of what was logged."""
+        """Compute the values for the history from the means of the logged sums."""
         ...
 
 
 def uniform(keys: Tensor, entries: Tensor, salt: int = 0) -> Tensor:
-    """One number in [0, 1) for each entry, a function of (key, salt, entry): what ``kernels.draws`` draws, in torch."""
+    """Draw a uniform number in [0, 1) for each entry from (key, salt, entry), like ``kernels.draws`` but in torch."""
     return (_combine(_combine(keys, torch.full_like(keys, salt)), entries) >> 11 & (1 << 53) - 1).double() * 2.0**-53
 
 
@@ -58,7 +58,7 @@ def _combine(state: Tensor, part: Tensor) -> Tensor:
 
 
 def _scramble(z: Tensor) -> Tensor:
-    # splitmix64 on int64: products wrap as they do unsigned, shifts need the sign bits cleared
+    # splitmix64 on int64: products wrap around as with unsigned integers, shifts need the sign bits cleared
     z = z + _signed(0x9E3779B97F4A7C15)
     z = (z ^ (z >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> 27 & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)

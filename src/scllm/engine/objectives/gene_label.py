@@ -1,4 +1,4 @@
-"""Labels of genes, predicted from the states of their tokens."""
+"""Prediction of gene labels from the hidden states of gene tokens."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["GeneLabel", "weighted_loss"]
 
 @dataclass(frozen=True)
 class GeneLabel:
-    """Predict labels of genes from the states of their tokens, in the context of each cell.
+    """Predict labels of genes from the hidden states of their tokens in each cell.
 
-    Tokens of all other genes carry no label. Only expressed genes count.
+    Only expressed genes are used, and tokens of all other genes have no label.
 
     Parameters
     ----------
     genes
         Token ids of the training genes of each class, in the order of the head's outputs.
     weights
-        Of each token of those genes, in the same order: how rare its class is, and how rarely the gene is seen.
+        Weight of each token of these genes, in the same order; higher for rare classes and rarely expressed genes.
     held_out
-        Token ids of other genes of each class, by which weights are chosen: they are labelled in evaluation only.
+        Token ids of validation genes of each class, which are labelled only in evaluation.
     held_out_weights
-        Of each token of those.
+        Weight of each token of the validation genes.
     loss
         Weight of each loss: ``"ce"``, ``"bce"``, ``"dice"``, ``"focal"``.
     """
@@ -46,18 +46,18 @@ class GeneLabel:
         check_loss(self.loss)
 
     def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
-        """Summed over labelled tokens and their weights."""
+        """Sum the weighted loss over labelled tokens."""
         key = next(iter(model.heads_on("gene")))
         label, weight = self._tables(len(model.vocab), batch.genes.device, model.training)
         token_label = label[batch.genes]
-        there = (token_label >= 0) & model.is_expressed(batch)
-        target, factor = token_label[there], weight[batch.genes[there]]
-        predicted = model.gene_head_outputs(batch)[key][there]
+        labelled = (token_label >= 0) & model.is_expressed(batch)
+        target, factor = token_label[labelled], weight[batch.genes[labelled]]
+        predicted = model.gene_head_outputs(batch)[key][labelled]
         right = (predicted.argmax(1) == target) * factor if len(target) else factor
         return Loss(weighted_loss(predicted, target, factor, self.loss), factor.sum(), {"accuracy": right.sum()})
 
     def _tables(self, n_tokens: int, device: torch.device, training: bool) -> tuple[Tensor, Tensor]:
-        """Label (-1: none) and weight of every token of the vocabulary."""
+        """Return the label (-1: none) and weight of every token of the vocabulary."""
         genes, weights = (self.genes, self.weights) if training else (self.held_out, self.held_out_weights)
         label, weight = torch.full((n_tokens,), -1), torch.zeros(n_tokens)
         for code, (ids, factors) in enumerate(zip(genes, weights, strict=True)):
@@ -66,16 +66,16 @@ class GeneLabel:
         return label.to(device), weight.to(device)
 
     def logs(self, model: CellModel) -> tuple[str, ...]:
-        """Share of labelled tokens that are called right, by their weights."""
+        """Log the weighted accuracy of labelled tokens."""
         return ("accuracy",)
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
-        """As logged."""
+        """Report the means as they are."""
         return means
 
 
 def weighted_loss(logits: Tensor, label: Tensor, weight: Tensor, loss: Mapping[LossName, float]) -> Tensor:
-    """Sum over rows ``(n, k)`` of weight times loss; of several losses by name, weighted in turn."""
+    """Sum weight times loss over rows ``(n, k)``; ``loss`` gives a weight for each loss by name."""
     total = torch.zeros((), device=logits.device)
     if not len(label):
         return total + 0 * logits.sum()
@@ -88,7 +88,7 @@ def weighted_loss(logits: Tensor, label: Tensor, weight: Tensor, loss: Mapping[L
             case "focal":
                 each = (losses.focal(logits, label) * weight).sum()
             case "dice":
-                # weighs classes alike by itself; does not add up over micro-batches
+                # gives all classes the same weight by itself; does not add up over micro-batches
                 each = losses.dice(logits, label) * weight.sum()
         total = total + factor * each
     return total

@@ -1,4 +1,4 @@
-"""Labels and values of cells, predicted from their embeddings."""
+"""Prediction of labels and values of cells from their embeddings."""
 
 from __future__ import annotations
 
@@ -21,42 +21,45 @@ LossName = Literal["ce", "bce", "dice", "focal"]
 
 
 def loss_weights(loss: LossName | Mapping[LossName, float]) -> dict[LossName, float]:
-    """The weight of each loss, as a run directory holds it; an error where it is none."""
+    """Return the weight of each loss as plain data; raise an error if ``loss`` is invalid."""
     if isinstance(loss, str) and loss not in get_args(LossName):
-        raise ValueError(f"loss is {loss!r}, one of {get_args(LossName)} expected. Use loss='ce'.")
+        raise ValueError(f"Expected loss to be one of {get_args(LossName)}, got {loss!r}. Use loss='ce'.")
     weights = {loss: 1.0} if isinstance(loss, str) else loss
     check_loss(weights)
     return {name: float(weight) for name, weight in weights.items()}
 
 
 def check_loss(loss: Mapping[LossName, float]) -> None:
-    """Raise where losses are unknown, or their weights none."""
+    """Raise an error if losses are unknown or their weights are invalid."""
     known = get_args(LossName)
     if not isinstance(loss, Mapping):
-        raise TypeError(f"loss is {loss!r}, one of {known} or a weight for each of several expected. Use loss='ce'.")
+        raise TypeError(
+            f"Expected loss to be one of {known} or a dict from these names to weights, got {loss!r}. Use loss='ce'."
+        )
     if not loss or set(loss) - set(known):
-        raise ValueError(f"loss is {dict(loss)}, names of {known} with weights expected. Use loss='ce'.")
+        raise ValueError(f"Expected loss to map names out of {known} to weights, got {dict(loss)}. Use loss='ce'.")
     are_weights = all(isinstance(weight, Real) and 0 <= weight < math.inf for weight in loss.values())
     if not are_weights or not any(loss.values()):
         raise ValueError(
-            f"loss is {dict(loss)}, weights of 0 or more expected, one above 0. Use loss={{'ce': 1.0, 'dice': 1.0}}."
+            f"Expected weights of loss to be at least 0, with one above 0, got {dict(loss)}. "
+            "Use loss={'ce': 1.0, 'dice': 1.0}."
         )
 
 
 @dataclass(frozen=True)
 class Label:
-    """Predict ``obs`` columns from the cell embedding: the labels and values of the model's heads.
+    """Predict ``obs`` columns from the cell embedding, with the model's heads for labels and values.
 
-    ``batch.obs["label:<key>"]`` holds codes (-1: missing) or values (NaN: missing).
+    ``batch.obs["label:<key>"]`` contains codes (-1: missing) or values (NaN: missing).
 
     Parameters
     ----------
     loss
-        Weight of each loss on labels: ``"ce"``, ``"bce"``, ``"dice"``, ``"focal"``. Values get the squared error.
+        Weight of each loss for labels: ``"ce"``, ``"bce"``, ``"dice"``, ``"focal"``. Values use the squared error.
     class_weight
-        By key, one weight a class.
+        Weight of each class, by key.
     label_smoothing
-        Share of the target spread over all classes (``"ce"`` only).
+        Share of the target that is spread over all classes (only with ``"ce"``).
     """
 
     loss: Mapping[LossName, float] = field(default_factory=lambda: {"ce": 1.0})
@@ -67,24 +70,24 @@ class Label:
         check_loss(self.loss)
         if self.label_smoothing and not self.loss.get("ce"):
             raise TypeError(
-                f"label_smoothing={self.label_smoothing} spreads the target of 'ce', and loss is {dict(self.loss)}, "
-                "both or neither expected. Leave one out."
+                f"label_smoothing={self.label_smoothing} needs the loss 'ce', got loss={dict(self.loss)}. Leave one of "
+                "them out."
             )
 
     def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
-        """Summed over labelled cells and heads."""
+        """Sum the loss over labelled cells and heads."""
         return self.of(model.head_specs, model.head_outputs(batch), batch.obs)
 
     def of(self, heads: Sequence[HeadSpec], outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Loss:
-        """The loss of what heads say, summed over labelled cells and heads."""
+        """Sum the loss of given head outputs over labelled cells and heads."""
         device = next(iter(outputs.values())).device
         total = torch.zeros((), device=device)
         count = torch.zeros((), dtype=torch.long, device=device)
         logged: dict[str, Tensor] = {}
         for spec in heads:
             target, predicted = targets[f"label:{spec.key}"], outputs[spec.key]
-            there = target >= 0 if spec.classes is not None else target.isfinite()
-            target, predicted = target[there], predicted[there]
+            labelled = target >= 0 if spec.classes is not None else target.isfinite()
+            target, predicted = target[labelled], predicted[labelled]
             if spec.classes is None:
                 error = losses.squared_error(predicted.squeeze(1), (target - spec.mean) / spec.std)
                 total = total + error
@@ -96,7 +99,7 @@ class Label:
                 given = torch.bincount(answers, minlength=spec.n_outputs)
                 logged |= {f"{spec.key}:{code}": n for code, n in enumerate(given)}
             else:
-                # a rank without labels takes part in the backward pass of the others
+                # a rank without labels must take part in the backward pass of the others
                 total = total + 0 * predicted.sum()
             logged[f"{spec.key}:n"] = torch.tensor(len(target), device=device)
             count = count + len(target)
@@ -114,13 +117,13 @@ class Label:
                 case "focal":
                     each = losses.focal(logits, label, weight).sum()
                 case "dice":
-                    # does not add up over micro-batches: reported as its value times the cells
+                    # does not add up over micro-batches, so its value is multiplied by the number of cells
                     each = losses.dice(logits, label, weight) * len(label)
             total = total + factor * each
         return total
 
     def logs(self, model: CellModel) -> tuple[str, ...]:
-        """Of each head the labelled cells, and its squared error, or its right answers and how often it gave each."""
+        """Log labelled cells of each head, and its squared error, or correct predictions and counts of each class."""
         return tuple(
             f"{spec.key}:{what}"
             for spec in model.head_specs
@@ -128,9 +131,9 @@ class Label:
         )
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
-        """Per labelled cell: accuracy and the share of the commonest answer, or the squared error, of each head.
+        """Report the accuracy and the share of the most frequent prediction, or the squared error, of each head.
 
-        Of a head that no cell had a label for, nothing.
+        These are means over labelled cells; heads without labelled cells are not reported.
         """
         by_head: dict[str, dict[str, float]] = {}
         for name, mean in means.items():

@@ -1,4 +1,4 @@
-"""Hidden expression at the depth that was sequenced, predicted from a shallower cell (scFoundation)."""
+"""Masked expression at the sequenced depth, predicted from a downsampled cell (scFoundation)."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from scllm.models.base import Batch, CellModel
 
 __all__ = ["MaskedExpression"]
 
-# draws of one cell for different purposes are independent
+# independent random numbers for each purpose
 ASKED, FATE, OTHER = 7, 8, 9
 
 
 @dataclass(frozen=True)
 class MaskedExpression:
-    """Hide expression of genes, zeros among them, and predict it for the whole cell (scFoundation).
+    """Mask the expression of genes, zeros included, and predict it at full depth (scFoundation).
 
-    The model reads the cell as the loader gives it, with counts taken away (``TrainConfig.downsample``), and is asked
-    for the depth and the expression of the cell before that. What is hidden is not in the encoder's sentence: there a
-    gene without a value would say that it is expressed. The decoder reads it in its place.
+    The model reads the downsampled cell (``TrainConfig.downsample``) and predicts the expression at the depth before
+    downsampling. Masked genes are not in the encoder's token sequence, where their presence would reveal that they are
+    expressed. The decoder reads them instead.
 
     Parameters
     ----------
     mask_ratio
         Share of each cell's expressed genes to predict (one number in a tuple).
     zeros
-        Share of the genes that a cell does not express to predict.
+        Share of each cell's genes without expression to predict.
     hidden
-        Share of those that are hidden from the model.
+        Share of the genes to predict that are masked.
     swapped
-        Share of those that stand there with the value of another gene of the cell. The rest stay as they are.
+        Share of the genes to predict that get the value of another gene of the cell. The others keep their value.
     seed
-        Part of the run's settings; draws are keyed by cell and epoch.
+        Part of the run's settings; random numbers are keyed by cell and epoch.
     """
 
     mask_ratio: tuple[float, ...] = (0.3,)
@@ -51,16 +51,16 @@ class MaskedExpression:
     def __post_init__(self) -> None:
         if len(self.mask_ratio) != 1 or not 0 < self.mask_ratio[0] < 1:
             raise ValueError(
-                f"mask_ratio is {self.mask_ratio}, one share between 0 and 1 expected. scFoundation uses 0.3."
+                f"Expected mask_ratio to be one number between 0 and 1, got {self.mask_ratio}. scFoundation uses 0.3."
             )
         if not (0 <= self.zeros < 1 and 0 <= self.hidden and 0 <= self.swapped and self.hidden + self.swapped <= 1):
             raise ValueError(
-                f"zeros is {self.zeros}, hidden {self.hidden} and swapped {self.swapped}; shares from 0 to 1 expected, "
-                "hidden and swapped at most 1 together. scFoundation uses 0.03, 0.8 and 0.1."
+                "Expected zeros from 0 to below 1, and hidden and swapped of at least 0 that add up to at most 1, got "
+                f"zeros={self.zeros}, hidden={self.hidden}, swapped={self.swapped}. scFoundation uses 0.03, 0.8, 0.1."
             )
 
     def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
-        """Squared error summed over the genes asked for."""
+        """Sum the squared error over the genes to predict."""
         whole = batch if batch.whole is None else batch.whole
         assert whole.values is not None
         expression = whole.values.new_zeros(batch.n_cells, model.n_positions)
@@ -74,12 +74,12 @@ class MaskedExpression:
         target = expression[cell, gene]
         predicted = model.expression(model.gene_states(model.hidden(read), read, shown)[cell, gene])
         error = losses.squared_error(predicted, target)
-        # moments of what was hidden: the error is only meaningful as a share of its variance
+        # moments of the targets: the error only means something relative to their variance
         logged = {"mse": error, "target": target.sum(), "target_squared": (target**2).sum()}
         return Loss(error, torch.tensor(len(target), device=target.device), logged)
 
     def asked(self, model: CellModel, batch: Batch, expression: Tensor) -> tuple[Tensor, Tensor]:
-        """Cells and genes ``(n,)`` to predict, drawn among the measured genes; ``expression`` is ``(b, p)``."""
+        """Draw cells and genes ``(n,)`` to predict from the measured genes; ``expression`` is ``(b, p)``."""
         if batch.measured is None:
             cell, gene = (~model.is_special).expand(batch.n_cells, -1).nonzero().T
         else:
@@ -89,18 +89,19 @@ class MaskedExpression:
         return cell[asked], gene[asked]
 
     def _others(self, whole: Batch, keys: Tensor, cell: Tensor, gene: Tensor) -> Tensor:
-        """For each gene asked for the value of a gene of the same cell, drawn; the depths come last in a cell."""
+        """Draw for each gene to predict the value of a random gene of the same cell."""
         assert whole.values is not None
+        # the last two tokens of a cell are its depths
         n_genes = whole.cu_seqlens.diff().long()[cell] - 2
         drawn = (uniform(keys[cell], gene, OTHER) * n_genes).long()
         return torch.where(n_genes > 0, whole.values[whole.first[cell] + drawn], 0)
 
     def logs(self, model: CellModel) -> tuple[str, ...]:
-        """Error and moments of the hidden values."""
+        """Log the error and the moments of the targets."""
         return ("mse", "target", "target_squared")
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
-        """The error, the share of the hidden values' variance that is left, and the mask ratio."""
+        """Report the error, the unexplained share of the targets' variance, and the mask ratio."""
         mean, squared = means.pop("target"), means.pop("target_squared")
         variance = squared - mean**2
         share = {"mse_share": means["mse"] / variance} if variance > 0 else {}
@@ -108,7 +109,7 @@ class MaskedExpression:
 
 
 def _without(batch: Batch, cell: Tensor, gene: Tensor, n_positions: int) -> Batch:
-    """The sentences without some genes, which need not all be there."""
+    """Remove genes from token sequences; genes that a sequence does not contain are ignored."""
     gone = torch.zeros(batch.n_cells, n_positions, dtype=torch.bool, device=gene.device)
     gone[cell, gene] = True
     at = gone[batch.cell, batch.genes].nonzero().squeeze(1)
@@ -116,6 +117,6 @@ def _without(batch: Batch, cell: Tensor, gene: Tensor, n_positions: int) -> Batc
 
 
 def _depth(whole: Batch) -> Tensor:
-    """Counts of each cell, which its last token tells, ``(b,)``."""
+    """Return the total counts of each cell, ``(b,)``, which its last token contains."""
     assert whole.values is not None
     return 10 ** whole.values[whole.cu_seqlens[1:].long() - 1]

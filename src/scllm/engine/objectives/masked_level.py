@@ -1,4 +1,4 @@
-"""Hidden levels of expression, told apart as classes (scBERT)."""
+"""Masked expression levels, predicted as classes (scBERT)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from scllm.models.base import Batch, CellModel
 
 __all__ = ["MaskedLevel"]
 
-# draws of one cell for different purposes are independent
+# independent random numbers for each purpose
 HIDDEN, REPLACED = 0, 1
 
 
 @dataclass(frozen=True)
 class MaskedLevel:
-    """Hide levels of expressed genes and classify them: cross-entropy over levels (scBERT).
+    """Mask expression levels of expressed genes and classify them, with a cross-entropy over levels (scBERT).
 
     Parameters
     ----------
     mask_ratio
-        Share of each cell's expressed genes to predict (one number in a tuple). Zeros are never asked for.
+        Share of each cell's expressed genes to predict (one number in a tuple). Zeros are never predicted.
     replaced
-        Share of those whose level is hidden; the rest stand there as they are.
+        Share of these genes whose level is masked; the others keep their level.
     seed
-        Part of the run's settings; draws are keyed by cell and epoch.
+        Part of the run's settings; random numbers are keyed by cell and epoch.
     """
 
     mask_ratio: tuple[float, ...] = (0.15,)
@@ -37,12 +37,14 @@ class MaskedLevel:
 
     def __post_init__(self) -> None:
         if len(self.mask_ratio) != 1 or not 0 < self.mask_ratio[0] < 1:
-            raise ValueError(f"mask_ratio is {self.mask_ratio}, one share between 0 and 1 expected. scBERT uses 0.15.")
+            raise ValueError(
+                f"Expected mask_ratio to be one number between 0 and 1, got {self.mask_ratio}. scBERT uses 0.15."
+            )
         if not 0 < self.replaced <= 1:
-            raise ValueError(f"replaced is {self.replaced}, a share above 0 up to 1 expected. scBERT uses 0.9.")
+            raise ValueError(f"Expected replaced above 0 and at most 1, got {self.replaced}. scBERT uses 0.9.")
 
     def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
-        """Cross-entropy summed over the tokens asked for."""
+        """Sum the cross-entropy over the tokens to predict."""
         assert batch.values is not None
         asked = drawn_share(batch, batch.values > 0, self.mask_ratio[0], HIDDEN, up=True)
         target = batch.values[asked].long()
@@ -54,9 +56,9 @@ class MaskedLevel:
         return Loss(loss, torch.tensor(len(asked), device=target.device), {"accuracy": right})
 
     def logs(self, model: CellModel) -> tuple[str, ...]:
-        """Share of levels told right."""
+        """Log the accuracy of predicted levels."""
         return ("accuracy",)
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
-        """As logged, and the mask ratio."""
+        """Report the logged means and the mask ratio."""
         return {**means, "mask_ratio": self.mask_ratio[0]}

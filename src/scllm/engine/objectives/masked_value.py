@@ -1,4 +1,4 @@
-"""Hidden values, predicted (scGPT)."""
+"""Masked value prediction (scGPT)."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from scllm.models.base import Batch, CellModel
 
 __all__ = ["MaskedValue"]
 
-# draws of one cell for different purposes are independent
+# independent random numbers for each purpose
 OUT, ABSENT = 5, 6
 
 
 @dataclass(frozen=True)
 class MaskedValue:
-    """Hide values and predict them, from the genes' states and from the cell embedding (scGPT).
+    """Mask values and predict them from hidden states of genes and from the cell embedding (scGPT).
 
     Parameters
     ----------
     mask_ratio
-        Shares of a cell's genes to hide; one is drawn a step. ``<cls>`` is never hidden.
+        Shares of a cell's genes to mask; one of them is drawn for each step. ``<cls>`` is never masked.
     from_cell
-        Weight of the error of the values predicted from the cell embedding.
+        Weight of the loss of values predicted from the cell embedding.
     left_out
-        Share of each cell's genes that are left out of the sentence altogether. From the cell embedding their values
-        are predicted too, and those of as many genes drawn at random, most of them zero: so the embedding has to say
-        which genes a cell expresses, not only how much. 0 is scGPT's own training.
+        Share of each cell's genes that are held out of the input. Their values, and those of as many random genes (most
+        of them zero), are predicted from the cell embedding too. The embedding thus has to contain which genes a cell
+        expresses, not only how much. With 0, training is as in scGPT.
     seed
-        What the ratio is drawn by, together with the step.
+        Seed for drawing the mask ratio of each step.
     """
 
     mask_ratio: tuple[float, ...] = (0.25, 0.5, 0.75)
@@ -45,21 +45,24 @@ class MaskedValue:
     def __post_init__(self) -> None:
         if not self.mask_ratio or not all(0 < ratio < 1 for ratio in self.mask_ratio):
             raise ValueError(
-                f"mask_ratio is {self.mask_ratio}, shares between 0 and 1 expected. scGPT uses (0.25, 0.5, 0.75)."
+                f"Expected mask_ratio to be numbers between 0 and 1, got {self.mask_ratio}. scGPT uses "
+                "(0.25, 0.5, 0.75)."
             )
         if not 0 <= self.left_out < 1:
-            raise ValueError(f"left_out is {self.left_out}, a share from 0 up to below 1 expected. 0 leaves none out.")
+            raise ValueError(
+                f"Expected left_out of at least 0 and below 1, got {self.left_out}. Pass 0 to hold no genes out."
+            )
 
     def ratio(self, step: int) -> float:
-        """The share hidden at a step."""
+        """Return the share that is masked in a step."""
         return self.mask_ratio[int(mix(self.seed, step) % len(self.mask_ratio))]
 
     def hide(self, batch: Batch, is_special: Tensor, ratio: float, salt: int = 0) -> Tensor:
-        """Positions of hidden tokens: in each cell the ``floor(ratio * genes)`` with the smallest draws."""
+        """Return positions of masked tokens: in each cell, the ``floor(ratio * genes)`` with the smallest draws."""
         return drawn_share(batch, ~is_special[batch.genes], ratio, salt)
 
     def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
-        """Squared errors over the hidden positions, and from the cell embedding over what was left out too."""
+        """Sum squared errors over masked positions; from the cell embedding, also over held-out genes."""
         assert batch.values is not None
         everything, out = batch, None
         if self.left_out:
@@ -84,14 +87,14 @@ class MaskedValue:
             logged |= self._from_cell(model, batch, states[batch.first], *asked, len(hidden))
         terms = ((value, self.from_cell if name.endswith("_cell") else 1.0) for name, value in logged.items())
         total = torch.stack([weight * value for value, weight in terms]).sum()
-        # moments of what was hidden: the error is only meaningful as a share of its variance
+        # moments of the masked values: the error only means something relative to their variance
         logged |= {"target": target.sum(), "target_squared": (target**2).sum()}
         return Loss(total, torch.tensor(len(hidden), device=target.device), logged)
 
     def _from_cell(
         self, model: CellModel, batch: Batch, cell: Tensor, genes: Tensor, cell_of: Tensor, target: Tensor, n: int
     ) -> dict[str, Tensor]:
-        """Errors of the values predicted from the cell embedding, at the scale of ``n`` hidden positions."""
+        """Compute errors of values predicted from the cell embedding, scaled to ``n`` masked positions."""
         predicted = model.decode_cell(cell, genes, cell_of, batch)
         scale = n / max(1, len(target))
         found = {}
@@ -102,14 +105,14 @@ class MaskedValue:
         return found
 
     def _left_out(self, batch: Batch, out: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Genes, cells and values of what was left out, and of as many measured genes drawn at random."""
+        """Return genes, cells and values of the held-out genes, and of as many random measured genes."""
         assert batch.values is not None
         assert batch.measured is not None
         cell = batch.cell[out]
         number = torch.arange(len(out), device=out.device) - torch.searchsorted(cell, cell)
         draws = uniform(batch.keys[cell], number, ABSENT)
         genes = batch.measured.drawn(cell, draws)
-        # a gene drawn is zero unless the cell expresses it: looked up among the (cell, gene) pairs of the batch
+        # a random gene is zero unless its (cell, gene) pair is in the batch
         pairs, order = (batch.cell * n_tokens + batch.genes).sort()
         wanted = cell * n_tokens + genes
         place = torch.searchsorted(pairs, wanted).clamp(max=len(pairs) - 1)
@@ -118,11 +121,11 @@ class MaskedValue:
         return tuple(map(torch.cat, both))  # type: ignore[return-value]
 
     def logs(self, model: CellModel) -> tuple[str, ...]:
-        """Errors by head, and moments of the hidden values."""
+        """Log errors by head and moments of the masked values."""
         return (*model.value_losses(self.from_cell > 0), "target", "target_squared")
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
-        """Errors, the share of the hidden values' variance that is left, and the mask ratio."""
+        """Report errors, the unexplained share of the masked values' variance, and the mask ratio."""
         mean, squared = means.pop("target"), means.pop("target_squared")
         variance = squared - mean**2
         share = {"mse_share": means["mse"] / variance} if variance > 0 else {}

@@ -1,4 +1,4 @@
-"""Which tokens of a cell are hidden."""
+"""Random choice of the tokens to mask."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["drawn_share"]
 
 
 def drawn_share(batch: Batch, among: Tensor, share: float, salt: int = 0, *, up: bool = False) -> Tensor:
-    """Positions of a share of each cell's tokens ``among`` ``(t,)``: those with the smallest draws.
+    """Return positions of a random share of each cell's tokens ``among``, ``(t,)``: those with the smallest draws.
 
-    How many is rounded down, or ``up``; draws are a function of the cells' keys and ``salt``.
+    Their number is rounded down, or up if ``up``. Draws depend only on the cells' keys and ``salt``.
     """
     positions = among.nonzero().squeeze(1)
     cell = batch.cell[positions]
@@ -23,6 +23,6 @@ def drawn_share(batch: Batch, among: Tensor, share: float, salt: int = 0, *, up:
     n_among = torch.bincount(cell, minlength=batch.n_cells)
     place = torch.arange(len(cell), device=cell.device) - (n_among.cumsum(0) - n_among)[cell]
     exact = n_among.double() * share
-    # a share such as 0.15 of 20 is 3, and not above it by rounding
+    # 0.15 of 20 must be 3, although it is slightly above 3 in floating point
     n_drawn = (exact - 1e-9).ceil().long() if up else exact.floor().long()
     return positions[order[place < n_drawn[cell]]].sort().values

@@ -1,4 +1,4 @@
-"""Each gene from those before it in a drawn order (XLNet)."""
+"""Gene prediction in a random order (XLNet)."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ ORDER = 10
 
 @dataclass(frozen=True)
 class PermutedGene:
-    """Predict the genes of a sentence one after the other in an order drawn for the cell (Yang et al. 2019).
+    """Predict each gene from the genes before it in a random order (Yang et al. 2019).
 
-    A gene keeps its place in the sentence: only what it is predicted from is drawn. The order is a function of the
-    cell and the epoch; ``<cls>`` is seen by all.
+    Genes keep their position in the token sequence; the order only decides which genes a gene is predicted from. It
+    depends on the cell and the epoch. All genes see ``<cls>``.
 
     Parameters
     ----------
     share
-        Share of each cell's genes that are predicted, the last of the order. 1 trains what
-        :func:`scllm.tl.perplexity` measures; the original's 1/6 trains genes with much context only, and is faster.
+        Share of each cell's genes to predict, from the end of the order. 1 trains what :func:`scllm.tl.perplexity`
+        measures. The original uses 1/6, which is faster but trains only predictions from many genes.
     seed
-        What the order is keyed by besides.
+        Additional random seed.
     """
 
     share: float = 1.0
@@ -41,17 +41,17 @@ class PermutedGene:
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise ValueError(f"share is {self.share}, a share above 0 and up to 1 expected. 1 predicts all genes.")
+            raise ValueError(f"Expected share above 0 and at most 1, got {self.share}. Pass 1 to predict all genes.")
 
     def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
-        """Nats summed over the predicted genes."""
+        """Sum the cross-entropy in nats over the predicted genes."""
         if model.likelihood != "permutation":
             raise ValueError(
-                f"PermutedGene goes with XLNet, the likelihood of this {model.family} model is {model.likelihood!r}. "
-                "Use the family's own objective."
+                f"Expected a model with likelihood 'permutation' for PermutedGene, got {model.likelihood!r} (family "
+                f"{model.family!r}). Use the family's own objective."
             )
         cell, special = batch.cell, model.is_special[batch.genes]
-        # by place, not by gene: the order must say nothing of which gene stands there
+        # keyed by position, not by gene: the order must not depend on the genes
         place = torch.arange(len(cell), device=cell.device) - batch.first[cell]
         order = turns(batch, special, uniform(batch.keys[cell], place, 64 * self.seed + ORDER))
         n_genes = torch.bincount(cell[~special], minlength=batch.n_cells)
@@ -62,18 +62,18 @@ class PermutedGene:
         return Loss(total, torch.tensor(len(at), device=at.device))
 
     def logs(self, model: CellModel) -> tuple[str, ...]:
-        """Nothing but the loss."""
+        """Log only the loss."""
         return ()
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
-        """As logged."""
+        """Report the means as they are."""
         return means
 
 
 def turns(batch: Batch, special: Tensor, draws: Tensor) -> Tensor:
-    """When each token's turn comes, ``(t,)``: specials at 0, then the cell's genes 1, 2, ... by rising draws."""
+    """Return the order of tokens, ``(t,)``: 0 for special tokens, then 1, 2, ... for a cell's genes by rising draws."""
     cell = batch.cell
-    # specials go first in their cell
+    # special tokens come first in their cell
     by_draw = torch.argsort(cell + torch.where(special, 0, 2**-30 + draws * (1 - 2**-20)), stable=True)
     turn = torch.empty_like(by_draw)
     n_special = torch.bincount(cell[special], minlength=batch.n_cells)
