@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from engine.runs import assert_same_curve, curve, pretrain, workers
+from messages import naming
 
 import scllm
 from scllm.data import genes
@@ -150,7 +151,7 @@ def test_steps_end_a_run_within_an_epoch(toy, tmp_path):
 @pytest.mark.parametrize("n_procs", [1, 2])
 def test_a_loss_that_is_not_finite_ends_all_processes_before_the_update(toy, tmp_path, n_procs):
     run_dir = tmp_path / "run"
-    with pytest.raises(RuntimeError, match=r"not finite at step 2 .* last checkpoint is step 1"):
+    with pytest.raises(RuntimeError, match=naming("finite", "step 2", "checkpoint is step 1", "lr")):
         pretrain(toy, run_dir, lr=1e30, n_procs=n_procs, config={"save_every": 1})
     assert read_torch(run_dir / "last.pt")["step"] == 1
     assert curve(run_dir)["step"].tolist() == [1]
@@ -162,7 +163,7 @@ def test_nothing_is_read_on_after_an_error_that_is_still_looked_at(toy, model, t
     def reading():
         return [thread for thread in threading.enumerate() if thread.name == "scllm-prefetch"]
 
-    with pytest.raises(RuntimeError, match="not finite at step 2") as training:  # its traceback lives on
+    with pytest.raises(RuntimeError, match=naming("finite", "step 2")) as training:  # keeps the traceback alive
         pretrain(toy, tmp_path / "run", lr=1e30, batch_size=8)
     assert not reading()
 
@@ -179,7 +180,7 @@ def test_nothing_is_read_on_after_an_error_that_is_still_looked_at(toy, model, t
 
 
 def test_a_validation_loss_that_is_not_finite_is_an_error(toy, tmp_path):
-    with pytest.raises(RuntimeError, match="validation loss is nan at step 1, a finite number expected"):
+    with pytest.raises(RuntimeError, match=naming("validation loss", "nan", "step 1", "lr")):
         pretrain(toy, tmp_path / "run", lr=1e30, batch_size=108)
     assert not (tmp_path / "run" / "best_model.pt").exists()
 

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from messages import naming
 
 from scllm import models
 from scllm.data.tokens import Tokens
@@ -78,5 +79,5 @@ def test_settings_come_back_from_json():
 
 
 def test_an_unknown_loss_is_refused():
-    with pytest.raises(ValueError, match=r"loss is {'mse': 1.0}, names of .* expected\. Use loss='ce'"):
+    with pytest.raises(ValueError, match=naming("loss", {"mse": 1.0}, "loss='ce'")):
         GeneLabel(genes=[[0], [1]], weights=[[1.0], [1.0]], loss={"mse": 1.0})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import naming
 from scipy.special import log_softmax
 
 import scllm
@@ -108,7 +109,7 @@ def test_the_ratio_is_a_function_of_seed_and_step():
 
 @pytest.mark.parametrize("ratio", [(), (0.0,), (1.0,), (0.5, 1.5)])
 def test_a_mask_ratio_that_hides_nothing_or_all_is_an_error(ratio):
-    with pytest.raises(ValueError, match="shares between 0 and 1 expected"):
+    with pytest.raises(ValueError, match=naming("mask_ratio", ratio, "0", "1")):
         MaskedValue(ratio)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from messages import naming
 from models.sentences import built, shuffled
 from transformers import AlbertConfig, AlbertForMaskedLM
 
@@ -65,7 +66,7 @@ def test_all_layers_share_one_block():
     freeze(model, 1)
     assert not any(weight.requires_grad for weight in model.blocks[0].parameters())
     assert model.gene_table().requires_grad
-    with pytest.raises(ValueError, match="freeze is 2, 0 to 1 blocks expected"):
+    with pytest.raises(ValueError, match=naming("freeze", "0 to 1", "2")):
         freeze(model, 2)
 
 

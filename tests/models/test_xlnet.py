@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from messages import naming
 from models.sentences import built, sentences, shuffled
 from transformers import XLNetConfig, XLNetLMHeadModel
 
@@ -85,7 +86,7 @@ def test_a_share_of_the_last_genes_is_predicted():
     batch = shuffled(model, 10, 12, seed=0)
     assert int(PermutedGene()(model, batch, 0).count) == 120
     assert int(PermutedGene(share=0.25)(model, batch, 0).count) == 30
-    with pytest.raises(ValueError, match="share is 0, a share above 0"):
+    with pytest.raises(ValueError, match=naming("share", "got 0", "1")):
         PermutedGene(share=0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from messages import naming
 
 from scllm._results import classes_of
 from scllm.data.genes import match
@@ -102,8 +103,8 @@ def test_a_threshold_is_for_labels(adata, tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 7.0}, "batch_size is 7.0, a whole number of at least 1 expected"),
-        ({"batch_size": 0}, "batch_size is 0, a whole number of at least 1 expected"),
+        ({"batch_size": 7.0}, naming("batch_size", "whole number", "7.0")),
+        ({"batch_size": 0}, naming("batch_size", "whole number", "0")),
         ({"key_added": None}, "key_added is None, a name expected"),
         ({"key_added": 3}, "key_added is 3, a name expected"),
     ],

@@ -165,7 +165,7 @@ def test_the_same_run_directory_continues(adata, begun, markers, tmp_path):
     done = [(tmp_path / "run" / f"fold-{k}" / "done").stat().st_mtime_ns for k in range(2)]
     pd.testing.assert_frame_equal(classify_genes(adata, begun, labels=markers, **options), first)
     assert done == [(tmp_path / "run" / f"fold-{k}" / "done").stat().st_mtime_ns for k in range(2)]
-    with pytest.raises(ValueError, match="holds a run with other settings"):
+    with pytest.raises(ValueError, match="Expected the settings of the run in"):
         classify_genes(adata, begun, labels=dict(zip(markers.index, markers[::-1], strict=True)), **options)
 
 

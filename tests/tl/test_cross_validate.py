@@ -15,6 +15,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from messages import naming
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
@@ -103,9 +104,9 @@ def test_the_same_seed_gives_the_same_folds_and_predictions(adata, tiny):
     cross_validate(other, tiny, key="cell_type", n_folds=2, random_state=4, baseline=False, **FAST)
     pd.testing.assert_frame_equal(first.obs, again.obs)
     assert (first.obs["cell_type_cv_fold"] != other.obs["cell_type_cv_fold"]).any()
-    with pytest.raises(TypeError, match=r"random_state is given twice: 4 as an argument, 3 in config"):
+    with pytest.raises(TypeError, match=naming("random_state", "4", "3", "config")):
         cross_validate(adata, tiny, key="cell_type", random_state=4, config=TrainConfig(random_state=3), **FAST)
-    with pytest.raises(ValueError, match="random_state is -1, 0 or more expected"):
+    with pytest.raises(ValueError, match=naming("random_state", "-1")):
         cross_validate(adata, tiny, key="cell_type", random_state=-1, **FAST)
 
 
@@ -323,7 +324,7 @@ def test_runs_that_are_asked_for_or_not_wanted(adata, tiny, tmp_path):
     cross_validate(adata, tiny, key="cell_type", n_folds=2, run_dir=tmp_path, resume=True, **FAST)
     with pytest.raises(ValueError, match="holds folds already, an empty directory expected with resume=False"):
         cross_validate(adata, tiny, key="cell_type", n_folds=2, run_dir=tmp_path, resume=False, **FAST)
-    with pytest.raises(ValueError, match=r"holds a run with other settings \(data\.cells"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "data.cells")):
         cross_validate(adata, tiny, key="cell_type", n_folds=2, run_dir=tmp_path, random_state=1, **FAST)
 
 

@@ -194,11 +194,11 @@ def test_settings_are_recorded(adata, tiny):
         ({"hidden_layer": -4}, ValueError, r"hidden_layer is -4, -1 .* to -3 .*expected\. Leave it out"),
         ({"hidden_layer": 0}, ValueError, "hidden_layer is 0"),
         ({"pooling": "all"}, ValueError, r"pooling is 'all', .* expected .*\. Leave it out"),
-        ({"batch_size": -1}, ValueError, "batch_size is -1"),
+        ({"batch_size": -1}, ValueError, "batch_size.* -1"),
         ({"layer": "counts"}, KeyError, "layer 'counts' is not in adata"),
         ({"out": "a.npy"}, TypeError, "out= goes with data given as a path"),
-        ({"n_gpus": 8}, ValueError, "n_gpus is 8, this machine has"),
-        ({"device": "tpu3"}, ValueError, "device is 'tpu3'"),
+        ({"n_gpus": 8}, ValueError, "n_gpus.* 8"),
+        ({"device": "tpu3"}, ValueError, "device.*'tpu3'"),
     ],
 )
 def test_requests_that_cannot_be_met_write_nothing(adata, tiny, options, error, message):
@@ -309,7 +309,7 @@ def test_parity_scgpt_gene_embeddings(original, checkpoint, cells):
 
 
 def test_a_batch_of_no_cells_is_an_error(adata, tiny):
-    with pytest.raises(ValueError, match="batch_size is 0, a whole number of at least 1 expected"):
+    with pytest.raises(ValueError, match=r"batch_size.*whole number.* 0"):
         embed(adata, tiny, batch_size=0)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from messages import naming
 
 from scllm import models
 from scllm.data.anndata_file import MemoryTables
@@ -356,9 +357,9 @@ def test_a_family_without_other_heads_than_the_published_ones_says_so(adata, tun
 
 
 def test_freezing_what_is_not_there_is_an_error(tune, tmp_path):
-    with pytest.raises(ValueError, match="freeze is 3, 0 to 2 blocks expected"):
+    with pytest.raises(ValueError, match=naming("freeze", "0 to 2", "3")):
         tune(freeze=3)
-    with pytest.raises(ValueError, match=r"freeze: no weight is called 'blocks\.\*'; 'encoder' or names such as"):
+    with pytest.raises(ValueError, match=naming("freeze", "'blocks.*'", "'encoder'")):
         tune(freeze="blocks.*")
     assert not list(tmp_path.iterdir())
 
@@ -368,7 +369,7 @@ def test_every_loss_trains(tune, loss):
     tuned = tune(loss=loss)
     assert np.isfinite(tuned.history["loss"]).all()
     assert spec_of(tuned)["objective"]["loss"] == (loss if isinstance(loss, dict) else {loss: 1.0})
-    with pytest.raises(ValueError, match="loss is 'mse', one of"):
+    with pytest.raises(ValueError, match=naming("loss", "'mse'", "'ce'")):
         tune(loss="mse")
 
 
@@ -447,8 +448,8 @@ def test_down_sampling_needs_counts(adata, tune):
         ({"class_weight": {"A": "2"}}, ValueError, r"class_weight of 'A' is '2', a number of 0 or more"),
         ({"class_weight": {"a": 1}}, KeyError, r"'a' is not a label of obs\['cell_type'\]. .*Mend class_weight"),
         ({"key": "depth", "class_weight": "balanced"}, TypeError, r"class_weight needs labels, obs\['depth'\] holds"),
-        ({"loss": {"ce": 1, "dice": -1}}, ValueError, r"weights of 0 or more expected, one above 0"),
-        ({"loss": {"ce": "1"}}, ValueError, r"weights of 0 or more expected, one above 0"),
+        ({"loss": {"ce": 1, "dice": -1}}, ValueError, naming("weights of loss", "'dice': -1")),
+        ({"loss": {"ce": "1"}}, ValueError, naming("weights of loss", "'ce': '1'")),
         (
             {"key": "depth", "loss": "dice"},
             TypeError,
@@ -459,34 +460,34 @@ def test_down_sampling_needs_counts(adata, tune):
             TypeError,
             r"^label_smoothing=0\.1 is for labels, and obs\['depth'\] holds values",
         ),
-        ({"loss": "mse"}, ValueError, r"loss is 'mse', one of \('ce', 'bce', 'dice', 'focal'\) expected"),
-        ({"loss": {"focl": 1}}, ValueError, r"names of \('ce', 'bce', 'dice', 'focal'\) with weights expected"),
-        ({"freeze": "encodr"}, ValueError, r"no weight is called 'encodr'; 'encoder' or names such as .* expected"),
+        ({"loss": "mse"}, ValueError, naming("loss", "('ce', 'bce', 'dice', 'focal')", "'mse'")),
+        ({"loss": {"focl": 1}}, ValueError, naming("loss", "('ce', 'bce', 'dice', 'focal')", "'focl'")),
+        ({"freeze": "encodr"}, ValueError, naming("freeze", "'encodr'", "'encoder'")),
         ({"key": []}, ValueError, r"key is \[\]"),
         ({"key": ["batch", "batch"]}, ValueError, "Name each once"),
         ({"key": "depth", "upsample": True}, TypeError, r"upsample=True needs labels, obs\['depth'\] holds values"),
         ({"key": "batch", "group_key": "batch"}, ValueError, "training cells hold 1 distinct labels"),
-        ({"epochs": 1, "config": TrainConfig(epochs=2)}, TypeError, "epochs is given twice"),
+        ({"epochs": 1, "config": TrainConfig(epochs=2)}, TypeError, naming("epochs", "1", "2", "config")),
         ({"config": TrainConfig(max_len=1)}, ValueError, "max_len is 1, at least 2 expected"),
         ({"lora": 4, "config": TrainConfig(head_reads="inputs")}, TypeError, r"with lora=, got 'inputs'"),
-        ({"lora": True}, TypeError, "lora is True, the rank of adapters, LoraSettings or peft's LoraConfig"),
-        ({"freeze": 1.5}, TypeError, r"freeze is 1\.5, a number of blocks, 'encoder', or a pattern"),
-        ({"freeze": ["layers.*", 1]}, TypeError, r"freeze is \['layers\.\*', 1\], a number of blocks"),
-        ({"freeze": "*"}, ValueError, r"freeze is '\*', which is every weight, at least one to train expected"),
+        ({"lora": True}, TypeError, naming("lora", "True", "LoraSettings", "LoraConfig")),
+        ({"freeze": 1.5}, TypeError, naming("freeze", "1.5", "'encoder'")),
+        ({"freeze": ["layers.*", 1]}, TypeError, naming("freeze", "['layers.*', 1]", "'encoder'")),
+        ({"freeze": "*"}, ValueError, naming("freeze", "'*'", "at least one")),
         (
             {"loss": "dice", "config": TrainConfig(label_smoothing=0.1)},
             TypeError,
-            r"label_smoothing=0\.1 spreads the target of 'ce', and loss is \{'dice': 1\.0\}, both or neither",
+            naming("label_smoothing=0.1", "'ce'", "{'dice': 1.0}"),
         ),
         (
             {"loss": {"ce": 0, "dice": 1}, "config": TrainConfig(label_smoothing=0.1)},
             TypeError,
-            r"label_smoothing=0\.1 spreads the target of 'ce'",
+            naming("label_smoothing=0.1", "'ce'", "'dice': 1.0"),
         ),
-        ({"loss": ["ce", "dice"]}, TypeError, r"loss is \['ce', 'dice'\], one of .* or a weight for each"),
+        ({"loss": ["ce", "dice"]}, TypeError, naming("loss", "['ce', 'dice']", "'focal'")),
         ({"key": 5}, TypeError, "key is 5, a column of obs or a list of several expected"),
-        ({"random_state": -1}, ValueError, r"random_state is -1, 0 or more expected"),
-        ({"random_state": 1.5}, TypeError, r"random_state is 1\.5, a whole number expected"),
+        ({"random_state": -1}, ValueError, naming("random_state", "-1")),
+        ({"random_state": 1.5}, TypeError, naming("random_state", "1.5", "whole number")),
     ],
 )
 def test_requests_that_cannot_be_met_write_nothing(adata, tune, tmp_path, options, error, message):
@@ -504,7 +505,7 @@ def test_other_labels_in_the_same_directory_are_an_error(adata, tiny, tmp_path):
     options = {"key": "cell_type", "epochs": 1, "run_dir": tmp_path / "run"}
     finetune(adata, tiny, **options)
     adata.obs["cell_type"] = adata.obs["cell_type"].to_numpy()[::-1]
-    with pytest.raises(ValueError, match=r"holds a run with other settings \(data\.cells: "):
+    with pytest.raises(ValueError, match=naming(tmp_path / "run", "data.cells")):
         finetune(adata, tiny, **options)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from anndata import AnnData
+from messages import naming
 from scipy import sparse
 
 from scllm import datasets, models
@@ -147,7 +148,7 @@ def test_results_can_be_written(adata, tmp_path):
 
 
 def test_models_without_a_likelihood_are_refused(adata, tiny):
-    with pytest.raises(ValueError, match="a scgpt model does not say how likely"):
+    with pytest.raises(ValueError, match=naming("scgpt", "gpt2")):
         perplexity(adata, tiny)
 
 
