@@ -1,1 +1,1 @@
-"""One file a row of the performance table; ``python -m benchmarks`` prints them."""
+"""The performance table, one file per row; ``python -m benchmarks`` prints it."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks [--rows 1,3]``: run the rows and print the table."""
+"""Run the benchmarks and print the performance table: ``python -m benchmarks [--rows 1,3]``."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from pathlib import Path
 
 from benchmarks._timing import Row, copy_rate, gemm_rate
 
-# freed memory stays with the process, for both sides: on a virtual machine handing it back and getting it again took
-# three quarters of a training step
+# Freed memory stays with the process, for both sides of a comparison: on a virtual machine, returning it and getting it
+# again took three quarters of a training step.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_ARENA_MAX": "1"}
 
-COLUMNS = ("#", "what", "beside", "ratio, median [min, max]", "absolute", "share of roof", "target", "met")
+COLUMNS = (
+    "row", "what", "compared with", "ratio, median [min, max]", "absolute", "share of the upper limit", "target", "met"
+)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rows", help="numbers of the rows to run, such as 1,3; all by default")
+    parser.add_argument("--rows", help="numbers of the rows to run, such as 1,3 (default: all)")
     chosen = parser.parse_args().rows
     numbers = None if chosen is None else {int(number) for number in chosen.split(",")}
 
-    print(f"{_machine()}: copy {copy_rate() / 1e9:.1f} GB/s, GEMM {gemm_rate() / 1e9:.0f} GFLOP a CPU-second\n")
+    print(f"{_machine()}: copy {copy_rate() / 1e9:.1f} GB/s, GEMM {gemm_rate() / 1e9:.0f} GFLOP per CPU-second\n")
     print(_line(COLUMNS))
     print(_line(["---"] * len(COLUMNS)))
     for name in _modules(numbers):
@@ -40,7 +42,7 @@ def _machine() -> str:
 
 
 def _modules(numbers: set[int] | None) -> list[str]:
-    """Names of the row modules: row01_binning is row 1."""
+    """Return the names of the row modules; ``row01_binning`` is row 1."""
     names = sorted(path.stem for path in Path(__file__).parent.glob("row[0-9][0-9]_*.py"))
     return [name for name in names if numbers is None or int(name[3:5]) in numbers]
 
@@ -60,6 +62,6 @@ def _line(cells: Iterable[str]) -> str:
 
 if __name__ == "__main__":
     if not ALLOCATOR.items() <= os.environ.items():
-        # read once, when a process starts
+        # the allocator reads these variables only when a process starts
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], os.environ | ALLOCATOR)
     main()

@@ -1,4 +1,4 @@
-"""Cells for the benchmarks: real blood cells where `SCLLM_SHARED` has them, made ones otherwise."""
+"""Cells for the benchmarks: real blood cells if they are in `SCLLM_SHARED`, otherwise synthetic cells."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SHARED = Path(os.environ.get("SCLLM_SHARED", "../shared")) / "data"
 
 
 def table(counts: sparse.csr_matrix, genes: pd.Index | None = None) -> AnnData:
-    """AnnData of a count matrix, cells and genes named by their number."""
+    """Make an AnnData from a count matrix, with numbers as names of cells and genes."""
     names = pd.Index([f"G{i}" for i in range(counts.shape[1])]) if genes is None else genes
     return AnnData(counts, pd.DataFrame(index=np.arange(counts.shape[0]).astype(str)), pd.DataFrame(index=names))
 
 
 def made_cells(n_cells: int, n_genes: int, n_stored: int, seed: int = 0) -> sparse.csr_matrix:
-    """Counts with a long tail, three quarters of them 1; ``n_stored`` a cell on average, log-normally spread."""
+    """Make counts with a long tail, three quarters of them 1; cells have a log-normal number around ``n_stored``."""
     rng = np.random.default_rng(seed)
     lengths = np.clip(rng.lognormal(np.log(n_stored), 0.5, n_cells), 1, n_genes).astype(int)
     indices = np.concatenate([np.sort(rng.choice(n_genes, n, replace=False, shuffle=False)) for n in lengths])
@@ -40,14 +40,14 @@ def made_cells(n_cells: int, n_genes: int, n_stored: int, seed: int = 0) -> spar
 
 @cache
 def blood(name: str = "pbmc_zheng2017_facs") -> AnnData:
-    """Counts of blood cells: 3,874 sorted cells by 16,791 genes, 714 of them expressed in a cell."""
+    """Read counts of 3,874 sorted blood cells by 16,791 genes, of which a cell expresses 714 on average."""
     path = SHARED / f"{name}.h5ad"
     return read_h5ad(path) if path.exists() else table(made_cells(3_874, 16_791, 714))
 
 
 @cache
 def blood_1200() -> AnnData:
-    """Three 10x chemistries of blood cells, restricted to the 1,200 most variable genes: 154 expressed in a cell."""
+    """Read blood cells from three 10x chemistries with the 1,200 most variable genes, of which a cell expresses 154."""
     if not (SHARED / "pbmc_10x_3batches.h5ad").exists():
         return table(made_cells(2_000, 1_200, 130))
     import scanpy as sc
@@ -58,7 +58,7 @@ def blood_1200() -> AnnData:
 
 
 def loader(data: AnnData | str, *, batch_size: int = 64, training: bool = True) -> Loader:
-    """Cells binned and cropped as scGPT is trained on them."""
+    """Make a loader of cells that are binned and truncated as in scGPT's training."""
     source = open_source(data)
     vocab = Vocab.from_genes(source.genes)
     rows = np.arange(source.n_obs)
@@ -66,6 +66,6 @@ def loader(data: AnnData | str, *, batch_size: int = 64, training: bool = True) 
 
 
 def serial_epoch(cells: Loader, epoch: int = 0) -> list[int]:
-    """One epoch without the prefetch thread, which is hard to attribute CPU-seconds to; returns the batches' sizes."""
+    """Run one epoch without the prefetch thread, whose CPU-seconds are hard to attribute; return the batch sizes."""
     batches = cells._batches(cells._training_plan(epoch, 0, 1), epoch, 0, 1)
     return [batch.n_cells for parts in batches for batch in parts]

@@ -1,4 +1,4 @@
-"""Measurements that need an interpreter of their own: peak memory and the time of imports."""
+"""Measurements that need a new interpreter: peak memory and import time."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["call_in_child", "peak_rss", "run_python"]
 
 
 def run_python(code: str) -> tuple[float, float]:
-    """Wall and CPU-seconds of a fresh interpreter that runs one line."""
+    """Run one line in a new interpreter; return its wall time and CPU-seconds."""
     before, start = _children_seconds(), time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True)
     return time.perf_counter() - start, _children_seconds() - before
 
 
 def call_in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of a module returns (numbers and strings) when a fresh interpreter calls it."""
+    """Call a function of a module in a new interpreter and return its result (numbers and strings)."""
     code = (
         f"import json, sys; from {function.__module__} import {function.__name__} as f; "
         "print(json.dumps(f(*json.loads(sys.argv[1]))))"
     )
-    # memory is what is measured: it is handed back as in any other process
+    # memory is measured, so it must be returned to the system as in any other process
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, json.dumps(arguments)],
@@ -38,8 +38,8 @@ def call_in_child(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def peak_rss() -> int:
-    """Largest resident memory of this process until now, in bytes."""
-    # getrusage counts what the parent held when it started this process, so it is asked only where /proc does not say
+    """Return the peak resident memory of this process so far, in bytes."""
+    # getrusage includes the parent's memory when it started this process, so it is only used without /proc
     with open("/proc/self/status") as file:
         kilobytes = next((int(line.split()[1]) for line in file if line.startswith("VmHWM")), None)
     return (kilobytes or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024

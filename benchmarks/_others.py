@@ -1,4 +1,4 @@
-"""How others load cells: AnnData's loader and scDataset, with a collate function in numpy behind them."""
+"""Other loaders of cells: AnnData's AnnLoader and scDataset, each with a collate function in numpy."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["ann_batches", "block_batches", "collate"]
 
 
 def ann_batches(adata: AnnData, batch_size: int, n_batches: int) -> Iterator[np.ndarray]:
-    """The first batches of a shuffled AnnLoader, dense; ``.X`` is touched, which is what reads it."""
+    """Yield the first batches of a shuffled AnnLoader, dense; data are only read when ``.X`` is accessed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and still what is used
+        warnings.simplefilter("ignore")  # AnnLoader is deprecated but still in use
         batches = AnnLoader(adata, batch_size=batch_size, shuffle=True, use_default_converter=True)
         for view in islice(batches, n_batches):
             yield torch.as_tensor(view.X).numpy()
@@ -29,9 +29,9 @@ def ann_batches(adata: AnnData, batch_size: int, n_batches: int) -> Iterator[np.
 def block_batches(
     adata: AnnData, batch_size: int, n_batches: int, *, block: int = 16, fetch: int = 64, seed: int = 0
 ) -> Iterator[np.ndarray]:
-    """scDataset's sampling: blocks of neighbours shuffled, many batches fetched at once in file order, dealt at random.
+    """Yield batches sampled like scDataset: blocks of rows are shuffled, fetched for many batches and dealt at random.
 
-    Written here in the few lines that it takes; the package reads and deals in the same way, see row 4.
+    This is a short implementation of our own. The package reads and distributes rows in the same way (see row 4).
     """
     rng = np.random.default_rng(seed)
     starts = rng.permutation(np.arange(0, adata.n_obs, block))
@@ -48,11 +48,11 @@ def block_batches(
 def collate(
     dense: np.ndarray, *, n_bins: int | None = 51, max_len: int = 1_201, keys: np.ndarray | None = None, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Genes, values and boundaries of a packed batch in numpy, cell by cell.
+    """Make genes, values and boundaries of a packed batch in numpy, cell by cell.
 
-    Of each row: its non-zero entries; their bins, by ``np.quantile`` and two ``np.searchsorted`` (``n_bins=None``
-    leaves the values as they are, as for cells binned beforehand); at most ``max_len - 1`` of them at random; ``<cls>``
-    in front. ``keys`` draws the crop as the loader does, to compare the outputs.
+    Non-zero entries of each row are binned with ``np.quantile`` and two ``np.searchsorted`` (not with ``n_bins=None``,
+    as for cells that are already binned), reduced to a random subset of at most ``max_len - 1``, and preceded by
+    ``<cls>``. With ``keys``, the same subset is drawn as in the loader, to compare the outputs.
     """
     rng = np.random.default_rng(seed)
     genes, values = [], []
@@ -70,7 +70,7 @@ def collate(
                 draws = uniform_entries(ends, stored.astype(np.int32), keys[i : i + 1], CROP)
                 kept = np.sort(np.argsort(draws)[: max_len - 1])
             stored, value = stored[kept], value[kept]
-        # the vocabulary of the benchmarks: the genes, then <cls>
+        # in the vocabulary of the benchmarks, <cls> comes after the genes
         genes.append(np.concatenate([[len(row)], stored]))
         values.append(np.concatenate([[0], value]))
     ends = np.cumsum([0, *map(len, genes)]).astype(np.int32)

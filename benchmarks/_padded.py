@@ -1,4 +1,4 @@
-"""The same scGPT with its blocks in ``nn.TransformerEncoder``, on padded cells."""
+"""The same scGPT with ``nn.TransformerEncoder`` on padded cells."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["PaddedModel"]
 
 
 class PaddedModel(Model):
-    """Weights, embeddings, heads and objective of another model; only the blocks are PyTorch's own."""
+    """A model with the weights, embeddings, heads and objective of another one, but PyTorch's own blocks."""
 
     def __init__(self, model: Model) -> None:
         super().__init__(model.config, model.vocab, model.encoder)
@@ -30,7 +30,7 @@ class PaddedModel(Model):
         self.layers = nn.ModuleList()
 
     def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
-        """Pad, encode, and take the padding out again."""
+        """Pad the cells, encode them and remove the padding."""
         packed = self.inputs(batch)
         padding = torch.arange(max(batch.lengths), device=packed.device) >= batch.cu_seqlens.diff()[:, None]
         x = packed.new_zeros(*padding.shape, packed.shape[1])

@@ -1,4 +1,4 @@
-"""Paired timings: ours and theirs in turns in one run, CPU-seconds, beside what the machine can do."""
+"""Paired timings in CPU-seconds: both programs alternate in one run, next to the machine's upper limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ratio:
-    """Seconds of theirs over seconds of ours, round by round: above 1, ours is faster."""
+    """Their seconds divided by our seconds in each round; above 1, ours is faster."""
 
     ours: tuple[float, ...]
     theirs: tuple[float, ...]
@@ -39,7 +39,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     number: int
     what: str
@@ -48,11 +48,11 @@ class Row:
     absolute: str
     share_of_roof: str
     target: str
-    is_met: bool | None  # None: not measured here
+    is_met: bool | None  # None: not measured on this machine
 
 
 def cpu_seconds(function: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
-    """CPU-seconds of one call, over all threads of the process."""
+    """Measure the CPU-seconds of one call, over all threads of the process."""
     start = clock()
     function()
     return clock() - start
@@ -67,25 +67,25 @@ def paired(
     rounds: int = ROUNDS,
     clock: Callable[[], float] = time.process_time,
 ) -> Ratio:
-    """Time both in turns, A B A B.
+    """Time two functions alternately (A B A B ...).
 
     Parameters
     ----------
     ours, theirs
-        What is timed. Both have run before, so that nothing is compiled here, and their results were compared.
+        Functions to time. Both must have run before, so that nothing is compiled here, and their results compared.
     n_ours, n_theirs
-        How many units of work a call does; seconds are given for one unit. The faster one gets more.
+        Units of work per call; seconds are given per unit. The faster function should get more units.
     rounds
-        How many pairs, at least 5.
+        Number of pairs, at least 5.
     clock
-        CPU-seconds of the process; ``time.perf_counter`` where threads or processes are compared.
+        Clock to read: CPU-seconds of the process, or ``time.perf_counter`` to compare threads or processes.
     """
     seconds = [(cpu_seconds(ours, clock) / n_ours, cpu_seconds(theirs, clock) / n_theirs) for _ in range(rounds)]
     return Ratio(*zip(*seconds, strict=True))
 
 
 def one_torch_thread(function: Callable[P, T]) -> Callable[P, T]:
-    """Let torch compute on one thread meanwhile: threads that wait for each other use CPU-seconds up."""
+    """Limit torch to one thread during a call, because threads that wait for each other use CPU-seconds."""
 
     @wraps(function)
     def on_one(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -102,13 +102,13 @@ def one_torch_thread(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def in_turns(functions: Sequence[Callable[[], object]], *, rounds: int = 5) -> list[tuple[float, ...]]:
-    """CPU-seconds of each function in each round, where several are compared with one that takes long."""
+    """Measure the CPU-seconds of several functions alternately, to compare several with one slow function."""
     return list(zip(*([cpu_seconds(function) for function in functions] for _ in range(rounds)), strict=True))
 
 
 @cache
 def copy_rate() -> float:
-    """Bytes a CPU-second that one thread copies, read and write both counted; larger than the caches."""
+    """Measure the bytes per CPU-second that one thread copies, reads plus writes, in arrays larger than the caches."""
     source = np.ones(1 << 24)
     target = np.empty_like(source)
     seconds = [cpu_seconds(lambda: np.copyto(target, source)) for _ in range(5)]
@@ -117,7 +117,7 @@ def copy_rate() -> float:
 
 @cache
 def gemm_rate(n: int = 1536) -> float:
-    """Float32 operations a CPU-second of numpy's matrix product, over the threads it takes."""
+    """Measure float32 operations per CPU-second of numpy's matrix product, over all its threads."""
     a = np.ones((n, n), np.float32)
     seconds = [cpu_seconds(lambda: a @ a) for _ in range(5)]
     return 2 * n**3 / float(np.median(seconds[1:]))

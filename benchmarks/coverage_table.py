@@ -1,4 +1,4 @@
-"""``python -m benchmarks.coverage_table``: genes of each data set that published vocabularies hold."""
+"""Print how many genes of each data set are in published vocabularies: ``python -m benchmarks.coverage_table``."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ VOCABULARIES = {
 
 
 def coverage(adata: AnnData, vocab: Vocab) -> tuple[int, float, float]:
-    """Genes of the data that a vocabulary holds, their share of the smaller of both, and their share of all counts."""
-    # symbols stand in var_names of all data sets; low figures are wanted too, not the error
+    """Count the data's genes in a vocabulary; return number, share of the smaller set, and share of all counts."""
+    # var_names of all data sets are symbols; min_coverage=0 avoids the error about low coverage
     key = "var_names" if vocab.aliases else None
     matched = pp.match_genes(adata, vocab, gene_key=key, min_coverage=0.0, copy=True)
     found, known = matched.uns["scllm"]["match_genes"], (matched.var["token_id"] >= 0).to_numpy()

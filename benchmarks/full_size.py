@@ -1,7 +1,7 @@
-"""``python -m benchmarks.full_size [family ...]``: one longest cell through every published size, on a CPU.
+"""Predict one cell of maximal length with every published size: ``python -m benchmarks.full_size [family ...]``.
 
-Each size has a process of its own: it builds the model with the vocabulary it was published with, predicts every
-expressed gene of a cell that expresses all of them (cropped to the longest sentence), and tells its peak memory.
+Each size runs in its own process on a CPU. It builds the model with a vocabulary of the published size and predicts all
+expressed genes of a cell that expresses every gene (truncated to ``max_len``). Its peak memory is printed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from benchmarks._child import call_in_child, peak_rss
 
 __all__ = ["SIZES", "predict_one_cell"]
 
-# family, size, genes of the vocabulary. Gene language models were published with words: they get Geneformer's genes
+# Family, size, number of genes in the vocabulary. Gene language models were published for words, so they get
+# Geneformer's genes.
 SIZES = (
     ("scgpt", "base", 60_694),
     ("scbert", "base", 16_906),
@@ -32,7 +33,7 @@ LIMIT = 24 * 2**30
 
 
 def predict_one_cell(family: str, size: str, n_genes: int) -> tuple[int, int, int, int]:
-    """Weights, tokens of the vocabulary, tokens of the cell, and bytes at the peak."""
+    """Predict one cell; return the number of weights, the tokens of the vocabulary and of the cell, and peak bytes."""
     import numpy as np
     import torch
 
@@ -68,6 +69,6 @@ def main(families: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from benchmarks.full_size import main as run  # under a name that the processes of the sizes find it by
+    from benchmarks.full_size import main as run  # imported by its module name, so that other processes find it
 
     sys.exit(run(sys.argv[1:]))

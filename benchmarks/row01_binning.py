@@ -1,4 +1,4 @@
-"""Row 1: binning of counts, beside scGPT's way of doing it."""
+"""Row 1: binning of counts, compared with scGPT's method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TARGET_RATIO, TARGET_RATE, TARGET_THREADS = 30, 110_000, 1.9
 
 
 def counts(n_cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of 2,000 counts, 74 % of them 1, with a long tail: ``indptr, indices, data``."""
+    """Make rows of 2,000 counts with a long tail, 74 % of them 1; return ``indptr, indices, data``."""
     rng = np.random.default_rng(0)
     genes = np.sort(np.argsort(rng.random((200, N_GENES)), axis=1)[:, :N_STORED], axis=1)
     data = np.ones(n_cells * N_STORED, np.float32)
@@ -27,7 +27,7 @@ def counts(n_cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def bin_dense_row(row: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """The way scGPT goes: quantiles of the non-zero values, digitised from both sides, a random bin between."""
+    """Bin a dense row like scGPT: quantiles of non-zero values, digitised from both sides, a random bin in between."""
     is_stored = row.nonzero()[0]
     values = row[is_stored]
     edges = np.quantile(values, np.linspace(0, 1, N_BINS - 1))
@@ -66,8 +66,8 @@ def run() -> Row:
     share = rate * N_STORED * (data.itemsize + 1) / copy_rate()
     return Row(
         number=1,
-        what="bin_rows, CSR counts, 2,000 non-zeros, 51 bins",
-        beside="np.quantile + two np.digitize + random ties on a dense row",
+        what="bin_rows, CSR counts, 2,000 non-zeros per cell, 51 bins",
+        beside="np.quantile, two np.digitize and random ties on a dense row",
         ratio=str(ratio),
         absolute=f"{rate:,.0f} cells/s (random ties {drawn_rate:,.0f}, {drawn.median:.3g}x); 2 threads {scaling}x",
         share_of_roof=f"{share:.0%} of memory copy",
@@ -79,7 +79,7 @@ def run() -> Row:
 
 
 def _two_threads(ours) -> Ratio:
-    """Wall time of one thread over that of two; needs both cores to itself, a busy neighbour lowers it."""
+    """Compare the wall time of one thread with that of two; other work on the cores lowers the ratio."""
 
     def on_two() -> None:
         numba.set_num_threads(2)

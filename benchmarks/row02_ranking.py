@@ -1,4 +1,4 @@
-"""Row 2: genes in the order of their scaled expression, beside Geneformer's way of doing it."""
+"""Row 2: ranking of genes by scaled expression, compared with Geneformer's method."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TARGET_RATIO, TARGET_RATE = 8, 60_000
 
 
 def counts(n_cells: int) -> tuple[sparse.csr_matrix, np.ndarray]:
-    """Cells of 2,484 counts, three quarters of them 1, and a median for each gene."""
+    """Make cells of 2,484 counts, three quarters of them 1, and a median for each gene."""
     rng = np.random.default_rng(0)
     genes = np.sort(np.argsort(rng.random((200, N_GENES)), axis=1)[:, :N_STORED], axis=1)
     indices = np.tile(genes.ravel(), n_cells // 200).astype(np.int32)
@@ -29,7 +29,7 @@ def counts(n_cells: int) -> tuple[sparse.csr_matrix, np.ndarray]:
 
 
 def rank_as_geneformer(cells: sparse.csr_matrix, medians: np.ndarray, most: int, kind: str | None) -> list[np.ndarray]:
-    """Normalised by total and median as a sparse matrix, then row by row: tokens by falling value, cut."""
+    """Normalise a sparse matrix by total and median, then sort and truncate the tokens row by row."""
     totals = np.asarray(cells.sum(1), np.float64)
     scaled = sparse.csr_matrix((cells / totals * 10_000).multiply(1 / medians))
     tokens = np.arange(N_GENES)
@@ -38,7 +38,7 @@ def rank_as_geneformer(cells: sparse.csr_matrix, medians: np.ndarray, most: int,
 
 
 def sort_only(rows: list[np.ndarray], kind: str | None) -> list[np.ndarray]:
-    """The sort alone, its input laid ready."""
+    """Sort prepared rows."""
     return [np.argsort(row, kind=kind) for row in rows]
 
 
@@ -71,10 +71,10 @@ def _row(most, tokens, vocab, measured, medians, few, laid_ready) -> Row:
     share = rate * (N_STORED * 8 + min(most, N_STORED) * 4) / copy_rate()
     return Row(
         number=2,
-        what=f"RankEncoder, 2,484 non-zeros, top {most:,}",
-        beside="per row of a scipy matrix: scale, np.argsort, take the tokens",
-        ratio=f"{whole}; beside np.argsort alone, its input laid ready: {sorts[None]} (unstable), "
-        f"{sorts['stable']} (stable, as ours is)",
+        what=f"RankEncoder, 2,484 non-zeros per cell, top {most:,}",
+        beside="scaled scipy matrix, then np.argsort row by row",
+        ratio=f"{whole}; compared with only np.argsort on prepared input: {sorts[None]} (unstable), "
+        f"{sorts['stable']} (stable, like ours)",
         absolute=f"{rate:,.0f} cells/s",
         share_of_roof=f"{share:.0%} of memory copy",
         target=f">= {TARGET_RATIO}x, >= {TARGET_RATE:,} cells/s",
@@ -83,7 +83,7 @@ def _row(most, tokens, vocab, measured, medians, few, laid_ready) -> Row:
 
 
 def _check(ours: Tokens, theirs: list[np.ndarray], cells: sparse.csr_matrix, medians: np.ndarray) -> None:
-    """The same strengths in the same order; keys that differ in the last bit alone may have changed places."""
+    """Compare the sorted values; genes whose values differ only in the last bit may be swapped."""
     for i, row in enumerate(theirs):
         mine = ours.genes[ours.indptr[i] : ours.indptr[i + 1]]
         strength = np.zeros(N_GENES)

@@ -1,4 +1,4 @@
-"""Row 3: batches from counts in memory, beside AnnLoader and a collate function in numpy."""
+"""Row 3: batches from counts in memory, compared with AnnLoader and a collate function in numpy."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def run() -> Row:
     share = rate * N_STORED * 2 * (data.itemsize + indices.itemsize) / copy_rate()
     return Row(
         number=3,
-        what="Loader, CSR in memory, 2,000 non-zeros, binned, cropped to 1,201, packed, random batches of 64",
-        beside="AnnLoader + numpy collate (np.quantile and np.searchsorted a cell)",
+        what="Loader, CSR in memory, 2,000 non-zeros per cell, binned, truncated to 1,201, packed, batches of 64",
+        beside="AnnLoader and numpy collate (np.quantile and np.searchsorted for each cell)",
         ratio=str(ratio),
         absolute=f"{rate:,.0f} cells/s/core, {rate_prefetching:,.0f} with the prefetch thread; "
         f"{binned_before.median:.3g}x without their binning",
@@ -54,7 +54,7 @@ def run() -> Row:
 
 
 def _check(adata, cells) -> None:
-    """The first batch, cropped by the same draws, is that of the numpy collate."""
+    """Compare the first batch with that of the numpy collate, for the same random subset of genes."""
     batch = next(cells.epoch(0))[0]
     rows = next(cells._training_plan(0, 0, 1)).rows
     expected = collate(adata.X[rows].toarray(), keys=mix(cells.seed, 0, rows))

@@ -1,4 +1,4 @@
-"""Row 4: random epochs from a gzip h5ad, beside AnnLoader and scDataset."""
+"""Row 4: random epochs from a gzip h5ad, compared with AnnLoader and scDataset."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def _row(path: str) -> Row:
     rate = 1 / float(np.median(ratio.ours))
     return Row(
         number=4,
-        what=f"Loader, gzip h5ad of {n_cells:,} blood cells, binned, cropped, packed, random epoch",
-        beside="AnnLoader backed + numpy collate; scDataset (block 16, fetch 64 batches) + the same collate",
-        ratio=f"{ratio}; scDataset {_told(package)}; its sampling in our own lines {by_blocks}, "
-        f"without their binning {unbinned}",
+        what=f"Loader, gzip h5ad of {n_cells:,} blood cells, binned, truncated, packed, random epoch",
+        beside="AnnLoader, backed, and numpy collate; scDataset (block 16, fetch 64 batches) and the same collate",
+        ratio=f"{ratio}; scDataset {_in_words(package)}; our own implementation of its sampling {by_blocks}, "
+        f"without binning in the collate {unbinned}",
         absolute=f"{rate:,.0f} cells/s/core",
         share_of_roof=f"{sequential.median:.0%} of sequential reading",
         target=f">= {TARGET_RATIO}x, >= {TARGET_BLOCKS}x, >= {TARGET_SHARE:.0%} of sequential reading",
@@ -74,12 +74,12 @@ def _row(path: str) -> Row:
     )
 
 
-def _told(ratio: Ratio | None) -> str:
+def _in_words(ratio: Ratio | None) -> str:
     return "not installed" if ratio is None else str(ratio)
 
 
 def _sequential(path: str) -> None:
-    """Everything in the file's order, h5py alone."""
+    """Read everything in file order with h5py."""
     with h5py.File(path) as file:
         for name in ("indices", "data"):
             array = file[f"X/{name}"]
@@ -88,7 +88,7 @@ def _sequential(path: str) -> None:
 
 
 def _scdataset(adata: AnnData, batch_size: int, n_batches: int):
-    """The package itself, on a backed AnnData; fetched rows stay sparse until they make a batch."""
+    """Yield batches of the package itself on a backed AnnData; fetched rows stay sparse until a batch is made."""
     cells = scDataset(
         adata, BlockShuffling(block_size=16), batch_size=batch_size, fetch_factor=FETCH,
         fetch_callback=lambda data, rows: data[rows].to_memory().X,

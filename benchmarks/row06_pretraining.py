@@ -1,4 +1,4 @@
-"""Row 6: a pretraining step of scGPT base on a CPU, beside nn.TransformerEncoder on padded cells."""
+"""Row 6: a pretraining step of scGPT base on a CPU, compared with nn.TransformerEncoder on padded cells."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TARGET_FP32, TARGET_BF16, TARGET_DROPOUT = 1.35, 2.0, 3.5
 
 
 def base_model(n_tokens: int = N_TOKENS) -> CellModel:
-    """12 blocks x 8 heads x 512, feed-forward 512; weights as they start."""
+    """Build a model with 12 blocks x 8 heads x 512, feed-forward 512, and initial weights."""
     torch.manual_seed(0)
     return models.build("scgpt", vocab=Vocab.from_genes(f"G{i}" for i in range(n_tokens)), dropout=0.0)
 
@@ -45,13 +45,13 @@ class Step:
         self.optimise.zero_grad(set_to_none=True)
 
     def loss(self, precision: str = "fp32") -> Tensor:
-        """Mean over the hidden values."""
+        """Compute the mean loss over the masked values."""
         with autocast(precision, self.model.device):
             loss = self.objective(self.model, self.batch, 0)
         return loss.sum / loss.count
 
     def set_dropout(self, dropout: float) -> None:
-        """One model for all variants: weights that lie unused are taken from a virtual machine and cost time again."""
+        """Set dropout in place, so that all variants share one model: a virtual machine reclaims unused weights."""
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
@@ -60,7 +60,7 @@ class Step:
 
 
 def training_flop(model: CellModel, lengths: tuple[int, ...]) -> float:
-    """Operations of the blocks in one step, from the configuration; the embedding table and heads left out."""
+    """Count the operations of the blocks in one step from the configuration, without embedding table and heads."""
     config = model.config
     d, f, n_layers = config.d_model, config.d_hidden, config.n_layers
     return sum(n * (6 * n_layers * (4 * d**2 + 2 * d * f) + 12 * n_layers * n * d) for n in lengths)
@@ -91,8 +91,8 @@ def run() -> Row:
         f"{max(batch.lengths)} tokens (fill {fill:.2f})",
         beside="the same weights, heads and objective, padded in nn.TransformerEncoder, fp32",
         ratio=f"fp32 {fp32}; bf16 {bf16}; dropout 0.2 as published {dropout_bf16} in bf16, {dropout} in fp32",
-        absolute=f"{len(batch.genes) / seconds:,.0f} tokens a CPU-second in fp32",
-        share_of_roof=f"{share:.0%} of GEMM, blocks alone, fp32",
+        absolute=f"{len(batch.genes) / seconds:,.0f} tokens per CPU-second in fp32",
+        share_of_roof=f"{share:.0%} of GEMM, only the blocks, fp32",
         target=f"fp32 >= {TARGET_FP32}x, bf16 >= {TARGET_BF16}x, dropout 0.2 >= {TARGET_DROPOUT}x",
         is_met=fp32.median >= TARGET_FP32 and bf16.median >= TARGET_BF16 and dropout_bf16.median >= TARGET_DROPOUT,
     )

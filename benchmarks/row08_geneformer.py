@@ -1,4 +1,4 @@
-"""Row 8: a pretraining step of Geneformer, beside BertForMaskedLM of transformers on padded cells."""
+"""Row 8: a pretraining step of Geneformer, compared with BertForMaskedLM of transformers on padded cells."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class OurStep:
         self.optimise.zero_grad(set_to_none=True)
 
     def loss(self) -> Tensor:
-        """Mean over the genes asked about."""
+        """Compute the mean loss over the masked genes."""
         loss = MaskedGene()(self.model, self.batch, 0)
         return loss.sum / loss.count
 
 
 class TheirStep:
-    """The same weights, masks and optimiser in transformers: padded, logits of every token."""
+    """The same weights, masks and optimiser in transformers, on padded cells and with logits of every token."""
 
     def __init__(self, model: CellModel, batch: Batch) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -62,12 +62,12 @@ class TheirStep:
         self.optimise.zero_grad(set_to_none=True)
 
     def loss(self) -> Tensor:
-        """Mean over the genes asked about."""
+        """Compute the mean loss over the masked genes."""
         return self.model(input_ids=self.ids, attention_mask=self.mask, labels=self.labels).loss
 
 
 def batch_of(size: str) -> tuple[CellModel, Batch]:
-    """Blood cells as the model of a published size reads them; as many tokens in the table as the published one has."""
+    """Build a model of a published size, with as many tokens as published, and read a batch of blood cells."""
     source = open_source(blood())
     n_tokens = 25_426 if size.startswith("v1") else 20_275
     names = [*source.genes, *(f"other_{i}" for i in range(n_tokens - len(source.genes) - (2 if "v1" in size else 4)))]
@@ -94,8 +94,8 @@ def run() -> Row:
         f"{max(batch.lengths)} tokens (fill {fill:.2f}), fp32 on a CPU",
         beside="the same weights and masks in BertForMaskedLM of transformers, padded",
         ratio=str(ratio),
-        absolute=f"{len(batch.genes) / seconds:,.0f} tokens a CPU-second",
-        share_of_roof=f"{training_flop(model, batch.lengths) / seconds / gemm_rate():.0%} of GEMM, blocks alone",
+        absolute=f"{len(batch.genes) / seconds:,.0f} tokens per CPU-second",
+        share_of_roof=f"{training_flop(model, batch.lengths) / seconds / gemm_rate():.0%} of GEMM, only the blocks",
         target=f">= {TARGET}x",
         is_met=ratio.median >= TARGET,
     )

@@ -1,4 +1,4 @@
-"""Row 9: tl.embed, beside the same weights padded in nn.TransformerEncoder."""
+"""Row 9: tl.embed, compared with the same weights in nn.TransformerEncoder on padded cells."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def run() -> Row:
         what=f"tl.embed, scGPT base, {N_CELLS} blood cells of {np.mean(lengths):.0f} tokens on average",
         beside="the same weights and loader, padded in nn.TransformerEncoder with its fast path, fp32",
         ratio=f"bf16 {bf16}; fp32 {fp32}",
-        absolute=f"{N_CELLS / seconds:.1f} cells a CPU-second in fp32; least cosine {cosine_fp32:.6f} fp32, "
-        f"{cosine_bf16:.5f} bf16",
-        share_of_roof=f"{share:.0%} of GEMM, fp32, all tokens of all blocks counted",
+        absolute=f"{N_CELLS / seconds:.1f} cells per CPU-second in fp32; lowest cosine {cosine_fp32:.6f} in fp32, "
+        f"{cosine_bf16:.5f} in bf16",
+        share_of_roof=f"{share:.0%} of GEMM in fp32, counting all tokens in all blocks",
         target=f"bf16 >= {TARGET_BF16}x, cosine >= {COSINE_FP32} fp32, >= {COSINE_BF16} bf16",
         is_met=bf16.median >= TARGET_BF16 and cosine_fp32 >= COSINE_FP32 and cosine_bf16 >= COSINE_BF16,
     )
 
 
 def embedded(adata: AnnData, model: CellModel, precision: str = "fp32") -> np.ndarray:
-    """Embeddings of length one."""
+    """Compute embeddings, which have unit length."""
     tl.embed(adata, model, device="cpu", precision=precision)
     return adata.obsm["X_scllm"]

@@ -1,4 +1,4 @@
-"""Row 13: two CPU processes (gloo) beside one process with two threads, the same global batch."""
+"""Row 13: two CPU processes (gloo), compared with one process with two threads and the same global batch."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def run() -> Row:
     apart = float(np.max(np.abs(curves[0] - curves[1]) / curves[1]))
     return Row(
         number=13,
-        what=f"tl.pretrain, 2 processes (gloo), scGPT small, {BATCH} blood cells a step, steps alone on the clock",
+        what=f"tl.pretrain, 2 processes (gloo), scGPT small, {BATCH} blood cells per step, wall time of steps",
         beside="1 process with 2 threads, the same global batch",
         ratio=str(ratio),
-        absolute=f"{1 / np.median(two):.0f} beside {1 / np.median(one):.0f} cells/s; loss curves {apart:.1e} apart",
-        share_of_roof=f"{ratio.median:.0%} of two cores at work together",
+        absolute=f"{1 / np.median(two):.0f} and {1 / np.median(one):.0f} cells/s; loss curves {apart:.1e} apart",
+        share_of_roof=f"{ratio.median:.0%} of one process on two cores",
         target=f">= {TARGET}x, same loss curve to {TOLERANCE}",
         is_met=ratio.median >= TARGET and apart <= TOLERANCE,
     )
 
 
 def trained(n_procs: int) -> pd.DataFrame:
-    """History of a short run, the first steps included."""
+    """Train a short run and return its history, including the first steps."""
     adata = blood_1200()[:N_CELLS].copy()
     with tempfile.TemporaryDirectory() as folder:
         config = tl.TrainConfig(steps=N_STEPS, batch_size=BATCH)
@@ -50,5 +50,5 @@ def trained(n_procs: int) -> pd.DataFrame:
 
 
 def _seconds_a_cell(history: pd.DataFrame) -> float:
-    """Median step, those in which processes and memory warm up left out."""
+    """Compute the seconds per cell of the median step, without the first steps, in which processes warm up."""
     return float(1 / history["cells_per_s"].iloc[N_START:].median())

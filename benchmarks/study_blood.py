@@ -1,8 +1,8 @@
-"""What pretraining adds on 3,874 sorted blood cells: ``python -m benchmarks.study_blood RUN_DIR [EPOCHS]``.
+"""Measure what pretraining adds on 3,874 sorted blood cells: ``python -m benchmarks.study_blood RUN_DIR [EPOCHS]``.
 
-Reads ``pbmc_zheng2017_facs.h5ad`` below ``SCLLM_SHARED``, pretrains ``size="small"`` on all genes (a quarter of an hour
-on one CPU core for four epochs; a run that is there is continued), and scores embeddings of every depth beside an SVD
-of the same genes and beside the plain mean of the gene vectors that the model starts from.
+Reads ``pbmc_zheng2017_facs.h5ad`` from ``SCLLM_SHARED`` and pretrains ``size="small"`` on all genes, which takes a
+quarter of an hour on one CPU core for four epochs; an existing run is resumed. Embeddings from every layer are compared
+with an SVD of the same genes and with the mean of the initial gene embeddings of each cell.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(run_dir: str, epochs: int) -> None:
 
 
 def sorted_cells() -> AnnData:
-    """Cells sorted into ten types before sequencing, with all genes that have at least three counts."""
+    """Read cells sorted into ten types before sequencing, with all genes that have at least three counts."""
     shared = Path(os.environ.get("SCLLM_SHARED", Path(__file__).parents[2] / "shared"))
     adata = ad.read_h5ad(shared / "data" / "pbmc_zheng2017_facs.h5ad")
     sc.pp.filter_genes(adata, min_counts=3)
@@ -52,7 +52,7 @@ def sorted_cells() -> AnnData:
 
 
 def embeddings(adata: AnnData, model: CellModel) -> dict[str, np.ndarray]:
-    """By name: an SVD of the same genes, the mean gene vector, and the model at every depth."""
+    """Compute embeddings by name: an SVD of the same genes, the mean gene vector, and every layer of the model."""
     logged = adata.copy()
     sc.pp.normalize_total(logged, target_sum=1e4)
     sc.pp.log1p(logged)
@@ -71,7 +71,7 @@ def embeddings(adata: AnnData, model: CellModel) -> dict[str, np.ndarray]:
 
 
 def embedded(adata: AnnData, model: CellModel, **options) -> np.ndarray:
-    """A copy of what :func:`scllm.tl.embed` writes."""
+    """Return a copy of what :func:`scllm.tl.embed` writes."""
     scllm.tl.embed(adata, model, **options)
     return adata.obsm["X_scllm"].copy()
 

@@ -1,10 +1,14 @@
-"""Smaller models beside their originals: ``python -m benchmarks.study_compression [MODEL ...]``.
+"""Compare compressed models with their originals: ``python -m benchmarks.study_compression [MODEL ...]``.
 
-Models: folders, such as ``study_blood`` and ``scllm demo`` leave them; ``scgpt-base`` (12 x 8 x 512, 60,697 tokens)
-and ``geneformer-v1-10m`` (6 x 4 x 256, 25,426 tokens), both with fresh blocks and a gene table of the data's singular
-vectors; ``scgpt-small`` and ``geneformer-small``, fine-tuned on 1,500 sorted blood cells (minutes each). Embedded and
-labelled are other blood cells (``pbmc_zheng2017_facs.h5ad`` below ``SCLLM_SHARED``; those of ``scllm demo`` for its
-model). Products are counted by torch's ``FlopCounterMode``, seconds are those of the process.
+A model can be
+
+- a folder, such as those written by ``study_blood`` and ``scllm demo``;
+- ``scgpt-base`` (12 x 8 x 512, 60,697 tokens) or ``geneformer-v1-10m`` (6 x 4 x 256, 25,426 tokens), with untrained
+  blocks and a gene table of the data's singular vectors;
+- ``scgpt-small`` or ``geneformer-small``, fine-tuned on 1,500 sorted blood cells, which takes minutes.
+
+They embed and label other blood cells (``pbmc_zheng2017_facs.h5ad`` in ``SCLLM_SHARED``; the model of ``scllm demo``
+those of the demo). Matrix products are counted with torch's ``FlopCounterMode``; times are CPU-seconds of the process.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ from scllm.tl._model import gene_match
 N_TIMED = 12
 N_CELLS = {"scgpt-base": 200, "geneformer-v1-10m": 200}
 N_HELD_OUT, N_TRAINING = 300, 1_500
-# so much of a cell is read: sorted cells have some 500 genes, and one core is slow
+# limits the tokens per cell, because sorted cells have some 500 genes and one core is slow
 MAX_LEN = 129
 VARIANTS: dict[str, Callable[[CellModel], None]] = {
     "original": lambda model: None,
@@ -58,15 +62,15 @@ def main(names: list[str]) -> None:
         cells = held_out[: N_CELLS.get(name, N_HELD_OUT)].copy()
         model = MODELS[name](rest) if name in MODELS else scllm.models.load(name)
         if model.head_specs and not set(cells.obs[KEY]) <= set(model.head_specs[0].classes or ()):
-            cells = scllm.datasets.pbmc68k()  # what `scllm demo` fine-tunes on
+            cells = scllm.datasets.pbmc68k()  # the cells that `scllm demo` fine-tunes on
         model.encoder = replace(model.encoder, max_len=MAX_LEN)
         print(f"\n{name}", flush=True)
-        torch.set_num_threads(1)  # kernels of numba leave torch with as many threads as they have
+        torch.set_num_threads(1)  # numba kernels set torch's number of threads to their own
         print(table(model, cells).to_string(), flush=True)
 
 
 def table(model: CellModel, cells: AnnData) -> pd.DataFrame:
-    """One row a variant."""
+    """Compare all variants of a model, one per row."""
     smaller = {name: copy.deepcopy(model) for name in VARIANTS}
     for name, make in VARIANTS.items():
         make(smaller[name])
@@ -94,11 +98,11 @@ def table(model: CellModel, cells: AnnData) -> pd.DataFrame:
 
 
 def cells_per_s(smaller: dict[str, CellModel], cells: AnnData) -> dict[str, float]:
-    """The best of three, all variants in turn."""
+    """Measure the best speed out of three rounds, in which all variants alternate."""
     source, best = open_source(cells), dict.fromkeys(smaller, np.inf)
     for _ in range(3):
         for name, model in smaller.items():
-            began = time.process_time()  # other programs may share the cores
+            began = time.process_time()  # not wall time, because other programs may share the cores
             for _part in predict(model, source, gene_match(cells, source, model), lambda m, b: m.embed(b)):
                 pass
             best[name] = min(best[name], time.process_time() - began)
@@ -106,9 +110,9 @@ def cells_per_s(smaller: dict[str, CellModel], cells: AnnData) -> dict[str, floa
 
 
 def counted_flops(model: CellModel, cells: AnnData) -> float:
-    """Products of matrices in all blocks, for all tokens."""
+    """Count the operations of matrix products in all blocks, for all tokens."""
     source = open_source(cells)
-    # the fused kernel of a CPU is not counted
+    # torch does not count the CPU's fused attention kernel
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for _part in predict(
             model, source, gene_match(cells, source, model), lambda m, b: m.hidden(b)[b.first.clamp(max=0)]
@@ -118,7 +122,7 @@ def counted_flops(model: CellModel, cells: AnnData) -> float:
 
 
 def started(family: str, n_genes: int, size: str) -> Callable[[AnnData], CellModel]:
-    """Fresh blocks; the gene table starts from the data, genes that the data lack fill up the vocabulary."""
+    """Build a model with untrained blocks and a gene table from the data; unmeasured genes fill up the vocabulary."""
 
     def make(adata: AnnData) -> CellModel:
         others = [f"unmeasured{i}" for i in range(n_genes - adata.n_vars)]
@@ -133,7 +137,7 @@ def started(family: str, n_genes: int, size: str) -> Callable[[AnnData], CellMod
 
 
 def tuned(family: str, **settings) -> Callable[[AnnData], CellModel]:
-    """Fine-tuned from a start of the data's singular vectors."""
+    """Fine-tune a model whose gene table is initialised with the data's singular vectors."""
 
     def make(adata: AnnData) -> CellModel:
         model = started(family, adata.n_vars, "small")(adata)

@@ -1,8 +1,8 @@
-"""Dosage-sensitive transcription factors in blood cells: ``python -m benchmarks.study_genes FOLDER [FAMILY ...]``.
+"""Classify dosage-sensitive transcription factors: ``python -m benchmarks.study_genes FOLDER [FAMILY ...]``.
 
-Sorted blood cells with the 490 labelled factors and the 1,000 most variable genes. Pretrains ``size="tiny"`` on 1,000
-of the cells in FOLDER (a run that is there is taken), and prints five-fold scores of ``tl.classify_genes`` on all of
-them beside its baseline, for several settings.
+The data are sorted blood cells with the 490 labelled factors and the 1,000 most variable genes. ``size="tiny"`` is
+pretrained on 1,000 of the cells in ``FOLDER``; a finished run there is reused. Five-fold scores of
+``tl.classify_genes`` on all cells and of its baseline are printed for several settings.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(folder: Path, families: list[str]) -> None:
 
 
 def cells_and_labels() -> tuple[AnnData, pd.DataFrame]:
-    """Sorted blood cells with labelled and variable genes, and the labels."""
+    """Read sorted blood cells with labelled and variable genes, and the labels."""
     labels = scllm.datasets.gene_set(path=SHARED / "gene_sets" / "dosage_sensitivity_tfs.csv")
     adata = sorted_cells()
     variable = sc.pp.highly_variable_genes(adata, n_top_genes=1000, flavor="seurat_v3", inplace=False)

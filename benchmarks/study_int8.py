@@ -1,8 +1,8 @@
-"""Labels of int8 models beside those of their originals: ``python -m benchmarks.study_int8 [SET ...]``.
+"""Compare the labels of int8 models with those of their originals: ``python -m benchmarks.study_int8 [SET ...]``.
 
-The sets of ``study_labels``; ``scgpt-base`` and ``geneformer-v1-10m`` of ``study_compression`` (full size; fresh
-blocks, gene table of the data's singular vectors), on up to 1,400 cells of a set: each half is labelled by a
-head learnt on the other half.
+The data are the sets of ``study_labels``, with up to 1,400 cells each. The models are ``scgpt-base`` and
+``geneformer-v1-10m`` of ``study_compression`` (full size, untrained blocks, gene table of the data's singular vectors).
+Each half of the cells is labelled by a head trained on the other half.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_CELLS = 1_400
 def main(names: list[str]) -> None:
     rows = []
     for name in names:
-        halves = divided(read(SETS[name]))
+        halves = stratified_halves(read(SETS[name]))
         for model_name in ("geneformer-v1-10m", "scgpt-base"):
             found = []
             for training, tested in (halves, halves[::-1]):
@@ -44,15 +44,15 @@ def main(names: list[str]) -> None:
                 model.encoder = replace(model.encoder, max_len=MAX_LEN)
                 with tempfile.TemporaryDirectory() as folder:
                     tuned = scllm.tl.finetune(training, model, key=KEY, freeze="encoder", epochs=1, run_dir=folder)
-                torch.set_num_threads(1)  # kernels of numba leave torch with as many threads as they have
+                torch.set_num_threads(1)  # numba kernels set torch's number of threads to their own
                 found.append(compared(tuned, tested))
             size = [tested.n_obs for tested in halves[::-1]]
-            rows.append(both_halves(found, size).assign(set=name, model=model_name))
+            rows.append(mean_of_halves(found, size).assign(set=name, model=model_name))
             print(pd.concat(rows).round(5).to_string(), flush=True)
 
 
-def divided(adata: AnnData) -> list[AnnData]:
-    """Two halves, every label alike."""
+def stratified_halves(adata: AnnData) -> list[AnnData]:
+    """Split cells into two halves, stratified by label."""
     cells = np.arange(adata.n_obs)
     if adata.n_obs > MAX_CELLS:
         cells, _ = train_test_split(cells, train_size=MAX_CELLS, stratify=adata.obs[KEY], random_state=0)
@@ -60,15 +60,15 @@ def divided(adata: AnnData) -> list[AnnData]:
     return [adata[np.sort(half)].copy() for half in halves]
 
 
-def both_halves(found: list[pd.DataFrame], size: list[int]) -> pd.DataFrame:
-    """Means over cells; of cosines also the lowest."""
+def mean_of_halves(found: list[pd.DataFrame], size: list[int]) -> pd.DataFrame:
+    """Average scores over the cells of both halves; for the lowest cosine, take the minimum."""
     mean = sum(rows * n for rows, n in zip(found, size, strict=True)) / sum(size)
     lowest = pd.concat([rows["cosine_min"] for rows in found], axis=1).min(axis=1)
     return mean.assign(cosine_min=lowest)
 
 
 def compared(model: CellModel, cells: AnnData) -> pd.DataFrame:
-    """One row for the original and each int8 form."""
+    """Compare the original with each int8 variant, one per row."""
     rows, reference, answers = {}, np.empty(0), np.empty(0)
     truth = cells.obs[KEY].astype(str).to_numpy()
     for kind in ("original", "int8", "int8_dynamic"):
@@ -89,7 +89,7 @@ def compared(model: CellModel, cells: AnnData) -> pd.DataFrame:
 
 
 def embedded_and_labelled(model: CellModel, cells: AnnData) -> tuple[np.ndarray, np.ndarray]:
-    """Both in one pass: ``(n, d)`` and ``(n,)``."""
+    """Compute embeddings ``(n, d)`` and labels ``(n,)`` in one pass."""
     source = open_source(cells)
     parts = predict(model, source, gene_match(cells, source, model), both)
     found = torch.cat([values for _, values in parts])
@@ -99,7 +99,7 @@ def embedded_and_labelled(model: CellModel, cells: AnnData) -> tuple[np.ndarray,
 
 
 def both(model: CellModel, batch: Batch) -> Tensor:
-    """The family's own embedding beside the logits of the head, ``(b, d + k)``."""
+    """Compute the family's default embedding, followed by the logits of the head, ``(b, d + k)``."""
     first, last = model.first_and_last(batch)
     read = torch.cat([model.head_state(states, batch) for states in (first, last)], dim=1)
     return torch.cat([model.pool(last, batch, model.pooling), model.apply_heads(read)[KEY]], dim=1)

@@ -1,7 +1,7 @@
-"""Labels of pruned models, pruned before and after fine-tuning: ``python -m benchmarks.study_pruning FOLDER``.
+"""Compare labels of models pruned before and after fine-tuning: ``python -m benchmarks.study_pruning FOLDER``.
 
-A small scgpt, pretrained in FOLDER on all 700 cells of ``pbmc68k`` without labels (or found there), is fine-tuned on
-490 of them and labels the other 210.
+A small scgpt is pretrained in ``FOLDER`` on all 700 cells of ``pbmc68k`` without labels, unless it is there already. It
+is fine-tuned on 490 of the cells and labels the other 210.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SMALLER: dict[str, Callable[[CellModel], CellModel]] = {
 
 def main(folder: Path) -> None:
     scllm.settings.run_dir = folder / "runs"
-    warnings.filterwarnings("ignore", message=".*learnt from states that pruning shifts")
+    warnings.filterwarnings("ignore", message=".*head on 'cell_type'.*prun")
     adata = read(SETS["pbmc68k"])
     model = pretrained(folder, "pbmc68k", "scgpt", "small", adata)
     cells = np.arange(adata.n_obs)
@@ -42,20 +42,20 @@ def main(folder: Path) -> None:
     truth = tested.obs[KEY].astype(str).to_numpy()
     tuned = scllm.tl.finetune(training, model, key=KEY)
     before = labelled(tested, tuned)
-    rows = {"as it was": {"accuracy": (before == truth).mean()}}
+    rows = {"not compressed": {"accuracy": (before == truth).mean()}}
     for name, smaller in SMALLER.items():
         labels = labelled(tested, smaller(tuned))
         rows[name] = {"accuracy": (labels == truth).mean(), "same label": (labels == before).mean()}
-        if "int8" not in name:  # whose weights are not trained
+        if "int8" not in name:  # int8 weights cannot be trained
             again = scllm.tl.finetune(training, smaller(model), key=KEY)
-            rows[name]["fine-tuned after it"] = (labelled(tested, again) == truth).mean()
+            rows[name]["pruned first"] = (labelled(tested, again) == truth).mean()
             heads = scllm.tl.finetune(training, smaller(model), key=KEY, freeze="encoder", epochs=1)
-            rows[name]["heads alone after it"] = (labelled(tested, heads) == truth).mean()
+            rows[name]["pruned first, head only"] = (labelled(tested, heads) == truth).mean()
         print(pd.DataFrame.from_dict(rows, orient="index").round(3).to_string(), flush=True)
 
 
 def labelled(cells: AnnData, model: CellModel) -> np.ndarray:
-    """Label of each cell."""
+    """Predict the label of each cell."""
     return scllm.tl.classify(cells, model, copy=True).obs["scllm_label"].astype(str).to_numpy()
 
 

@@ -1,7 +1,8 @@
-"""How to fine-tune: freezing, upsampling, losses, adapters: ``python -m benchmarks.study_recipe FOLDER [SET]``.
+"""Compare freezing, upsampling, losses and adapters in fine-tuning: ``python -m benchmarks.study_recipe FOLDER [SET]``.
 
-Five folds of one of the sets of ``study_labels``, whose pretrained scgpt of ``size="tiny"`` is in ``FOLDER`` (or
-is made there), with every combination of settings on the same folds. What is finished in ``FOLDER`` is not done again.
+Five-fold cross-validation on one of the sets of ``study_labels``, with the same folds for every combination of
+settings. A scgpt of ``size="tiny"`` is pretrained in ``FOLDER``, unless it is there already. Finished parts in
+``FOLDER`` are not run again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main(folder: Path, name: str) -> None:
     rows = []
     for (frozen, freeze), lora, upsample, loss in product(FREEZE.items(), (None, 8), (False, True), LOSSES):
         if lora and (freeze == "encoder" or upsample):
-            continue  # nothing that adapters could change; they were not tried with upsampling
+            continue  # a frozen encoder has no adapters, and adapters were not tried with upsampling
         scores = scllm.tl.cross_validate(
             adata, model, key=KEY, baseline=False, freeze=freeze, lora=lora, upsample=upsample, loss=loss,
             run_dir=folder / f"{name}-recipe" / f"{freeze}-{lora}-{upsample}-{loss}",

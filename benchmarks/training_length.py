@@ -1,7 +1,7 @@
-"""``python -m benchmarks.training_length``: small models trained on whole cells, and on 512 random tokens of each cell.
+"""Compare training on whole cells and on 512 random tokens of each cell: ``python -m benchmarks.training_length``.
 
-Prints CPU-seconds of training, the validation loss (of whole cells both times), and accuracy of nearest neighbours and
-of a linear probe on the embedding of whole cells, with PCA of the same cells for comparison.
+Prints CPU-seconds of training, the validation loss (on whole cells in both cases), and the accuracy of nearest
+neighbours and of a linear probe on the embedding of whole cells, with PCA of the same cells for comparison.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scllm import tl
 
 __all__ = ["compare"]
 
-WHOLE, PART = 100_000, 512  # no cell has as many tokens as the first
+WHOLE, PART = 100_000, 512  # no cell has 100,000 tokens
 # data, cells, family, size, epochs
 RUNS = (
     ("celllines_scmixology_celseq2_5lines", 500, "scgpt", "tiny", 4),
@@ -28,7 +28,7 @@ RUNS = (
 
 
 def compare(adata: AnnData, family: str, size: str, epochs: int, max_len: int) -> tuple[float, float, pd.DataFrame]:
-    """CPU-seconds of training, validation loss, and the scores of both embeddings."""
+    """Train a model; return CPU-seconds of training, validation loss, and the scores of both embeddings."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
         model = tl.pretrain(

@@ -1,4 +1,4 @@
-"""One walk through the library on data whose structure is known."""
+"""One workflow through the library on data with a known structure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import scllm
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """Pretrained, embedded, fine-tuned on three quarters of the cells, and labelled."""
+    """Pretrain and embed, fine-tune on three quarters of the cells, and predict labels."""
     folder = tmp_path_factory.mktemp("story")
     adata = scllm.datasets.toy(n_cells=400, n_genes=100)
     scllm.pp.split(adata, fractions=(0.6, 0.15, 0.25), stratify="cell_type")
@@ -32,7 +32,7 @@ def test_pretraining_lowers_the_loss(story):
     assert validation.iloc[-1] < validation.iloc[0]
 
 
-def test_labels_of_cells_never_seen_beat_chance_by_far(story):
+def test_labels_of_held_out_cells_are_far_better_than_chance(story):
     adata, _, tuned = story
     tested = adata[adata.obs["split"] == "test"]
     right = tested.obs["scllm_label"].astype(str) == tested.obs["cell_type"].astype(str)
@@ -42,9 +42,9 @@ def test_labels_of_cells_never_seen_beat_chance_by_far(story):
     assert adata.obs["scllm_label_prob"][tested.obs_names][right].mean() > 0.4
 
 
-def test_the_fine_tuned_embedding_is_scored_beside_principal_components(story):
+def test_the_fine_tuned_embedding_is_compared_with_principal_components(story):
     adata, model, tuned = story
-    # heads read the highest genes, and these states move towards the labels
+    # pooling as in the classification head, whose input fine-tuning adapts to the labels
     for name, one in {"X_pretrained": model, "X_tuned": tuned}.items():
         scllm.tl.embed(adata, one, pooling="ranked", key_added=name)
     names = ["X_pretrained", "X_tuned", "X_pca"]
@@ -54,7 +54,7 @@ def test_the_fine_tuned_embedding_is_scored_beside_principal_components(story):
     assert table.loc["X_tuned", "bio"] > table.loc["X_pretrained", "bio"]
 
 
-def test_hidden_expression_is_predicted_and_not_by_its_mean_alone(story):
+def test_masked_expression_is_predicted_better_than_by_its_mean(story):
     adata, model, _ = story
     scllm.pp.bin_expression(adata)
     scllm.tl.reconstruct(adata, model, mask_ratio=0.5)
@@ -64,7 +64,7 @@ def test_hidden_expression_is_predicted_and_not_by_its_mean_alone(story):
     assert ((predicted.data - truth) ** 2).mean() < 0.95 * truth.var()
 
 
-def test_what_came_out_can_be_drawn_and_written(story, tmp_path):
+def test_results_can_be_plotted_and_written(story, tmp_path):
     adata, model, tuned = story
     for source in (model, adata, [model.path.parent, tuned.path.parent]):
         assert np.size(scllm.pl.loss_curves(source, show=False)) >= 1

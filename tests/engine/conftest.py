@@ -1,4 +1,4 @@
-"""Fixtures of the engine: small data, a small model, and one thread, so that tests do not wait for each other."""
+"""Fixtures for the engine: small data, a small model, and a single thread, because tests share the cores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def toy(_toy):
 
 @pytest.fixture
 def model(_toy):
-    """scGPT with two narrow layers and dropout, fresh."""
+    """An untrained scGPT with two narrow layers and dropout."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         return scllm.models.build("scgpt", vocab=_toy.var_names, n_layers=2, n_heads=2, d_model=16, d_hidden=16)

@@ -1,4 +1,4 @@
-"""Runs to look at, and runs in processes of their own, to be killed."""
+"""Runs in this process, and runs in other processes that tests can kill."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from scllm.data.run_files import read_history
 from scllm.data.source import open_source
 from scllm.tl import TrainConfig
 
-# what a user's script does, on the data and with the settings that it is given
+# a user's script, for given data and settings
 SCRIPT = """
 import json, signal, sys
 import scllm
-# a test session in the background of a shell hands on that interrupts are ignored
+# tests that run in the background of a shell ignore interrupts, and processes that they start inherit this
 signal.signal(signal.SIGINT, signal.default_int_handler)
 data, settings = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 config = scllm.tl.TrainConfig(**settings.pop("config"))
@@ -39,7 +39,7 @@ def pretrain(data, run_dir: Path, *, config: dict | None = None, **settings) -> 
 
 
 def start(run_dir: Path, *, data=TOY, config: dict | None = None, before: str = "", **settings) -> subprocess.Popen:
-    """The same in another process; ``before`` is run first."""
+    """Do the same in another process, after running the code ``before``."""
     settings = SETTINGS | settings | {"run_dir": str(run_dir), "config": config or {}}
     data = str(data) if isinstance(data, Path) else data
     return subprocess.Popen(
@@ -49,7 +49,7 @@ def start(run_dir: Path, *, data=TOY, config: dict | None = None, before: str = 
 
 
 def interrupted(data, run_dir: Path, when, **settings) -> None:
-    """Start a run here that ends with an interrupt while it reads, from a step on or as soon as something is so."""
+    """Start a run that is interrupted while it reads, from a step on or as soon as a condition holds."""
     is_so = when if callable(when) else lambda: _last_step(run_dir / "history.jsonl") >= when
     source = open_source(data)
     read = source.read
@@ -67,22 +67,22 @@ def interrupted(data, run_dir: Path, when, **settings) -> None:
 
 
 def curve(run_dir: Path) -> pd.DataFrame:
-    """The history without what the clock says."""
+    """Return the history without the columns that depend on time."""
     return read_history(run_dir / "history.jsonl").drop(columns="cells_per_s")
 
 
 def assert_same_curve(found: pd.DataFrame, expected: pd.DataFrame) -> None:
-    """Equal to 1e-5, line by line."""
+    """Check that two histories are equal to 1e-5, line by line."""
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5, atol=0)
 
 
 def wait_for_step(run_dir: Path, step: int, *, seconds: float = 120) -> None:
-    """Return as soon as the history holds a step."""
+    """Wait until a step is in the history."""
     wait_until(lambda: _last_step(run_dir / "history.jsonl") >= step, seconds)
 
 
 def wait_until(is_so, seconds: float) -> None:
-    """Return as soon as something is so."""
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end, f"not so within {seconds} s"
@@ -90,12 +90,12 @@ def wait_until(is_so, seconds: float) -> None:
 
 
 def workers(run_dir: Path) -> list[int]:
-    """Processes that train in a run directory."""
+    """Return the processes that train in a run directory."""
     return [pid for pid, line in _command_lines(run_dir) if "scllm.engine.agent" not in line]
 
 
 def agents(run_dir: Path) -> list[int]:
-    """The torchrun that looks after them."""
+    """Return the torchrun processes that supervise them."""
     return [pid for pid, line in _command_lines(run_dir) if "scllm.engine.agent" in line]
 
 

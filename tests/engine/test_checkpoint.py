@@ -1,4 +1,4 @@
-"""Full disks, damaged files and files that go away."""
+"""Full disks, damaged files and files that disappear."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\
 
 @pytest.fixture(scope="module")
 def finished(_toy, tmp_path_factory):
-    """A run that is done."""
+    """A finished run."""
     run_dir = tmp_path_factory.mktemp("runs") / "run"
     pretrain(_toy.copy(), run_dir, **SETTINGS)
     return run_dir
@@ -31,7 +31,7 @@ def finished(_toy, tmp_path_factory):
 
 @pytest.fixture
 def run_dir(finished, tmp_path):
-    """A run that was killed after its last step, before it was done."""
+    """A run that was killed after its last step, before it was marked as done."""
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "done").unlink()
     return tmp_path / "run"
@@ -47,7 +47,7 @@ class TouchWhenLoaded:
         return Path.touch, (self.path,)
 
 
-def test_a_checkpoint_is_read_back_as_it_was(tmp_path):
+def test_a_restored_checkpoint_equals_the_saved_one(tmp_path):
     state = {"model": {"weight": torch.arange(3.0)}, "step": 7, "best": 0.5}
     checkpoint.save(tmp_path / "last.pt", state)
     found = checkpoint.restore(tmp_path / "last.pt")
@@ -56,7 +56,7 @@ def test_a_checkpoint_is_read_back_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_where_there_is_no_checkpoint_there_is_none(tmp_path):
+def test_restoring_without_a_checkpoint_returns_none(tmp_path):
     assert checkpoint.restore(tmp_path / "last.pt") is None
 
 
@@ -65,7 +65,7 @@ def test_a_full_disk_is_an_error_that_keeps_the_last_good_checkpoint(finished, t
     run_dir = tmp_path / "run"
     interrupted(toy, run_dir, 5, **SETTINGS)
     step, size = read_torch(run_dir / "last.pt")["step"], (run_dir / full).stat().st_size
-    # no file may become larger than this: the history cannot grow, the checkpoint is not written whole
+    # limits the size of files, so that the history cannot grow and the checkpoint is incomplete
     process = start(run_dir, before=LIMIT.format(size // 2 if full == "last.pt" else size + 10), **SETTINGS)
     output, _ = process.communicate()
     assert process.returncode == 1, output
@@ -110,7 +110,7 @@ def test_truncated_weights_are_an_error_that_names_them(finished, tmp_path):
         scllm.models.load(weights.parent)
 
 
-def test_a_file_that_is_deleted_while_it_is_read_is_read_to_the_end(toy, tmp_path):
+def test_a_file_that_is_deleted_during_training_is_read_to_the_end(toy, tmp_path):
     path, run_dir = tmp_path / "toy.h5ad", tmp_path / "run"
     toy.write_h5ad(path)
     thread = threading.Thread(target=lambda: (wait_for_step(run_dir, 4), path.unlink()))
@@ -120,11 +120,11 @@ def test_a_file_that_is_deleted_while_it_is_read_is_read_to_the_end(toy, tmp_pat
     assert len(model.history) == 16
 
 
-def test_a_store_that_goes_away_is_an_error_that_names_it_and_the_run_goes_on_when_it_is_back(toy, tmp_path):
+def test_a_missing_store_is_an_error_that_names_it_and_the_run_resumes_when_it_is_restored(toy, tmp_path):
     path, run_dir = tmp_path / "toy.zarr", tmp_path / "run"
     toy.write_zarr(path)
     pretrain(path, tmp_path / "whole", **SETTINGS)
-    # zarr reads its files anew each epoch
+    # zarr reads its files again in each epoch
     thread = threading.Thread(target=lambda: (wait_for_step(run_dir, 4), path.rename(tmp_path / "away")))
     thread.start()
     with pytest.raises(OSError, match=str(path)):
@@ -135,7 +135,7 @@ def test_a_store_that_goes_away_is_an_error_that_names_it_and_the_run_goes_on_wh
     assert_same_curve(curve(run_dir), curve(tmp_path / "whole"))
 
 
-def test_a_run_whose_file_was_truncated_between_two_calls_goes_on_when_it_is_whole_again(toy, tmp_path):
+def test_a_run_whose_file_was_truncated_between_two_calls_resumes_when_it_is_restored(toy, tmp_path):
     path, run_dir = tmp_path / "toy.h5ad", tmp_path / "run"
     toy.write_h5ad(path)
     interrupted(path, run_dir, 5, **SETTINGS)

@@ -1,4 +1,4 @@
-"""What a forward pass is said to cost, against what torch counts."""
+"""Estimated operations of a forward pass, compared with those that torch counts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from scllm.models.base import Batch
 
 
 @pytest.mark.parametrize("family", ["scgpt", "scbert", "scfoundation"])
-def test_operations_of_a_cell_are_those_that_torch_counts(family):
+def test_operations_per_cell_equal_those_counted_by_torch(family):
     model = models.build(family, vocab=[f"g{i}" for i in range(600)], size="small").eval()
     counts = Tokens(np.array([0, 250]), np.arange(250, dtype=np.int32), np.ones(250, np.float32))
     batch = Batch.from_tokens(model.encoder(counts, model.vocab, measured=model.vocab.gene_ids))
-    # the fused attention kernel of the CPU is not counted, its plain products are
+    # torch does not count the CPU's fused attention kernel, but it counts plain matrix products
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with torch.no_grad(), plain, FlopCounterMode(display=False) as counted:
         model(batch)

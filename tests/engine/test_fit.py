@@ -1,4 +1,4 @@
-"""What a run leaves behind, and that it does not depend on how many processes train."""
+"""Results of a run, and their independence of the number of processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from scllm.models.storage import read_torch
 
 @pytest.fixture(scope="module")
 def alone(_toy, tmp_path_factory):
-    """A run of one process without dropout."""
+    """A run with one process and without dropout."""
     run_dir = tmp_path_factory.mktemp("runs") / "alone"
     adata = _toy.copy()
     return run_dir, pretrain(adata, run_dir, dropout=0.0), adata
@@ -47,12 +47,12 @@ def test_a_file_gives_the_same_losses_for_micro_batches_and_the_same_steps_as_me
         pretrain(tmp_path / "toy.h5ad", tmp_path / name, dropout=0.0, config={"accumulate": accumulate})
     whole = curve(tmp_path / "whole")
     assert_same_curve(curve(tmp_path / "parts"), whole)
-    # out of core the order of the cells is another one
+    # the order of cells is different out of core
     same = ["step", "epoch", "split", "lr", "mask_ratio"]
     pd.testing.assert_frame_equal(whole[same], curve(alone[0])[same])
 
 
-def test_two_processes_share_a_file_and_batches_smaller_than_they_are_many(toy, tmp_path):
+def test_two_processes_share_a_file_and_batches_smaller_than_their_number(toy, tmp_path):
     toy.write_h5ad(tmp_path / "toy.h5ad")
     model = pretrain(tmp_path / "toy.h5ad", tmp_path / "run", n_procs=2, batch_size=1, epochs=None, config={"steps": 4})
     losses = model.history.loc[model.history["split"] == "train", "loss"]
@@ -60,7 +60,7 @@ def test_two_processes_share_a_file_and_batches_smaller_than_they_are_many(toy, 
     assert (losses > 0).all()
 
 
-def test_history_has_every_term_of_every_step_and_epoch(alone):
+def test_history_has_every_loss_of_every_step_and_epoch(alone):
     history = alone[1].history
     training, validation = (history[history["split"] == split] for split in ("train", "validation"))
     per_epoch = math.ceil(108 / 16)
@@ -74,7 +74,7 @@ def test_history_has_every_term_of_every_step_and_epoch(alone):
     np.testing.assert_allclose(history["loss"], history["mse"] + history["mse_cell"])
 
 
-def test_history_is_one_json_object_a_line_and_goes_with_the_model(alone):
+def test_history_has_one_json_object_per_line_and_is_saved_with_the_model(alone):
     run_dir, model, adata = alone
     lines = [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
     pd.testing.assert_frame_equal(pd.DataFrame(lines), model.history)
@@ -82,7 +82,7 @@ def test_history_is_one_json_object_a_line_and_goes_with_the_model(alone):
     assert len(adata.uns["scllm"]["pretrain"]["table"]) == len(lines)
 
 
-def test_the_learning_rate_falls_by_gamma_an_epoch(alone):
+def test_the_learning_rate_is_multiplied_by_gamma_each_epoch(alone):
     by_epoch = alone[1].history.groupby("epoch")["lr"].agg(["min", "max"])
     expected = 1e-4 * 0.9 ** np.arange(3)
     np.testing.assert_allclose(by_epoch["min"], expected)
@@ -90,7 +90,7 @@ def test_the_learning_rate_falls_by_gamma_an_epoch(alone):
 
 
 def test_the_model_is_that_of_the_best_validation_epoch(toy, tmp_path):
-    # so high a rate that the loss rises again
+    # the learning rate is so high that the loss rises again
     model = pretrain(toy, tmp_path / "run", lr=3e-2, epochs=8, config={"gamma": 1.5})
     validation = model.history[model.history["split"] == "validation"]
     best = validation.loc[validation["loss"].idxmin()]
@@ -108,14 +108,14 @@ def test_without_validation_cells_the_last_weights_are_kept(toy, tmp_path):
     assert all(torch.equal(weight, last[name]) for name, weight in model.state_dict().items())
 
 
-def test_a_finished_run_holds_what_the_design_says(alone):
+def test_a_finished_run_has_the_files_that_the_design_lists(alone):
     names = {path.name for path in alone[0].iterdir() if not path.name.startswith(".")}
     assert names == {
         "spec.json", "model", "cells.npz", "best_model.pt", "last.pt", "history.jsonl", "done",
     }  # fmt: skip
 
 
-def test_random_states_and_the_model_given_are_left_as_they_were(toy, model, tmp_path):
+def test_random_states_and_the_given_model_do_not_change(toy, model, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     trained = scllm.tl.pretrain(toy, model, device="cpu", run_dir=tmp_path / "run", epochs=1, batch_size=32, lr=1e-2)
@@ -126,7 +126,7 @@ def test_random_states_and_the_model_given_are_left_as_they_were(toy, model, tmp
     assert trained.hash() != model.hash()
 
 
-def test_dropout_is_a_function_of_random_state(toy, tmp_path):
+def test_dropout_depends_on_random_state(toy, tmp_path):
     def trained(name, random_state):
         model = pretrain(toy, tmp_path / name, epochs=1, dropout=0.5, random_state=random_state)
         return model.hash()
@@ -134,14 +134,14 @@ def test_dropout_is_a_function_of_random_state(toy, tmp_path):
     assert trained("a", 1) == trained("b", 1) != trained("c", 2)
 
 
-def test_patience_stops_after_as_many_epochs_without_a_better_loss(toy, tmp_path):
+def test_patience_is_the_number_of_epochs_without_a_better_loss(toy, tmp_path):
     model = pretrain(toy, tmp_path / "run", lr=3e-2, epochs=20, config={"gamma": 1.5, "patience": 2})
     losses = model.history.loc[model.history["split"] == "validation", "loss"].tolist()
     assert len(losses) < 20
     assert len(losses) - 1 - int(np.argmin(losses)) == 2
 
 
-def test_steps_end_a_run_within_an_epoch(toy, tmp_path):
+def test_steps_can_end_a_run_within_an_epoch(toy, tmp_path):
     model = pretrain(toy, tmp_path / "run", epochs=None, config={"steps": 9, "log_every": 4})
     training = model.history[model.history["split"] == "train"]
     assert training["step"].tolist() == [4, 8]
@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_ends_all_processes_before_the_update(toy, tmp
     assert not workers(run_dir)
 
 
-def test_nothing_is_read_on_after_an_error_that_is_still_looked_at(toy, model, tmp_path):
+def test_reading_ahead_stops_after_an_error_whose_traceback_is_kept(toy, model, tmp_path):
     def reading():
         return [thread for thread in threading.enumerate() if thread.name == "scllm-prefetch"]
 
@@ -185,16 +185,16 @@ def test_a_validation_loss_that_is_not_finite_is_an_error(toy, tmp_path):
     assert not (tmp_path / "run" / "best_model.pt").exists()
 
 
-def test_a_value_that_training_comes_upon_in_a_file_names_the_cell(toy, tmp_path):
+def test_an_invalid_value_found_during_training_names_the_cell(toy, tmp_path):
     toy.X[57, toy.X[57].indices[0]] = -1
     toy.write_h5ad(tmp_path / "toy.h5ad")
-    # raised on the thread that reads ahead
+    # raised in the thread that reads ahead
     with pytest.raises(ValueError, match=re.escape("cell57")):
         pretrain(tmp_path / "toy.h5ad", tmp_path / "run")
 
 
 @pytest.mark.parametrize("validation", [0.1, 0])
-def test_modules_are_walked_once_an_epoch_and_not_at_every_step(toy, tmp_path, monkeypatch, validation):
+def test_modules_are_traversed_once_per_epoch_and_not_in_every_step(toy, tmp_path, monkeypatch, validation):
     walks, walk = [], loop.train_mode
     monkeypatch.setattr(loop, "train_mode", lambda model: walks.append(walk(model)))
     pretrain(toy, tmp_path / "run", validation=validation)
@@ -202,7 +202,7 @@ def test_modules_are_walked_once_an_epoch_and_not_at_every_step(toy, tmp_path, m
     assert len(walks) == 3
 
 
-def test_every_step_is_in_training_mode_but_for_what_is_frozen(toy, model, tmp_path, monkeypatch):
+def test_every_step_is_in_training_mode_except_for_frozen_modules(toy, model, tmp_path, monkeypatch):
     modes, outputs = [], type(model).head_outputs
 
     def watched(self, batch):

@@ -1,4 +1,4 @@
-"""Gene vectors from the data."""
+"""Initial gene embeddings from the data."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def test_vectors_are_the_strongest_singular_vectors_of_the_logged_counts(cells):
     for number in kept[:2]:
         slow = (right[number] - right[number].mean()) / right[number].std()
         assert abs(np.corrcoef(slow, found[:, number])[0, 1]) > 0.999
-    # the first says how high a gene is in all cells and weighs as much as the second; the others what they explain
+    # the first (mean expression) has the same weight as the second; the others are weighted by their singular value
     strength[0] = strength[1]
     np.testing.assert_allclose(found[:, kept].mean(0), 0, atol=1e-5)
     spread = found[:, kept].std(0)
     np.testing.assert_allclose(spread / spread[0], strength[kept] / strength[kept[0]], rtol=1e-2)
 
 
-def test_vectors_do_not_depend_on_how_many_rows_are_read_at_once(cells, monkeypatch):
+def test_vectors_do_not_depend_on_the_number_of_rows_read_at_once(cells, monkeypatch):
     vocab = models.Vocab.from_genes(cells.var_names)
     match = genes.match(cells.var_names, vocab)
     whole = gene_vectors(open_source(cells), match, np.arange(300), 8, len(vocab))
@@ -44,7 +44,7 @@ def test_vectors_do_not_depend_on_how_many_rows_are_read_at_once(cells, monkeypa
     np.testing.assert_allclose(gene_vectors(open_source(cells), match, np.arange(300), 8, len(vocab)), whole, atol=1e-4)
 
 
-def test_genes_that_are_not_measured_keep_their_start(cells):
+def test_genes_that_are_not_measured_keep_their_initial_embedding(cells):
     model = models.build("scgpt", vocab=[*cells.var_names, "elsewhere"], size="tiny")
     before = model.gene_table().detach().clone()
     match = genes.match(cells.var_names, model.vocab)

@@ -1,4 +1,4 @@
-"""Which tokens carry a label, and what they weigh."""
+"""Labels and weights of gene tokens."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def expected(model, batch, rows, label, weight, loss) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize("loss", ["bce", "focal"])
-def test_expressed_tokens_of_labelled_genes_count_by_their_weights(model, batch, loss):
+def test_the_loss_is_weighted_over_expressed_tokens_of_labelled_genes(model, batch, loss):
     objective = GeneLabel(genes=[[0, 7], [1]], weights=[[2.0, 1.0], [3.0]], loss={loss: 1.0})
     found = objective(model.train(False), batch, 0)
     assert float(found.count) == 0  # no gene is held out
-    model.training = True  # as the loop leaves it where all below is frozen
+    model.training = True  # as in training with a frozen encoder
     found = objective(model, batch, 0)
-    # gene 0 twice, gene 1 once: its other token is a zero
+    # gene 0 occurs twice, gene 1 once: its other token is a zero
     assert float(found.count) == 2 + 2 + 3
     assert float(found.sum) == pytest.approx(
         expected(model, batch, [1, 9, 2], [0, 0, 1], [2.0, 2.0, 3.0], loss), rel=1e-5
@@ -55,7 +55,7 @@ def test_expressed_tokens_of_labelled_genes_count_by_their_weights(model, batch,
 
 
 @torch.no_grad()
-def test_held_out_genes_are_labelled_in_evaluation_only(model, batch):
+def test_held_out_genes_are_labelled_only_in_evaluation(model, batch):
     objective = GeneLabel(
         genes=[[0], [1]], weights=[[1.0], [1.0]], held_out=[[2], [4]], held_out_weights=[[1.0], [5.0]]
     )

@@ -1,4 +1,4 @@
-"""Heads that start from the states of the training cells, their temperatures, and the watch for collapse."""
+"""Initialisation of heads on embeddings of training cells, temperatures, and the warning about collapse."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def outputs(model, cells, forward) -> np.ndarray:
     return torch.cat([values for _, values in parts]).numpy()
 
 
-def test_a_started_head_says_what_a_probe_of_the_same_states_says(model, cells, caplog, monkeypatch):
+def test_an_initialised_head_predicts_like_a_linear_probe_of_the_same_states(model, cells, caplog, monkeypatch):
     rows, tested = np.arange(0, 400, 2), np.arange(1, 400, 2)
     monkeypatch.setattr(settings, "verbosity", 3)
     with caplog.at_level("DEBUG", logger="scllm"):
         tuned = started(model, cells, rows)
-    # with equal answers for four types it would be log(4)
+    # with equal probabilities for four types, the loss would be log(4)
     assert float(re.search(r"the head 'cell_type' with a loss of (\S+)", caplog.text)[1]) < 0.8 * np.log(4)
     codes = cells.obs["cell_type"].cat.codes.to_numpy()
     answers = outputs(tuned, cells, lambda replica, batch: replica.head_outputs(batch)["cell_type"]).argmax(1)
@@ -73,7 +73,7 @@ def test_a_started_head_says_what_a_probe_of_the_same_states_says(model, cells, 
     probe = LogisticRegression(max_iter=2000).fit(scaler.transform(states[rows]), codes[rows])
     by_probe = (probe.predict(scaler.transform(states[tested])) == codes[tested]).mean()
     assert (answers[tested] == codes[tested]).mean() > by_probe - 0.08
-    assert by_probe > 0.5  # of four types
+    assert by_probe > 0.5  # chance is 0.25
 
 
 def test_a_linear_head_is_the_logistic_regression_of_states_whitened_within_labels(cells):
@@ -91,25 +91,25 @@ def test_a_linear_head_is_the_logistic_regression_of_states_whitened_within_labe
     codes = column[known]
     within = sum((codes == k).mean() * np.cov(states[known][codes == k].T, bias=True) for k in np.unique(codes))
     variance, directions = np.linalg.eigh(within)
-    # three tenths of the mean variance are added to each
+    # 0.3 times the mean variance is added to each
     white = (states - states[rows].mean(0)) @ directions / np.sqrt(variance + 0.3 * variance.mean())
     probe = LogisticRegression(C=0.1, max_iter=5000, tol=1e-8).fit(white[known], codes)
     expected = log_softmax(probe.decision_function(white), axis=1)
     np.testing.assert_allclose(log_softmax(logits, axis=1), expected, atol=0.01)
 
 
-def test_one_cell_of_each_label_does_not_make_a_head_sure(model, cells):
+def test_a_head_is_not_overconfident_with_one_cell_per_label(model, cells):
     codes = cells.obs["cell_type"].cat.codes.to_numpy()
     rows = np.array([np.flatnonzero(codes == code)[0] for code in range(4)])
     tuned = started(model, cells, rows)
     logits = outputs(tuned, cells, lambda replica, batch: replica.head_outputs(batch)["cell_type"])
     chance = log_softmax(logits, axis=1)
-    # equal answers would have log(4); wrong ones that are sure cost far more
+    # equal probabilities would give log(4), overconfident wrong predictions far more
     assert -chance[np.arange(400), codes].mean() < 1.1 * np.log(4)
 
 
 @pytest.mark.parametrize("most", [100_000, 120])
-def test_several_heads_start_as_each_would_alone(cells, most, monkeypatch):
+def test_several_heads_are_initialised_like_each_one_alone(cells, most, monkeypatch):
     monkeypatch.setattr("scllm.engine.head_start._MAX_CELLS", most)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -118,7 +118,7 @@ def test_several_heads_start_as_each_would_alone(cells, most, monkeypatch):
     depth = np.log(np.asarray(cells.X.sum(1)).ravel()).astype(np.float32)
     columns = {
         "label:type": np.where(np.arange(400) % 3 == 0, -1, codes),
-        "label:few": np.where(np.arange(400) < 20, codes, -1),  # of ten training cells
+        "label:few": np.where(np.arange(400) < 20, codes, -1),  # labels of ten training cells
         "label:depth": np.where(np.arange(400) % 5 == 1, np.nan, depth).astype(np.float32),
     }
     read = {"pooling": "ranked", "reads": "both"}
@@ -131,12 +131,12 @@ def test_several_heads_start_as_each_would_alone(cells, most, monkeypatch):
         return {s.key: outputs(tuned, cells, lambda one, batch, key=s.key: one.head_outputs(batch)[key]) for s in specs}
 
     together = said(specs)
-    for spec in specs if most > 200 else specs[1:2]:  # those of all labelled cells, not of some drawn at random
+    for spec in specs if most > 200 else specs[1:2]:  # only heads that are fitted on all of their labelled cells
         np.testing.assert_allclose(together[spec.key], said([spec])[spec.key], atol=1e-4)
     assert np.corrcoef(together["depth"][1::2, 0], depth[1::2])[0, 1] > 0.5
 
 
-def test_only_heads_are_changed_and_nothing_global_is_drawn(model, cells):
+def test_initialisation_changes_only_heads_and_no_global_random_state(model, cells):
     states = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     tuned = started(model, cells, np.arange(100))
     again = started(model, cells, np.arange(100))
@@ -147,7 +147,7 @@ def test_only_heads_are_changed_and_nothing_global_is_drawn(model, cells):
         assert torch.equal(weight, model.state_dict()[name]) != name.startswith("heads.")
 
 
-def test_cells_that_are_drawn_more_often_count_more(model, cells):
+def test_cells_that_are_sampled_more_often_have_more_weight(model, cells):
     rows = np.arange(200)
     codes = cells.obs["cell_type"].cat.codes.to_numpy()[rows]
     weights = np.where(codes == 0, 50.0, 1.0)
@@ -169,7 +169,7 @@ def test_fine_tuning_ends_no_worse_than_it_starts_and_is_calibrated(cells, tmp_p
     before, after = (
         -log_softmax(logits / t, axis=1)[np.arange(len(held)), codes].mean() for t in (1.0, _temperature(tuned))
     )
-    # the best epoch's weights: their loss is the lowest of the history, the start among them
+    # the weights of the best epoch have the lowest loss of the history, which includes the initial weights
     assert before == pytest.approx(validation["loss"].min(), rel=1e-4)
     assert after <= before
     tl.classify(cells, tuned)
@@ -192,7 +192,7 @@ def one_answer(cells, tmp_path):
     return partial(tl.finetune, adata, model, key="chance", class_weight={"rare": 0}, run_dir=tmp_path / "run")
 
 
-def test_a_model_that_answers_one_label_is_noticed(one_answer):
+def test_a_model_that_predicts_only_one_label_is_warned_about(one_answer):
     with pytest.warns(UserWarning, match=naming("one label", "commonest_answer = 1", "upsample=True")):
         one_answer(epochs=1, batch_size=8)
 
@@ -209,16 +209,16 @@ def test_accuracy_of_several_heads_is_per_labelled_cell():
     assert reported["commonest_answer_a"] == pytest.approx(2 / 3)
     assert reported["mse_depth:b"] == pytest.approx(4)
     assert set(reported) == {"loss", "accuracy_a", "commonest_answer_a", "mse_depth:b"}
-    # 0 right of no cell is no accuracy of 0
+    # without labelled cells, no accuracy is reported
     loss = objective.of(heads, outputs, targets | {"label:depth:b": torch.full((4,), np.nan)})
     means = {name: float(value) / int(loss.count) for name, value in {"loss": loss.sum, **loss.logged}.items()}
     assert set(objective.report(means, 0)) == {"loss", "accuracy_a", "commonest_answer_a"}
 
 
-def test_a_label_that_nearly_all_cells_have_is_no_collapse(cells, tmp_path):
+def test_there_is_no_warning_if_nearly_all_cells_have_one_label(cells, tmp_path):
     adata = cells[cells.obs["cell_type"] == cells.obs["cell_type"].iloc[0]].copy()
     adata.obs["rare"] = np.where(np.arange(adata.n_obs) < 2, "yes", "no")
-    # the two cells are told by a gene that no other has
+    # only these two cells express this gene
     counts = adata.X.toarray()
     counts[:, 0] = np.where(np.arange(adata.n_obs) < 2, 500, 0)
     adata.X = csr_matrix(counts)
@@ -229,7 +229,7 @@ def test_a_label_that_nearly_all_cells_have_is_no_collapse(cells, tmp_path):
         tuned = tl.finetune(
             adata, model, key="rare", validation="part", epochs=1, batch_size=8, run_dir=tmp_path / "run"
         )
-    # the last steps and the validation cells have none of the two
+    # neither of the two cells is in the last steps or among the validation cells
     assert (tuned.history["commonest_answer"].tail(4) == 1).all()
 
 
@@ -248,20 +248,20 @@ def test_a_head_without_a_labelled_cell_in_some_steps_is_not_judged(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"validation": 0}, {"config": tl.TrainConfig(log_every=1000)}], ids=str)
-def test_it_is_noticed_without_validation_cells_and_without_training_lines(one_answer, options):
+def test_the_warning_needs_neither_validation_cells_nor_training_lines(one_answer, options):
     with pytest.warns(UserWarning, match=naming("one label", "commonest_answer = 1")) as warned:
         one_answer(epochs=2, **options)
     assert len(warned) == 1
 
 
 @pytest.mark.slow
-def test_it_is_noticed_in_other_processes(one_answer):
+def test_the_warning_also_comes_from_other_processes(one_answer):
     with pytest.warns(UserWarning, match=naming("one label", "commonest_answer = 1")):
         one_answer(epochs=2, n_procs=2, device="cpu")
 
 
 @pytest.mark.parametrize("family", ["scgpt", "geneformer"])
-def test_heads_that_published_formats_have_no_room_for_are_not_written(family, tmp_path):
+def test_heads_that_published_formats_cannot_store_are_an_error(family, tmp_path):
     model = models.build(family, vocab=[f"g{i}" for i in range(9)], size="tiny")
     model.set_heads([HeadSpec("cell_type", ("a", "b"), pooling=model.head_pooling)])
     with pytest.raises(ValueError, match=naming("head_reads='published'", "format='native'")):

@@ -1,4 +1,4 @@
-"""Genes left out of the sentence, and told from the cell embedding."""
+"""Genes held out of the input, and predicted from the cell embedding."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def batch(model):
     return found
 
 
-def test_left_out_genes_and_drawn_genes_come_with_the_cells_own_values(model, batch):
+def test_held_out_and_random_genes_have_the_values_of_their_cell(model, batch):
     objective = MaskedValue(left_out=0.3)
     out = objective.hide(batch, model.is_special, 0.3, OUT)
     gene, cell, value = objective._left_out(batch, out, len(model.vocab))
@@ -41,7 +41,7 @@ def test_left_out_genes_and_drawn_genes_come_with_the_cells_own_values(model, ba
     assert (value[len(out) :] == 0).any()
 
 
-def test_the_blocks_do_not_see_what_is_left_out(model, batch, monkeypatch):
+def test_the_blocks_do_not_see_held_out_genes(model, batch, monkeypatch):
     seen = []
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda shown: seen.append(shown) or hidden(shown))
@@ -51,7 +51,7 @@ def test_the_blocks_do_not_see_what_is_left_out(model, batch, monkeypatch):
     assert torch.equal(seen[0].genes[seen[0].first], batch.genes[batch.first])
 
 
-def test_without_left_out_genes_the_loss_is_scgpts(model, batch):
+def test_without_held_out_genes_the_loss_is_that_of_scgpt(model, batch):
     plain, none = MaskedValue()(model, batch, 3), MaskedValue(left_out=0.0)(model, batch, 3)
     assert torch.equal(plain.sum, none.sum)
 

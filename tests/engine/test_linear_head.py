@@ -1,4 +1,4 @@
-"""The head on fixed states against scikit-learn's logistic regression."""
+"""The head on frozen hidden states, compared with scikit-learn's logistic regression."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scllm.engine.linear_head import PENALTIES, chosen_penalty, fit_linear_head
 def rows():
     rng = np.random.default_rng(0)
     states = rng.normal(3, [1, 10, 0.1, 1, 1], (120, 5))
-    states[:, 4] = 7.0  # says nothing
+    states[:, 4] = 7.0  # a constant column
     codes = (states[:, 0] - 3 + rng.normal(0, 0.5, 120) > 0.5).astype(np.int64)
     return states, codes, np.where(codes == 1, 2.0, 0.7)
 
@@ -25,11 +25,11 @@ def applied(head, states) -> np.ndarray:
 
 
 @pytest.mark.parametrize("penalty", [1.0, 0.01])
-def test_one_against_the_rest_is_logistic_regression(rows, penalty):
+def test_one_versus_rest_equals_logistic_regression(rows, penalty):
     states, codes, weights = rows
     head = fit_linear_head(states, codes, 2, loss={"bce": 1.0}, weights=weights, penalty=penalty)
     scaled = (states - states.mean(0)) / np.maximum(states.std(0), 1e-9)
-    # theirs sums over rows and penalises once
+    # scikit-learn sums the loss over rows and adds the penalty once
     reference = LogisticRegression(C=1 / (penalty * weights.sum()), tol=1e-8).fit(scaled, codes, sample_weight=weights)
     expected = reference.decision_function(scaled)
     np.testing.assert_allclose(applied(head, states), np.column_stack([-expected, expected]), atol=5e-3)
@@ -50,5 +50,5 @@ def test_noise_gets_a_strong_penalty_and_signal_a_weak_one(rows):
     options = {"loss": {"bce": 1.0}, "weights": weights}
     assert chosen_penalty(noise, codes, 2, **options) == max(PENALTIES)
     assert chosen_penalty(states, codes, 2, **options) < 1.0
-    # a class of one row cannot be divided
+    # a class with one row cannot be split into folds
     assert chosen_penalty(states[:3], np.array([0, 0, 1]), 2, loss={"ce": 1.0}, weights=np.ones(3)) == 1.0

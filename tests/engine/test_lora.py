@@ -52,11 +52,11 @@ def test_adapters_have_a_dropout_of_their_own(cells, model, tmp_path):
     without, with_dropout = (
         tuned(cells, model, tmp_path / str(p), lora=tl.LoraSettings(r=2, dropout=p)).history["loss"] for p in (0.0, 0.5)
     )
-    assert without.iloc[0] == with_dropout.iloc[0]  # adapters begin at zero
+    assert without.iloc[0] == with_dropout.iloc[0]  # the initial output of adapters is zero
     assert without.iloc[-1] != with_dropout.iloc[-1]
 
 
-def test_a_configuration_of_peft_is_taken_if_it_asks_for_nothing_else(cells, model, tmp_path):
+def test_a_configuration_of_peft_is_accepted_if_it_sets_nothing_else(cells, model, tmp_path):
     from peft import LoraConfig
 
     given = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, task_type="SEQ_CLS")
@@ -82,7 +82,7 @@ def test_invalid_settings_of_adapters_are_an_error_that_names_them(options, name
         tl.LoraSettings(**options)
 
 
-def test_adapters_start_alike_whatever_was_drawn_before(cells, model, tmp_path):
+def test_initial_adapters_do_not_depend_on_earlier_random_numbers(cells, model, tmp_path):
     hashes = []
     for name in "ab":
         torch.rand(3)
@@ -92,7 +92,7 @@ def test_adapters_start_alike_whatever_was_drawn_before(cells, model, tmp_path):
     assert hashes[0] == hashes[1]
 
 
-def test_lora_changes_linear_weights_of_the_blocks_and_heads_alone(cells, model, tmp_path):
+def test_lora_changes_only_heads_and_linear_weights_of_the_blocks(cells, model, tmp_path):
     before, after = model.state_dict(), tuned(cells, model, tmp_path / "run", lora=4).state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     linear = ("attention.qkv.weight", "attention.out.weight", "up.weight", "down.weight")

@@ -1,4 +1,4 @@
-"""Losses against hand computation in float64, and scikit-learn where it has them."""
+"""Losses, compared with computations in float64 and with scikit-learn if it has them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gradient(value, of):
 
 
 def assert_same(value, expected, of):
-    """Equal values and equal gradients; the expected ones are computed in float64."""
+    """Compare values and gradients with those computed in float64."""
     torch.testing.assert_close(value.double(), expected, **CLOSE)
     torch.testing.assert_close(gradient(value.sum(), of), gradient(expected.sum(), of), **CLOSE)
 
@@ -61,7 +61,7 @@ def test_cross_entropy_is_weighted_by_class(logits):
     assert_same(losses.cross_entropy(logits, LABEL, WEIGHT), expected, logits)
 
 
-def test_binary_cross_entropy_is_one_log_loss_a_class(logits):
+def test_binary_cross_entropy_is_one_log_loss_per_class(logits):
     p = logits.sigmoid()
     expected = torch.stack(
         [sum(-(p[i, c] if c == k else 1 - p[i, c]).log() for c in range(4)) for i, k in enumerate(LABEL)]
@@ -73,7 +73,7 @@ def test_binary_cross_entropy_is_one_log_loss_a_class(logits):
 
 
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
-def test_focal_turns_easy_cells_down(logits, gamma):
+def test_focal_loss_gives_easy_cells_less_weight(logits, gamma):
     p = logits.softmax(1)
     expected = torch.stack([-((1 - p[i, k]) ** gamma) * p[i, k].log() for i, k in enumerate(LABEL)])
     assert_same(losses.focal(logits, LABEL, gamma=gamma), expected, logits)
@@ -102,15 +102,15 @@ def test_dice_is_weighted_by_class(logits):
 
 @pytest.mark.parametrize("weight", [None, WEIGHT.double()], ids=["alike", "weighted"])
 @pytest.mark.parametrize("loss", [losses.cross_entropy, losses.binary_cross_entropy, losses.focal, losses.dice])
-def test_gradients_are_those_of_small_differences(logits, loss, weight):
+def test_gradients_equal_finite_differences(logits, loss, weight):
     assert torch.autograd.gradcheck(lambda x: loss(x, LABEL, weight), logits)
 
 
-def test_gradients_of_smoothed_targets_are_those_of_small_differences(logits):
+def test_gradients_of_smoothed_targets_equal_finite_differences(logits):
     assert torch.autograd.gradcheck(lambda x: losses.cross_entropy(x, LABEL, WEIGHT.double(), 0.1), logits)
 
 
-def test_dice_leaves_out_classes_that_no_cell_of_the_batch_has(logits):
+def test_dice_ignores_classes_without_cells_in_the_batch(logits):
     two = LABEL[LABEL < 2]
     wide = torch.cat([logits[LABEL < 2][:, :2], torch.full((len(two), 1), -1e4)], dim=1)
     torch.testing.assert_close(losses.dice(wide, two), losses.dice(wide[:, :2], two))

@@ -1,4 +1,4 @@
-"""Objectives of scBERT and scFoundation: their settings, and which tokens are drawn."""
+"""Objectives of scBERT and scFoundation: settings and choice of tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def batch() -> Batch:
 
 
 @pytest.mark.parametrize("share", [0.15, 0.5, 0.99, 1.0])
-def test_shares_are_exact_in_each_cell_rounded_as_asked(batch, share):
+def test_the_drawn_share_is_exact_in_each_cell_and_rounded_as_asked(batch, share):
     among = batch.genes > 2
     for up, rounded in ((False, math.floor), (True, math.ceil)):
         drawn = drawn_share(batch, among, share, up=up)
@@ -35,7 +35,7 @@ def test_shares_are_exact_in_each_cell_rounded_as_asked(batch, share):
         assert (drawn.diff() > 0).all()
 
 
-def test_draws_follow_the_key_and_the_salt(batch):
+def test_draws_depend_on_the_key_and_the_salt(batch):
     among = torch.ones(40, dtype=torch.bool)
     drawn = drawn_share(batch, among, 0.5)
     assert torch.equal(drawn, drawn_share(batch, among, 0.5))

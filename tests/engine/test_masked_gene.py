@@ -1,4 +1,4 @@
-"""Which genes are hidden, and what it costs not to know them."""
+"""Masked gene prediction: choice of genes and loss."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_shares_are_those_of_bert_and_specials_are_never_chosen(model):
     assert (shown.genes == batch.genes).sum() >= len(batch.genes) - len(at)
     n = len(at)
     shares = [(after == model.vocab.mask_id).sum(), ((after != before) & (after != model.vocab.mask_id)).sum()]
-    # five standard errors of 40,000 and of 6,000 draws
+    # tolerances are five standard errors of 40,000 and of 6,000 draws
     assert n / 40_000 == pytest.approx(0.15, abs=5 * np.sqrt(0.15 * 0.85 / 40_000))
     for found, share in zip(shares, (0.8, 0.1), strict=True):
         assert found / n == pytest.approx(share, abs=5 * np.sqrt(share * (1 - share) / n))
@@ -45,7 +45,7 @@ def test_shares_are_those_of_bert_and_specials_are_never_chosen(model):
     assert len(others.unique()) > 200
 
 
-def test_draws_belong_to_the_cell_and_change_with_its_key(model):
+def test_draws_depend_on_the_key_of_the_cell(model):
     objective, batch = MaskedGene(), cells(4)
     together, _ = objective.hide(batch, model.is_special, 1)
     for cell in range(4):
@@ -57,7 +57,7 @@ def test_draws_belong_to_the_cell_and_change_with_its_key(model):
 
 
 @torch.no_grad()
-def test_the_loss_is_the_cross_entropy_of_the_hidden_genes_in_nats(model):
+def test_the_loss_is_the_cross_entropy_of_the_masked_genes_in_nats(model):
     batch, objective = cells(5), MaskedGene()
     shown, at = objective.hide(batch, model.is_special, model.vocab.mask_id)
     expected = F.cross_entropy(model.gene_logits(shown, at), batch.genes[at], reduction="sum")
@@ -66,7 +66,7 @@ def test_the_loss_is_the_cross_entropy_of_the_hidden_genes_in_nats(model):
     torch.testing.assert_close(loss.sum, expected)
 
 
-def test_a_batch_without_a_hidden_gene_costs_nothing(model):
+def test_a_batch_without_masked_genes_has_a_loss_of_zero(model):
     tokens = Tokens(np.array([0, 2, 4]), np.array([2, 3, 2, 3]), None)
     loss = MaskedGene()(model, Batch.from_tokens(tokens, np.arange(2)), 0)
     assert (loss.sum.item(), loss.count.item()) == (0, 0)
@@ -74,7 +74,7 @@ def test_a_batch_without_a_hidden_gene_costs_nothing(model):
 
 
 @pytest.mark.parametrize("n", [3, 5000])
-def test_cross_entropy_and_gradients_are_those_of_torch_however_many_rows(n):
+def test_cross_entropy_and_gradients_equal_those_of_torch_for_any_number_of_rows(n):
     generator = torch.Generator().manual_seed(0)
     made = [torch.randn(*shape, generator=generator) for shape in ((n, 16), (900, 16), (900,))]
     target = torch.randint(0, 900, (n,), generator=generator)
@@ -88,7 +88,7 @@ def test_cross_entropy_and_gradients_are_those_of_torch_however_many_rows(n):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_settings_survive_saving_and_a_model_of_values_is_an_error():
+def test_settings_survive_saving_and_a_model_that_predicts_values_is_an_error():
     assert objective_from_dict(objective_to_dict(MaskedGene(0.3, 7))) == MaskedGene(0.3, 7)
     scgpt = models.build("scgpt", vocab=["a", "b"], size="tiny")
     with pytest.raises(ValueError, match=naming("MaskedGene", "'pseudo'", "'scgpt'")):

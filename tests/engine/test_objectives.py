@@ -1,4 +1,4 @@
-"""What is hidden, and that sums and counts add up."""
+"""Choice of masked tokens, and sums and counts over micro-batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def loader(toy, model):
 
 
 def hidden_genes(model, batch, ratio=0.5):
-    """Ids of the hidden genes of each cell, by the cell's key."""
+    """Return the ids of the masked genes of each cell, by the cell's key."""
     positions = MaskedValue().hide(batch, model.is_special, ratio)
     found = {int(key): set() for key in batch.keys}
     for position in positions:
@@ -45,14 +45,14 @@ def hidden_genes(model, batch, ratio=0.5):
 
 @given(st.lists(st.tuples(int64, st.integers(0, 2**31 - 1)), min_size=1, max_size=20), st.integers(0, 9))
 @settings(deadline=None)
-def test_torch_draws_what_numba_draws(entries, salt):
+def test_torch_and_numba_draw_the_same_numbers(entries, salt):
     keys, ids = (np.array(column, np.int64) for column in zip(*entries))
     drawn = uniform(torch.from_numpy(keys), torch.from_numpy(ids), salt)
     np.testing.assert_array_equal(drawn.numpy(), uniform_entries(np.arange(len(ids) + 1), ids, keys, salt))
 
 
 @pytest.mark.parametrize("ratio", [0.15, 0.25, 0.29, 0.3, 0.5, 0.7, 0.75, 0.99])
-def test_the_floor_of_the_ratio_is_hidden_in_every_cell_and_never_cls(loader, model, ratio):
+def test_the_share_is_rounded_down_in_every_cell_and_cls_is_never_masked(loader, model, ratio):
     for (batch,) in loader.epoch(0):
         found = hidden_genes(model, batch, ratio)
         wanted = [math.floor(ratio * (length - 1)) for length in batch.lengths]
@@ -60,14 +60,14 @@ def test_the_floor_of_the_ratio_is_hidden_in_every_cell_and_never_cls(loader, mo
         assert not any(set(model.vocab.special_ids.tolist()) & ids for ids in found.values())
 
 
-def test_a_hundred_genes_times_029_hides_28():
+def test_a_ratio_of_029_masks_28_of_100_genes():
     # 0.29 * 100 is 28.999999999999996, and 29 in float32
     n = 100
     batch = Batch(torch.arange(n), torch.ones(n), torch.tensor([0, n]), (n,), torch.tensor([7]))
     assert len(MaskedValue().hide(batch, torch.zeros(n, dtype=torch.bool), 0.29)) == 28
 
 
-def test_hidden_positions_do_not_depend_on_the_batch_or_the_processes(loader, model):
+def test_masked_positions_do_not_depend_on_the_batch_or_the_processes(loader, model):
     def hidden(**how):
         found = {}
         for parts in loader.epoch(3, **how):
@@ -82,12 +82,12 @@ def test_hidden_positions_do_not_depend_on_the_batch_or_the_processes(loader, mo
         assert {key: ids for rank in range(world) for key, ids in hidden(rank=rank, world=world).items()} == alone
 
 
-def test_another_epoch_hides_other_genes(loader, model):
+def test_another_epoch_masks_other_genes(loader, model):
     first, second = (next(iter(hidden_genes(model, next(loader.epoch(e))[0]).values())) for e in (0, 1))
     assert first != second
 
 
-def test_every_gene_is_hidden_equally_often():
+def test_every_gene_is_masked_equally_often():
     n_cells, n_genes = 4000, 20
     keys = torch.from_numpy(mix(0, np.arange(n_cells)))
     ends = torch.arange(n_cells + 1) * n_genes
@@ -97,24 +97,24 @@ def test_every_gene_is_hidden_equally_often():
     torch.testing.assert_close(share, torch.full((n_genes,), 0.25), atol=5 * math.sqrt(0.25 * 0.75 / n_cells), rtol=0)
 
 
-def test_the_ratio_is_a_function_of_seed_and_step():
+def test_the_ratio_depends_on_seed_and_step():
     ratios = (0.2, 0.4, 0.6)
     drawn = [MaskedValue(ratios, seed=5).ratio(step) for step in range(3000)]
     assert drawn == [ratios[int(mix(5, step) % 3)] for step in range(3000)]
     assert drawn != [MaskedValue(ratios, seed=6).ratio(step) for step in range(3000)]
-    # five standard errors
+    # the tolerance is five standard errors
     counts = np.unique(drawn, return_counts=True)[1]
     np.testing.assert_allclose(counts, 1000, atol=5 * math.sqrt(3000 * 2 / 9))
 
 
 @pytest.mark.parametrize("ratio", [(), (0.0,), (1.0,), (0.5, 1.5)])
-def test_a_mask_ratio_that_hides_nothing_or_all_is_an_error(ratio):
+def test_a_mask_ratio_that_masks_nothing_or_everything_is_an_error(ratio):
     with pytest.raises(ValueError, match=naming("mask_ratio", ratio, "0", "1")):
         MaskedValue(ratio)
 
 
 def added(objective, model, parts, step=2):
-    """Sum, count, logged and gradient over micro-batches."""
+    """Return sum, count, logged sums and gradient over micro-batches."""
     model.zero_grad()
     total, count, logged = 0.0, 0, defaultdict(float)
     for batch in parts:
@@ -152,7 +152,7 @@ def test_micro_batches_add_up_to_the_batch(loader, model, objective):
         torch.testing.assert_close(split_gradient, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
 
 
-def test_the_masked_loss_is_the_squared_error_of_what_was_hidden(loader, model):
+def test_the_masked_loss_is_the_squared_error_of_the_masked_values(loader, model):
     model.eval()
     (batch,) = next(loader.epoch(0))
     objective = MaskedValue((0.5,), from_cell=0.0)
@@ -165,7 +165,7 @@ def test_the_masked_loss_is_the_squared_error_of_what_was_hidden(loader, model):
     assert int(loss.count) == len(hidden)
 
 
-def test_cells_without_genes_count_nothing(model):
+def test_cells_without_genes_do_not_change_the_loss(model):
     cls = model.vocab.special_ids[:1]
     batch = Batch(torch.from_numpy(cls).long(), torch.zeros(1), torch.tensor([0, 1]), (1,), torch.tensor([3]))
     loss = MaskedValue()(model, batch, 0)
@@ -173,7 +173,7 @@ def test_cells_without_genes_count_nothing(model):
     assert (loss.sum.item(), int(loss.count)) == (0, 0)
 
 
-def test_cells_without_labels_count_nothing(loader, model):
+def test_cells_without_labels_do_not_change_the_loss(loader, model):
     loader.obs["label:cell_type"][:] = -1
     model.set_heads([HeadSpec("cell_type", ("a", "b", "c", "d"))])
     (batch,) = next(loader.epoch(0))
@@ -186,11 +186,11 @@ def test_cells_without_labels_count_nothing(loader, model):
 @pytest.mark.parametrize(
     "objective", [MaskedValue((0.1, 0.2), from_cell=0.5, seed=7), Label({"ce": 1.0, "dice": 0.5}, {"a": (1.0, 2.0)})]
 )
-def test_objectives_are_read_back_as_they_were(objective):
+def test_saved_objectives_are_restored(objective):
     assert objective_from_dict(objective_to_dict(objective)) == objective
 
 
-def test_downsampling_takes_counts_away_only_in_training(toy, model):
+def test_counts_are_downsampled_only_in_training(toy, model):
     source = open_source(toy)
     match = genes.match(source.genes, model.vocab)
     rows, encoder = np.arange(toy.n_obs), scllm.models.ValueEncoder(max_len=99, target_sum=None)
@@ -203,7 +203,7 @@ def test_downsampling_takes_counts_away_only_in_training(toy, model):
     assert total(downsample=0.5, training=False) == total(training=False)
 
 
-def test_losses_are_weighed_as_asked():
+def test_losses_are_weighted_as_asked():
     rng = np.random.default_rng(0)
     logits, codes, weight = rng.normal(size=(12, 3)), rng.integers(3, size=12), np.array([1.0, 2.0, 0.5])
     objective = Label({"ce": 2.0, "bce": 0.5}, class_weight={"a": tuple(weight.tolist())}, label_smoothing=0.1)

@@ -40,23 +40,23 @@ def batch(model):
     ],
     ids=["nothing", "one block", "encoder", "patterns"],
 )
-def test_frozen_weights_stay_as_they_are_to_the_bit_and_others_do_not(toy, model, tmp_path, what, is_kept):
+def test_frozen_weights_stay_bit_equal_and_others_change(toy, model, tmp_path, what, is_kept):
     tuned = scllm.tl.finetune(
         toy, model, key="cell_type", freeze=what, run_dir=tmp_path / "run", device="cpu", config=SETTINGS, validation=0
     )
     before, after = model.state_dict(), tuned.state_dict()
-    # the decoders of values take no part in telling labels
+    # decoders of values are not used to predict labels
     used = [name for name in before if not name.startswith(("decoder.", "cell_decoder."))]
     assert {name for name in used if torch.equal(before[name], after[name])} == set(filter(is_kept, used))
 
 
-def test_frozen_blocks_leave_dropout_off(model, batch):
+def test_frozen_blocks_have_no_dropout(model, batch):
     freeze(model, ("gene_*", "value_embedding.*", "layers.*"))
     train_mode(model)
     assert torch.equal(model.hidden(batch), model.hidden(batch))
 
 
-def test_blocks_that_train_keep_dropout_on(model, batch):
+def test_trained_blocks_have_dropout(model, batch):
     freeze(model, 1)
     train_mode(model)
     assert not model.layers[0].training
@@ -95,12 +95,12 @@ def test_heads_train_above_a_frozen_encoder(model):
 
 
 @pytest.mark.parametrize("what", [-1, 3])
-def test_as_many_blocks_as_there_are_can_be_frozen(model, what):
+def test_freezing_more_blocks_than_the_model_has_is_an_error(model, what):
     with pytest.raises(ValueError, match=naming("freeze", "0 to 2", what)):
         freeze(model, what)
 
 
-def test_a_pattern_that_fits_no_weight_is_an_error(model):
+def test_a_pattern_that_matches_no_weight_is_an_error(model):
     with pytest.raises(ValueError, match=naming("freeze", "'layer.0.*'", "'encoder'", "'layers.0.*'")):
         freeze(model, "layer.0.*")
 
@@ -114,13 +114,13 @@ def test_freezing_everything_is_an_error(model):
 
 
 def scales(model, config):
-    """Factor of the learning rate and decay of each weight that is trained."""
+    """Return the factor of the learning rate and the weight decay of each trained weight."""
     names = {id(weight): name for name, weight in model.named_parameters()}
     groups = optimizer(model, config).param_groups
     return {names[id(w)]: (group["scale"], group["weight_decay"]) for group in groups for w in group["params"]}
 
 
-def test_earlier_blocks_learn_more_slowly(model):
+def test_earlier_blocks_have_a_lower_learning_rate(model):
     model.set_heads([HeadSpec("cell_type", ("a", "b"))])
     found = {name: scale for name, (scale, _) in scales(model, TrainConfig(lr=1.0, layer_decay=0.5)).items()}
     depths = {"heads.": 1, "decoder.": 1, "layers.1.": 0.5, "layers.0.": 0.25, "gene_": 0.125}
@@ -145,7 +145,7 @@ def curve(n_steps, per_epoch, **settings):
     return np.array([learning_rate(step, step // per_epoch, n_steps, config) for step in range(n_steps)])
 
 
-def test_the_step_schedule_falls_by_gamma_an_epoch():
+def test_the_step_schedule_is_multiplied_by_gamma_each_epoch():
     np.testing.assert_allclose(curve(12, 4, gamma=0.5), np.repeat([2, 1, 0.5], 4))
 
 

@@ -1,4 +1,4 @@
-"""Runs that are killed, at any step and in any process, and continued by the same call."""
+"""Runs that are killed, at any step and in any process, and resumed by the same call."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from scllm.data.run_files import write_json
 from scllm.engine.launch import continue_run, launch
 from scllm.engine.run import Run
 
-# 84 steps: on a busy machine a run gets far before it is seen to have come to a step
+# 84 steps, because on a busy machine a run gets far before a test notices that it has reached a step
 LONG = {"epochs": 12, "dropout": 0.2, "config": {"save_every": 3}}
 
 
 @pytest.fixture(scope="module")
 def expected(_toy, tmp_path_factory):
-    """The history of a run with dropout that nothing interrupts, by number of processes."""
+    """The history of an uninterrupted run with dropout, by number of processes."""
 
     def run(n_procs):
         if n_procs not in found:
@@ -51,7 +51,7 @@ def expected(_toy, tmp_path_factory):
 
 
 class KillerAt(threading.Thread):
-    """Kills one of the processes of a run as soon as it has come to a step."""
+    """Kill one of the processes of a run as soon as it has reached a step."""
 
     def __init__(self, run_dir, step, choose):
         super().__init__()
@@ -60,12 +60,12 @@ class KillerAt(threading.Thread):
 
     def run(self):
         wait_for_step(self.run_dir, self.step)
-        # the history may have come to the step before the processes that continue it are there
+        # the step may be in the history before the processes that resume it have started
         wait_until(lambda: self.choose(self.run_dir), seconds=60)
         os.kill(self.choose(self.run_dir)[-1], signal.SIGKILL)
 
 
-def test_a_run_killed_five_times_has_the_history_of_one_that_was_not(expected, tmp_path):
+def test_a_run_killed_five_times_has_the_history_of_an_uninterrupted_run(expected, tmp_path):
     run_dir = tmp_path / "run"
     steps = np.sort(np.random.default_rng(0).choice(np.arange(1, 40), 5, replace=False))
     for step in steps:
@@ -84,14 +84,14 @@ def test_a_run_killed_five_times_has_the_history_of_one_that_was_not(expected, t
     assert_same_curve(found, expected(1))
 
 
-def test_two_processes_killed_in_every_way_go_on_to_the_same_history(expected, toy, tmp_path):
+def test_two_processes_killed_in_every_way_resume_to_the_same_history(expected, toy, tmp_path):
     run_dir = tmp_path / "run"
     process = start(run_dir, n_procs=2, **LONG)
     wait_for_step(run_dir, 4)
     assert len(workers(run_dir)) == 2
     process.kill()
     process.communicate()
-    # whoever started them is gone: nobody trains on, and the lock is free when they have ended
+    # the process that started them has ended: they stop training, and the lock is released when they have ended
     wait_until(lambda: not workers(run_dir) + agents(run_dir), seconds=10)
 
     for step, choose in ((20, workers), (35, agents)):
@@ -119,7 +119,7 @@ def test_a_second_call_is_an_error_and_an_interrupt_ends_all_processes(toy, tmp_
     assert not workers(run_dir) + agents(run_dir)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(toy, tmp_path):
+def test_a_run_can_be_resumed_with_another_number_of_processes(toy, tmp_path):
     run_dir, plain = tmp_path / "run", LONG | {"dropout": 0.0}
     pretrain(toy, tmp_path / "whole", **plain)
     interrupted(toy, run_dir, 9, **plain)
@@ -129,7 +129,7 @@ def test_a_run_goes_on_with_another_number_of_processes(toy, tmp_path):
 
 @pytest.fixture
 def killed(toy, tmp_path):
-    """A run on a file that was killed on its way."""
+    """A run on a file that was killed before it was done."""
     toy.write_h5ad(tmp_path / "toy.h5ad")
     process = start(tmp_path / "run", data=tmp_path / "toy.h5ad", **LONG)
     wait_for_step(tmp_path / "run", 5)
@@ -138,13 +138,13 @@ def killed(toy, tmp_path):
     return tmp_path / "run"
 
 
-def test_a_run_goes_on_when_its_data_were_moved(killed, tmp_path):
+def test_a_run_can_be_resumed_after_its_data_were_moved(killed, tmp_path):
     pretrain((tmp_path / "toy.h5ad").rename(tmp_path / "moved.h5ad"), killed, **LONG)
-    # other processes will look for them there
+    # other processes look for the data there
     assert Run(killed).spec["data_reference"] == str(tmp_path / "moved.h5ad")
 
 
-def test_a_run_does_not_go_on_with_other_cells(toy, killed, tmp_path):
+def test_a_run_cannot_be_resumed_with_other_cells(toy, killed, tmp_path):
     toy[::-1].copy().write_h5ad(tmp_path / "toy.h5ad")
     again = subprocess.run([sys.executable, "-m", "scllm", "run", killed], capture_output=True, text=True, check=False)
     assert again.returncode == 2
@@ -152,7 +152,7 @@ def test_a_run_does_not_go_on_with_other_cells(toy, killed, tmp_path):
     assert not Run(killed).is_done
 
 
-def test_the_command_line_continues_a_run(expected, toy, tmp_path):
+def test_the_command_line_resumes_a_run(expected, toy, tmp_path):
     run_dir = tmp_path / "run"
     interrupted(toy, run_dir, 5, **LONG)
     subprocess.run([sys.executable, "-m", "scllm", "run", run_dir], check=True, capture_output=True)
@@ -175,7 +175,7 @@ def contents(folder):
     return {path.relative_to(folder): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
-def test_a_run_of_other_settings_is_an_error_that_names_them_and_touches_nothing(toy, tmp_path):
+def test_a_run_with_other_settings_is_an_error_that_names_them_and_changes_nothing(toy, tmp_path):
     run_dir = tmp_path / "run"
     pretrain(toy, run_dir, epochs=1)
     before = contents(run_dir)
@@ -192,13 +192,13 @@ def test_a_run_that_is_done_is_returned_at_once(toy, tmp_path):
     run_dir = tmp_path / "run"
     first = pretrain(toy, run_dir, epochs=1)
     before = contents(run_dir)
-    again = pretrain(toy, run_dir, epochs=1, n_procs=2)  # which would take seconds to start
+    again = pretrain(toy, run_dir, epochs=1, n_procs=2)  # starting two processes would take seconds
     assert again.hash() == first.hash()
     assert contents(run_dir) == before
 
 
 @pytest.mark.parametrize("how", ["verb", "torchrun"])
-def test_a_run_that_is_done_by_the_time_it_is_free_is_left_as_it_is(toy, tmp_path, monkeypatch, how):
+def test_a_run_that_another_process_finished_meanwhile_is_not_changed(toy, tmp_path, monkeypatch, how):
     run = Run(tmp_path / "run")
     model = pretrain(toy, run.path, epochs=1)
     before = contents(run.path)
@@ -225,10 +225,10 @@ def test_a_run_that_is_done_by_the_time_it_is_free_is_left_as_it_is(toy, tmp_pat
     assert after == before
 
 
-def test_a_run_that_began_without_scaling_its_loss_goes_on_in_half_precision(toy, tmp_path, caplog):
+def test_a_run_that_began_without_loss_scaling_can_be_resumed_in_half_precision(toy, tmp_path, caplog):
     run = Run(tmp_path / "run")
     interrupted(toy, run.path, 9, **LONG)
-    # as precision='auto' is another one on another device
+    # as with precision='auto' on another device
     write_json(run.path / "spec.json", run.spec | {"train": run.spec["train"] | {"precision": "fp16", "epochs": 3}})
     with caplog.at_level("INFO", logger="scllm"):
         continue_run(run, device="cpu")
@@ -244,7 +244,7 @@ def test_long_settings_are_cut_in_the_message(toy, tmp_path):
         run.check({"heads": [f"other {i}" for i in range(100)], "lr": 2})
 
 
-def test_resume_insists_or_forbids(toy, tmp_path):
+def test_resume_can_be_required_or_forbidden(toy, tmp_path):
     with pytest.raises(ValueError, match=naming(tmp_path / "run", "resume=True", "resume='auto'")):
         pretrain(toy, tmp_path / "run", resume=True)
     assert not (tmp_path / "run").exists()
@@ -253,7 +253,7 @@ def test_resume_insists_or_forbids(toy, tmp_path):
         pretrain(toy, tmp_path / "run", epochs=1, resume=False)
 
 
-def test_a_run_that_was_stopped_while_it_was_set_up_starts_anew(toy, tmp_path):
+def test_a_run_that_was_stopped_during_setup_starts_again(toy, tmp_path):
     run_dir = tmp_path / "run"
     large = scllm.datasets.toy(n_cells=4000, n_genes=40)
     interrupted(large, run_dir, (run_dir / "data").exists)
@@ -262,7 +262,7 @@ def test_a_run_that_was_stopped_while_it_was_set_up_starts_anew(toy, tmp_path):
 
 
 def test_a_process_that_fails_after_the_run_is_done_is_a_warning(toy, tmp_path, monkeypatch):
-    # every worker exits with status 3 after all its work, as some have been seen to abort while exiting
+    # every worker exits with status 3 after its work, because workers sometimes abort while exiting
     exiting = "import atexit, os\nif 'LOCAL_RANK' in os.environ: atexit.register(os._exit, 3)\n"
     (tmp_path / "sitecustomize.py").write_text(exiting)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
@@ -272,7 +272,7 @@ def test_a_process_that_fails_after_the_run_is_done_is_a_warning(toy, tmp_path, 
 
 
 @pytest.mark.slow
-def test_soak_two_processes_start_and_finish_time_after_time(toy, tmp_path):
+def test_soak_two_processes_start_and_finish_repeatedly(toy, tmp_path):
     for i in range(int(os.environ.get("SCLLM_SOAK", "3"))):
         run_dir = tmp_path / f"run{i}"
         model = pretrain(toy, run_dir, n_procs=2, epochs=1)

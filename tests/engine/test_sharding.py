@@ -1,4 +1,4 @@
-"""Weights split over two processes: the same losses, and the same checkpoints."""
+"""Weights sharded over two processes: the same losses and the same checkpoints."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from scllm.models.storage import read_torch
 
 
 @pytest.mark.parametrize("accumulate", [1, 16])
-def test_split_weights_give_the_same_losses(toy, tmp_path, accumulate):
+def test_sharded_weights_give_the_same_losses(toy, tmp_path, accumulate):
     alone = pretrain(toy, tmp_path / "alone", dropout=0.0)
-    # 16 parts of 16 cells on two ranks: some parts are empty on one of them
+    # 16 micro-batches of 16 cells on two ranks: some are empty on one of the ranks
     split = pretrain(
         toy, tmp_path / "split", dropout=0.0, n_procs=2, config={"strategy": "fsdp", "accumulate": accumulate}
     )
@@ -33,12 +33,12 @@ def test_split_weights_give_the_same_losses(toy, tmp_path, accumulate):
         assert (split.state_dict()[name] - weight).abs().max() < 1e-4, name
 
 
-def test_a_rank_without_cells_takes_part(toy, tmp_path):
+def test_a_rank_without_cells_takes_part_in_training(toy, tmp_path):
     pretrain(toy, tmp_path / "run", n_procs=2, batch_size=1, epochs=None, config={"strategy": "fsdp", "steps": 3})
     assert (curve(tmp_path / "run")["loss"] > 0).all()
 
 
-def test_a_killed_run_goes_on_to_the_same_losses(toy, tmp_path):
+def test_a_killed_run_resumes_to_the_same_losses(toy, tmp_path):
     settings = {"n_procs": 2, "epochs": 6, "config": {"strategy": "fsdp", "save_every": 3, "accumulate": 2}}
     pretrain(toy, tmp_path / "whole", **settings)
     run_dir = tmp_path / "run"
@@ -47,7 +47,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(toy, tmp_path):
     process.kill()
     process.communicate()
     wait_until(lambda: not workers(run_dir) + agents(run_dir), seconds=10)
-    # the checkpoint holds whole weights, as one process writes it
+    # the checkpoint contains complete weights, like that of a single process
     assert all(weight.shape == pretrained.shape for weight, pretrained in _weights(run_dir, tmp_path / "whole"))
     pretrain(toy, run_dir, **settings)
     assert_same_curve(curve(run_dir), curve(tmp_path / "whole"))
@@ -59,7 +59,7 @@ def _weights(*run_dirs):
     return [(first[name], second[name]) for name in first]
 
 
-def test_half_precision_with_split_weights_is_an_error(toy, tmp_path):
+def test_half_precision_with_sharded_weights_is_an_error(toy, tmp_path):
     with pytest.raises(ValueError, match=naming("fsdp", "fp16", "bf16", "fp32")):
         pretrain(toy, tmp_path / "run", n_procs=2, precision="fp16", config={"strategy": "fsdp"})
     assert not (tmp_path / "run").exists()
@@ -67,14 +67,14 @@ def test_half_precision_with_split_weights_is_an_error(toy, tmp_path):
 
 @pytest.fixture
 def one_rank(tmp_path):
-    """A group of this process alone: its weights are split as in any group."""
+    """A process group of this process alone; its weights are sharded as in any group."""
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
 
 
 def batches(adata, model, objective):
-    """Four cells, and none."""
+    """A batch of four cells, and an empty batch."""
     source = open_source(adata)
     obs = {"label:cell_type": adata.obs["cell_type"].cat.codes.to_numpy(np.int64)}
     whole = getattr(objective, "predicts_whole_cells", False)
@@ -97,7 +97,7 @@ def gradients(model, objective, batch):
 
 @pytest.mark.parametrize("task", ["pretraining", "labels"])
 @pytest.mark.parametrize("family", sorted(set(models.families()) - {"spatial"}))
-def test_every_family_trains_with_split_weights_and_takes_part_without_cells(toy, one_rank, family, task):
+def test_every_family_trains_with_sharded_weights_and_takes_part_without_cells(toy, one_rank, family, task):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = models.build(family, vocab=toy.var_names, size="tiny", dropout=0.0)
@@ -112,7 +112,7 @@ def test_every_family_trains_with_split_weights_and_takes_part_without_cells(toy
     assert loss == pytest.approx(expected_loss)
     torch.testing.assert_close(found, expected)
     assert sharding.weights(split).keys() == model.state_dict().keys()
-    # the same weights as on ranks with cells, or the sums over ranks would not fit together
+    # gradients for the same weights as on ranks with cells, because they are summed over ranks
     for one in (model, split):
         loss, nothing = gradients(one, objective, none)
         assert loss == 0
