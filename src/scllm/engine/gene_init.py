@@ -31,7 +31,7 @@ _STANDS_OUT = 1.05
 def start_from_data(
     model: CellModel, source: CellSource, match: GeneMatch, rows: IntArray, *, random_state: int = 0
 ) -> None:
-    """Put gene vectors of the data into the model's gene table, in place; genes that no file has stay as they are."""
+    """Initialise the model's gene embeddings from the data, in place; genes that are in no file keep theirs."""
     table = model.gene_table()
     vectors = gene_vectors(source, match, rows, table.shape[1], len(model.vocab), random_state=random_state)
     with torch.no_grad():

@@ -136,12 +136,12 @@ class Loader:
         for first, last in zip(edges[skip:-1], edges[skip + 1 :], strict=True):
             chosen = rows[first:last]
             tokens = self.match.tokens(_taken(counts, place[first:last]), chosen)
-            sentences, spacing = self._sentences(tokens, chosen, keys[first:last])
+            sequences, spacing = self._sequences(tokens, chosen, keys[first:last])
             whole = self._whole(tokens, chosen) if self.keep_whole else None
             cuts = np.linspace(first, last, parts + 1).astype(int)
             batches = [
                 Batch.from_tokens(
-                    sentences.slice(a - first, b - first),
+                    sequences.slice(a - first, b - first),
                     keys[a:b],
                     {name: column[rows[a:b]] for name, column in self.obs.items()},
                     Measured.of(self.match, rows[a:b]),
@@ -153,18 +153,18 @@ class Loader:
             ]
             yield [batch.pin() for batch in batches] if self.pinned else batches
 
-    def _sentences(self, tokens: Tokens, rows: IntArray, keys: IntArray) -> tuple[Tokens, FloatArray | None]:
-        """What the model reads of the cells of one batch; in training also of how many genes one is read."""
+    def _sequences(self, tokens: Tokens, rows: IntArray, keys: IntArray) -> tuple[Tokens, FloatArray | None]:
+        """Make the token sequences of a batch; in training also the number of a cell's genes per gene that is read."""
         if not self.training:
             return self._encoded(self.encoder, tokens, rows), None
         if self.downsample:
             tokens = Tokens(*thin(tokens.indptr, tokens.genes, tokens.values, keys, self.downsample))
-        sentences = self._encoded(self.encoder, tokens, rows, keys)
-        n_read = np.maximum(sentences.lengths - self.encoder.n_specials, 1)
-        return sentences, np.maximum(self._n_genes(tokens, rows) / n_read, 1)
+        sequences = self._encoded(self.encoder, tokens, rows, keys)
+        n_read = np.maximum(sequences.lengths - self.encoder.n_specials, 1)
+        return sequences, np.maximum(self._n_genes(tokens, rows) / n_read, 1)
 
     def _encoded(self, encoder: Encoder, tokens: Tokens, rows: IntArray, keys: IntArray | None = None) -> Tokens:
-        """The token sequences of cells, each read with the genes that its own file measured."""
+        """Make the token sequences of cells, each with the genes that its own file measured."""
         by_file = self.match.by_file(rows)
         if len(by_file) <= 1:
             measured = by_file[0][0].measured if by_file else self.match.measured
@@ -176,7 +176,7 @@ class Loader:
         return Tokens.stacked(parts, [cells for _, cells in by_file])
 
     def _n_genes(self, tokens: Tokens, rows: IntArray) -> IntArray:
-        """Genes of each cell that would be read if there were room for all."""
+        """Count the genes of each cell that would be read without a limit on the length."""
         if getattr(self.encoder, "include_zeros", False):
             n_genes = np.empty(len(tokens), np.int64)
             for file, cells in self.match.by_file(rows):
@@ -185,11 +185,11 @@ class Loader:
         medians = getattr(self.encoder, "medians", None)
         if medians is None:
             return tokens.lengths
-        # genes without a median have no rank
+        # genes without a median are not read
         return np.diff(np.concatenate([[0], np.cumsum(~np.isnan(medians)[tokens.genes])])[tokens.indptr])
 
     def _whole(self, tokens: Tokens, rows: IntArray) -> Tokens:
-        """The cells with all their counts, nothing cut."""
+        """Make the token sequences of cells with all their genes, not truncated."""
         encoder = replace(self.encoder, max_len=len(self.vocab) + self.encoder.n_specials)  # type: ignore[type-var]
         return self._encoded(encoder, tokens, rows)
 
