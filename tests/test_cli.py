@@ -325,7 +325,7 @@ def test_dry_run_tells_the_cost_and_writes_nothing(data: Path, tmp_path: Path) -
         (("embed", "DATA", "MODEL", "--out", "absent/e.npy"), "absent/e.npy"),
         (("embed", "DATA", "absent", "--out", "e.npy"), " absent"),
         (("info", "absent"), " absent"),
-        (("run", "absent"), "'absent' has no spec.json"),
+        (("run", "absent"), "absent' has no spec.json"),
         (("nonsense",), "No such command"),
     ],
 )
