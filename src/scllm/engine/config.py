@@ -69,8 +69,8 @@ class TrainConfig:
     accumulate
         Number of micro-batches into which the cells of a step are split, to save memory (gradient accumulation).
     max_len
-        Longest sentence in training, ``<cls>`` included: a random part of longer cells is read, which saves time and
-        regularises. The model itself keeps the encoder's own. ``None``: no shorter than that.
+        Largest number of tokens per cell in training, ``<cls>`` included. Of longer cells, a random subset of genes is
+        read, which saves time and regularises. The model's encoder keeps its own limit, which is used with ``None``.
     downsample
         Count downsampling (binomial thinning) of training cells as augmentation: the largest share of counts that is
         removed at random from a cell. ``None``: the default of the family (scfoundation: 0.8 in pretraining, all others
