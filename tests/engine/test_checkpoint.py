@@ -71,7 +71,6 @@ def test_a_full_disk_is_an_error_that_keeps_the_last_good_checkpoint(finished, t
     output, _ = process.communicate()
     assert process.returncode == 1, output
     assert re.search(naming("OSError", run_dir / full, "run_dir"), output)
-    assert "room on the disk expected; the last good checkpoint is untouched. Make room and call again" in output
     assert read_torch(run_dir / "last.pt")["step"] == step
     assert not list(run_dir.glob(".last*"))
     pretrain(toy, run_dir, **SETTINGS)
