@@ -166,6 +166,19 @@ def test_the_same_data_elsewhere_are_the_same_run(finished, cells, model, tmp_pa
         assert finetune(data, model, run_dir=finished, **OPTIONS).hash() == expected
 
 
+def test_a_gene_that_a_file_no_longer_measures_is_another_run(cells, model, tmp_path):
+    first, second = cells[:100].copy(), cells[100:].copy()
+    second.layers["counts"] = second.layers["counts"].multiply(np.arange(40) != 5).tocsr()
+    files = [tmp_path / "first.h5ad", tmp_path / "second.h5ad"]
+    first.write_h5ad(files[0])
+    second.write_h5ad(files[1])
+    options = OPTIONS | {"validation": 0.1, "run_dir": tmp_path / "run"}
+    finetune(files, model, **options)
+    second[:, np.arange(40) != 5].copy().write_h5ad(files[1])
+    with pytest.raises(ValueError, match=r"data\.tokens"):
+        finetune(files, model, **options)
+
+
 def test_kept_predictions_of_folds_notice_other_names_of_genes(cells, model, tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "run_dir", tmp_path)
     options = {"n_folds": 2, "epochs": 1, "device": "cpu", "baseline": False}

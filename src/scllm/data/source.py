@@ -256,7 +256,7 @@ class StoredCells:
         return self._tables.obs(columns)
 
     def close(self) -> None:
-        """Close files and remove temporary ones; a later read opens them again."""
+        """Close files; a later read opens them again."""
         for part in (self._store, self._tables):
             if hasattr(part, "close"):
                 part.close()

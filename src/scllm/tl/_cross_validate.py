@@ -33,7 +33,7 @@ from scllm.tl._folds import fold_cells, folds_directory, keep_predictions, kept_
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
 from scllm.tl._out_of_fold import check_coverage, check_folds, find_groups, fold_scores, overall_scores
 from scllm.tl._target import Target, find_target
-from scllm.tl._train import check_config, hash_cells
+from scllm.tl._train import check_config, hash_cells, hash_match
 
 __all__ = ["cross_validate"]
 
@@ -245,7 +245,7 @@ class _Cells:
             "classes": self.target.classes,
             "data": {
                 "fingerprint": self.fingerprint, "layer": self.layer, "cells": hash_cells(cells),
-                "tokens": hash_cells({"tokens": gene_match(self.adata, self.source, model).token_ids}),
+                "tokens": hash_match(gene_match(self.adata, self.source, model)),
                 **match_settings(self.adata),
             },
         }  # fmt: skip

@@ -29,7 +29,7 @@ from scllm.engine.optim import Freeze
 from scllm.models.base import Batch, CellModel, HeadSpec
 from scllm.tl._folds import keep_predictions, kept_predictions
 from scllm.tl._gene_states import GeneCells, gene_statistics, pooled
-from scllm.tl._train import Processes, hash_cells, merged_config, train
+from scllm.tl._train import Processes, hash_cells, hash_match, merged_config, train
 
 __all__ = ["GeneTask", "Options", "gene_config"]
 
@@ -173,7 +173,7 @@ class GeneTask:
             "data": {
                 "fingerprint": fingerprint(self.cells.source), "layer": self.options.layer,
                 "genes": hash_cells(genes | {"tokens": self.cells.tokens}),
-                "tokens": hash_cells({"tokens": self.cells.match.token_ids}),
+                "tokens": hash_match(self.cells.match),
                 **match_settings(self.cells.adata),
             },
         }  # fmt: skip

@@ -44,8 +44,8 @@ from scllm.tl._cost import say_trained, say_training
 from scllm.tl._model import gene_match, remember
 
 __all__ = [
-    "Data", "Processes", "check_config", "check_resume", "check_trainable", "hash_cells", "merged_config", "processes",
-    "train", "warn_of_unread_cells",
+    "Data", "Processes", "check_config", "check_resume", "check_trainable", "hash_cells", "hash_match",
+    "merged_config", "processes", "train", "warn_of_unread_cells",
 ]  # fmt: skip
 
 Data = AnnData | str | PathLike[str] | CellSource | Sequence[str | PathLike[str]]
@@ -200,7 +200,7 @@ def _identity(
         "fingerprint": fingerprint(source),
         "layer": layer,
         "cells": hash_cells(cells),
-        "tokens": hash_cells({"tokens": match.token_ids}),
+        "tokens": hash_match(match),
         **match_settings(data),
     }
 
@@ -292,6 +292,13 @@ def hash_cells(cells: Mapping[str, NDArray[Any]]) -> str:
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(cells[name]).tobytes())
     return digest.hexdigest()
+
+
+def hash_match(match: GeneMatch) -> str:
+    """Of the token of each gene, file by file: what a file did not measure is not zero."""
+    files = {f"file {number}": file.token_ids for number, file in enumerate(match.files)}
+    of_cell = {} if match.file_of is None else {"file of": match.file_of}
+    return hash_cells({"tokens": match.token_ids, **files, **of_cell})
 
 
 def _reference(data: Data, layer: str | None) -> str | list[str] | None:
