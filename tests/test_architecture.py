@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -48,9 +51,13 @@ FORBIDDEN = {
 }
 # slow or optional: never at the top of a module
 INSIDE_FUNCTIONS = {
-    *("scanpy", "cellxgene_census", "tiledbsoma", "scib_metrics", "peft", "torchao", "annbatch", "spatialdata"),
-    *("squidpy", "tifffile", "harmonypy", "mudata", "datasets", "tensorboard", "wandb"),
+    *("scanpy", "igraph", "cellxgene_census", "tiledbsoma", "scib_metrics", "peft", "torchao", "annbatch"),
+    *("spatialdata", "squidpy", "tifffile", "harmonypy", "mudata", "datasets", "tensorboard", "wandb"),
 }
+# core dependency that the source does not import -> why it is one all the same
+NEEDED_BY_OTHERS = {"scikit-misc": "scanpy.pp.highly_variable_genes(flavor='seurat_v3')"}
+# core dependency that the source does not import -> what needs it
+NEEDED_BY_OTHERS = {"scikit-misc": "scanpy.pp.highly_variable_genes(flavor='seurat_v3')"}
 # (module, function) -> why a dense array is right there
 DENSE_ALLOWED: dict[tuple[str, str], str] = {}
 
@@ -217,6 +224,49 @@ def test_slow_and_optional_packages_are_imported_inside_functions() -> None:
         for module in source().values()
         for found in imports(module)
         if found.at_top and any(starts_with(found.module, name) for name in INSIDE_FUNCTIONS)
+    ]
+    assert not wrong
+
+
+distributions = cache(packages_distributions)  # reads the list of files of every installed package
+
+
+def distribution(module: str) -> str:
+    """Name on PyPI of what a module belongs to."""
+    package = module.split(".")[0]
+    return distributions().get(package, [package])[0].lower().replace("_", "-")
+
+
+def declared(*lists: list[str]) -> set[str]:
+    return {re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-") for each in lists for requirement in each}
+
+
+@cache
+def third_party_imports() -> list[tuple[str, str, Import]]:
+    """Distribution, importing module and import of everything from outside."""
+    ours = {"scllm", *sys.stdlib_module_names}
+    return [
+        (distribution(found.module), module.name, found)
+        for module in source().values()
+        for found in imports(module)
+        if found.module.split(".")[0] not in ours
+    ]
+
+
+def test_core_dependencies_are_imported_or_needed_by_one_that_is() -> None:
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    imported = {name for name, _, _ in third_party_imports()}
+    assert declared(project["dependencies"]) == imported & declared(project["dependencies"]) | set(NEEDED_BY_OTHERS)
+
+
+def test_imported_packages_are_declared() -> None:
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    core = declared(project["dependencies"])
+    extras = declared(*(names for extra, names in project["optional-dependencies"].items() if extra != "test"))
+    wrong = [
+        f"{module}:{found.line} imports {found.module} of {name}"
+        for name, module, found in third_party_imports()
+        if name not in (core if found.at_top else core | extras)
     ]
     assert not wrong
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 __all__ = ["cache_dir", "run_dir", "verbosity"]
 
 verbosity: int = 2
@@ -21,5 +23,5 @@ them, and otherwise as plain lines: on stdout in a notebook, as those of scanpy,
 run_dir: Path = Path("scllm_runs")
 """Where training runs without a ``run_dir`` of their own are written."""
 
-cache_dir: Path = Path.home() / ".cache" / "scllm"
-"""Where downloads that the user asked for are kept."""
+cache_dir: Path = user_cache_path("scllm")
+"""Where downloads that the user asked for are kept: the platform's cache directory."""

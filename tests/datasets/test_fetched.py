@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import resource
 import shutil
 import ssl
 import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -52,9 +54,11 @@ def server(tmp_path, monkeypatch):
                 self.send_header("Location", f"http://localhost:{listening.server_port}/file")
                 self.end_headers()
                 return
+            content = CONTENT * (10_000 if self.path == "/large" else 1)
             self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(CONTENT * (10_000 if self.path == "/large" else 1))
+            self.wfile.write(content)
 
         def log_message(self, *args) -> None:
             pass
@@ -65,7 +69,7 @@ def server(tmp_path, monkeypatch):
     listening.socket = context.wrap_socket(listening.socket, server_side=True)
     thread = threading.Thread(target=listening.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
     monkeypatch.setenv("no_proxy", "localhost")
     yield f"https://localhost:{listening.server_port}"
     listening.shutdown()
@@ -85,8 +89,23 @@ def test_a_file_is_fetched_once(server, offline) -> None:
     assert fetch("set.csv", "https://nowhere.invalid/file", DIGEST, advice="Do that.") == path
 
 
+def test_the_cache_is_where_the_platform_keeps_caches() -> None:
+    code = "import scllm; print(scllm.settings.cache_dir)"
+    env = os.environ | {"XDG_CACHE_HOME": "/somewhere/caches"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert run.stdout.strip() == "/somewhere/caches/scllm"
+
+
+def test_a_download_draws_a_progress_bar_where_one_may_be_drawn(server, monkeypatch, capsys) -> None:
+    fetch("first.csv", f"{server}/file", DIGEST, advice="Do that.")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    fetch("second.csv", f"{server}/file", DIGEST, advice="Do that.")
+    assert "100%" in capsys.readouterr().err
+
+
 def test_a_file_with_another_checksum_is_not_kept(server) -> None:
-    with pytest.raises(ValueError, match=r"gave a file with checksum sha256:\w+, sha256:0 expected.* do that"):
+    with pytest.raises(ValueError, match=rf"checksum sha256:0, got .*{DIGEST[7:]}(?s:.)* do that"):
         fetch("set.csv", f"{server}/file", "sha256:0", advice="Do that.")
     assert left_in(settings.cache_dir) == []
 
@@ -136,14 +155,14 @@ def test_published_files_in_the_cache_are_the_same_set(labels, offline) -> None:
     # one letter differs: neither is it taken, nor is what is there lost
     damaged = folder / "most_reliable_dosage_sensitive_TFs.csv"
     damaged.write_text(damaged.read_text().replace("SOX9", "SOX8"))
-    with pytest.raises(FileNotFoundError, match="could not be fetched"):
+    with pytest.raises(FileNotFoundError, match=r"most_reliable_dosage_sensitive_TFs\.csv, got no answer"):
         datasets.gene_set()
     assert "SOX8" in damaged.read_text()
 
 
 @pytest.mark.parametrize("get", [datasets.gene_set, datasets.pancreas])
 def test_without_a_connection_the_error_says_what_to_do(get, offline) -> None:
-    message = r"https://\S+ could not be fetched \(.*\), a connection to it expected\. .*pass it with path="
+    message = r"https://\S+, got no answer \(.*\)\. .*pass it with path="
     with pytest.raises(FileNotFoundError, match=message):
         get()
 

@@ -129,7 +129,7 @@ def write_genecorpus(
     obs
         Columns to keep beside each sentence.
     """
-    import pyarrow as pa  # comes with datasets
+    import pyarrow as pa
 
     datasets = _datasets()
     if path.exists() and any(path.iterdir()):
