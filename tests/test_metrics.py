@@ -171,19 +171,58 @@ def test_batches_apart_are_not_mixed() -> None:
     assert metrics.batch_mixing(knn_graph(embedding, 5), np.repeat(["x", "y"], 20)) == 0
 
 
-def test_knn_and_logistic_regression_tell_labels_from_noise(cells) -> None:
+def test_logistic_regression_tells_labels_from_noise(cells) -> None:
     embedding, labels, _ = cells
     shuffled = np.random.default_rng(0).permutation(labels)
-    assert metrics.knn_accuracy(embedding, labels) > 0.9
-    assert metrics.knn_accuracy(embedding, shuffled) < 0.55
     assert metrics.logistic_regression_scores(embedding, labels)["accuracy"] > 0.9
     assert metrics.logistic_regression_scores(embedding, shuffled)["accuracy"] < 0.55
 
 
-def test_knn_accuracy_leaves_the_cell_itself_out() -> None:
+def test_knn_accuracy_is_that_of_a_vote_without_the_cell_itself(cells) -> None:
+    embedding, labels, _ = cells
+    graph = knn_graph(embedding, 7)
+    votes = [Counter(labels[graph[cell].indices]).most_common() for cell in range(90)]
+    first = [min(name for name, n in found if n == found[0][1]) for found in votes]
+    assert metrics.knn_accuracy(graph, labels) == pytest.approx(np.mean(np.array(first) == labels))
+    assert metrics.knn_accuracy(graph, labels) > 0.9
     # each cell lies on one of the other class: its nearest other cell is always wrong
-    at = np.repeat(np.arange(40.0) * 10, 2)[:, None]
-    assert metrics.knn_accuracy(at, np.tile(["a", "b"], 40), n_neighbors=1) < 0.3
+    at = np.repeat(np.arange(40.0) * 10, 2)[:, None] + np.tile([0, 0.1], 40)[:, None]
+    assert metrics.knn_accuracy(knn_graph(at, 1), np.tile(["a", "b"], 40)) == 0
+
+
+def blobs(n_cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embedding, labels and batches of cells in four classes, the last of which has 8 cells."""
+    rng = np.random.default_rng(0)
+    label = np.r_[np.repeat([0, 1, 2], (n_cells - 8) // 3 + 1)[: n_cells - 8], np.full(8, 3)]
+    batch = rng.integers(0, 2, n_cells)
+    embedding = rng.normal(size=(n_cells, 5))
+    embedding[:, 0] += 3 * label
+    embedding[:, 1] += batch
+    return embedding, label, batch
+
+
+def test_silhouettes_of_many_cells_are_estimated_on_a_sample_that_keeps_rare_classes(monkeypatch) -> None:
+    embedding, label, batch = blobs(3000)
+    of_all = metrics.silhouette_label(embedding, label), metrics.silhouette_batch(embedding, label, batch)
+    seen = []
+    samples = metrics._embeddings.silhouette_samples
+    monkeypatch.setattr("scllm.metrics._embeddings.silhouette_samples", lambda x, y: seen.append(y) or samples(x, y))
+    drawn = metrics.silhouette_label(embedding, label, max_cells=300)
+    assert len(seen[0]) < 310
+    assert (seen[0] == 3).sum() == 8  # all of the rare class
+    assert drawn == pytest.approx(of_all[0], abs=0.02)
+    assert drawn == metrics.silhouette_label(embedding, label, max_cells=300)
+    seen.clear()
+    drawn = metrics.silhouette_batch(embedding, label, batch, max_cells=300)
+    assert sum(map(len, seen)) < 320
+    assert len(seen) == 4
+    assert drawn == pytest.approx(of_all[1], abs=0.02)
+
+
+def test_silhouettes_of_few_cells_are_of_all(monkeypatch) -> None:
+    embedding, label, _ = blobs(300)
+    expected = (silhouette_slowly(embedding, label).mean() + 1) / 2
+    assert metrics.silhouette_label(embedding, label, max_cells=300) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.fixture

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import anndata as ad
+import igraph
 import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+from scipy import sparse
 
 from scllm import metrics
 from scllm.tl import embed, finetune
-from scllm.tl._benchmark import benchmark
+from scllm.tl._benchmark import _leiden, _pca, benchmark
 
 BIO = list(metrics.BIO_METRICS)
 BATCH = list(metrics.BATCH_METRICS)
@@ -53,6 +55,47 @@ def test_scores_agree_with_scib_metrics(embedded) -> None:
     values = embedded.obsm["X_good"]
     assert row["silhouette_label"] == pytest.approx(float(scib.silhouette_label(values, labels)), abs=1e-4)
     assert row["silhouette_batch"] == pytest.approx(float(scib.silhouette_batch(values, labels, batches)), abs=1e-4)
+
+
+def test_neighbours_and_the_graph_are_made_once_an_embedding(embedded, monkeypatch) -> None:
+    made = []
+    neighbors, graph = sc.pp.neighbors, igraph.Graph
+    monkeypatch.setattr(sc.pp, "neighbors", lambda *data, **how: made.append("neighbours") or neighbors(*data, **how))
+    monkeypatch.setattr(igraph, "Graph", lambda **how: made.append("graph") or graph(**how))
+    benchmark(embedded, use_rep=["X_good", "X_noise"], key="cell_type", batch_key="batch")
+    assert made == ["neighbours", "graph"] * 2
+
+
+def test_one_progress_bar_counts_the_steps_of_all_embeddings(embedded, monkeypatch) -> None:
+    bars = []
+
+    def counted(items, *, desc, total):
+        items = list(items)
+        bars.append((len(items), total))
+        return items
+
+    monkeypatch.setattr("scllm.tl._benchmark.progress", counted)
+    benchmark(embedded, use_rep=["X_good", "X_noise"], key="cell_type")
+    benchmark(embedded, use_rep=["X_good", "X_noise"], key="cell_type", batch_key="batch")
+    assert bars == [(8, 8), (10, 10)]
+
+
+def test_clusters_are_those_of_scanpy(embedded) -> None:
+    sc.pp.neighbors(embedded, use_rep="X_noise", n_neighbors=15, random_state=0)
+    sc.tl.leiden(embedded, resolution=1.0, flavor="igraph", n_iterations=2, directed=False, random_state=0)
+    clusters = list(_leiden(embedded.obsp["connectivities"]))
+    assert len(clusters) == 10
+    assert max(metrics.clustering_agreement(clusters, embedded.obs["leiden"])) > 0.7
+
+
+def test_pca_of_a_sparse_matrix_stays_sparse(embedded, monkeypatch) -> None:
+    def densify(*_, **__):
+        raise AssertionError("the matrix was made dense")
+
+    for kind in (sparse.csr_matrix, sparse.csc_matrix):
+        monkeypatch.setattr(kind, "toarray", densify)
+        monkeypatch.setattr(kind, "todense", densify)
+    assert _pca(embedded).shape == (60, 39)
 
 
 def test_pca_is_the_yardstick_and_not_written(embedded) -> None:
@@ -124,9 +167,9 @@ def test_bad_input_is_named(embedded) -> None:
         benchmark(embedded, use_rep="X_god", key="cell_type")
     with pytest.raises(KeyError, match="Did you mean 'batch'"):
         benchmark(embedded, use_rep="X_good", key="cell_type", batch_key="batsch")
-    with pytest.raises(ValueError, match="1 classes"):
+    with pytest.raises(ValueError, match="'one'"):
         benchmark(embedded, use_rep="X_good", key="one")
-    with pytest.raises(ValueError, match=r"one batch \('A'\)"):
+    with pytest.raises(ValueError, match=r"'one'\].* got one \('A'\)"):
         benchmark(embedded, use_rep="X_good", key="cell_type", batch_key="one")
     assert "scllm" not in embedded.uns
 

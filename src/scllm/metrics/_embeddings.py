@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import ArrayLike
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
-    accuracy_score,
     adjusted_rand_score,
     normalized_mutual_info_score,
     silhouette_samples,
-    silhouette_score,
 )
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from scllm._typing import CSR, FloatArray
+from scllm._typing import CSR, FloatArray, IntArray
 from scllm.metrics._labels import classification_scores
 
 __all__ = [
@@ -34,6 +33,9 @@ __all__ = [
     "silhouette_batch",
     "silhouette_label",
 ]
+
+MAX_SILHOUETTES = 20_000
+_MIN_CELLS = 10  # of a class, so that the rarest still has a silhouette
 
 
 def clustering_agreement(clusterings: Iterable[ArrayLike], labels: ArrayLike) -> tuple[float, float]:
@@ -53,38 +55,89 @@ def clustering_agreement(clusterings: Iterable[ArrayLike], labels: ArrayLike) ->
     return float(nmi), float(adjusted_rand_score(labels, best))
 
 
-def silhouette_label(embedding: FloatArray, labels: ArrayLike) -> float:
-    """How compact and apart the classes lie: ``(ASW + 1) / 2`` with the average silhouette width ASW (scIB).
+def silhouette_label(
+    embedding: FloatArray, labels: ArrayLike, *, max_cells: int = MAX_SILHOUETTES, random_state: int = 0
+) -> float:
+    """Score how compact and well separated the classes are: ``(ASW + 1) / 2`` with the average silhouette width (scIB).
 
     One half means that cells are as near to another class as to their own.
+
+    Parameters
+    ----------
+    embedding
+        ``(n, d)``.
+    labels
+        Class of each cell.
+    max_cells
+        The cost is quadratic in cells. If there are more, the score is estimated on about this many, drawn from each
+        class in proportion to its size, and at least 10 from each.
+    random_state
+        Seed for drawing cells.
     """
-    return (float(silhouette_score(embedding, labels)) + 1) / 2
+    labels = np.asarray(labels)
+    cells, weights = _stratified(labels, max_cells, random_state)
+    return (float(np.average(silhouette_samples(embedding[cells], labels[cells]), weights=weights)) + 1) / 2
 
 
-def silhouette_batch(embedding: FloatArray, labels: ArrayLike, batches: ArrayLike) -> float:
-    """How little the batches lie apart within each class: the mean over classes of ``mean(1 - |s|)`` (scIB).
+def silhouette_batch(
+    embedding: FloatArray,
+    labels: ArrayLike,
+    batches: ArrayLike,
+    *,
+    max_cells: int = MAX_SILHOUETTES,
+    random_state: int = 0,
+) -> float:
+    """Score how little the batches differ within each class: the mean over classes of ``mean(1 - |s|)`` (scIB).
 
     ``s`` is a cell's silhouette width by batch among the cells of its class. Classes that come from one batch, or where
-    each cell is a batch of its own, say nothing and are left out; NaN if none remains.
+    each cell is a batch of its own, are left out; NaN if no other class is there.
+
+    Parameters
+    ----------
+    embedding
+        ``(n, d)``.
+    labels, batches
+        Class and batch of each cell.
+    max_cells
+        As for :func:`silhouette_label`; cells are drawn from each class and batch.
+    random_state
+        Seed for drawing cells.
     """
-    labels, batches = np.asarray(labels), np.asarray(batches)
+    label, batch = (np.unique(np.asarray(names), return_inverse=True)[1] for names in (labels, batches))
+    stratum = label * (batch.max() + 1) + batch
+    drawn, weights = _stratified(stratum, max_cells, random_state)
     scores = []
-    for label in np.unique(labels):
-        cells = np.flatnonzero(labels == label)
-        if 1 < len(np.unique(batches[cells])) < len(cells):
-            scores.append(np.mean(1 - np.abs(silhouette_samples(embedding[cells], batches[cells]))))
+    for each in np.unique(label):
+        here = label[drawn] == each
+        cells = drawn[here]
+        if 1 < len(np.unique(batch[cells])) < len(cells):
+            widths = silhouette_samples(embedding[cells], batch[cells])
+            scores.append(np.average(1 - np.abs(widths), weights=weights[here]))
     return float(np.mean(scores)) if scores else float("nan")
+
+
+def _stratified(strata: NDArray, max_cells: int, random_state: int) -> tuple[IntArray, FloatArray]:
+    """At most about ``max_cells`` cells, in order, and how many cells each of them stands for."""
+    _, stratum, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+    share = min(1.0, max_cells / len(stratum))
+    wanted = np.minimum(sizes, np.maximum(np.rint(share * sizes).astype(int), _MIN_CELLS))
+    # cells in random order, then by stratum: the first of each are drawn
+    order = np.random.default_rng(random_state).permutation(len(stratum))
+    order = order[np.argsort(stratum[order], kind="stable")]
+    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    cells = np.sort(order[place < np.repeat(wanted, sizes)])
+    return cells, (sizes / wanted)[stratum[cells]]
 
 
 def graph_connectivity(graph: CSR, labels: ArrayLike) -> float:
     """Whether each class hangs together in the neighbour graph: its largest component / its cells, mean (scIB)."""
-    labels = np.asarray(labels)
-    scores = []
-    for label in np.unique(labels):
-        cells = np.flatnonzero(labels == label)
-        component = connected_components(graph[cells][:, cells], directed=False)[1]
-        scores.append(np.bincount(component).max() / len(cells))
-    return float(np.mean(scores))
+    _, label, sizes = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    edges = sparse.coo_array(graph)
+    inside = label[edges.row] == label[edges.col]
+    within = sparse.coo_array((edges.data[inside], (edges.row[inside], edges.col[inside])), shape=graph.shape)
+    component = connected_components(within, directed=False)[1]
+    cells = pd.DataFrame({"label": label, "component": component}).value_counts(sort=False)
+    return float((cells.groupby("label").max() / sizes).mean())
 
 
 def batch_mixing(graph: CSR, batches: ArrayLike) -> float:
@@ -102,12 +155,10 @@ def batch_mixing(graph: CSR, batches: ArrayLike) -> float:
         Batch of each cell, at least two.
     """
     _, batch = np.unique(np.asarray(batches), return_inverse=True)
-    is_batch = np.eye(batch.max() + 1)[batch]  # (n_cells, n_batches)
-    neighbours = sparse.csr_matrix((np.ones(len(graph.indices)), graph.indices, graph.indptr), shape=graph.shape)
-    counts = neighbours @ is_batch
+    counts = _neighbour_counts(graph, batch).astype(float)
     counts = counts[counts.sum(axis=1) > 0]
     around = _entropy(counts / counts.sum(axis=1, keepdims=True)).mean()
-    return float(min(1.0, around / _entropy(is_batch.mean(axis=0, keepdims=True))[0]))
+    return float(min(1.0, around / _entropy(np.bincount(batch)[None] / len(batch))[0]))
 
 
 def agreement(embedding: FloatArray, reference: FloatArray, *, n_neighbors: int = 15) -> dict[str, float]:
@@ -148,15 +199,28 @@ def agreement(embedding: FloatArray, reference: FloatArray, *, n_neighbors: int 
     return {name: float(value) for name, value in found.items()}
 
 
-def knn_accuracy(
-    embedding: FloatArray, labels: ArrayLike, *, n_neighbors: int = 15, n_folds: int = 5, random_state: int = 0
-) -> float:
-    """Accuracy of the majority vote of the ``n_neighbors`` nearest cells of the other folds; folds are stratified."""
-    labels = np.asarray(labels)
-    n_neighbors = min(n_neighbors, len(labels) - -(-len(labels) // n_folds) - 1)
-    folds = StratifiedKFold(n_folds, shuffle=True, random_state=random_state)
-    predicted = cross_val_predict(KNeighborsClassifier(n_neighbors), embedding, labels, cv=folds)
-    return float(accuracy_score(labels, predicted))
+def knn_accuracy(graph: CSR, labels: ArrayLike) -> float:
+    """Accuracy of the majority vote of a cell's neighbours, the cell itself left out.
+
+    Of labels with equally many votes, the first in alphabetical order is taken.
+
+    Parameters
+    ----------
+    graph
+        Stored entries are the neighbours of a row's cell, without the cell itself; their values are not read.
+    labels
+        Class of each cell.
+    """
+    _, label = np.unique(np.asarray(labels), return_inverse=True)
+    return float(np.mean(_neighbour_counts(graph, label).argmax(axis=1) == label))
+
+
+def _neighbour_counts(graph: CSR, group: IntArray) -> FloatArray:
+    """How many neighbours of a cell are in each group, ``(n_cells, n_groups)``."""
+    neighbours = sparse.csr_matrix(
+        (np.ones(len(graph.indices), np.float32), graph.indices, graph.indptr), shape=graph.shape
+    )
+    return neighbours @ np.eye(group.max() + 1, dtype=np.float32)[group]
 
 
 def logistic_regression_scores(
