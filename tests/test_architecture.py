@@ -51,8 +51,8 @@ FORBIDDEN = {
 }
 # slow or optional: never at the top of a module
 INSIDE_FUNCTIONS = {
-    *("scanpy", "igraph", "cellxgene_census", "tiledbsoma", "scib_metrics", "peft", "torchao", "annbatch"),
-    *("spatialdata", "squidpy", "tifffile", "harmonypy", "mudata", "datasets", "tensorboard", "wandb"),
+    *("scanpy", "igraph", "pynndescent", "cellxgene_census", "tiledbsoma", "scib_metrics", "peft", "torchao"),
+    *("annbatch", "spatialdata", "squidpy", "tifffile", "harmonypy", "mudata", "datasets", "tensorboard", "wandb"),
 }
 # core dependency that the source does not import -> why it is one all the same
 NEEDED_BY_OTHERS = {"scikit-misc": "scanpy.pp.highly_variable_genes(flavor='seurat_v3')"}

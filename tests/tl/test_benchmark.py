@@ -12,7 +12,7 @@ from scipy import sparse
 
 from scllm import metrics
 from scllm.tl import embed, finetune
-from scllm.tl._benchmark import _leiden, _pca, benchmark
+from scllm.tl._benchmark import _leiden, _neighbors, _pca, benchmark
 
 BIO = list(metrics.BIO_METRICS)
 BATCH = list(metrics.BATCH_METRICS)
@@ -78,6 +78,20 @@ def test_one_progress_bar_counts_the_steps_of_all_embeddings(embedded, monkeypat
     benchmark(embedded, use_rep=["X_good", "X_noise"], key="cell_type")
     benchmark(embedded, use_rep=["X_good", "X_noise"], key="cell_type", batch_key="batch")
     assert bars == [(8, 8), (10, 10)]
+
+
+@pytest.mark.slow
+def test_approximate_neighbours_repeat_and_are_nearly_the_exact_ones(monkeypatch) -> None:
+    values = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
+    connectivities, exact = _neighbors(values)
+    monkeypatch.setattr("scllm.tl._benchmark._N_EXACT", 500)
+    graph, near = _neighbors(values)
+    assert near.nnz == exact.nnz == 500 * 14
+    assert not near.diagonal().any()
+    assert near.astype(bool).multiply(exact.astype(bool)).nnz > 0.95 * exact.nnz
+    assert abs(graph - connectivities).sum() < 0.1 * connectivities.sum()
+    again, _ = _neighbors(values)
+    assert (again != graph).nnz == 0
 
 
 def test_clusters_are_those_of_scanpy(embedded) -> None:

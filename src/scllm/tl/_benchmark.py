@@ -10,6 +10,7 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import sparse
+from sklearn.base import BaseEstimator
 
 from scllm import _keys, metrics
 from scllm._checks import check_adata, embedding, groups, labels
@@ -22,7 +23,8 @@ __all__ = ["benchmark"]
 
 _RESOLUTIONS = np.arange(0.2, 2.01, 0.2)
 _N_FOLDS = 5
-_N_NEIGHBORS = 15
+_N_NEIGHBORS = 15  # as scanpy counts: the cell itself is one of them
+_N_EXACT = 8192  # cells from which neighbours are found by an approximate index
 _N_COMPONENTS = 50
 _N_STEPS = 4  # in which an embedding is scored; one more with batches
 
@@ -185,8 +187,7 @@ def _scored(
 
 def _scores(values: FloatArray, truth: IntArray, origin: IntArray | None) -> Iterator[dict[str, float]]:
     """All scores of an embedding, in as many steps as a progress bar has."""
-    neighbors = _neighbors(values)
-    graph, nearest = neighbors.obsp["connectivities"], neighbors.obsp["distances"]
+    graph, nearest = _neighbors(values)
     yield {"knn_accuracy": metrics.knn_accuracy(nearest, truth)}
     nmi, ari = metrics.clustering_agreement(_leiden(graph), truth)
     yield {"nmi": nmi, "ari": ari}
@@ -214,14 +215,32 @@ def _with_means(scores: dict[str, float]) -> dict[str, float]:
     return row
 
 
-def _neighbors(values: FloatArray) -> AnnData:
-    """An AnnData that holds nothing but the neighbour graph of an embedding."""
+def _neighbors(values: FloatArray) -> tuple[CSR, CSR]:
+    """Connectivities, and distances to the nearest cells without the cell itself, of one search for neighbours."""
     import scanpy as sc
 
     cells = AnnData(obsm={"values": values})
-    # exact for small data; scanpy's approximate index (pynndescent) from 8,192 cells
-    sc.pp.neighbors(cells, n_neighbors=min(_N_NEIGHBORS, len(values) - 1), use_rep="values", random_state=0)
-    return cells
+    n_neighbors = min(_N_NEIGHBORS, len(values) - 1)
+    index = None if len(values) < _N_EXACT else _ApproximateNeighbors(n_neighbors)
+    sc.pp.neighbors(cells, n_neighbors=n_neighbors, use_rep="values", transformer=index, random_state=0)
+    found = cells.obsp["distances"].tocoo()
+    others = found.row != found.col
+    nearest = (found.data[others], (found.row[others], found.col[others]))
+    return cells.obsp["connectivities"], sparse.csr_matrix(nearest, shape=found.shape)
+
+
+class _ApproximateNeighbors(BaseEstimator):
+    """pynndescent as a transformer for scanpy, whose version 1.11 cannot read what pynndescent's own one returns."""
+
+    def __init__(self, n_neighbors: int) -> None:
+        self.n_neighbors = n_neighbors  # the cell itself is one of them
+
+    def fit_transform(self, values: FloatArray) -> CSR:
+        from pynndescent import NNDescent
+
+        neighbors, distances = NNDescent(values, n_neighbors=self.n_neighbors, random_state=0).neighbor_graph
+        rows = np.arange(0, neighbors.size + 1, self.n_neighbors)
+        return sparse.csr_matrix((distances.ravel(), neighbors.ravel(), rows), shape=(len(values), len(values)))
 
 
 def _leiden(connectivities: CSR) -> Iterator[list[int]]:
