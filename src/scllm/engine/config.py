@@ -69,8 +69,10 @@ class TrainConfig:
     accumulate
         Number of micro-batches into which the cells of a step are split, to save memory (gradient accumulation).
     max_len
-        Largest number of tokens per cell in training, ``<cls>`` included. Of longer cells, a random subset of genes is
-        read, which saves time and regularises. The model's encoder keeps its own limit, which is used with ``None``.
+        Largest number of tokens per cell in training, ``<cls>`` included: of longer cells a random subset is read, new
+        in each epoch, which saves time and regularises. Validation and embedding read as much as the encoder gives.
+        ``None``: 512 in :func:`pretrain` and :func:`finetune` of models of size ``"tiny"`` and ``"small"``, and no
+        limit below the encoder's own in all others. A large number (``max_len=100_000``) reads whole cells there too.
     downsample
         Count downsampling (binomial thinning) of training cells as augmentation: the largest share of counts that is
         removed at random from a cell. ``None``: the default of the family (scfoundation: 0.8 in pretraining, all others

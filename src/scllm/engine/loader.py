@@ -15,7 +15,7 @@ from scipy import sparse
 
 from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.checks import read_checked
-from scllm.data.encode import Encoder
+from scllm.data.encode import Encoder, LevelEncoder
 from scllm.data.genes import GeneMatch
 from scllm.data.plan import Read, n_batches, plan
 from scllm.data.source import CellSource
@@ -177,6 +177,8 @@ class Loader:
 
     def _n_genes(self, tokens: Tokens, rows: IntArray) -> IntArray:
         """Count the genes of each cell that would be read without a limit on the length."""
+        if isinstance(self.encoder, LevelEncoder):
+            return np.full(len(tokens), len(self.vocab.genes))
         if getattr(self.encoder, "include_zeros", False):
             n_genes = np.empty(len(tokens), np.int64)
             for file, cells in self.match.by_file(rows):

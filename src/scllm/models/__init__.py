@@ -25,7 +25,7 @@ from scllm.data.encode import (
 )
 from scllm.data.run_files import read_history, read_report
 from scllm.data.vocab import Vocab
-from scllm.models.base import CellModel, Checkpoint, HeadSpec
+from scllm.models.base import CellModel, Checkpoint, HeadSpec, ModelConfig
 from scllm.models.int8 import prepare_int8
 from scllm.models.storage import HUB, from_hub, is_native, load_weights, read_native
 
@@ -33,6 +33,9 @@ __all__ = [
     "BinEncoder", "CellModel", "DepthEncoder", "LevelEncoder", "RankEncoder", "ValueEncoder", "Vocab", "build",
     "families", "load",
 ]  # fmt: skip
+
+
+_TRAINING_LENGTH = 512
 
 
 def families() -> list[str]:
@@ -57,6 +60,20 @@ def family_module(family: str) -> ModuleType:
             "module, such as 'mylab.model'."
         )
     return import_module(f"{__name__}.{family}")
+
+
+def training_length(family: str, config: ModelConfig) -> int | None:
+    """Tokens of a cell that are read in training unless the caller says; ``None``: as many as the encoder gives.
+
+    Models of the sizes ``"tiny"`` and ``"small"`` are for trying out, often on a CPU, where time grows with the tokens
+    and soon with their square: they learn as much from a random subset of each cell (docs/performance.md).
+    """
+    sizes = family_module(family).SIZES
+    for name in ("tiny", "small"):
+        settings = sizes.get(name, {})
+        if settings and all(getattr(config, field) == value for field, value in settings.items()):
+            return _TRAINING_LENGTH
+    return None
 
 
 def build(

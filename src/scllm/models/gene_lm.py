@@ -22,6 +22,7 @@ from scllm.data.vocab import Vocab
 from scllm.models.base import Batch, CellModel, ModelConfig, Outputs
 from scllm.models.int8 import has_plain_weights
 from scllm.models.layers import linear_cross_entropy
+from scllm.models.places import places
 from scllm.models.pruning import shrink
 
 __all__ = ["GeneLM", "Likelihood", "GeneLMConfig"]
@@ -213,18 +214,23 @@ class GeneLM(CellModel):
             # transformers cannot reshape empty tensors, and a rank without cells takes part in the backward pass
             genes, padding = _one_cell(genes), _one_cell(padding)
             more = {name: _one_cell(value) if isinstance(value, Tensor) else value for name, value in more.items()}
-        return network(input_ids=genes, attention_mask=(~padding).long(), **self._positions(genes), **more)
+        more = {**self._positions(genes), **more}
+        return network(input_ids=genes, attention_mask=(~padding).long(), **more)
 
-    def _positions(self, genes: Tensor) -> dict[str, Tensor]:
+    def _positions(self, genes: Tensor, batch: Batch | None = None) -> dict[str, Tensor]:
         # by default, RoBERTa counts positions from the padding token's id
         if "position_ids" not in signature(self.network.base_model.forward).parameters:
             return {}
-        return {"position_ids": torch.arange(genes.shape[1], device=genes.device).expand(genes.shape)}
+        position = torch.arange(genes.shape[1], device=genes.device).expand(genes.shape)
+        if batch is not None and batch.spacing is not None:
+            there = position < batch.cu_seqlens.diff()[:, None]
+            position = torch.zeros_like(genes).masked_scatter(there, places(batch, self.encoder))
+        return {"position_ids": position}
 
     def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
         """Compute hidden states after a block, ``(t, d)``; with ``first_only``, only of first tokens, ``(b, d)``."""
         genes, _, padding = batch.padded(pad_id=self.pad_id)
-        states = self._states(genes, padding, layer)
+        states = self._states(genes, padding, layer, **self._positions(genes, batch))
         return states[:, 0] if first_only else states[~padding]
 
     def first_and_last(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -234,7 +240,7 @@ class GeneLM(CellModel):
         # `output_hidden_states` would keep the states after every block, and one is needed
         watch = self.blocks[0].register_forward_pre_hook(lambda _block, states: read.append(states[0]))
         try:
-            last = self._states(genes, padding)
+            last = self._states(genes, padding, **self._positions(genes, batch))
         finally:
             watch.remove()
         # XLNet's blocks read (positions, cells); ALBERT calls its one block for every layer
@@ -264,7 +270,8 @@ class GeneLM(CellModel):
         if self.head_name is not None:
             return getattr(self.network, self.head_name)(self.hidden(batch)[at])
         genes, _, padding = batch.padded(pad_id=self.pad_id)
-        return self._through(self.network, genes, padding).logits[: len(genes)][~padding][at]
+        positions = self._positions(genes, batch)
+        return self._through(self.network, genes, padding, **positions).logits[: len(genes)][~padding][at]
 
     def gene_loss(self, batch: Batch, at: Tensor, genes: Tensor) -> Tensor:
         """Sum the cross-entropy (nats) of ``genes`` ``(n,)`` at positions ``at``, from what the network may see."""

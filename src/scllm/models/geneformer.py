@@ -16,6 +16,7 @@ from scllm.data.vocab import Vocab
 from scllm.models.base import Batch, CellModel, Checkpoint, ModelConfig, Outputs, Pooling
 from scllm.models.geneformer_files import MedianLike, VocabLike, read_folder, write
 from scllm.models.layers import Block, linear_cross_entropy
+from scllm.models.places import places
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "read"]
 
@@ -128,8 +129,8 @@ class Model(CellModel):
                 f"Expected at most {self.config.max_len} tokens per cell, the number of positions of the model, got "
                 f"{max(batch.lengths)}. Encode with a smaller max_len."
             )
-        position = torch.arange(len(batch.genes), device=batch.genes.device) - batch.first[batch.cell]
-        x = self.token_embedding(batch.genes) + self.type_embedding.weight[0] + self.position_embedding(position)
+        position = self.position_embedding(places(batch, self.encoder))
+        x = self.token_embedding(batch.genes) + self.type_embedding.weight[0] + position
         return self.dropout(self.norm(x))
 
     def forward(self, batch: Batch) -> Outputs:

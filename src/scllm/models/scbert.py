@@ -208,6 +208,8 @@ class PositionHead(nn.Module):
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         """``(t, d)`` to ``(b, k)``; genes that truncation removed count as zero."""
         seen = F.relu(self.position(hidden)).squeeze(1)
+        if batch.spacing is not None:  # a random subset of the genes stands for all of them; <eos> is always there
+            seen = seen * batch.spacing[batch.cell].to(seen.dtype).masked_fill(batch.genes == self.n_positions - 1, 1)
         rows = seen.new_zeros(batch.n_cells, self.n_positions)
         rows[batch.cell, batch.genes] = seen
         return self.out(F.relu(self.narrow(F.relu(self.up(rows)))))

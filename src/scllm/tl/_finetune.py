@@ -163,6 +163,7 @@ def finetune(
         "gene_init": "random",
         "use_dropout": not begun.heads_read_cells,
         "head_reads": "published" if begun.head_pooling is None else "both",
+        "max_len": models.training_length(begun.family, begun.config),
         "schedule": "linear",
         "warmup": 20,
     }

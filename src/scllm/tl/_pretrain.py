@@ -201,7 +201,11 @@ def prepare(
     # a trained table is not started again, unless config says so
     gene_init = "svd" if isinstance(model, str) and _is_family(model) else "random"
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
-    defaults = {"gene_init": gene_init, **models.family_module(begun.family).PRETRAIN}
+    defaults = {
+        "gene_init": gene_init,
+        "max_len": models.training_length(begun.family, begun.config),
+        **models.family_module(begun.family).PRETRAIN,
+    }
     settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
     objective = _objective(begun, settings.random_state or 0, mask_ratio, left_out)
     training, held_out = divide(source, validation, group_key=group_key, random_state=seed)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from scllm.data.encode.base import CROP
 from scllm.engine import losses
 from scllm.engine.objectives.base import Loss, uniform
 from scllm.models.base import Batch, CellModel
@@ -71,6 +72,7 @@ class MaskedExpression:
         value = torch.where(fate < self.hidden, model.config.mask_value, self._others(whole, batch.keys, cell, gene))
         shown = (cell[away], gene[away], value[away])
         read = model.at_depth(_without(batch, *shown[:2], model.n_positions), _depth(whole))
+        shown = _with_unread(batch, shown, model)
         target = expression[cell, gene]
         predicted = model.expression(model.gene_states(model.hidden(read), read, shown)[cell, gene])
         error = losses.squared_error(predicted, target)
@@ -106,6 +108,28 @@ class MaskedExpression:
         variance = squared - mean**2
         share = {"mse_share": means["mse"] / variance} if variance > 0 else {}
         return {**means, **share, "mask_ratio": self.mask_ratio[0]}
+
+
+def _with_unread(batch: Batch, shown: tuple[Tensor, Tensor, Tensor], model: CellModel) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the genes that a random subset left out to what the decoder is shown: as hidden, whether expressed or not.
+
+    It would read them as zeros otherwise. Genes are left out by a draw of their own, so that which are hidden does not
+    say which are expressed.
+    """
+    if batch.spacing is None or batch.measured is None or not (batch.spacing > 1).any():
+        return shown
+    # of a truncated cell, a gene would be read if its draw is not above those of all genes that were
+    draws = uniform(batch.keys[batch.cell], batch.genes, CROP).masked_fill(model.is_special[batch.genes], 0)
+    highest = draws.new_zeros(batch.n_cells).scatter_reduce(0, batch.cell, draws, "amax")
+    highest = highest.masked_fill(batch.spacing <= 1, 1)
+    cell, gene = batch.measured.pairs()
+    unread = uniform(batch.keys[cell], gene, CROP) > highest[cell]
+    asked = torch.zeros(batch.n_cells, model.n_positions, dtype=torch.bool, device=draws.device)
+    asked[shown[0], shown[1]] = True
+    unread &= ~asked[cell, gene]
+    cell, gene = cell[unread], gene[unread]
+    hidden = shown[2].new_full((len(cell),), model.config.mask_value)
+    return torch.cat([shown[0], cell]), torch.cat([shown[1], gene]), torch.cat([shown[2], hidden])
 
 
 def _without(batch: Batch, cell: Tensor, gene: Tensor, n_positions: int) -> Batch:
