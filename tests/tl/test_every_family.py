@@ -152,3 +152,17 @@ def test_expressed_genes_are_reconstructed_and_hidden_ones_unseen(cells, fresh, 
     else:
         with pytest.raises(ValueError, match=naming(family, "genes=")):
             tl.reconstruct(cells, model, genes=list(cells.var_names[:3]))
+
+
+@every_family
+def test_bf16_embeddings_are_those_of_fp32_after_centring(cells, fresh, family):
+    # what all cells share makes the raw cosine nearly 1, whatever is lost of what tells them apart
+    model = fresh(family)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        tl.embed(cells, model, device="cpu", precision=precision)
+        found[precision] = cells.obsm["X_scllm"].astype(np.float64)
+    exact, rounded = (values - values.mean(0) for values in found.values())
+    norms = np.linalg.norm(exact, axis=1) * np.linalg.norm(rounded, axis=1)
+    assert ((exact * rounded).sum(1) / norms).min() >= 0.995
+    assert (found["fp32"] != found["bf16"]).any()

@@ -11,7 +11,7 @@ from numbers import Integral
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scllm._log import log, progress
 from scllm._typing import IntArray
@@ -115,7 +115,7 @@ def predict(
     is_special = model.is_special.cpu()
 
     def run(part: int, batch: Batch) -> Tensor:
-        with torch.inference_mode(), autocast("fp32" if chosen == "bf16" else chosen, devices[part]):
+        with torch.inference_mode(), autocast(chosen, devices[part]):
             return forward(replicas[part], batch.to(devices[part])).float().cpu()
 
     row = n_empty = 0
@@ -142,8 +142,16 @@ def _n_empty(batch: Batch, is_special: Tensor) -> int:
 
 
 def _ready(model: CellModel, device: torch.device, precision: str) -> CellModel:
-    """Return the model in evaluation mode on a device; all in bf16 if asked, which is faster than autocast."""
+    """Return the model in evaluation mode on a device.
+
+    In bf16, weights of linear layers are cast once instead of in every pass. The residual stream, norms, softmax and
+    pooling stay in fp32: cells differ little compared with what they share, and rounding would remove much of that.
+    """
     if model.device == device and precision != "bf16" and not model.training:
         return model
     replica = copy.deepcopy(model).to(device).eval()
-    return replica.to(torch.bfloat16) if precision == "bf16" else replica
+    if precision == "bf16":
+        for module in replica.modules():
+            if type(module) is nn.Linear:
+                module.to(torch.bfloat16)
+    return replica

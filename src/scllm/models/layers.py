@@ -62,7 +62,7 @@ def _attend_cell(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if q.dtype == torch.bfloat16 and not q.is_cuda:
         # bf16 matrix products are faster than the fused CPU kernel, which computes in fp32
         scores = torch.bmm(q, k.transpose(1, 2)) * q.shape[-1] ** -0.5
-        return torch.bmm(scores.softmax(-1), v).transpose(0, 1)
+        return torch.bmm(scores.float().softmax(-1).to(v.dtype), v).transpose(0, 1)
     return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1)
 
 
