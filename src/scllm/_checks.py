@@ -23,13 +23,9 @@ __all__ = [
 
 def check_adata(adata: object, copy: bool = False, key_added: str = "result") -> None:
     """Raise where a verb could not write its result: no AnnData, its file in the way, a key that no file can have."""
-    if not isinstance(key_added, str):
-        raise TypeError(f"key_added is {key_added!r}, a name expected. Leave it out for the usual one.")
-    if "/" in key_added:
-        raise ValueError(
-            f"key_added is {key_added!r}, a name without '/' expected: in a file it would be a folder, which cannot be "
-            "read back. Use '_'."
-        )
+    if not isinstance(key_added, str) or key_added in ("", ".", ".."):
+        error = ValueError if isinstance(key_added, str) else TypeError
+        raise error(f"Expected key_added to be a name, got {key_added!r}. Leave it out for the usual one.")
     if not isinstance(adata, AnnData):
         seen = f"{adata!r:.60}" if isinstance(adata, str) else f"of type {type(adata).__name__}"
         raise TypeError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 __all__ = [
     "BASELINE", "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "CROSS_VALIDATED", "EMBEDDING", "FOLD", "GENES", "GENE_LABEL",
     "GENE_SYMBOL", "LABEL", "LOUVAIN", "MEDIANS", "NATS", "PCA", "PERPLEXITY", "PROBABILITIES", "PROBABILITY", "RANKED",
-    "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT", "TOKENS", "TOKEN_ID", "TOKEN_VALUES", "TOY", "TRANSFERRED", "UNKNOWN",
-    "UNS",
+    "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT", "TARGET", "TOKENS", "TOKEN_ID", "TOKEN_VALUES", "TOY", "TRANSFERRED",
+    "UNKNOWN", "UNS", "safe",
 ]  # fmt: skip
 
 UNS = "scllm"
@@ -16,6 +16,8 @@ COUNTS = "counts"
 BINNED = "binned"
 RANKED = "ranked"
 RECONSTRUCTED = "reconstructed"
+TARGET = "_target"
+"""Suffix: ``layers["reconstructed_target"]``."""
 
 TOKEN_ID = "token_id"
 MEDIANS = "median_expression"
@@ -60,3 +62,8 @@ PCA = "X_pca"
 """scanpy's: read as the yardstick of ``benchmark``, never written."""
 TOY = "toy"
 """``uns["toy"]``: what was planted in the toy data."""
+
+
+def safe(name: str) -> str:
+    """``name`` as a key that every file format takes: a ``/`` would be a folder, which cannot be read back."""
+    return name.replace("/", "_")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -15,8 +15,12 @@ from numpy.typing import NDArray
 
 from scllm import _keys
 from scllm._checks import missing_key
+from scllm._log import log
 
-__all__ = ["classes_of", "match_settings", "record", "record_classes", "recorded", "storable_table"]
+__all__ = [
+    "classes_of", "drop_labels", "free_key", "match_settings", "record", "record_classes", "record_keys", "record_name",
+    "recorded", "storable_table",
+]  # fmt: skip
 
 
 def record(
@@ -60,6 +64,65 @@ def recorded(adata: AnnData, verb: str, *, made_by: str) -> dict[str, Any]:
     return written[verb]
 
 
+def free_key(adata: AnnData, slot: str, name: str) -> str:
+    """The key for results called ``name``, such as ``"T_NK"`` for ``"T/NK"``; an error where it is that of others.
+
+    Parameters
+    ----------
+    adata
+        Where results are to be written.
+    slot
+        ``"obs"``, ``"obsm"``, ``"layers"``, ...
+    name
+        What the caller asked for, or what follows from it.
+    """
+    key = _keys.safe(name)
+    keys = _key_table(adata)
+    owners = keys.loc[(keys["slot"] == slot) & (keys["key"] == key), "name"].astype(str).tolist()
+    if key in getattr(adata, slot) and (owners or [key])[0] != name:
+        holds = f"the results of {owners[0]!r}" if owners else "other values"
+        raise ValueError(
+            f"Expected {slot}[{key!r}] to be free for the results of {name!r}, because '/' becomes '_' in keys, but it "
+            f"holds {holds}. Pass another key_added, or rename one of them."
+        )
+    if key != name:
+        log.info("writing %r as %r: files do not take '/' in a key", name, key)
+    return key
+
+
+def record_keys(adata: AnnData, slot: str, names: Sequence[str], *, call: str) -> list[str]:
+    """Write down which keys a call writes for which names; return those that it wrote before and does not any more.
+
+    ``call`` is the ``key_added`` of the call.
+    """
+    keys = _key_table(adata)
+    is_ours = (keys["slot"] == slot) & (keys["call"] == call)
+    earlier = keys.loc[is_ours, "key"].astype(str).tolist()
+    new = pd.DataFrame({"call": call, "slot": slot, "name": list(names), "key": list(map(_keys.safe, names))})
+    record(adata, "keys", {}, pd.concat([keys[~is_ours], new], ignore_index=True).astype(str))
+    return [key for key in earlier if key not in set(new["key"])]
+
+
+def record_name(adata: AnnData, slot: str, name: str) -> None:
+    """Write down for which name a verb writes its one key, if it is not the name itself."""
+    if _keys.safe(name) != name:
+        record_keys(adata, slot, [name], call=name)
+
+
+def _key_table(adata: AnnData) -> pd.DataFrame:
+    entry = adata.uns.get(_keys.UNS, {}).get("keys", {})
+    return entry.get("table", pd.DataFrame(columns=["call", "slot", "name", "key"], dtype=object))
+
+
+def drop_labels(adata: AnnData, column: str) -> None:
+    """Remove a column of labels or values of an earlier call, with its probabilities and the names of its classes."""
+    adata.obs = adata.obs.drop(columns=[column, column + _keys.PROBABILITY], errors="ignore")
+    adata.obsm.pop(column + _keys.PROBABILITIES, None)
+    names = _class_names(adata)
+    if (names["column"] == column).any():
+        record(adata, "probabilities", {}, names[names["column"] != column].reset_index(drop=True))
+
+
 def record_classes(adata: AnnData, column: str, classes: Iterable[str]) -> None:
     """Write what the columns of ``obsm[column + "_probabilities"]`` are, beside those of other verbs and calls."""
     earlier = _class_names(adata)
@@ -89,7 +152,7 @@ def match_settings(data: object) -> dict[str, Any]:
 
 def storable_table(table: pd.DataFrame) -> pd.DataFrame:
     """A copy that every AnnData file format takes: what is no number becomes text, text with gaps categorical."""
-    columns = {str(name): _storable_column(column) for name, column in table.items()}
+    columns = {_keys.safe(str(name)): _storable_column(column) for name, column in table.items()}
     is_counted = isinstance(table.index, pd.RangeIndex)
     # an index may have the name of a column, which no file format takes
     index = table.index if is_counted else pd.Index(table.index.map(str).to_list(), dtype=object)

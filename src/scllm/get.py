@@ -43,6 +43,7 @@ def tokens(
     >>> genes.shape == values.shape == (adata.n_obs, 10)
     True
     """
+    key = _keys.safe(key)
     settings = recorded(adata, "tokenize", made_by="pp.tokenize")["params"]
     if key not in adata.obsm:
         raise missing_key(key, adata.obsm, "in adata.obsm", f"Call pp.tokenize(adata, key_added={key!r}) first.")

@@ -91,7 +91,7 @@ def test_missing_layer_is_named(adata) -> None:
 
 
 def test_density_counts_the_entries(binned) -> None:
-    ax = reconstruction(binned, show=False)
+    ax = reconstruction(binned, truth="binned", show=False)
     true, predicted = binned.layers["binned"].data, binned.layers["reconstructed"].data
     density = ax.collections[0].get_array()
     assert density.sum() == len(true)
@@ -109,7 +109,7 @@ def test_only_stored_predictions_are_compared(binned) -> None:
     shape = predicted.shape
     some = sparse.csr_matrix((predicted.data[kept], (predicted.row[kept], predicted.col[kept])), shape=shape)
     binned.layers["reconstructed"] = some
-    ax = reconstruction(binned, show=False)
+    ax = reconstruction(binned, truth="binned", show=False)
     assert ax.collections[0].get_array().sum() == kept.sum()
     assert f"{kept.sum():,} entries" in ax.get_title()
 
@@ -139,7 +139,7 @@ def test_continuous_and_constant_values_are_drawn(binned) -> None:
 def test_empty_predictions_are_named(binned) -> None:
     binned.layers["reconstructed"] = sparse.csr_matrix(binned.shape)
     with pytest.raises(ValueError, match="stores no entry"):
-        reconstruction(binned, show=False)
+        reconstruction(binned, truth="binned", show=False)
 
 
 def test_truth_is_read_from_a_backed_matrix(binned, tmp_path) -> None:
@@ -153,6 +153,5 @@ def test_truth_is_read_from_a_backed_matrix(binned, tmp_path) -> None:
 
 
 def test_truth_that_is_not_there_says_how_it_comes_about(binned) -> None:
-    del binned.layers["binned"]
-    with pytest.raises(KeyError, match=r"'binned' is not in.*scllm\.pp\.bin_expression\(adata\).*truth=None"):
+    with pytest.raises(KeyError, match=r"'reconstructed_target' is not in.*scllm\.tl\.reconstruct\(adata\).*truth="):
         reconstruction(binned, show=False)

@@ -161,8 +161,6 @@ def test_wrong_values_that_a_sample_misses_are_found_while_reading(tmp_path, ver
 
 
 def test_medians_are_refused_where_they_could_not_be_written(adata, tmp_path):
-    with pytest.raises(ValueError, match="a name without '/'"):
-        gene_medians(adata, key_added="a/b")
     adata.write_h5ad(tmp_path / "a.h5ad")
     with pytest.raises(ValueError, match="copy=True is given, and adata is backed"):
         gene_medians(ad.read_h5ad(tmp_path / "a.h5ad", backed="r"), copy=True)

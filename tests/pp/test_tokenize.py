@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from scllm import get
+from scllm import get, models
 from scllm.data.encode import BinEncoder, ValueEncoder
 from scllm.data.vocab import Vocab
 from scllm.pp import bin_expression, match_genes, tokenize
@@ -106,8 +106,18 @@ def test_cells_without_a_known_gene_are_counted(adata):
         tokenize(adata, vocab=Vocab.from_genes(adata.var_names[:5]))
 
 
-def test_a_path_or_a_list_of_names_says_what_to_pass(adata):
-    with pytest.raises(TypeError, match=r"pass scllm.models.load\('runs/x'\)"):
-        tokenize(adata, model="runs/x")
+def test_a_list_of_names_says_what_to_pass(adata):
     with pytest.raises(TypeError, match=r"Vocab.from_genes\(names\)"):
         tokenize(adata, vocab=list(adata.var_names))
+
+
+def test_a_model_on_a_path_encodes_as_the_model_itself(adata, tmp_path):
+    model = models.build("scbert", vocab=adata.var_names[:30], size="tiny", n_layers=1)
+    model.save(tmp_path / "model")
+    tokenize(adata, model=model)
+    for number, path in enumerate((tmp_path / "model", str(tmp_path / "model"))):
+        tokenize(adata, model=path, key_added=f"from path {number}")
+        for name in ("", "_values"):
+            assert (adata.obsm[f"from path {number}{name}"] != adata.obsm[f"tokens{name}"]).nnz == 0
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        tokenize(adata, model="nowhere")

@@ -328,12 +328,6 @@ def test_data_are_never_replaced_by_their_embedding(adata, tiny, tmp_path):
     assert zarr.open_array(tmp_path / "embedding.zarr").shape[0] == adata.n_obs
 
 
-def test_a_key_that_no_file_can_have_is_an_error(adata, tiny):
-    with pytest.raises(ValueError, match="key_added is 'a/b', a name without '/' expected"):
-        embed(adata, tiny, key_added="a/b")
-    assert not adata.obsm
-
-
 @pytest.fixture
 def late_error(tmp_path) -> str:
     """Cells of which one of the last, where on disk no look is taken beforehand, has a negative count."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from anndata import AnnData
+from scipy import sparse
 
 from scllm import models
 from scllm.data.genes import match
 from scllm.data.tokens import Tokens
 from scllm.engine.objectives import MaskedValue
 from scllm.models.base import Batch
+from scllm.pl import reconstruction
+from scllm.pp import bin_expression, match_genes
 from scllm.tl import reconstruct
 
 
@@ -63,6 +68,58 @@ def test_another_seed_hides_other_genes(adata, tiny):
     )
     np.testing.assert_array_equal(first.toarray(), again.toarray())
     assert (first.astype(bool) != other.astype(bool)).nnz > first.nnz / 2
+
+
+@pytest.fixture
+def twins(adata):
+    """`adata` with gene_0 in two columns, of which a cell expresses one, both or none."""
+    counts = adata.X.toarray()
+    halves = np.floor(counts[:, [0]] / 2)
+    names = ["gene_0", *adata.var_names[1:], "twin"]
+    data = AnnData(
+        sparse.csr_matrix(np.hstack([counts[:, [0]] - halves, counts[:, 1:], halves])), obs=adata.obs,
+        var=pd.DataFrame({"symbol": [*adata.var_names, "gene_0"]}, index=names),
+    )  # fmt: skip
+    match_genes(data, [f"gene_{i}" for i in range(40)], gene_key="symbol")
+    return data
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_columns_of_one_token_are_filled_alike_where_they_are_expressed(adata, twins, tiny, ratio):
+    reconstruct(adata, tiny, mask_ratio=ratio)
+    reconstruct(twins, tiny, mask_ratio=ratio)
+    expected, found = adata.layers["reconstructed"].toarray(), twins.layers["reconstructed"].toarray()
+    is_there = twins.X.toarray() > 0
+    np.testing.assert_allclose(found[:, :40], np.where(is_there[:, :40], expected, 0), atol=1e-5)
+    np.testing.assert_allclose(found[:, 40], np.where(is_there[:, 40], expected[:, 0], 0), atol=1e-5)
+    assert (is_there[:, 0] & is_there[:, 40] & (found[:, 0] != 0)).any()
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_what_was_to_be_predicted_is_written_in_the_models_own_unit(adata, tiny, ratio):
+    # bins over half of the genes are others than bins over all
+    model = models.build("scgpt", vocab=adata.var_names[::2], size="tiny", n_layers=1)
+    reconstruct(adata, model, mask_ratio=ratio)
+    predicted, target = adata.layers["reconstructed"], adata.layers["reconstructed_target"]
+    np.testing.assert_array_equal(predicted.indices, target.indices)
+    known = adata[:, ::2].copy()
+    bin_expression(known)
+    own = known.layers["binned"].toarray()
+    there = target[:, ::2].toarray() > 0
+    np.testing.assert_array_equal(target[:, ::2].toarray(), np.where(there, own, 0))
+    bin_expression(adata)
+    assert (adata.layers["binned"][:, ::2].toarray()[there] != own[there]).any()
+    ax = reconstruction(adata, show=False)
+    r = np.corrcoef(predicted.data, target.data)[0, 1]
+    assert f"r = {r:.2f}" in ax.get_title()
+
+
+def test_models_without_values_have_nothing_to_compare_with(adata, tiny):
+    reconstruct(adata, tiny)
+    reconstruct(adata, models.build("geneformer", vocab=adata.var_names, size="tiny", n_layers=1))
+    assert set(adata.layers) == {"reconstructed"}
+    with pytest.raises(KeyError, match="'reconstructed_target' is not in"):
+        reconstruction(adata, show=False)
 
 
 @torch.no_grad()

@@ -247,10 +247,7 @@ def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> Cel
             f"The model in {folder} has the setting {unknown[0]!r}, which {saved} lacks in this version of scllm. "
             "Load it with the version that wrote it, or train it again."
         )
-    heads = tuple(
-        HeadSpec(**{**spec, "classes": None if spec["classes"] is None else tuple(spec["classes"])})
-        for spec in config["heads"]
-    )
+    heads = tuple(HeadSpec.from_dict(spec) for spec in config["heads"])
     checkpoint = Checkpoint(
         module.Config(**config["config"]),
         Vocab.from_dict(vocab),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from scllm._labels import Categories
 from scllm._typing import HeadReads
 
 __all__ = ["HeadSpec", "Level", "Pooling"]
@@ -34,6 +36,8 @@ class HeadSpec:
         Divisor of the logits that calibrates the probabilities.
     level
         Whether it reads the embedding of each cell, or the hidden state of each gene token.
+    categories
+        How the column that it was trained on stored its labels; ``None``: as strings, the classes alone.
     """
 
     key: str
@@ -44,8 +48,21 @@ class HeadSpec:
     reads: HeadReads = "last"
     temperature: float = 1.0
     level: Level = "cell"
+    categories: Categories | None = None
 
     @property
     def n_outputs(self) -> int:
         """Number of outputs."""
         return 1 if self.classes is None else len(self.classes)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> HeadSpec:
+        """As ``dataclasses.asdict`` gave it, perhaps by way of JSON."""
+        classes, categories = content["classes"], content.get("categories")
+        return cls(
+            **{
+                **content,
+                "classes": None if classes is None else tuple(classes),
+                "categories": None if categories is None else Categories.from_dict(categories),
+            }
+        )

@@ -36,7 +36,7 @@ class Predictions:
 def predictions(adata: AnnData, truth: str, predicted: str | Sequence[str] | None) -> list[Predictions]:
     """Read the given predictions; ``None``: those of model and baseline from ``cross_validate``."""
     labels = groups(adata.obs, truth)
-    first = truth + _keys.CROSS_VALIDATED
+    first = _keys.safe(truth) + _keys.CROSS_VALIDATED
     titles: dict[str, str] = {}
     if predicted is None:
         if first + _keys.PROBABILITIES not in adata.obsm:

@@ -138,7 +138,7 @@ def reconstruction(
     adata: AnnData,
     *,
     layer: str = _keys.RECONSTRUCTED,
-    truth: str | None = _keys.BINNED,
+    truth: str | None = "target",
     ax: Axes | None = None,
     show: bool | None = None,
 ) -> Axes | None:
@@ -154,7 +154,8 @@ def reconstruction(
     layer
         Layer with predictions.
     truth
-        Layer with what was to be predicted. ``None`` = ``X``.
+        ``"target"`` = what the model was to predict, in its own unit, as ``scllm.tl.reconstruct`` writes it beside its
+        predictions; or a layer; ``None`` = ``X``.
     ax
         Axes to draw on. ``None``: a new figure.
     show
@@ -168,8 +169,8 @@ def reconstruction(
     --------
     >>> import scllm
     >>> adata = scllm.datasets.toy()
-    >>> scllm.pp.bin_expression(adata)
-    >>> adata.layers["reconstructed"] = 0.5 * adata.layers["binned"]
+    >>> model = scllm.models.build("scgpt", vocab=adata.var_names, size="tiny")
+    >>> scllm.tl.reconstruct(adata, model, mask_ratio=0.5)
     >>> scllm.pl.reconstruction(adata, show=False).get_ylabel()
     'predicted (reconstructed)'
     """
@@ -178,7 +179,9 @@ def reconstruction(
         raise ValueError(
             f"layer {layer!r} stores no entry, predictions expected. Call scllm.tl.reconstruct(adata) again."
         )
-    advice = "scllm.pp.bin_expression(adata) writes 'binned'; truth=None is X."
+    if truth == "target" and truth not in adata.layers:
+        truth = layer + _keys.TARGET
+    advice = "scllm.tl.reconstruct(adata) writes it for models that read values; or pass truth=, a layer or None for X."
     true = _values_at(predicted, _layer(adata, truth, advice=advice))
     ax = one_axis(ax, (4.6, 3.9))
     edges = _histogram_edges(true, predicted.data)

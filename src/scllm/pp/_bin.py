@@ -8,7 +8,7 @@ from scipy import sparse
 
 from scllm import _keys
 from scllm._checks import check_adata
-from scllm._results import record
+from scllm._results import free_key, record, record_name
 from scllm.data.checks import check_source
 from scllm.data.encode.bins import Ties, check_n_bins, check_ties, tie_draws
 from scllm.data.genes import check_unique
@@ -57,9 +57,8 @@ def bin_expression(
     Writes
     ------
     ``adata.layers[key_added]``
-        Bins (CSR, uint8 up to 256 bins, else uint16). Where the input is CSR without stored zeros, the layer shares its
-        row structure (``indices``) with the input and adds one byte a value: call this after whatever changes the
-        structure of the input in place (``eliminate_zeros``, :func:`scanpy.pp.downsample_counts`), or again.
+        Bins (CSR, uint8 up to 256 bins, else uint16). The layer has arrays of its own, so that later changes of the
+        input, such as :func:`scanpy.pp.downsample_counts`, leave it as it is.
 
     Examples
     --------
@@ -69,6 +68,7 @@ def bin_expression(
     10
     """
     check_adata(adata, copy, key_added)
+    key = free_key(adata, "layers", key_added)
     check_n_bins(n_bins)
     check_ties(ties)
     check_unique(adata.var_names)
@@ -81,7 +81,10 @@ def bin_expression(
         draws = tie_draws(Tokens(matrix.indptr, matrix.indices, matrix.data), None, random_state)
     dtype = np.uint8 if n_bins <= 256 else np.uint16
     bins = bin_rows(matrix.indptr, matrix.data, n_bins=n_bins, ties=ties, draws=draws, dtype=dtype)
-    adata.layers[key_added] = sparse.csr_matrix((bins, matrix.indices, matrix.indptr), shape=matrix.shape)
-    params = {"n_bins": n_bins, "layer": layer, "ties": ties, "key_added": key_added, "random_state": random_state}
+    # its own row structure: a change of X in place must not reach the layer
+    structure = matrix.indices.copy(), matrix.indptr.copy()
+    adata.layers[key] = sparse.csr_matrix((bins, *structure), shape=matrix.shape)
+    params = {"n_bins": n_bins, "layer": layer, "ties": ties, "key_added": key, "random_state": random_state}
+    record_name(adata, "layers", key_added)
     record(adata, "bin_expression", params)
     return adata if copy else None

@@ -11,7 +11,7 @@ from anndata import AnnData
 
 from scllm import _keys
 from scllm._checks import check_adata
-from scllm._results import record
+from scllm._results import free_key, record, record_name
 from scllm.data.checks import check_source, layer_with_counts
 from scllm.data.genes import check_unique
 from scllm.data.medians import exact_medians, streamed_medians
@@ -67,6 +67,7 @@ def gene_medians(
         raise ValueError(f"target_sum is {target_sum}, a finite number above zero expected. Geneformer uses 1e4.")
     if isinstance(data, AnnData):
         check_adata(data, copy, key_added)
+        free_key(data, "var", key_added)
     source = open_source(data, layer=layer)
     check_unique(source.genes)
     check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(data))
@@ -80,6 +81,8 @@ def gene_medians(
         medians = streamed_medians(source, target_sum=target_sum)
     else:
         medians = exact_medians(stored_rows(adata, source, layer), target_sum=target_sum)
-    adata.var[key_added] = medians
-    record(adata, "gene_medians", {"layer": layer, "target_sum": target_sum, "key_added": key_added})
+    key = _keys.safe(key_added)
+    adata.var[key] = medians
+    record_name(adata, "var", key_added)
+    record(adata, "gene_medians", {"layer": layer, "target_sum": target_sum, "key_added": key})
     return adata if copy else None

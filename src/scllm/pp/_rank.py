@@ -11,7 +11,7 @@ from scipy import sparse
 
 from scllm import _keys
 from scllm._checks import check_adata, missing_key
-from scllm._results import record
+from scllm._results import free_key, record, record_name
 from scllm._typing import FloatArray
 from scllm.data.checks import check_source, layer_with_counts
 from scllm.data.genes import check_unique
@@ -63,6 +63,7 @@ def rank_expression(
     True
     """
     check_adata(adata, copy, key_added)
+    key = free_key(adata, "layers", key_added)
     check_unique(adata.var_names)
     source = open_source(adata, layer=layer)
     check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(adata))
@@ -76,8 +77,9 @@ def rank_expression(
     ranks = rank_rows(matrix.indptr, scaled(matrix.data, matrix.indices, scale))
     # its own row structure: a change of X in place must not reach the layer
     structure = matrix.indices.copy(), matrix.indptr.copy()
-    adata.layers[key_added] = sparse.csr_matrix((ranks, *structure), shape=matrix.shape)
-    record(adata, "rank_expression", {"with_medians": medians is not None, "layer": layer, "key_added": key_added})
+    adata.layers[key] = sparse.csr_matrix((ranks, *structure), shape=matrix.shape)
+    record_name(adata, "layers", key_added)
+    record(adata, "rank_expression", {"with_medians": medians is not None, "layer": layer, "key_added": key})
     return adata if copy else None
 
 

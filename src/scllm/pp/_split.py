@@ -9,7 +9,7 @@ from anndata import AnnData
 from scllm import _keys
 from scllm._checks import check_adata, obs_column
 from scllm._log import warn
-from scllm._results import record
+from scllm._results import free_key, record, record_name
 from scllm.data.split import PARTS, split_cells
 
 __all__ = ["split"]
@@ -59,6 +59,7 @@ def split(
     0.8
     """
     check_adata(adata, copy, key_added)
+    key = free_key(adata, "obs", key_added)
     if group_key is not None and stratify is not None:
         raise ValueError(
             f"group_key={group_key!r} and stratify={stratify!r} are both given, one of them expected: whole groups "
@@ -75,7 +76,8 @@ def split(
             "part expected. Pass larger shares for it."
         )
     adata = adata.copy() if copy else adata
-    adata.obs[key_added] = pd.Categorical.from_codes(np.asarray(parts), categories=names)
+    adata.obs[key] = pd.Categorical.from_codes(np.asarray(parts), categories=names)
     params = {"fractions": fractions, "group_key": group_key, "stratify": stratify, "random_state": random_state}
+    record_name(adata, "obs", key_added)
     record(adata, "split", params)
     return adata if copy else None

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from scllm import _keys
 from scllm._checks import check_adata
-from scllm._results import match_settings, record
+from scllm._results import free_key, match_settings, record, record_name
 from scllm.data import genes
 from scllm.data.checks import check_source, layer_with_counts, read_checked, warn_of_empty_cells
 from scllm.data.encode import BinEncoder, Encoder, RankEncoder, ValueEncoder
@@ -34,7 +34,7 @@ def tokenize(
     adata: AnnData,
     *,
     encoder: Literal["bins", "ranks", "values"] | Encoder = "bins",
-    model: _Model | None = None,
+    model: _Model | str | PathLike[str] | None = None,
     vocab: Vocab | None = None,
     max_len: int | None = None,
     layer: str | None = None,
@@ -52,7 +52,7 @@ def tokenize(
         ``"bins"`` (scGPT), ``"ranks"`` (Geneformer, relative to the medians of these cells), ``"values"``
         (log-normalised), or an encoder object.
     model
-        Brings its own encoder and vocabulary, in place of ``encoder`` and ``vocab``.
+        A model, or the path of one: brings its own encoder and vocabulary, in place of ``encoder`` and ``vocab``.
     vocab
         Token ids; ``None`` makes a vocabulary of all genes.
     max_len
@@ -82,11 +82,11 @@ def tokenize(
     True
     """
     check_adata(adata, copy, key_added)
+    key = free_key(adata, "obsm", key_added)
     settings = match_settings(adata)
     if model is not None:
-        if isinstance(model, (str, PathLike)):
-            raise TypeError(f"model is {model!r}, a model expected: pass scllm.models.load({str(model)!r}).")
-        encoder, vocab = model.encoder, model.vocab
+        found = _loaded(model) if isinstance(model, (str, PathLike)) else model
+        encoder, vocab = found.encoder, found.vocab
     elif vocab is None:
         vocab, settings = Vocab.from_genes(adata.var_names), {"gene_key": "var_names"}
     elif not isinstance(vocab, Vocab):
@@ -110,18 +110,25 @@ def tokenize(
     warn_of_empty_cells(n_empty, adata.n_obs)
     adata = adata.copy() if copy else adata
     tokens = Tokens.stacked(blocks)
-    adata.obsm[key_added] = _by_position(tokens, tokens.genes)
+    adata.obsm[key] = _by_position(tokens, tokens.genes)
     if tokens.values is None:
-        adata.obsm.pop(key_added + _keys.TOKEN_VALUES, None)  # of an earlier call
+        adata.obsm.pop(key + _keys.TOKEN_VALUES, None)  # of an earlier call
     else:
-        adata.obsm[key_added + _keys.TOKEN_VALUES] = _by_position(tokens, tokens.values)
+        adata.obsm[key + _keys.TOKEN_VALUES] = _by_position(tokens, tokens.values)
     params = {
-        "encoder": encode, "kind": type(encode).__name__, "layer": layer, "key_added": key_added,
+        "encoder": encode, "kind": type(encode).__name__, "layer": layer, "key_added": key,
         "specials": vocab.specials, "cls": vocab.cls,
         "pad": vocab.pad, "pad_id": -1 if vocab.pad is None else vocab.pad_id,
     }  # fmt: skip
+    record_name(adata, "obsm", key_added)
     record(adata, "tokenize", params, pd.DataFrame({"token": list(vocab.tokens)}))
     return adata if copy else None
+
+
+def _loaded(path: str | PathLike[str]) -> _Model:
+    from scllm import models  # torch is imported only where a model has to be read
+
+    return models.load(path)
 
 
 def _encoder(named: str | Encoder) -> Encoder:
@@ -142,4 +149,5 @@ def _encoder(named: str | Encoder) -> Encoder:
 def _by_position(tokens: Tokens, content: np.ndarray) -> sparse.csr_matrix:
     positions = np.arange(len(content)) - np.repeat(tokens.indptr[:-1], tokens.lengths)
     shape = (len(tokens), int(tokens.lengths.max(initial=0)))
-    return sparse.csr_matrix((content, positions, tokens.indptr), shape=shape)
+    # two matrices are made of the same tokens: each has arrays of its own
+    return sparse.csr_matrix((content, positions, tokens.indptr.copy()), shape=shape)

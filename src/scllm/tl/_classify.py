@@ -5,7 +5,6 @@ from __future__ import annotations
 from numbers import Real
 
 import numpy as np
-import pandas as pd
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from scllm import _keys
 from scllm._checks import check_adata, warn_of_unknown_labels
+from scllm._labels import Categories
 from scllm._log import warn
-from scllm._results import record, record_classes
+from scllm._results import drop_labels, free_key, record, record_classes, record_keys
 from scllm._typing import FloatArray
 from scllm.data.source import open_source
 from scllm.engine.config import Precision
@@ -47,9 +47,11 @@ def classify(
     model
         A model from :func:`finetune`, or its path; ``None`` is the one recorded on ``adata`` last.
     key_added
-        Column to write; a model with several heads appends ``_<key>``.
+        Column to write; a model with several heads appends ``_<key>``. What an earlier call left under this name and
+        this one does not write is removed.
     threshold
-        Cells whose best label is less probable are ``"unknown"``. Heads are sure of many cells of a type that they have
+        Cells whose best label is less probable are ``"unknown"`` where labels are strings, and missing where they are
+        integers or booleans. Heads are sure of many cells of a type that they have
         never seen: to find those take 0.9 rather than 0.5, and look what it finds of a type that is left out.
     layer
         Layer to read; ``None`` is ``X``.
@@ -65,7 +67,8 @@ def classify(
     Writes
     ------
     ``adata.obs[key_added]``, ``adata.obs[key_added + "_prob"]``
-        Label (categorical) and its probability; a head that predicts values writes float32 and no probability.
+        Label (categorical, with the categories, their type and order of the column that the head was trained on) and
+        its probability; a head that predicts values writes float32 and no probability.
     ``adata.obsm[key_added + "_probabilities"]``
         float32 ``(n_cells, n_classes)``.
     ``adata.uns["scllm"]["classify"]``
@@ -95,15 +98,18 @@ def classify(
             f"threshold={threshold} is for labels, and the head on {specs[0].key!r} predicts values. Leave it out."
         )
     for spec in specs:
-        if threshold is not None and _keys.UNKNOWN in (spec.classes or ()):
+        if threshold is not None and _keys.UNKNOWN in (spec.classes or ()) and _categories(spec).is_text:
             warn(
                 f"{_keys.UNKNOWN!r} is a class of the head on {spec.key!r} and what threshold= calls doubtful cells, "
                 "different names expected: they cannot be told apart. Rename the class and fine-tune again."
             )
         if spec.classes is not None:
+            called = "called 'unknown'" if _categories(spec).is_text else "left without a label"
             warn_of_unknown_labels(
-                adata.obs, spec.key, spec.classes, "pass threshold= to have doubtful cells called 'unknown'"
+                adata.obs, spec.key, spec.classes, f"pass threshold= to have doubtful cells {called}"
             )
+    names = _names_of_heads(chosen, key_added)
+    columns = [free_key(adata, "obs", name) for name in names]
     source = open_source(adata, layer=layer)
     check_layer(source, chosen, layer, adata)
     match = gene_match(adata, source, chosen)
@@ -119,38 +125,45 @@ def classify(
     adata = adata.copy() if copy else adata
     edges = np.cumsum([spec.n_outputs for spec in specs])[:-1]
     classes: dict[str, NDArray[np.object_]] = {}
-    columns = columns_of_heads(chosen, key_added)
+    for old in {*columns, *record_keys(adata, "obs", names, call=key_added)}:
+        drop_labels(adata, old)
     for spec, column, output in zip(specs, columns, np.split(outputs, edges, axis=1), strict=True):
         _write(adata, spec, output, column, threshold)
         if spec.classes is not None:
-            classes["classes" + column.removeprefix(key_added)] = np.array(spec.classes, dtype=object)
+            classes["classes" + column.removeprefix(_keys.safe(key_added))] = np.array(spec.classes, dtype=object)
             record_classes(adata, column, spec.classes)
-    record(adata, "classify", {"key_added": key_added, "threshold": threshold, "layer": layer}, **classes)
+    record(adata, "classify", {"key_added": _keys.safe(key_added), "threshold": threshold, "layer": layer}, **classes)
     remember(adata, chosen)
     return adata if copy else None
 
 
 def columns_of_heads(model: CellModel, key_added: str) -> list[str]:
     """Column that each head on cells writes; several append their key."""
+    return [_keys.safe(name) for name in _names_of_heads(model, key_added)]
+
+
+def _names_of_heads(model: CellModel, key_added: str) -> list[str]:
     keys = model.heads_on("cell")
     return [f"{key_added}_{key}" for key in keys] if len(keys) > 1 else [key_added]
+
+
+def _categories(spec: HeadSpec) -> Categories:
+    """How the column that a head was trained on stored its labels."""
+    return spec.categories or Categories(spec.classes or ())
 
 
 def _write(adata: AnnData, spec: HeadSpec, output: FloatArray, key: str, threshold: float | None) -> None:
     if spec.classes is None:
         adata.obs[key] = (output[:, 0] * spec.std + spec.mean).astype(np.float32)
-        # what a model with labels left under the same name
-        adata.obs.drop(columns=key + _keys.PROBABILITY, errors="ignore", inplace=True)
-        adata.obsm.pop(key + _keys.PROBABILITIES, None)
         return
     probabilities = torch.from_numpy(output / spec.temperature).softmax(1).numpy()
     best = probabilities.argmax(1)
     highest = probabilities[np.arange(len(best)), best]
-    names = np.array(spec.classes, dtype=object)[best]
-    categories = list(spec.classes)
+    names, categories = np.array(spec.classes, dtype=object)[best], _categories(spec)
     if threshold is not None:
-        names[highest < threshold] = _keys.UNKNOWN
-        categories += [_keys.UNKNOWN] * (_keys.UNKNOWN not in categories)
-    adata.obs[key] = pd.Categorical(names, categories=categories)
+        names[highest < threshold] = _keys.UNKNOWN if categories.is_text else None
+    adata.obs[key] = categories.column(
+        names, also=[_keys.UNKNOWN] if threshold is not None and categories.is_text else []
+    )
     adata.obs[key + _keys.PROBABILITY] = highest
     adata.obsm[key + _keys.PROBABILITIES] = probabilities

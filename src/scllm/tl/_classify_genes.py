@@ -16,7 +16,7 @@ from sklearn.model_selection import StratifiedKFold
 from scllm import _keys, metrics
 from scllm._checks import check_adata, check_options
 from scllm._log import log
-from scllm._results import record
+from scllm._results import free_key, record, record_name
 from scllm._typing import FloatArray, IntArray
 from scllm.data.source import open_source
 from scllm.engine.lora import adapted_layers, lora_settings
@@ -120,7 +120,8 @@ def classify_genes(
     ['model', 'baseline', 'majority']
     """
     check_adata(adata, key_added=key_added)
-    _check_not_overwritten(adata, labels, key_added)
+    key = free_key(adata, "var", key_added)
+    _check_not_overwritten(adata, labels, key)
     check_options(finetune_options, Options.__dataclass_fields__, classify_genes)
     options = Options(**finetune_options)
     _check_options(n_folds, max_cells, freeze, options)
@@ -160,7 +161,7 @@ def classify_genes(
     )  # fmt: skip
     task = GeneTask(
         begun, cells, found.codes, found.classes, losses, freeze, options, config, where, run_dir,
-        keep_models, key_added,
+        keep_models, key,
     )  # fmt: skip
     fold = gene_folds(found.codes, n_folds, random_state=seed)
     probabilities = {"model": task.by_model(fold)}
@@ -168,10 +169,11 @@ def classify_genes(
         probabilities["baseline"] = task.by_baseline(fold)
     probabilities["majority"] = task.by_majority(fold)
     table = _table(found, fold, probabilities)
-    _write(adata, found, probabilities["model"], key_added)
+    _write(adata, found, probabilities["model"], key)
+    record_name(adata, "var", key_added)
     params = {
         "labels": labels if isinstance(labels, str) else None, "n_folds": n_folds, "max_cells": max_cells,
-        "loss": losses, "freeze": freeze, "baseline": baseline, "keep_models": keep_models, "key_added": key_added,
+        "loss": losses, "freeze": freeze, "baseline": baseline, "keep_models": keep_models, "key_added": key,
         "n_genes": len(found.codes),
         "n_cells": cells.adata.n_obs, "class_weight": options.class_weight, "validation": options.validation,
         "layer": options.layer, "run_dir": run_dir, **config.to_dict(),
@@ -258,6 +260,6 @@ def _write(adata: AnnData, found: GeneLabels, outputs: FloatArray, key: str) -> 
     probabilities = np.full((adata.n_vars, len(found.classes)), np.nan, np.float32)
     probabilities[labelled] = outputs[found.of_row[labelled]]
     best = np.where(labelled, np.nan_to_num(probabilities).argmax(1), -1)
-    adata.var[key] = pd.Categorical.from_codes(best, categories=list(found.classes))
+    adata.var[key] = found.categories.column(np.array([*found.classes, None], dtype=object)[best])
     adata.var[key + _keys.PROBABILITY] = probabilities.max(1)
     adata.varm[key + _keys.PROBABILITIES] = probabilities

@@ -19,7 +19,7 @@ from scipy import sparse
 from scllm import _keys
 from scllm._checks import check_adata, check_options, missing_key
 from scllm._log import details, log, warn
-from scllm._results import match_settings, record, record_classes
+from scllm._results import drop_labels, free_key, match_settings, record, record_classes, record_name
 from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.fingerprint import fingerprint
 from scllm.data.source import CellSource, open_source
@@ -102,8 +102,9 @@ def cross_validate(
     Writes
     ------
     ``adata.obs[key + "_cv"]``
-        Out-of-fold label (categorical) or value of the first repeat: a vote over repeats would be better than any one
-        model is. Missing where ``key`` is. With ``baseline``, ``key + "_cv_baseline"`` likewise.
+        Out-of-fold label (categorical, with the categories of ``obs[key]``, their type and order) or value of the first
+        repeat: a vote over repeats would be better than any one model is. Missing where ``key`` is. A ``/`` in ``key``
+        becomes ``_``. With ``baseline``, ``key + "_cv_baseline"`` likewise.
     ``adata.obs[key + "_cv_prob"]``, ``adata.obsm[key + "_cv_probabilities"]``
         Probability of the label, and of all, float32 ``(n_cells, n_classes)``; for the baseline likewise.
     ``adata.obs[key + "_cv_fold"]``
@@ -126,6 +127,7 @@ def cross_validate(
     if not isinstance(key, str):
         raise TypeError(f"key is {key!r}, the name of one column of obs expected. Call cross_validate for each column.")
     target = find_target(adata.obs, key)
+    free_key(adata, "obs", key + _keys.CROSS_VALIDATED)
     groups = find_groups(adata.obs, group_key, target)
     options, seed = _checked(finetune_options, adata)
     if target.classes is not None and isinstance(options.get("class_weight"), Mapping):
@@ -376,20 +378,20 @@ def _wide(table: pd.DataFrame) -> pd.DataFrame:
 
 def _write(adata: AnnData, target: Target, fold: IntArray, outputs: Mapping[str, FloatArray]) -> None:
     """Predictions of the first repeat, and its folds, in place of an earlier call's."""
-    names = {"model": target.key + _keys.CROSS_VALIDATED}
-    names["baseline"] = names["model"] + _keys.BASELINE
-    for name in names.values():
-        adata.obs = adata.obs.drop(columns=[name, name + _keys.PROBABILITY], errors="ignore")
-        adata.obsm.pop(name + _keys.PROBABILITIES, None)
+    name = target.key + _keys.CROSS_VALIDATED
+    record_name(adata, "obs", name)
+    names = {"model": _keys.safe(name), "baseline": _keys.safe(name) + _keys.BASELINE}
+    for column in names.values():
+        drop_labels(adata, column)
     for method, found in outputs.items():
-        name = names[method]
-        if target.classes is None:
-            adata.obs[name] = found[:, 0]
+        column = names[method]
+        if target.classes is None or target.categories is None:
+            adata.obs[column] = found[:, 0]
             continue
         best = np.where(target.is_there, np.nan_to_num(found, nan=-1).argmax(axis=1), -1)
-        adata.obs[name] = pd.Categorical.from_codes(best, categories=list(target.classes))
-        adata.obs[name + _keys.PROBABILITY] = found.max(axis=1)
-        adata.obsm[name + _keys.PROBABILITIES] = found
-        record_classes(adata, name, target.classes)
+        adata.obs[column] = target.categories.column(np.array([*target.classes, None], dtype=object)[best])
+        adata.obs[column + _keys.PROBABILITY] = found.max(axis=1)
+        adata.obsm[column + _keys.PROBABILITIES] = found
+        record_classes(adata, column, target.classes)
     folds = [str(number) for number in range(fold.max() + 1)]
-    adata.obs[target.key + _keys.CROSS_VALIDATED + _keys.FOLD] = pd.Categorical.from_codes(fold, categories=folds)
+    adata.obs[names["model"] + _keys.FOLD] = pd.Categorical.from_codes(fold, categories=folds)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scllm import _keys
 from scllm._checks import check_adata, groups
-from scllm._results import record
+from scllm._results import free_key, record, record_name
 from scllm._typing import FloatArray, IntArray
 from scllm.data.genes import GeneMatch
 from scllm.data.replace import replaced_when_whole
@@ -109,6 +109,7 @@ def embed(
     adata = data if isinstance(data, AnnData) else None
     if adata is not None:
         check_adata(adata, copy, key_added)
+        free_key(adata, "obsm", key_added)
     if adata is None and copy:
         raise TypeError("copy=True goes with an AnnData, a path was given: the embedding is returned, or goes to out=.")
     if adata is not None and out is not None:
@@ -140,18 +141,20 @@ def embed(
     if adata is None:
         return None if out is not None else embedding
     adata = adata.copy() if copy else adata
-    adata.obsm[key_added] = embedding
+    key = _keys.safe(key_added)
+    adata.obsm[key] = embedding
+    record_name(adata, "obsm", key_added)
     params = {
         "pooling": pooling or chosen.pooling,
         "hidden_layer": hidden_layer,
         "layer": layer,
-        "key_added": key_added,
+        "key_added": key,
         "heads": list(chosen.heads_on("cell")) or None,
     }
     remember(adata, chosen)
     written = adata.uns[_keys.UNS]["model"]["hash"]
-    models = _of_all(adata, "models", key_added, "hash", [written])
-    heads = _of_all(adata, "heads", key_added, "head", list(chosen.heads_on("cell")))
+    models = _of_all(adata, "models", key, "hash", [written])
+    heads = _of_all(adata, "heads", key, "head", list(chosen.heads_on("cell")))
     record(adata, "embed", params, models=models, heads=heads)
     return adata if copy else None
 
@@ -207,6 +210,7 @@ def embed_genes(
     True
     """
     check_adata(adata, copy, key_added)
+    key = free_key(adata, "varm", key_added)
     chosen = resolve(model, adata)
     source = open_source(adata)
     match = gene_match(adata, source, chosen)
@@ -227,8 +231,9 @@ def embed_genes(
         vectors[known] = means[_row_of_token(match, chosen)[match.token_ids[known]]]
         vectors = vectors[:, 0] if names is None else vectors
     adata = adata.copy() if copy else adata
-    adata.varm[key_added] = vectors
-    params = {"contextual": contextual or groupby is not None, "groupby": groupby, "key_added": key_added}
+    adata.varm[key] = vectors
+    params = {"contextual": contextual or groupby is not None, "groupby": groupby, "key_added": key}
+    record_name(adata, "varm", key_added)
     record(adata, "embed_genes", params, None if names is None else pd.DataFrame({"group": names}))
     remember(adata, chosen)
     return adata if copy else None

@@ -15,7 +15,7 @@ import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from scllm import models
+from scllm import _keys, models
 from scllm._checks import check_adata, missing_key
 from scllm._log import log, warn
 from scllm._names import listed
@@ -234,6 +234,8 @@ def _names(key: str | Sequence[str]) -> list[str]:
     keys = [key] if isinstance(key, str) else list(key)
     if not keys or len(set(keys)) < len(keys):
         raise ValueError(f"key is {keys}, one column of obs or several different ones expected. Name each once.")
+    if len({_keys.safe(str(name)) for name in keys}) < len(keys):
+        raise ValueError(f"Expected keys that differ once '/' is '_', as results are written, got {keys}. Rename one.")
     return keys
 
 
@@ -275,7 +277,7 @@ def _head(target: Target, training: IntArray) -> HeadSpec:
             "expected. Pass another column, hold out other groups, or a smaller share."
         )
     if target.classes is not None:
-        return HeadSpec(target.key, target.classes)
+        return HeadSpec(target.key, target.classes, categories=target.categories)
     return HeadSpec(target.key, None, mean=float(seen.mean()), std=float(seen.std()))
 
 

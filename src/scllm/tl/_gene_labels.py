@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from scllm._checks import holds_numbers, missing_key
+from scllm._labels import Categories
 from scllm._log import warn
 from scllm._typing import IntArray
 from scllm.data import genes
@@ -35,6 +36,8 @@ class GeneLabels:
         Its token and the place of its label in ``classes``, ``(g,)``.
     of_row
         Which of them each row of ``var`` is, -1 for rows without a label, ``(n_vars,)``.
+    categories
+        How the labels were stored where they came from.
     """
 
     classes: tuple[str, ...]
@@ -42,17 +45,20 @@ class GeneLabels:
     tokens: IntArray
     codes: IntArray
     of_row: IntArray
+    categories: Categories
 
     def take(self, chosen: NDArray[np.bool_]) -> GeneLabels:
         """Some of the genes; classes stay."""
         place = np.where(chosen, np.cumsum(chosen) - 1, -1)
         of_row = np.where(self.of_row >= 0, place[self.of_row], -1)
-        return GeneLabels(self.classes, self.names[chosen], self.tokens[chosen], self.codes[chosen], of_row)
+        return replace(
+            self, names=self.names[chosen], tokens=self.tokens[chosen], codes=self.codes[chosen], of_row=of_row
+        )
 
 
 def read_labels(adata: AnnData, labels: LabelLike, tokens: IntArray) -> GeneLabels:
     """Find the label of each row of ``var`` that has a token, and the genes that these rows are."""
-    column = _by_row(adata, labels)
+    column, categories = _by_row(adata, labels)
     classes = pd.Index(sorted(column.dropna().unique()))
     codes = classes.get_indexer(column)
     there = np.flatnonzero((codes >= 0) & (tokens >= 0))
@@ -76,7 +82,9 @@ def read_labels(adata: AnnData, labels: LabelLike, tokens: IntArray) -> GeneLabe
             f"{column.index[one]!r} and {column.index[other]!r} are one gene to the model and are labelled "
             f"{column.iloc[one]!r} and {column.iloc[other]!r}, one label a gene expected. Drop one of the labels."
         )
-    return GeneLabels(tuple(classes), column.index.to_numpy(object)[first], tokens[first], codes[first], of_row)
+    return GeneLabels(
+        tuple(classes), column.index.to_numpy(object)[first], tokens[first], codes[first], of_row, categories
+    )
 
 
 def check_enough(found: GeneLabels, n_folds: int) -> None:
@@ -98,14 +106,14 @@ def check_enough(found: GeneLabels, n_folds: int) -> None:
         )
 
 
-def _by_row(adata: AnnData, labels: LabelLike) -> pd.Series:
-    """Label of each row of ``var`` as a string, NaN where there is none."""
+def _by_row(adata: AnnData, labels: LabelLike) -> tuple[pd.Series, Categories]:
+    """Label of each row of ``var`` as a string, NaN where there is none; and how the labels were stored."""
     genes.check_unique(adata.var_names)
     match labels:
         case str():
             if labels not in adata.var:
                 raise missing_key(labels, adata.var.columns, "a column of adata.var")
-            return _as_labels(adata.var[labels], f"var[{labels!r}]")
+            return _as_labels(adata.var[labels], f"var[{labels!r}]"), Categories.of(adata.var[labels])
         case pd.DataFrame():
             given, candidates = _label_column(labels)
         case pd.Series():
@@ -124,6 +132,7 @@ def _by_row(adata: AnnData, labels: LabelLike) -> pd.Series:
                 f"labels is a {type(labels).__name__}, a Series or mapping from gene to label, a column of adata.var "
                 "or a table as datasets.gene_set returns expected. Pass one of those."
             )
+    categories = Categories.of(given)
     given = _as_labels(given, "labels")
     missing = given.isna().to_numpy()
     if missing.any():
@@ -141,7 +150,7 @@ def _by_row(adata: AnnData, labels: LabelLike) -> pd.Series:
             "small letters. Add the other kind of names as a column of adata.var, 'gene_symbol' or 'ensembl_id'."
         )
     _check_once(names, values, strict=not isinstance(labels, pd.DataFrame))
-    return pd.Series(np.where(place >= 0, values[place], np.nan), index=adata.var_names, dtype=object)
+    return pd.Series(np.where(place >= 0, values[place], np.nan), index=adata.var_names, dtype=object), categories
 
 
 def _as_labels(column: pd.Series, what: str) -> pd.Series:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scllm import _keys, metrics
 from scllm._checks import check_adata
-from scllm._results import record
+from scllm._results import free_key, record, record_name
 from scllm._typing import IntArray
 from scllm.data.source import open_source
 from scllm.engine.likelihood import N_ORDERS, gene_nats
@@ -88,6 +88,7 @@ def perplexity(
     True
     """
     check_adata(adata, copy, key_added)
+    key = free_key(adata, "obs", key_added)
     chosen = resolve(model, adata)
     if chosen.likelihood is None:
         raise ValueError(
@@ -123,11 +124,12 @@ def perplexity(
     unigram, by_position = metrics.unigram_nats(places.counts())
 
     adata = adata.copy() if copy else adata
-    adata.obs[key_added] = np.exp(nats)
-    adata.obs[key_added + _keys.NATS] = nats
-    params = {"kind": chosen.likelihood, "key_added": key_added, "layer": layer}
+    adata.obs[key] = np.exp(nats)
+    adata.obs[key + _keys.NATS] = nats
+    params = {"kind": chosen.likelihood, "key_added": key, "layer": layer}
     if chosen.likelihood == "permutation":
         params["n_orders"] = N_ORDERS
+    record_name(adata, "obs", key_added)
     record(
         adata, "perplexity", params, nats=float(total.sum() / max(n_genes.sum(), 1)),
         bound=metrics.permutation_bound(n_genes), unigram=unigram, unigram_by_position=by_position,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from scllm import _keys
 from scllm._checks import check_adata
-from scllm._results import record
-from scllm._typing import IntArray
+from scllm._results import free_key, record, record_name
+from scllm._typing import CSR, FloatArray
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource, open_source
 from scllm.engine.objectives.masks import drawn_share
@@ -73,7 +73,11 @@ def reconstruct(
     Writes
     ------
     ``adata.layers[key_added]``
-        Predictions (CSR, float32), stored where the model saw (or was to guess) an expressed gene.
+        Predictions (CSR, float32), stored where the model saw (or was to guess) an expressed gene. Columns that share a
+        token are read as their sum, and get the same prediction where they are expressed.
+    ``adata.layers[key_added + "_target"]``
+        What the model was to predict in the same places, in the same unit: its own bins, levels or values. Not written
+        for models that read no values, and with ``target_depth``.
 
     Examples
     --------
@@ -84,6 +88,7 @@ def reconstruct(
     True
     """
     check_adata(adata, copy, key_added)
+    key = free_key(adata, "layers", key_added)
     chosen = resolve(model, adata)
     if target_depth is not None and not chosen.reads_depth:
         raise ValueError(
@@ -110,12 +115,15 @@ def reconstruct(
     match = gene_match(adata, source, chosen)
     if genes is not None:
         return _of_genes(adata, chosen, source, match, [genes] if isinstance(genes, str) else list(genes), target_depth)
-    layer = _of_sentence(chosen, source, match, mask_ratio, target_depth, random_state)
+    layers = _of_sentence(chosen, source, match, mask_ratio, target_depth, random_state)
     adata = adata.copy() if copy else adata
-    adata.layers[key_added] = layer
+    adata.layers.pop(key + _keys.TARGET, None)  # of an earlier call
+    for name, layer in zip((key, key + _keys.TARGET), layers, strict=False):
+        adata.layers[name] = layer
     params = {
-        "mask_ratio": mask_ratio, "target_depth": target_depth, "key_added": key_added, "random_state": random_state,
+        "mask_ratio": mask_ratio, "target_depth": target_depth, "key_added": key, "random_state": random_state,
     }  # fmt: skip
+    record_name(adata, "layers", key_added)
     record(adata, "reconstruct", params)
     remember(adata, chosen)
     return adata if copy else None
@@ -128,25 +136,44 @@ def _of_sentence(
     mask_ratio: float | None,
     target_depth: float | None,
     seed: int,
-) -> sparse.csr_matrix:
-    """Predictions at the genes of each cell's sentence."""
-    column = _first_columns(match, len(model.vocab))
+) -> list[CSR]:
+    """Predictions at the genes of each cell's sentence and, where the model reads values, what it was to predict."""
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
         if target_depth is not None:
             batch = replica.at_depth(batch, target_depth)
         # sentences of some families hold genes that are not expressed too
         at = drawn_share(batch, replica.is_expressed(batch), 1.0 if mask_ratio is None else mask_ratio)
-        value = replica.reconstruct(batch, at, hide=mask_ratio is not None)
-        return torch.stack([batch.cell[at].double(), batch.genes[at].double(), value.double()], dim=1)
+        found = [batch.cell[at], batch.genes[at], replica.reconstruct(batch, at, hide=mask_ratio is not None)]
+        if batch.values is not None and target_depth is None:
+            found.append(batch.values[at])
+        return torch.stack([part.double() for part in found], dim=1)
 
-    rows, columns, values = [], [], []
+    blocks = []
     for cells, found in predict(model, source, match, forward, random_state=seed, desc="reconstructing"):
-        rows.append(found[:, 0].long().numpy() + cells.start)
-        columns.append(column[found[:, 1].long().numpy()])
-        values.append(found[:, 2].float().numpy())
-    triplets = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
-    return sparse.csr_matrix(triplets, shape=(source.n_obs, len(source.genes)), dtype=np.float32)
+        blocks.append(_in_columns(source.read(cells), match, found.numpy()))
+    return [sparse.vstack(parts, format="csr", dtype=np.float32) for parts in zip(*blocks, strict=True)]
+
+
+def _in_columns(counts: CSR, match: GeneMatch, found: FloatArray) -> list[CSR]:
+    """Values of tokens ``(n, 2 + ...)``, after cell and token, at the columns that the cell expresses.
+
+    Columns that share a token get the same values, which are those of their sum.
+    """
+    rows = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
+    n_tokens = int(match.token_ids.max()) + 1
+    asked = rows * n_tokens + match.token_ids[counts.indices]
+    known = found[:, 0].astype(np.int64) * n_tokens + found[:, 1].astype(np.int64)
+    order = np.argsort(known)
+    at = np.searchsorted(known, asked, sorter=order).clip(max=max(0, len(known) - 1))
+    place = order[at] if len(known) else np.zeros(len(asked), np.int64)
+    is_found = (counts.data > 0) & (match.token_ids[counts.indices] >= 0)
+    is_found &= known[place] == asked if len(known) else False
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows[is_found], minlength=counts.shape[0]))])
+    return [
+        sparse.csr_matrix((values[place[is_found]], counts.indices[is_found], indptr), shape=counts.shape)
+        for values in found[:, 2:].T
+    ]
 
 
 def _of_genes(
@@ -172,11 +199,3 @@ def _of_genes(
 
     found = [values for _, values in predict(model, source, match, forward, desc="reconstructing")]
     return pd.DataFrame(torch.cat(found).numpy(), index=adata.obs_names, columns=names)
-
-
-def _first_columns(match: GeneMatch, n_tokens: int) -> IntArray:
-    """The column of each token; where several genes share one, the first."""
-    column = np.zeros(n_tokens, np.int64)
-    known = np.flatnonzero(match.token_ids >= 0)[::-1]
-    column[match.token_ids[known]] = known
-    return column

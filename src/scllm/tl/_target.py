@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from scllm._checks import holds_numbers, labels, obs_column
+from scllm._labels import Categories
 from scllm._log import warn
 from scllm._names import listed
 from scllm._typing import IntArray
@@ -21,11 +22,15 @@ _MISSING_AS_TEXT = {"nan", "NaN", "None", "<NA>", "NaT", ""}
 
 @dataclass(frozen=True)
 class Target:
-    """A column of ``obs``: codes of ``classes`` (-1: missing), or with ``classes=None`` values (NaN: missing)."""
+    """A column of ``obs``: codes of ``classes`` (-1: missing), or with ``classes=None`` values (NaN: missing).
+
+    ``categories`` says how the column stores its labels.
+    """
 
     key: str
     classes: tuple[str, ...] | None
     column: NDArray
+    categories: Categories | None = None
 
     @property
     def is_there(self) -> NDArray[np.bool_]:
@@ -77,7 +82,8 @@ def find_target(obs: pd.DataFrame, key: str) -> Target:
             )
     else:
         classes = labels(obs, key)
-        target = Target(key, tuple(classes.cat.categories), classes.cat.codes.to_numpy().astype(np.int64))
+        codes = classes.cat.codes.to_numpy().astype(np.int64)
+        target = Target(key, tuple(classes.cat.categories), codes, Categories.of(column))
         not_names = [name for name in target.classes if name in _MISSING_AS_TEXT]
         where = f"adata.obs[{key!r}]"
         if not_names:

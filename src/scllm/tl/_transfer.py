@@ -5,14 +5,14 @@ from __future__ import annotations
 from numbers import Integral
 
 import numpy as np
-import pandas as pd
 from anndata import AnnData
 from sklearn.neighbors import KNeighborsClassifier
 
 from scllm import _keys
 from scllm._checks import check_adata, embedding, labels, warn_of_unknown_labels
+from scllm._labels import Categories
 from scllm._log import warn
-from scllm._results import record, record_classes
+from scllm._results import free_key, record, record_classes, record_name
 from scllm._typing import FloatArray
 
 __all__ = ["transfer_labels"]
@@ -53,7 +53,8 @@ def transfer_labels(
     Writes
     ------
     ``adata.obs[key_added]``, ``adata.obs[key_added + "_prob"]``
-        Label (categorical, with the reference's classes), and the share of the weighted votes that it got.
+        Label (categorical, with the categories of the reference, their type and order), and the share of the weighted
+        votes that it got.
     ``adata.obsm[key_added + "_probabilities"]``
         Share of each class, float32 ``(n_cells, n_classes)``.
     ``adata.uns["scllm"]["transfer_labels"]``
@@ -71,11 +72,13 @@ def transfer_labels(
     """
     name = f"{key}{_keys.TRANSFERRED}" if key_added is None else key_added
     check_adata(adata, copy, name)
+    column = free_key(adata, "obs", name)
     if not isinstance(reference, AnnData):
         raise TypeError(
             f"reference is of type {type(reference).__name__}, an AnnData expected. Read files with anndata.read_h5ad."
         )
     classes = labels(reference.obs, key, owner="reference")
+    categories = Categories.of(reference.obs[key])
     known, new = _embeddings(adata, reference, use_rep)
     codes = classes.cat.codes.to_numpy()
     there = np.flatnonzero(codes >= 0)
@@ -85,15 +88,16 @@ def transfer_labels(
             f"Expected n_neighbors to be a whole number from 1 to {len(there)}, got {n_neighbors!r}: the reference has "
             f"{len(there)} cells with a label in obs[{key!r}]. Pass a smaller number, or a larger reference."
         )
-    advice = f"obs[{name + _keys.PROBABILITY!r}] says how sure that is"
+    advice = f"obs[{column + _keys.PROBABILITY!r}] says how sure that is"
     warn_of_unknown_labels(adata.obs, key, classes.cat.categories, advice)
     votes = KNeighborsClassifier(n_neighbors, weights="distance").fit(known[there], codes[there]).predict_proba(new)
     adata = adata.copy() if copy else adata
-    adata.obs[name] = pd.Categorical.from_codes(votes.argmax(axis=1), categories=classes.cat.categories)
-    adata.obs[name + _keys.PROBABILITY] = votes.max(axis=1).astype(np.float32)
-    adata.obsm[name + _keys.PROBABILITIES] = votes.astype(np.float32)
-    params = {"key": key, "use_rep": use_rep, "n_neighbors": n_neighbors, "key_added": name}
-    record_classes(adata, name, classes.cat.categories)
+    record_name(adata, "obs", name)
+    adata.obs[column] = categories.column(classes.cat.categories.to_numpy(dtype=object)[votes.argmax(axis=1)])
+    adata.obs[column + _keys.PROBABILITY] = votes.max(axis=1).astype(np.float32)
+    adata.obsm[column + _keys.PROBABILITIES] = votes.astype(np.float32)
+    params = {"key": key, "use_rep": use_rep, "n_neighbors": n_neighbors, "key_added": column}
+    record_classes(adata, column, classes.cat.categories)
     record(adata, "transfer_labels", params, classes=classes.cat.categories.to_numpy(dtype=object))
     return adata if copy else None
 
