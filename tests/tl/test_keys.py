@@ -60,9 +60,8 @@ def use_all_verbs(adata, tiny, key) -> None:
     transfer_labels(adata, adata.copy(), key=key, use_rep=key.replace("/", "_"), n_neighbors=3)
     adata.var["kind"] = np.arange(40) % 2 == 0
     tl.classify_genes(adata, tiny, labels="kind", n_folds=2, freeze="encoder", key_added=f"{key} genes")
-    if key == "a/b":  # these take longest
+    if key == "a/b":  # takes longest
         tl.perplexity(adata, models.build("gpt2", vocab=adata.var_names, size="tiny"), key_added=f"{key} perplexity")
-        tl.benchmark(adata, use_rep="a_b", key=key, batch_key="batch")
 
 
 @pytest.mark.filterwarnings("ignore:zarr v3 autosharding", "ignore:Consolidated metadata")

@@ -20,7 +20,7 @@ from scllm.data.encode import RankEncoder
 from scllm.data.genes import id_type
 from scllm.data.vocab import Vocab
 from scllm.models.base import HeadSpec
-from scllm.models.storage import read_torch, renamed
+from scllm.models.storage import plain_weights, read_json, read_torch, renamed, require
 
 if TYPE_CHECKING:
     from scllm.models.geneformer import Model
@@ -138,7 +138,7 @@ def _settings(path: Path) -> dict[str, Any]:
             f"Expected a Geneformer folder with config.json and model.safetensors, but {path / 'config.json'} does not "
             "exist. Pass the folder of one model."
         )
-    settings = json.loads((path / "config.json").read_text())
+    settings = read_json(path / "config.json")
     wanted = {
         "model_type": "bert",
         "hidden_act": "relu",
@@ -151,6 +151,8 @@ def _settings(path: Path) -> dict[str, Any]:
                 f"Expected {name}={value!r}, as in Geneformer, but {path / 'config.json'} has {settings[name]!r}. "
                 "Pass the folder of a Geneformer model."
             )
+    sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "max_position_embeddings")
+    require(settings, dict.fromkeys(sizes, int), path / "config.json")
     return settings
 
 
@@ -166,6 +168,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
                 f"Expected a complete safetensors file, but {file} cannot be read ({error}). It is truncated, or only "
                 "a Git LFS pointer: download it again."
             ) from error
+    original = plain_weights(original, path)
     if "bert.embeddings.word_embeddings.weight" not in original:
         raise ValueError(
             f"Expected a BERT model with a gene table, but {path} holds other weights (first: "

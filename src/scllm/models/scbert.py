@@ -18,7 +18,7 @@ from scllm.data.encode import Encoder, LevelEncoder
 from scllm.data.vocab import Vocab
 from scllm.models.base import Batch, CellModel, Checkpoint, HeadSpec, ModelConfig, Outputs, Pooling
 from scllm.models.performer import KeyMaximum, PerformerBlock, original_names, redraw
-from scllm.models.storage import gene_list, read_torch, renamed
+from scllm.models.storage import gene_list, plain_weights, read_torch, renamed
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "PositionHead", "read"]
 
@@ -241,13 +241,8 @@ def read(path: str | Path, *, vocab: Vocab | None = None) -> Checkpoint:
     """
     path = Path(path)
     file = path / _CHECKPOINT if path.is_dir() else path
-    content = read_torch(file)
-    original = content.get("model_state_dict", content)
-    weights = {
-        renamed(name, _NAMES): tensor
-        for name, tensor in ((name.removeprefix("module."), tensor) for name, tensor in original.items())
-        if not name.startswith(_UNUSED)
-    }
+    original = plain_weights(read_torch(file), file)
+    weights = {renamed(name, _NAMES): tensor for name, tensor in original.items() if not name.startswith(_UNUSED)}
     if "level_embedding.weight" not in weights:
         raise ValueError(
             f"Expected weights of scBERT, but {file} has no token_emb.weight (first weight: "

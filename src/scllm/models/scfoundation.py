@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -21,7 +22,7 @@ from scllm.data.vocab import Vocab
 from scllm.models.base import Batch, CellModel, Checkpoint, ModelConfig, Outputs, Pooling
 from scllm.models.layers import Block
 from scllm.models.performer import KeyMaximum, PerformerBlock, original_names, redraw
-from scllm.models.storage import gene_list, read_torch, renamed
+from scllm.models.storage import gene_list, plain_weights, read_torch, renamed, require
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "SoftBins", "read"]
 
@@ -349,26 +350,39 @@ def read(path: str | Path, *, vocab: Vocab | None = None, part: str | None = Non
             f"Expected part to be one of {get_args(Part)} that {file} contains, got {part!r}. It contains "
             f"{sorted(map(str, content))[:8]}. Pass another part."
         )
-    settings, original = content[part]["config"], content[part]["state_dict"]
+    where = f"part {part!r} of {file}"
+    require(content[part], {"config": dict, "state_dict": dict}, where)
+    settings, original = content[part]["config"], plain_weights(content[part]["state_dict"], where)
     weights = {
         renamed(name, _NAMES): tensor
         for name, tensor in ((name.split("model.", 1)[-1], tensor) for name, tensor in original.items())
         if not name.startswith(_UNUSED)
     }
-    config = _config(settings["model_config"][settings["model"]], weights)
+    require(settings, {"model": str, "model_config": dict}, f"the config in {where}")
+    require(settings["model_config"], {settings["model"]: dict}, f"model_config in {where}")
+    config = _config(settings["model_config"][settings["model"]], weights, where)
     n_genes = len(weights["gene_embedding.weight"]) - len(_SPECIALS)
     vocab = config.vocab(gene_list(file, vocab, n_genes, _GENE_LISTS))
     return Checkpoint(config, vocab, DepthEncoder(max_len=len(vocab) - 1), weights)
 
 
-def _config(settings: dict[str, Any], weights: dict[str, Tensor]) -> Config:
+def _config(settings: dict[str, Any], weights: dict[str, Tensor], where: str) -> Config:
     """Read numbers of layers and heads from the file's settings, and widths from the weights."""
+    numbers = {"bin_num": int, "bin_alpha": Real, "mask_token_id": Real, "pad_token_id": Real}
+    require(settings, {"encoder": dict, "decoder": dict, **numbers}, f"the model_config in {where}")
     encoder, decoder = settings["encoder"], settings["decoder"]
-    if encoder["module_type"] != "transformer" or decoder["module_type"] != "performer" or encoder["norm_first"]:
+    sizes = {"module_type": str, "depth": int, "heads": int}
+    require(encoder, {**sizes, "hidden_dim": int}, f"the encoder's settings in {where}")
+    require(decoder, sizes, f"the decoder's settings in {where}")
+    if (
+        encoder["module_type"] != "transformer"
+        or decoder["module_type"] != "performer"
+        or encoder.get("norm_first", False)
+    ):
         raise ValueError(
             "Expected a post-norm transformer encoder and a performer decoder, but the checkpoint has a "
-            f"{encoder['module_type']} encoder (norm_first={encoder['norm_first']}) and a {decoder['module_type']} "
-            "decoder. Use another file."
+            f"{encoder['module_type']} encoder (norm_first={encoder.get('norm_first', False)}) and a "
+            f"{decoder['module_type']} decoder. Use another file."
         )
     query = weights["decoder_layers.0.attention.query.weight"]
     return Config(

@@ -24,7 +24,7 @@ from scllm.models.layers import (
     ValueNetwork,
     mlp,
 )  # fmt: skip
-from scllm.models.storage import read_torch, renamed
+from scllm.models.storage import plain_weights, read_json, read_torch, renamed, require
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "read"]
 
@@ -277,6 +277,14 @@ _NAMES: tuple[tuple[str, str], ...] = (
 # left over from generative pretraining, used by no public model class
 _UNUSED = ("flag_encoder.",)
 _SPECIALS = ("<pad>", "<cls>", "<eoc>")
+_SETTINGS = {"nlayers": int, "nheads": int, "embsize": int, "d_hid": int}
+# names of the same settings in the training scripts that come with scGPT, and in other tools
+_OTHER_NAMES = {
+    "nlayers": ("n_layers", "num_layers"),
+    "nheads": ("nhead", "n_heads", "n_head", "num_heads"),
+    "embsize": ("layer_size", "emb_size", "d_model"),
+    "d_hid": ("layer_size", "d_hidden", "hidden_size"),
+}
 
 
 def read(path: str | Path) -> Checkpoint:
@@ -288,9 +296,10 @@ def read(path: str | Path) -> Checkpoint:
                 f"{path / name} is not there; an scGPT folder holds args.json, vocab.json and best_model.pt. "
                 "Pass the folder that holds all three."
             )
-    args = json.loads((path / "args.json").read_text())
+    args = read_json(path / "args.json")
+    require(args, _SETTINGS, path / "args.json", others=_OTHER_NAMES)
     vocab = read_vocab(path / "vocab.json")
-    original = {name.removeprefix("module."): tensor for name, tensor in read_torch(path / "best_model.pt").items()}
+    original = plain_weights(read_torch(path / "best_model.pt"), path / "best_model.pt")
     weights = {_ours(name): tensor for name, tensor in original.items() if not name.startswith(_UNUSED)}
     config = _config(args, weights)
     encoder = _encoder(args, config)

@@ -38,9 +38,12 @@ __all__ = [
     "from_hub",
     "is_native",
     "load_weights",
+    "plain_weights",
+    "read_json",
     "read_native",
     "read_torch",
     "renamed",
+    "require",
     "write_native",
 ]
 
@@ -139,7 +142,7 @@ def is_native(path: Path) -> bool:
 
 def read_native(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], dict[str, NDArray[Any]]]:
     """Read ``config.json``, ``vocab.json``, the weights and the arrays of the encoder."""
-    config = _json(path / "config.json")
+    config = read_json(path / "config.json")
     if config.get("format") != _FORMAT:
         raise ValueError(
             f"Expected a model in format {_FORMAT}, but {path} has format {config.get('format')!r}. Update scllm."
@@ -155,17 +158,50 @@ def read_native(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, T
     if (path / _ARRAYS).is_file():
         with np.load(path / _ARRAYS, allow_pickle=False) as stored:
             arrays = dict(stored)
-    return config, _json(path / "vocab.json"), weights, arrays
+    return config, read_json(path / "vocab.json"), weights, arrays
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file of settings; an error that names the file if it holds anything else."""
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(file.read_text("utf-8-sig"))
+    except ValueError as error:
         raise ValueError(
             f"Expected a complete JSON file, but {file} cannot be read ({error}). It is truncated or damaged: copy it "
             "again."
         ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"Expected a dictionary of settings in {file}, got a {type(content).__name__}. It is not the file that was "
+            "published: copy it again."
+        )
+    return content
+
+
+def require(
+    settings: Mapping[str, Any],
+    kinds: Mapping[str, type],
+    source: object,
+    *,
+    others: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Raise unless a checkpoint has these settings, and of these types; the error says what is there instead.
+
+    ``others`` gives the names that other tools use for a setting.
+    """
+    missing = [name for name in kinds if name not in settings]
+    if missing:
+        pairs = [(name, other) for name in missing for other in (others or {}).get(name, ()) if other in settings]
+        ways = "; ".join(f"{name!r} may be {other!r} ({settings[other]!r})" for name, other in pairs)
+        advice = f"Here {ways}: rename it." if pairs else "Copy the file of the release again, or add them."
+        raise ValueError(
+            f"Expected the settings {', '.join(map(repr, kinds))} in {source}, but {', '.join(map(repr, missing))} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. There is {listed(list(map(str, settings)))}. {advice}"
+        )
+    for name, kind in kinds.items():
+        if not isinstance(settings[name], kind) or isinstance(settings[name], bool):
+            wanted = {int: "a whole number", dict: "a dictionary", str: "a string"}.get(kind, "a number")
+            raise ValueError(f"Expected {name!r} in {source} to be {wanted}, got {settings[name]!r:.60}. Correct it.")
 
 
 def read_torch(path: Path) -> dict[str, Any]:
@@ -185,6 +221,31 @@ def read_torch(path: Path) -> dict[str, Any]:
             f"Expected a dictionary of weights in {path}, got a {type(content).__name__}. Use another checkpoint."
         )
     return content
+
+
+# what training scripts put around the weights, and what wrappers put before their names
+_WRAPPERS = ("model_state_dict", "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def plain_weights(content: Mapping[str, Any], source: object) -> dict[str, Tensor]:
+    """Weights by their own names, without what a training script, ``DataParallel`` or ``torch.compile`` adds."""
+    for name in _WRAPPERS:
+        if isinstance(content.get(name), Mapping):
+            return plain_weights(content[name], source)
+    odd = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise ValueError(
+            f"Expected a dictionary of weights in {source}, but {odd!r} is a {type(content[odd]).__name__}. There is "
+            f"{listed(list(map(str, content)))}. Save the model's state_dict() alone."
+        )
+    return {_unwrapped(str(name)): tensor for name, tensor in content.items()}
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(_PREFIXES):
+        name = name.split(".", 1)[1]
+    return name.replace("._orig_mod.", ".")  # a part of the model that was compiled by itself
 
 
 def gene_list(file: Path, vocab: Vocab | None, n_genes: int, names: Sequence[str]) -> tuple[str, ...]:
