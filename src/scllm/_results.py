@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -18,9 +18,16 @@ from scllm._checks import missing_key
 from scllm._log import log
 
 __all__ = [
-    "classes_of", "drop_labels", "free_key", "match_settings", "record", "record_classes", "record_keys", "record_name",
-    "recorded", "storable_table",
+    "MatchSettings", "classes_of", "drop_labels", "free_key", "match_settings", "record", "record_classes",
+    "record_keys", "record_name", "recorded", "storable_table",
 ]  # fmt: skip
+
+
+class MatchSettings(TypedDict):
+    """Column of ``var`` with gene names (``None``: the best), and the least share of genes that must be matched."""
+
+    gene_key: str | None
+    min_coverage: float
 
 
 def record(
@@ -142,12 +149,15 @@ def _class_names(adata: AnnData) -> pd.DataFrame:
     return entry.get("table", pd.DataFrame(columns=["column", "class"], dtype=object))
 
 
-def match_settings(data: object) -> dict[str, Any]:
-    """``gene_key`` and ``min_coverage`` of an earlier ``pp.match_genes`` on this AnnData."""
+def match_settings(data: object, gene_key: str | None = None, min_coverage: float | None = None) -> MatchSettings:
+    """How the genes of the data are matched: as asked for, else as by an earlier ``pp.match_genes`` on this AnnData."""
+    if min_coverage is not None and not 0 <= min_coverage <= 1:
+        raise ValueError(f"Expected min_coverage from 0 to 1, got {min_coverage}. Leave it out for 0.3.")
     found = data.uns.get(_keys.UNS, {}).get("match_genes", {}) if isinstance(data, AnnData) else {}
     params = found.get("params", {})
-    key = params.get("gene_key")
-    return {"gene_key": None if key is None else str(key), "min_coverage": float(params.get("min_coverage", 0.3))}
+    key = params.get("gene_key") if gene_key is None else gene_key
+    least = params.get("min_coverage", 0.3) if min_coverage is None else min_coverage
+    return {"gene_key": None if key is None else str(key), "min_coverage": float(least)}
 
 
 def storable_table(table: pd.DataFrame) -> pd.DataFrame:

@@ -70,7 +70,7 @@ def test_what_was_lost_is_listed_the_most_expressed_first(adata):
 
 def test_coverage_below_the_least_one_is_an_error_and_writes_nothing(adata):
     few = [*adata.var_names[:8], *(f"other{i}" for i in range(40))]
-    with pytest.raises(ValueError, match=r"8 of 40 genes .* \(20 %\), at least 30 % expected") as error:
+    with pytest.raises(ValueError, match=r"8 of 40 genes \(20 %\) .* at least 30 %") as error:
         match_genes(adata, few)
     assert "symbols ('gene_0')" in str(error.value)
     assert "token_id" not in adata.var
@@ -88,7 +88,7 @@ def test_ids_of_another_kind_say_where_to_look(adata):
     with pytest.raises(ValueError, match=r"look like symbols .* Check species and gene names"):
         match_genes(adata, vocab)
     adata.var_names = ids
-    with pytest.raises(ValueError, match=r"holds symbols .* look like Ensembl ids .* `gene_key=` in pp.match_genes\.$"):
+    with pytest.raises(ValueError, match=r"holds symbols .* look like Ensembl ids .* `gene_key=`\.$"):
         match_genes(adata, ["TP53", "CD3E"])
 
 

@@ -109,7 +109,7 @@ def test_what_goes_wrong_changes_nothing(cells, options, message):
 
 def test_a_second_call_says_where_the_counts_are(cells):
     recipe_scgpt(cells, n_top_genes=30)
-    with pytest.raises(ValueError, match=r"looks log-normalised .* layers\['counts'\]"):
+    with pytest.raises(ValueError, match=r"looks log-normalised .* adata\.layers\['counts'\]"):
         recipe_scgpt(cells, n_top_genes=30)
 
 

@@ -363,7 +363,7 @@ BAD = {
     "unknown option": ({"key": "cell_type", "epoch": 3}, TypeError, r"'epoch' is no option.*Did you mean 'epochs'\?"),
     "misspelt option of its own": ({"key": "cell_type", "n_fold": 3}, TypeError, r"Did you mean 'n_folds'\?"),
     "split column": ({"key": "cell_type", "validation": "split"}, ValueError, r"validation is 'split', a share"),
-    "missing layer": ({"key": "cell_type", "layer": "count"}, KeyError, r"'count' is not in adata\.layers"),
+    "missing layer": ({"key": "cell_type", "layer": "count"}, KeyError, r"layer 'count' is not in adata"),
 }  # fmt: skip
 
 

@@ -7,19 +7,18 @@ from os import PathLike
 from scllm.engine.estimate import time_in_words
 from scllm.engine.launch import cluster_command
 from scllm.tl._cost import training_cost
-from scllm.tl._model import gene_match
 from scllm.tl._pretrain import Prepared
-from scllm.tl._train import Data, warn_of_unread_cells
+from scllm.tl._train import warn_of_unread_cells
 
 __all__ = ["what_would_run"]
 
 
-def what_would_run(data: Data, begun: Prepared, run_dir: str | PathLike[str] | None) -> str:
+def what_would_run(begun: Prepared, run_dir: str | PathLike[str] | None) -> str:
     """Describe the model, cells, floating-point operations and time, and give the command for a cluster."""
     model, config, where = begun.model, begun.config, begun.where
     training = begun.cells["train"]
     assert config.batch_size is not None
-    match = gene_match(data, begun.source, model)
+    match = begun.match()
     warn_of_unread_cells(begun.source, match, training)
     cost = training_cost(begun.source, match, model, config, begun.cells, where.device, where.n)
     n_epochs = cost.n_steps / -(-len(training) // config.batch_size)

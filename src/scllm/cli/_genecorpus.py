@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scllm.cli._app import Debug, Verbose
-from scllm.cli._options import DataPaths, Family, Layer, one_or_all, read_model
+from scllm.cli._options import DataPaths, Family, GeneKey, Layer, MinCoverage, one_or_all, read_model
 
 if TYPE_CHECKING:
     from scllm.data.tokens import Tokens
@@ -29,16 +29,20 @@ def genecorpus(
     family: Family = None,
     column: Annotated[list[str] | None, typer.Option(help="Column of obs to keep; repeat it for several.")] = None,
     layer: Layer = None,
+    gene_key: GeneKey = None,
+    min_coverage: MinCoverage = None,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Write cells as sequences of ranked genes, in the format of Genecorpus."""
     from dataclasses import replace
+    from functools import partial
 
     import numpy as np
 
+    from scllm._results import match_settings
     from scllm.data import genes
-    from scllm.data.checks import check_source, read_checked
+    from scllm.data.checks import check_source, layer_with_counts, read_checked
     from scllm.data.encode import RankEncoder
     from scllm.data.genecorpus import write_genecorpus
     from scllm.data.matching import match_source
@@ -47,16 +51,18 @@ def genecorpus(
     from scllm.models import geneformer
 
     source = open_source(one_or_all(data), layer=layer)
-    check_source(source, needs_counts=True, layer=layer)
+    hint = partial(layer_with_counts, one_or_all(data), layer)
+    check_source(source, needs_counts=True, layer=layer, hint=hint)
     if model is None:
         config = geneformer.Config()
-        vocab, encoder = config.vocab(dict.fromkeys(genes.strip_version(source.genes))), config.encoder()
+        (names,) = genes.name_columns(source.genes, source.var, gene_key or "var_names").values()
+        vocab, encoder = config.vocab(dict.fromkeys(genes.strip_version(names))), config.encoder()
     else:
         chosen = read_model(model, family)
         vocab, encoder = chosen.vocab, chosen.encoder
     if not isinstance(encoder, RankEncoder):
         raise ValueError(f"Expected a geneformer model, but {model} does not rank genes. Leave --model out.")
-    match = match_source(source, vocab)
+    match = match_source(source, vocab, **match_settings(None, gene_key, min_coverage))
     if encoder.medians is None:
         encoder = replace(encoder, medians=token_medians(source, match, np.arange(source.n_obs), len(vocab)))
     medians = encoder.medians

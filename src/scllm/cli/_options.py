@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from scllm.models.base import CellModel
 
 __all__ = [
-    "BatchSize", "CellsAtOnce", "Config", "DataPaths", "Device", "Epochs", "Family", "GroupKey", "Layer",
-    "LearningRate", "ModelPath", "NGpus", "NProcs", "Precision", "RandomState", "Resume", "RunDir", "WrittenData",
-    "one_or_all", "read_config", "read_model", "read_resume", "read_validation", "read_weights",
+    "BatchSize", "CellsAtOnce", "Config", "DataPaths", "Device", "Epochs", "Family", "GeneKey", "GroupKey", "Layer",
+    "LearningRate", "MinCoverage", "ModelPath", "NGpus", "NProcs", "Precision", "RandomState", "Resume", "RunDir",
+    "WrittenData", "one_or_all", "read_config", "read_model", "read_resume", "read_validation", "read_weights",
 ]  # fmt: skip
 
 DataPaths = Annotated[
@@ -52,7 +52,15 @@ LearningRate = Annotated[
 GroupKey = Annotated[
     str | None, typer.Option(help="Column of obs with groups (such as donors) that are held out as a whole.")
 ]
-Layer = Annotated[str | None, typer.Option(help="Layer to read. [default: X]")]
+Layer = Annotated[
+    str | None, typer.Option(help="Layer to read; raw is .raw, unless there is a layer of that name. [default: X]")
+]
+GeneKey = Annotated[
+    str | None, typer.Option(help="Column of var with gene names. [default: the one with the most matches]")
+]
+MinCoverage = Annotated[
+    float | None, typer.Option(help="Smallest share of genes that must be in the model's vocabulary. [default: 0.3]")
+]
 Precision = Annotated[
     str, typer.Option(help="fp32, bf16, fp16, or auto: fp32 on a CPU, bf16 on a GPU that supports it.")
 ]

@@ -18,9 +18,11 @@ from scllm.cli._options import (
     Device,
     Epochs,
     Family,
+    GeneKey,
     GroupKey,
     Layer,
     LearningRate,
+    MinCoverage,
     ModelPath,
     NGpus,
     NProcs,
@@ -69,6 +71,8 @@ def pretrain(
     ] = "0.03",
     group_key: GroupKey = None,
     layer: Layer = None,
+    gene_key: GeneKey = None,
+    min_coverage: MinCoverage = None,
     precision: Precision = "auto",
     resume: Resume = None,
     config: Config = None,
@@ -89,11 +93,12 @@ def pretrain(
     options = {
         "size": size, "n_gpus": n_gpus, "n_procs": n_procs, "device": device, "epochs": epochs,
         "batch_size": batch_size, "lr": lr, "mask_ratio": mask_ratio or None, "left_out": left_out, "dropout": dropout,
-        "validation": read_validation(validation), "group_key": group_key, "layer": layer, "precision": precision,
+        "validation": read_validation(validation), "group_key": group_key, "layer": layer, "gene_key": gene_key,
+        "min_coverage": min_coverage, "precision": precision,
         "config": read_config(config), "random_state": random_state,
     }  # fmt: skip
     if dry_run:
-        typer.echo(what_would_run(one_or_all(data), prepare(one_or_all(data), begun, **options), run_dir))
+        typer.echo(what_would_run(prepare(one_or_all(data), begun, **options), run_dir))
         return
     typer.echo(tl.pretrain(one_or_all(data), begun, run_dir=run_dir, resume=read_resume(resume), **options))
 
@@ -123,6 +128,8 @@ def finetune(
     ] = "0.1",
     group_key: GroupKey = None,
     layer: Layer = None,
+    gene_key: GeneKey = None,
+    min_coverage: MinCoverage = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
@@ -145,7 +152,8 @@ def finetune(
         loss=read_weights("--loss", loss or ["ce"]), upsample=upsample,  # type: ignore[arg-type]
         class_weight=read_weights("--class-weight", class_weight) if class_weight else None,  # type: ignore[arg-type]
         lora=lora,
-        validation=read_validation(validation), group_key=group_key, layer=layer, epochs=epochs, batch_size=batch_size,
+        validation=read_validation(validation), group_key=group_key, layer=layer, gene_key=gene_key,
+        min_coverage=min_coverage, epochs=epochs, batch_size=batch_size,
         lr=lr, n_gpus=n_gpus, n_procs=n_procs, device=device, run_dir=run_dir,
         precision=precision, resume=read_resume(resume),  # type: ignore[arg-type]
         config=read_config(config), random_state=random_state,

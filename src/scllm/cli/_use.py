@@ -13,7 +13,9 @@ from scllm.cli._options import (
     CellsAtOnce,
     Device,
     Family,
+    GeneKey,
     Layer,
+    MinCoverage,
     ModelPath,
     Precision,
     WrittenData,
@@ -46,6 +48,8 @@ def embed(
         int, typer.Option(help="Block whose output is pooled: -1 is the last, -2 the one before.")
     ] = -1,
     layer: Layer = None,
+    gene_key: GeneKey = None,
+    min_coverage: MinCoverage = None,
     key_added: Annotated[str, typer.Option(help="Key in obsm, if --out is an .h5ad.")] = "X_scllm",
     batch_size: CellsAtOnce = None,
     device: Device = "auto",
@@ -59,7 +63,8 @@ def embed(
 
     _check_ending(out, (".npy", ".zarr", ".h5ad"))
     options = {
-        "pooling": pooling, "hidden_layer": hidden_layer, "layer": layer, "key_added": key_added,
+        "pooling": pooling, "hidden_layer": hidden_layer, "layer": layer, "gene_key": gene_key,
+        "min_coverage": min_coverage, "key_added": key_added,
         "batch_size": batch_size, "device": device, "n_gpus": n_gpus, "precision": precision,
     }  # fmt: skip
     if out.suffix == ".h5ad":
@@ -83,6 +88,8 @@ def classify(
         float | None, typer.Option(help="Cells whose best label has a lower probability are labelled unknown.")
     ] = None,
     layer: Layer = None,
+    gene_key: GeneKey = None,
+    min_coverage: MinCoverage = None,
     batch_size: CellsAtOnce = None,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -97,7 +104,8 @@ def classify(
     adata = _read(data, out, backed=out.suffix == ".csv")
     chosen = read_model(model, family)
     tl.classify(
-        adata, chosen, key_added=key_added, threshold=threshold, layer=layer, batch_size=batch_size, device=device,
+        adata, chosen, key_added=key_added, threshold=threshold, layer=layer, gene_key=gene_key,
+        min_coverage=min_coverage, batch_size=batch_size, device=device,
         precision=precision,  # type: ignore[arg-type]
     )  # fmt: skip
     if out.suffix == ".h5ad":

@@ -125,9 +125,9 @@ class MemoryTables:
 class FileTables:
     """Tables of an opened file. Columns of ``obs`` are read when asked for: names alone take 70 MB a million cells."""
 
-    def __init__(self, file: AnnDataFile) -> None:
+    def __init__(self, file: AnnDataFile, *, var: str = "var") -> None:
         self._file = file
-        self.var: pd.DataFrame = read_elem(file.root["var"])
+        self.var: pd.DataFrame = read_elem(file.root[var])
         self.obs_columns = [str(column) for column in file.root["obs"].attrs["column-order"]]
 
     @property

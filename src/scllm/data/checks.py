@@ -4,69 +4,77 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from anndata import AnnData
-from numpy.typing import NDArray
 
 from scllm import _keys
 from scllm._log import warn
 from scllm._typing import CSR, IntArray
-from scllm.data.source import CellSource, open_source
+from scllm.data.source import RAW, CellSource, has_layer, layer_names, open_source
+from scllm.data.value_kind import JUDGED_CELLS, as_counts, is_near_integer, value_kind
 
-__all__ = ["check_source", "check_values", "is_log_like", "layer_with_counts", "read_checked", "warn_of_empty_cells"]
+__all__ = ["check_source", "check_values", "layer_with_counts", "read_checked", "warn_of_empty_cells"]
 
-_LOGGED_MAXIMUM = 50  # log1p of any real count is far below; a count matrix of a whole cell is not
 _SAMPLED_ROWS = 2_048
 _BLOCK = 256  # rows copied at a time
+_LOOKS_LIKE = {
+    "scaled": "They look like normalised or scaled counts",
+    "other": "They may be denoised or ambient-corrected counts",
+}
 
 
 def check_source(
     source: CellSource, *, needs_counts: bool, layer: str | None, hint: Callable[[], str] | None = None
 ) -> None:
-    """Raise ``ValueError`` on negative, non-finite, all-zero or (where counts are needed) non-integer values.
+    """Raise ``ValueError`` on negative, non-finite, all-zero or (where counts are needed) logged values.
 
-    In memory every value is looked at; on disk rows spread over the file are, and the rest when it is read. ``hint``
-    is asked for advice only where values look logged.
+    In memory every value is looked at; on disk rows spread over the file are, and the rest when it is read. Other
+    values that are not integers are counted in a warning. ``hint`` is asked for advice only where there are some.
     """
     if source.n_obs == 0 or len(source.genes) == 0:
         raise ValueError(
-            f"the data have {source.n_obs} cells and {len(source.genes)} genes, at least one of each expected. "
+            f"Expected at least one cell and one gene, got {source.n_obs} cells and {len(source.genes)} genes. "
             "Check the filters that came before."
         )
-    # a folder of sentences passed this check where it was written, and holds no counts any more
+    # a folder of token sequences passed this check when it was written, and holds no counts any more
     needs_counts = needs_counts and not hasattr(source, "medians")
     step = max(1, source.n_obs // _SAMPLED_ROWS) if source.chunked else 1
     rows = np.arange(0, source.n_obs, step)
-    maximum, n_odd, first_odd = 0.0, 0, None
+    maximum, n_odd, first_odd = 0.0, 0, ""
+    odd_rows: list[IntArray] = []
     for start in range(0, len(rows), _BLOCK):
         block = rows[start : start + _BLOCK]
         counts = source.read(block)
         check_values(counts, source, block, layer=layer)
         maximum = max(maximum, float(counts.data.max(initial=0)))
-        if needs_counts and not np.issubdtype(counts.dtype, np.integer):
-            odd = np.flatnonzero(counts.data != np.rint(counts.data))
+        odd = np.flatnonzero(~is_near_integer(counts.data)) if needs_counts else np.empty(0, np.int64)
+        if len(odd):
+            first_odd = first_odd or _place(counts, source, block, odd[0])
             n_odd += len(odd)
-            if len(odd) and first_odd is None:
-                cell = int(np.searchsorted(counts.indptr, odd[0], side="right")) - 1
-                first_odd = f"{counts.data[odd[0]]:.4g} in cell {source.obs_names[block[cell]]!r}"
+            odd_rows.append(block[np.unique(np.searchsorted(counts.indptr, odd, side="right") - 1)])
     if maximum == 0:
         raise ValueError(
-            f"{_name(layer)} holds nothing but zeros, counts expected. Pass the layer that holds counts with `layer=`."
+            f"Expected counts, but {_name(layer)} holds nothing but zeros. Pass the layer that holds counts with "
+            "`layer=`."
         )
-    if n_odd and maximum < _LOGGED_MAXIMUM:
-        advice = (hint and hint()) or "Pass the raw layer with `layer=`, or undo the normalisation."
+    if not n_odd:
+        return
+    cells = np.concatenate(odd_rows)
+    kind = value_kind(source.read(cells[np.linspace(0, len(cells) - 1, min(JUDGED_CELLS, len(cells))).astype(int)]))
+    advice = (hint and hint()) or ""
+    if kind == "logged":
+        advice = advice or "Pass the layer that holds counts with `layer=`, or undo the logarithm."
         raise ValueError(
-            f"{_name(layer)} holds non-integers (first: {first_odd}) and looks log-normalised (maximum {maximum:.3g}), "
-            f"raw counts expected. {advice}"
+            f"Expected raw counts, but {_name(layer)} holds non-integers (first: {first_odd}) and looks log-normalised "
+            f"(maximum {maximum:.4g}). {advice}"
         )
-    if n_odd:
-        looked_at = "" if len(rows) == source.n_obs else f" in the {len(rows):,} cells looked at"
-        warn(
-            f"{_name(layer)} holds {n_odd:,} values that are no integers (first: {first_odd}){looked_at}, raw counts "
-            "are expected. They are used as they are; pass the layer with raw counts with `layer=` if there is one."
-        )
+    looked_at = "" if len(rows) == source.n_obs else f" looked at, of {source.n_obs:,}"
+    warn(
+        f"{_name(layer)} holds {n_odd:,} values that are not integers, in {len(cells):,} of {len(rows):,} "
+        f"cells{looked_at} (first: {first_odd}; maximum: {maximum:.4g}). {_LOOKS_LIKE[kind]}, and are used as they "
+        f"are. {advice or 'If a layer holds raw counts, pass it with `layer=`.'}"
+    )
 
 
 def check_values(counts: CSR, source: CellSource, rows: IntArray, *, layer: str | None) -> None:
@@ -78,60 +86,67 @@ def check_values(counts: CSR, source: CellSource, rows: IntArray, *, layer: str 
     if lowest >= 0 and np.isfinite(data.max()):
         return
     at = int(np.flatnonzero(~((data >= 0) & np.isfinite(data)))[0])
-    # names of cells are read from the file each time: only where one is needed
-    cell = source.obs_names[rows[int(np.searchsorted(counts.indptr, at, side="right")) - 1]]
-    gene = source.genes[counts.indices[at]]
     what = "negative" if data[at] < 0 else "non-finite"
     raise ValueError(
-        f"{_name(layer)} holds {what} values (first: {data[at]:g}, gene {gene!r} in cell {cell!r}), non-negative "
-        "finite expression expected. Scaled or regressed data cannot be used: pass a layer with counts with `layer=`."
+        f"Expected non-negative finite values, but {_name(layer)} holds {what} values (first: "
+        f"{_place(counts, source, rows, at)}). Scaled or regressed data cannot be used: pass a layer that holds counts "
+        "with `layer=`."
     )
 
 
 def read_checked(source: CellSource, rows: IntArray) -> CSR:
-    """Rows of a source; what :func:`check_source` saw only a sample of is looked at now."""
+    """Rows of a source, counts without floating-point noise; what :func:`check_source` only sampled is checked now."""
     counts = source.read(rows)
     if source.chunked:
         check_values(counts, source, rows, layer=source.layer)
-    return counts
+    return as_counts(counts)
 
 
-def is_log_like(values: NDArray[Any]) -> bool:
-    """Whether values were logged or scaled already: negative, or fractions under a maximum that counts exceed."""
-    has_fractions = bool(np.any(values != np.rint(values)))
-    return has_fractions and bool(values.min() < 0 or values.max() < _LOGGED_MAXIMUM)
+def layer_with_counts(data: object, layer: str | None = None, *, into_x: bool = False) -> str:
+    """Where in the data counts are, as advice, if not in ``layer``; nothing if nowhere.
 
-
-def layer_with_counts(data: object, takes_layer: bool = True) -> str:
-    """Which layer of an AnnData holds counts, as advice; nothing for other data, or if none does."""
-    if not isinstance(data, AnnData):
-        return ""
-    written = _written(data)
-    for name in (name for name in data.layers if name not in written):
+    ``into_x`` is for verbs that read nothing but X.
+    """
+    for name in layer_names(data):
+        if name == layer or name in _written(data):
+            continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # of non-integers: they are no counts
-                check_source(open_source(data, layer=name), needs_counts=True, layer=name)
-        except (ValueError, TypeError, UserWarning):  # or it cannot be read at all
+                check_source(open_source(data, layer=name), needs_counts=True, layer=name)  # type: ignore[arg-type]
+        except (ValueError, TypeError, KeyError, UserWarning):  # or it cannot be read at all
             continue
-        advice = f"pass layer={name!r}" if takes_layer else f"put it into X (adata.X = adata.layers[{name!r}])"
-        return f"Layer {name!r} holds counts: {advice}."
-    return "" if takes_layer else "Put raw counts into X."
+        if name is None:
+            return "X holds counts: leave `layer=` out."
+        where = "adata.raw" if name == RAW and not has_layer(data, RAW) else f"Layer {name!r}"
+        return f"{where} holds counts: {_into_x(where, name) if into_x else f'pass layer={name!r}'}."
+    return ""
 
 
-def _written(adata: AnnData) -> set[str]:
+def _into_x(where: str, name: str) -> str:
+    matrix = f"adata.layers[{name!r}]" if where != "adata.raw" else "adata.raw[:, adata.var_names].X"
+    return f"adata.X = {matrix}.copy()"
+
+
+def _written(data: object) -> set[str | None]:
     """Layers of bins and ranks: integers, and no counts."""
-    verbs = adata.uns.get(_keys.UNS, {})
+    verbs = data.uns.get(_keys.UNS, {}) if isinstance(data, AnnData) else {}
     keys = (verbs.get(verb, {}).get("params", {}).get("key_added") for verb in ("bin_expression", "rank_expression"))
     return {_keys.BINNED, _keys.RANKED, *(str(key) for key in keys if key is not None)}
+
+
+def _place(counts: CSR, source: CellSource, rows: IntArray, at: int) -> str:
+    """Value, gene and cell of one entry. Names of cells are read from the file: only where one is needed."""
+    cell = source.obs_names[rows[int(np.searchsorted(counts.indptr, at, side="right")) - 1]]
+    return f"{counts.data[at]:.4g}, gene {source.genes[counts.indices[at]]!r} in cell {cell!r}"
 
 
 def warn_of_empty_cells(n_empty: int, n_cells: int) -> None:
     """Count the cells that express no gene of the vocabulary: they get ``<cls>`` alone."""
     if n_empty:
         warn(
-            f"{n_empty} of {n_cells} cells express no gene of the model's vocabulary, at least one expected. They are "
-            "kept and read as `<cls>` alone; leave them out if that is not meant."
+            f"{n_empty} of {n_cells} cells express no gene in the model's vocabulary and are read as an empty cell, "
+            "`<cls>` alone. Filter them first if that is not what you want."
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,13 +13,15 @@ import pandas as pd
 from scllm._checks import missing_key
 from scllm._log import log
 from scllm._typing import CSR, IntArray
+from scllm.data.spelling import ENSEMBL, Mended, mend, strip_version
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
 from scllm.kernels.ragged import restrict, restrict_in_order, sum_repeats
 
 __all__ = ["USUAL_COLUMNS", "GeneMatch", "check_unique", "id_type", "match", "name_columns", "strip_version"]
 
-_ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{11}(\.\d+)?$", re.IGNORECASE)
+# least share of genes that a column which is none of the usual ones must match to be taken without being named
+_TAKEN = 0.3
 
 # columns in which AnnData files of the usual sources (scanpy, CELLxGENE, 10x, Seurat exports) keep the other names
 USUAL_COLUMNS = (
@@ -48,6 +49,8 @@ class GeneMatch:
         a gene that a file did not measure is -1 there.
     file_of
         Which of ``files`` each cell of the source is from.
+    mended
+        Which names were spelt otherwise than in the vocabulary.
     """
 
     token_ids: IntArray
@@ -56,6 +59,7 @@ class GeneMatch:
     n_vocab: int
     files: tuple[GeneMatch, ...] = ()
     file_of: IntArray | None = field(default=None, repr=False)
+    mended: Mended | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def n_matched(self) -> int:
@@ -80,6 +84,11 @@ class GeneMatch:
             return [(self, np.arange(len(rows)))]
         file = self.file_of[rows]
         return [(self.files[i], np.flatnonzero(file == i)) for i in np.unique(file)]
+
+    def of_genes(self, genes: pd.Index, wanted: pd.Index) -> IntArray:
+        """Token of each wanted gene, -1 for those that are not among ``genes``, the genes of the data."""
+        place = genes.get_indexer(wanted)
+        return np.where(place < 0, -1, self.token_ids[place])
 
     @cached_property
     def _order(self) -> tuple[IntArray, IntArray]:
@@ -144,29 +153,34 @@ def match(
 
     Ensembl version suffixes are stripped, on both sides, and the vocabulary's aliases count as its names. Without
     ``gene_key``, ``names`` and the usual columns of ``var`` are tried and the one with most matches is taken; one with
-    names of the vocabulary's own kind goes before one that is known by aliases. Raises ``ValueError`` where names are
-    duplicated or coverage is too low.
+    names of the vocabulary's own kind goes before one that is known by aliases. Where all of these match too little,
+    the other columns of text are tried: the best one is taken if it matches 30 % and twice as much as ``names``. Names
+    that are spelt otherwise are mended where they can mean one gene only, see :func:`scllm.data.spelling.mend`. Raises
+    ``ValueError`` where names are duplicated or coverage is too low.
     """
     names = pd.Index(names)
     check_unique(names)
+    finder = _Finder(vocab, min_coverage)
     candidates = name_columns(names, var, gene_key)
-    # a vocabulary may hold versions too; of several of one gene the first is taken
-    id_of = {token: i for i, token in reversed(list(enumerate(strip_version(vocab.tokens))))}
-    id_of |= {alias: id_of[token] for alias, token in vocab.aliases.items() if token in id_of}
-    known = {
-        column: np.fromiter((id_of.get(name, -1) for name in strip_version(values)), np.int32)
-        for column, values in candidates.items()
-    }
-    kind = id_type(vocab.genes)
-    matches = [GeneMatch(ids, column, id_type(candidates[column]), len(vocab.genes)) for column, ids in known.items()]
-    enough = [one for one in matches if one.n_matched and one.coverage >= min_coverage]
-    # an Ensembl id says more surely which gene it is than a symbol that a dictionary knows
-    found = max(enough or matches, key=lambda one: (bool(enough) and one.id_type == kind, one.n_matched))
-    if not enough:
-        raise ValueError(_too_few(found, candidates[found.column], vocab, min_coverage))
+    found = finder.best([finder.matched(column, values) for column, values in candidates.items()])
+    if finder.is_enough(found):
+        found = finder.mended(found, candidates[found.column])
+    else:
+        found = finder.best([finder.looked_up(column, values) for column, values in candidates.items()])
+    if not finder.is_enough(found):
+        others = {**name_columns(names, var), **_other_columns(var)}
+        tried = [finder.looked_up(column, values) for column, values in others.items()]
+        other = max(tried, key=lambda one: one.n_matched)
+        twice = 2 * next(one.n_matched for one in tried if one.column == "var_names")
+        if gene_key is not None or other.coverage < max(min_coverage, _TAKEN) or other.n_matched < twice:
+            raise ValueError(finder.too_few(found, candidates[found.column], other))
+        log.info("%s match %d genes, var[%r] more: taking those names", found.column, found.n_matched, other.column)
+        found = other
     n_summed = int((found.token_ids >= 0).sum()) - found.n_matched
     if n_summed:
         log.debug("%d genes share a token with another gene and are summed with it", n_summed)
+    if found.mended is not None and found.mended.n:
+        log.info("mended %d gene names: %s", found.mended.n, found.mended)
     log.debug("%d of %d genes matched by %s (%.0f %%)", found.n_matched, len(names), found.column, 100 * found.coverage)
     return found
 
@@ -193,46 +207,98 @@ def check_unique(names: pd.Index) -> None:
         )
 
 
-def strip_version(names: Iterable[str]) -> list[str]:
-    """Names as strings, Ensembl ids in capitals and without version (``ENSG00000141510.17``: ``ENSG00000141510``)."""
-    names = [str(name) for name in names]
-    return [name.split(".")[0].upper() if _ENSEMBL.match(name) else name for name in names]
-
-
 def id_type(names: Iterable[str]) -> Literal["symbol", "ensembl"]:
     """Whether names are Ensembl ids (more than half look like one) or symbols."""
     names = [str(name) for name in names]
-    n_ensembl = sum(_ENSEMBL.match(name) is not None for name in names)
+    n_ensembl = sum(ENSEMBL.match(name) is not None for name in names)
     return "ensembl" if 2 * n_ensembl > len(names) else "symbol"
 
 
-def _too_few(found: GeneMatch, names: list[str], vocab: Vocab, min_coverage: float) -> str:
-    what = {"symbol": "symbols", "ensembl": "Ensembl ids"}
-    theirs = id_type(vocab.genes)
-    message = (
-        f"{found.n_matched} of {min(len(names), len(vocab.genes))} genes are in the model's vocabulary "
-        f"({100 * found.coverage:.3g} %), at least {100 * min_coverage:.3g} % expected. The vocabulary holds "
-        f"{what[theirs]} ({vocab.genes[0] if vocab.genes else ''!r}), {found.column} look like "
-        f"{what[found.id_type]} ({names[0] if names else ''!r})."
-    )
-    if theirs != found.id_type and all(id_type([alias]) == theirs for alias in vocab.aliases):
-        message += f" Pass the column of adata.var that holds {what[theirs]} with `gene_key=` in pp.match_genes"
-        if theirs == "symbol":
-            return f"{message}."
-        return (
-            f"{message}; if there is none, lay the published dictionary of symbols (gene_name_id_dict.pkl or .json) "
-            "into the folder of the Geneformer model, or beside its token dictionary, and load it anew."
+def _other_columns(var: pd.DataFrame | None) -> dict[str, list[str]]:
+    """All columns of ``var`` that hold text and are none of the usual ones."""
+    if var is None:
+        return {}
+    unusual = [name for name in var if str(name) not in USUAL_COLUMNS and isinstance(var[name], pd.Series)]
+    texts = [name for name in unusual if _holds_text(var[name])]
+    return {str(name): var[name].astype(object).where(var[name].notna(), "").astype(str).tolist() for name in texts}
+
+
+def _holds_text(column: pd.Series) -> bool:
+    values = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
+    return pd.api.types.infer_dtype(values, skipna=True) == "string"
+
+
+class _Finder:
+    """How names are looked up in one vocabulary."""
+
+    def __init__(self, vocab: Vocab, min_coverage: float) -> None:
+        self.vocab, self.min_coverage, self.kind = vocab, min_coverage, id_type(vocab.genes)
+        # a vocabulary may hold versions too; of several of one gene the first is taken
+        id_of = {token: i for i, token in reversed(list(enumerate(strip_version(vocab.tokens))))}
+        self.id_of = id_of | {alias: id_of[token] for alias, token in vocab.aliases.items() if token in id_of}
+
+    def matched(self, column: str, names: list[str]) -> GeneMatch:
+        """Names that are in the vocabulary as they stand."""
+        ids = np.fromiter((self.id_of.get(name, -1) for name in strip_version(names)), np.int32)
+        return GeneMatch(ids, column, id_type(names), len(self.vocab.genes))
+
+    def mended(self, found: GeneMatch, names: list[str]) -> GeneMatch:
+        """With the tokens of names that are spelt otherwise."""
+        mended = mend(strip_version(names), found.token_ids, self.id_of)
+        return GeneMatch(mended.token_ids, found.column, found.id_type, found.n_vocab, mended=mended)
+
+    def looked_up(self, column: str, names: list[str]) -> GeneMatch:
+        """Names as they stand, or spelt otherwise."""
+        return self.mended(self.matched(column, names), names)
+
+    def is_enough(self, found: GeneMatch) -> bool:
+        """Whether coverage is at least what is asked for."""
+        return found.n_matched > 0 and found.coverage >= self.min_coverage
+
+    def best(self, matches: list[GeneMatch]) -> GeneMatch:
+        """The column with most matches; an Ensembl id says more surely which gene it is than a symbol's alias."""
+        enough = [one for one in matches if self.is_enough(one)]
+        return max(enough or matches, key=lambda one: (bool(enough) and one.id_type == self.kind, one.n_matched))
+
+    def too_few(self, found: GeneMatch, names: list[str], other: GeneMatch) -> str:
+        """What was seen on both sides, and what to do."""
+        genes, what = self.vocab.genes, {"symbol": "symbols", "ensembl": "Ensembl ids"}
+        message = (
+            f"Only {found.n_matched} of {min(len(names), len(genes))} genes ({100 * found.coverage:.3g} %) are in the "
+            f"model's vocabulary; at least {100 * self.min_coverage:.3g} % are needed. The vocabulary holds "
+            f"{what[self.kind]} ({genes[0] if genes else ''!r}), {found.column} look like {what[found.id_type]} "
+            f"({names[0] if names else ''!r})."
         )
-    upper = {gene.upper() for gene in vocab.genes}
-    n_alike = sum(name.upper() in upper for name in set(names))
-    if n_alike > max(2 * found.n_matched, min_coverage * len(names)):
+        if other.n_matched > found.n_matched:
+            where = other.column if other.column == "var_names" else f"var[{other.column!r}]"
+            return f"{message} {where} matches {100 * other.coverage:.3g} %: pass gene_key={other.column!r}."
+        if self.kind != found.id_type and all(id_type([alias]) == self.kind for alias in self.vocab.aliases):
+            message += f" Pass the column of var that holds {what[self.kind]} with `gene_key=`"
+            if self.kind == "symbol":
+                return f"{message}."
+            return (
+                f"{message}. If there is none, put the published dictionary of symbols (gene_name_id_dict.pkl or "
+                ".json) into the folder of the Geneformer model, or beside its token dictionary, and load it again."
+            )
+        return f"{message} {_spelling_advice(found)}"
+
+
+def _spelling_advice(found: GeneMatch) -> str:
+    """What names are like that match no gene surely."""
+    assert found.mended is not None
+    if found.mended.other_case and len(found.mended.other_case) >= found.n_matched:
+        name, gene = found.mended.other_case[0]
         return (
-            f"{message} {n_alike} are there in other letters, small or capital: rename them if they are of the same "
-            "species (adata.var_names.str.upper() for human), and find orthologues if not."
+            f"{len(found.mended.other_case)} names differ only in case from a gene of the vocabulary ({name!r} and "
+            f"{gene!r}). If the data are of another species, replace the names by those of orthologues; if not, rename "
+            "them (adata.var_names.str.upper() for human)."
         )
-    advice = f"{message} Check species and gene names"
-    return (
-        f"{advice}, or accept it with pp.match_genes(adata, model, min_coverage=...)."
-        if found.n_matched
-        else f"{advice}."
-    )
+    unclear = ""
+    if found.mended.unclear:
+        name, gene = found.mended.unclear[0]
+        unclear = (
+            f"{len(found.mended.unclear)} names may be one of several genes, or one that is there already "
+            f"({name!r} and {gene!r}): rename or sum them. "
+        )
+    accept = ", or accept it with a lower min_coverage=" if found.n_matched else ""
+    return f"{unclear}Check species and gene names{accept}."

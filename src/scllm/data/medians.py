@@ -47,12 +47,21 @@ class MedianSketch:
         return np.where(n > 0, middle, np.nan)
 
 
-def exact_medians(counts: CSR, *, target_sum: float) -> FloatArray:
-    """Median of each column's non-zero values, each row scaled to ``target_sum``; NaN for empty columns."""
+def exact_medians(
+    counts: CSR, *, target_sum: float, match: GeneMatch | None = None, n_tokens: int | None = None
+) -> FloatArray:
+    """Median of each column's non-zero values, each row scaled to ``target_sum``; NaN for empty columns.
+
+    With ``match`` that of each of ``n_tokens`` tokens, columns of one token summed.
+    """
     normalised = sparse.csr_matrix((_normalised(counts, target_sum), counts.indices, counts.indptr), shape=counts.shape)
+    if match is not None:
+        tokens = match.tokens(normalised)
+        shape = (counts.shape[0], n_tokens)
+        normalised = sparse.csr_matrix((tokens.values, tokens.genes, tokens.indptr), shape=shape)
     columns = normalised.tocsc()
     columns.eliminate_zeros()
-    medians = np.full(counts.shape[1], np.nan)
+    medians = np.full(normalised.shape[1], np.nan)
     for gene in np.flatnonzero(np.diff(columns.indptr)):
         medians[gene] = np.median(columns.data[columns.indptr[gene] : columns.indptr[gene + 1]])
     return medians

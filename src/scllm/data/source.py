@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -27,8 +27,13 @@ from scllm.data.storage import DenseRows, MemoryRows, RowStore, SelectedRows, Sp
 from scllm.kernels.ragged import take_rows
 
 __all__ = [
-    "CellSource", "ConcatenatedCells", "GeneTables", "StoredCells", "gene_tables", "open_source", "write_arrays",
+    "RAW", "CellSource", "ConcatenatedCells", "GeneTables", "StoredCells", "gene_tables", "has_layer", "layer_names",
+    "open_source", "places_in_source", "write_arrays",
 ]  # fmt: skip
+
+# the layer that stands for ``.raw``, unless a layer of this name is there
+RAW = "raw"
+_RAW_X, _RAW_VAR = "raw/X", "raw/var"
 
 # the last file of a folder of memory-mapped arrays to be written: with it the folder is whole
 _TABLES = "cells.h5ad"
@@ -107,7 +112,8 @@ def open_source(data: AnnData | str | os.PathLike | Sequence | CellSource, *, la
         of any of these, whose genes are united in the order in which they first appear; a gene that a file did not
         measure is no zero of its cells (:func:`gene_tables`). A source is handed back as it is.
     layer
-        Layer that holds the matrix; ``None`` is ``X``.
+        Layer that holds the matrix; ``None`` is ``X``. ``"raw"`` is ``raw.X`` with the genes of ``raw.var``, unless
+        there is a layer of that name.
 
     Returns
     -------
@@ -340,18 +346,62 @@ class ConcatenatedCells:
                 part.close()
 
 
+def layer_names(data: object) -> list[str | None]:
+    """What ``open_source(data, layer=...)`` takes: ``None`` for X, layers, and ``"raw"`` for ``.raw``.
+
+    Of several files or AnnData those that all have; of other data ``None`` alone.
+    """
+    match data:
+        case AnnData():
+            return [*([] if data.X is None else [None]), *data.layers, *_raw_of(data.raw is not None, data.layers)]
+        case str() | os.PathLike():
+            found = [_names_in(AnnDataFile(file)) for file in _files(Path(data))]
+        case list() | tuple():
+            found = [layer_names(part) for part in data]
+        case _:
+            return [None]
+    return [name for name in found[0] if all(name in other for other in found[1:])] if found else [None]
+
+
+def has_layer(data: object, layer: str) -> bool:
+    """Whether an AnnData has a layer of this name, to tell it from what the name stands for otherwise."""
+    return isinstance(data, AnnData) and layer in data.layers
+
+
+def places_in_source(adata: AnnData, source: CellSource) -> IntArray | None:
+    """Column of the source for each gene of ``adata``, to write a layer; ``None`` where they are the same genes.
+
+    They differ where ``.raw`` is read. A gene that it lacks was not measured: an error, since a layer would say zero.
+    """
+    if source.genes.equals(adata.var_names):
+        return None
+    places = source.genes.get_indexer(adata.var_names)
+    lacking = adata.var_names[places < 0]
+    if len(lacking):
+        raise ValueError(
+            f"Expected adata.raw to hold all {adata.n_vars} genes of adata, but {len(lacking)} are not in it "
+            f"({listed(lacking)}). Leave them out: adata[:, adata.var_names.isin(adata.raw.var_names)]."
+        )
+    return places
+
+
 def _open_adata(adata: AnnData, layer: str | None) -> StoredCells:
     """An AnnData; of a view the parent's matrix is read, not a copy."""
     parent = adata._adata_ref if adata.is_view else adata
     rows = np.arange(parent.n_obs)[adata._oidx] if adata.is_view else None
+    if _reads_raw(parent, layer):
+        # its genes are those of the parent, also in a view of some genes
+        raw = parent.raw
+        store = _open_rows(AnnDataFile(Path(adata.filename)), _RAW_X) if adata.isbacked else MemoryRows(_by_rows(raw.X))
+        store = store if rows is None else SelectedRows(store, rows, None)
+        return StoredCells(store, MemoryTables(adata.obs, raw.var), name="adata", layer=layer)
     columns = np.arange(parent.n_vars)[adata._vidx] if adata.is_view else None
     if columns is not None and np.array_equal(columns, np.arange(parent.n_vars)):
         columns = None  # all genes in their order
     if layer is not None and layer not in parent.layers:
-        raise KeyError(_no_layer(layer, list(parent.layers), "adata"))
-    store: RowStore
+        raise KeyError(_no_layer(layer, layer_names(parent), "adata"))
     if adata.isbacked and layer is None:
-        store = _open_matrix(AnnDataFile(Path(adata.filename)), None)
+        store = _open_rows(AnnDataFile(Path(adata.filename)), "X")
     else:
         matrix = parent.X if layer is None else parent.layers[layer]
         if adata.is_view and sparse.issparse(matrix) and matrix.format != "csr":
@@ -361,6 +411,15 @@ def _open_adata(adata: AnnData, layer: str | None) -> StoredCells:
     if rows is not None:
         store = SelectedRows(store, rows, columns)
     return StoredCells(store, MemoryTables(adata.obs, adata.var), name="adata", layer=layer)
+
+
+def _reads_raw(adata: AnnData, layer: str | None) -> bool:
+    """Whether the layer asked for is ``.raw``; a layer that is really called so goes before it."""
+    if layer != RAW or adata.raw is None:
+        return False
+    if RAW in adata.layers:
+        log.info("reading the layer 'raw', and not adata.raw")
+    return RAW not in adata.layers
 
 
 def _by_rows(matrix: Any) -> Any:
@@ -384,13 +443,13 @@ def _open_path(path: Path, layer: str | None) -> CellSource:
             f"'{path}' does not exist. A path to .h5ad or .zarr, or a folder of such was expected; "
             f"the current directory is '{Path.cwd()}'."
         )
-    if path.is_file() or (path / "zarr.json").exists() or (path / ".zgroup").exists():
-        return _open_file(path, layer)
     if (path / _TABLES).exists():
         return _open_arrays(path, layer)
     if is_genecorpus(path):
         return RankedCells(path)
-    files = sorted(file for file in path.iterdir() if file.suffix in (".h5ad", ".zarr"))
+    files = _files(path)
+    if files == [path]:
+        return _open_file(path, layer)
     if not files:
         raise FileNotFoundError(
             f"'{path}' holds {listed([file.name for file in path.iterdir()])}. .h5ad or .zarr files were expected, "
@@ -412,7 +471,9 @@ def _open_file(path: Path, layer: str | None) -> StoredCells:
                 f"'{path}' has no table {table!r} as anndata 0.7 and newer write it. "
                 "Read the file with `anndata.read_h5ad`, write it again and pass the new one."
             )
-    return StoredCells(_open_matrix(file, layer), FileTables(file), name=f"'{path}'", layer=layer)
+    key = _key(file, layer)
+    tables = FileTables(file, var=_RAW_VAR if key == _RAW_X else "var")
+    return StoredCells(_open_rows(file, key), tables, name=f"'{path}'", layer=layer)
 
 
 def _open_arrays(folder: Path, layer: str | None) -> StoredCells:
@@ -426,11 +487,36 @@ def _open_arrays(folder: Path, layer: str | None) -> StoredCells:
     return StoredCells(rows, tables, name=f"'{folder}'", layer=written, genes=measured)
 
 
-def _open_matrix(file: AnnDataFile, layer: str | None) -> RowStore:
-    layers = list(file.root["layers"]) if "layers" in file.root else []
-    if layer is not None and layer not in layers:
-        raise KeyError(_no_layer(layer, layers, f"'{file.path}'"))
-    key = "X" if layer is None else f"layers/{layer}"
+def _key(file: AnnDataFile, layer: str | None) -> str:
+    """Where in the file a layer is."""
+    if layer is None:
+        return "X"
+    names = _names_in(file)
+    if layer in _layers_in(file):
+        if layer == RAW and _RAW_X in file.root:
+            log.info("reading the layer 'raw' of '%s', and not its .raw", file.path)
+        return f"layers/{layer}"
+    if layer not in names:
+        raise KeyError(_no_layer(layer, names, f"'{file.path}'"))
+    return _RAW_X
+
+
+def _layers_in(file: AnnDataFile) -> list[str]:
+    return list(file.root["layers"]) if "layers" in file.root else []
+
+
+def _names_in(file: AnnDataFile) -> list[str | None]:
+    """X, if there is one, the layers, and ``"raw"`` where it stands for ``.raw``."""
+    layers = _layers_in(file)
+    has_x = "X" in file.root and file.root["X"].attrs.get("encoding-type") != "null"
+    return [*([None] if has_x else []), *layers, *_raw_of(_RAW_X in file.root, layers)]
+
+
+def _raw_of(has_raw: bool, layers: Iterable[str]) -> list[str]:
+    return [RAW] if has_raw and RAW not in layers else []
+
+
+def _open_rows(file: AnnDataFile, key: str) -> RowStore:
     node = file.root[key] if key in file.root else None
     kind = "null" if node is None else node.attrs.get("encoding-type")
     match kind:
@@ -440,17 +526,32 @@ def _open_matrix(file: AnnDataFile, layer: str | None) -> RowStore:
             return TransposedRows(file, key)
         case "array" | None if is_array(node):  # anndata 0.7 wrote no kind beside dense matrices
             return DenseRows(file, key)
-        case "null" if layer is None:
-            raise KeyError(f"'{file.path}' has no matrix X. Pass a layer with `layer=`; there are {listed(layers)}.")
+        case "null" if key == "X":
+            raise KeyError(f"'{file.path}' has no matrix X. Pass one of {_listed(_names_in(file))} as `layer=`.")
     seen = repr(kind) if kind is not None else "a group without 'encoding-type' (anndata before 0.7)"
     raise TypeError(
-        f"{key!r} in '{file.path}' is stored as {seen}, a CSR, CSC or dense matrix was expected. "
+        f"Expected a CSR, CSC or dense matrix, but {key!r} in '{file.path}' is stored as {seen}. "
         "Read the file with anndata, convert the matrix and write it again."
     )
 
 
-def _no_layer(layer: str, layers: list[str], name: str) -> str:
-    return f"layer {layer!r} is not in {name}. There are {listed(layers)}; pass one of them, or `layer=None` for X."
+def _files(path: Path) -> list[Path]:
+    """The AnnData files that a path stands for: itself, or those in a folder."""
+    if path.is_file() or (path / "zarr.json").exists() or (path / ".zgroup").exists():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.suffix in (".h5ad", ".zarr")) if path.is_dir() else []
+
+
+def _no_layer(layer: str, names: Sequence[str | None], name: str) -> str:
+    advice = "" if RAW in names else ", and no .raw"
+    return (
+        f"layer {layer!r} is not in {name}. Its layers are {_listed(names)}{advice}. Pass one of them, or "
+        "`layer=None` for X."
+    )
+
+
+def _listed(names: Sequence[str | None]) -> str:
+    return listed([name for name in names if name is not None])
 
 
 def _united_tables(parts: list[GeneTables]) -> GeneTables:

@@ -14,9 +14,10 @@ from scipy import sparse
 
 from scllm._log import progress
 from scllm._typing import CSR, FloatArray, IntArray
-from scllm.data.checks import is_log_like
+from scllm.data.checks import read_checked
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource
+from scllm.data.value_kind import is_log_like
 from scllm.models.base import CellModel
 
 __all__ = ["gene_vectors", "start_from_data"]
@@ -90,11 +91,11 @@ def _log_normalised(source: CellSource, match: GeneMatch, rows: IntArray, n_toke
     starts, is_logged = range(0, len(rows), _ROWS), None
     for start in progress(starts, desc=desc, total=len(starts), unit="block"):
         block = rows[start : start + _ROWS]
-        tokens = match.tokens(source.read(block), block)
+        counts = read_checked(source, block)
+        is_logged = is_log_like(counts) if is_logged is None else is_logged
+        tokens = match.tokens(counts, block)
         values = np.asarray(tokens.values, np.float64)
         cell = np.repeat(np.arange(len(tokens)), tokens.lengths)
-        if is_logged is None:
-            is_logged = is_log_like(values)
         logged = values
         if not is_logged:
             totals = np.bincount(cell, weights=values, minlength=len(tokens))

@@ -28,7 +28,7 @@ def thin(
     Parameters
     ----------
     indptr, ids, counts
-        Ragged rows: gene ids and integer counts.
+        Ragged rows: gene ids and counts. Counts that are not integers (ambient-corrected, denoised) are rounded.
     keys
         One key per row, from :func:`scllm.kernels.draws.mix`.
     most
@@ -48,7 +48,7 @@ def _thin(indptr, ids, counts, keys, most, kept):
     for row in prange(indptr.size - 1):
         p = 1.0 - most * draw(keys[row], _SHARE, np.uint64(0))
         for j in range(indptr[row], indptr[row + 1]):
-            left, n, piece = np.int64(counts[j]), 0, np.uint64(ids[j])
+            left, n, piece = np.int64(np.rint(counts[j])), 0, np.uint64(ids[j])
             while left > 0:
                 size = min(left, _WHOLE)
                 # inversion: walk up the binomial distribution until it passes the draw

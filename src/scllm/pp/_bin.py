@@ -12,7 +12,7 @@ from scllm._results import free_key, record, record_name
 from scllm.data.checks import check_source
 from scllm.data.encode.bins import Ties, check_n_bins, check_ties, tie_draws
 from scllm.data.genes import check_unique
-from scllm.data.source import open_source
+from scllm.data.source import open_source, places_in_source
 from scllm.data.tokens import Tokens
 from scllm.kernels.binning import bin_rows
 from scllm.pp._stored import stored_rows
@@ -43,7 +43,7 @@ def bin_expression(
     n_bins
         Number of bins, the zero bin included. More bins keep more of the dynamic range but need more data.
     layer
-        Layer to bin; ``None`` is ``X``.
+        Layer to bin; ``None`` is ``X``. Of ``"raw"`` (``adata.raw``) the genes of ``adata`` are binned.
     ties
         Bin of a value that spans several: their ``"middle"``, the lowest (``"left"``), the highest (``"right"``), or
         one drawn at ``"random"`` as in scGPT. Random ties add noise that no model can predict.
@@ -73,9 +73,12 @@ def bin_expression(
     check_ties(ties)
     check_unique(adata.var_names)
     source = open_source(adata, layer=layer)
+    places = places_in_source(adata, source)
     check_source(source, needs_counts=False, layer=layer)
     adata = adata.copy() if copy else adata
     matrix = stored_rows(adata, source, layer)
+    if places is not None:
+        matrix = matrix[:, places].sorted_indices()
     draws = None
     if ties == "random":
         draws = tie_draws(Tokens(matrix.indptr, matrix.indices, matrix.data), None, random_state)

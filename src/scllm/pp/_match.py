@@ -40,9 +40,11 @@ def match_genes(
     """Align genes to a vocabulary, and say how much of the data it covers.
 
     Finds out whether names are symbols or Ensembl ids, strips version suffixes, and looks in the usual columns of
-    ``var``. Symbols are found among Ensembl ids if the vocabulary has them as aliases, as a Geneformer model has that
-    was loaded with its dictionary of symbols. Verbs that take a model do the same by themselves; call this to look at
-    the result, or to choose ``gene_key`` and ``min_coverage``, which later verbs take over.
+    ``var``, then in all others that hold text. Names that are spelt otherwise (``GRCh38_TP53``, ``ENSG...|TP53``,
+    ``HLA.A``, blanks) are mended where they can mean one gene only, and the log says how many were.
+    Symbols are found among Ensembl ids if the vocabulary has them as aliases, as a Geneformer model has that was loaded
+    with its dictionary of symbols. Verbs that take a model do the same by themselves; call this to look at the result,
+    or to choose ``gene_key`` and ``min_coverage``, which later verbs take over.
 
     Parameters
     ----------
@@ -62,8 +64,8 @@ def match_genes(
     ``adata.var["token_id"]``
         Token of each gene, -1 where there is none.
     ``adata.uns["scllm"]["match_genes"]``
-        ``column`` and ``id_type`` of the names, ``n_matched``, ``n_data``, ``n_vocab`` and ``coverage``; ``table`` with
-        the most expressed genes lost.
+        ``column`` and ``id_type`` of the names, ``n_matched``, ``n_data``, ``n_vocab`` and ``coverage``; ``n_mended``
+        names that were spelt otherwise; ``table`` with the most expressed genes lost.
 
     Raises
     ------
@@ -86,7 +88,7 @@ def match_genes(
     record(
         adata, "match_genes", {"gene_key": gene_key, "min_coverage": min_coverage}, lost,
         column=found.column, id_type=found.id_type, n_matched=found.n_matched, n_data=adata.n_vars,
-        n_vocab=found.n_vocab, coverage=found.coverage,
+        n_vocab=found.n_vocab, coverage=found.coverage, n_mended=0 if found.mended is None else found.mended.n,
     )  # fmt: skip
     return adata if copy else None
 

@@ -11,11 +11,14 @@ from anndata import AnnData
 
 from scllm import _keys
 from scllm._checks import check_adata
-from scllm._results import free_key, record, record_name
+from scllm._results import free_key, match_settings, record, record_name
+from scllm._typing import FloatArray
 from scllm.data.checks import check_source, layer_with_counts
-from scllm.data.genes import check_unique
-from scllm.data.medians import exact_medians, streamed_medians
-from scllm.data.source import CellSource, open_source
+from scllm.data.genes import GeneMatch, check_unique, name_columns, strip_version
+from scllm.data.genes import match as match_names
+from scllm.data.medians import exact_medians, streamed_medians, token_medians
+from scllm.data.source import CellSource, has_layer, open_source
+from scllm.data.vocab import Vocab
 from scllm.pp._stored import stored_rows
 
 __all__ = ["gene_medians"]
@@ -25,6 +28,8 @@ def gene_medians(
     data: AnnData | str | PathLike[str] | CellSource | Sequence[str | PathLike[str]],
     *,
     layer: str | None = None,
+    gene_key: str | None = None,
+    min_coverage: float | None = None,
     target_sum: float = 1e4,
     key_added: str = _keys.MEDIANS,
     copy: bool = False,
@@ -40,6 +45,12 @@ def gene_medians(
         An AnnData; a path to ``.h5ad`` or ``.zarr``, or a list of those.
     layer
         Layer to read; ``None`` is ``X``.
+    gene_key
+        Column of ``var`` with gene names. Rows that share a name are one gene, whose counts are summed. ``None`` is
+        that of an earlier :func:`match_genes`, else ``"var_names"``.
+    min_coverage
+        Least share of genes that must have a name in ``gene_key``; ``None`` is that of an earlier
+        :func:`match_genes`, else 0.3.
     target_sum
         Counts that each cell is scaled to, over all its genes.
     key_added
@@ -49,7 +60,8 @@ def gene_medians(
 
     Returns
     -------
-    For data given as a path a Series by gene, NaN where no cell expresses it; else ``None`` or the changed copy.
+    For data given as a path a Series by gene (by its name in ``gene_key``), NaN where no cell expresses it; else
+    ``None`` or the changed copy.
 
     Writes
     ------
@@ -70,19 +82,48 @@ def gene_medians(
         free_key(data, "var", key_added)
     source = open_source(data, layer=layer)
     check_unique(source.genes)
-    check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(data))
+    check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(data, layer))
+    if copy and not isinstance(data, AnnData):
+        raise TypeError("copy=True goes with an AnnData, a path was given: its medians are returned. Leave it out.")
+    named, match = _genes(source, **match_settings(data, gene_key, min_coverage))
     if not isinstance(data, AnnData):
-        if copy:
-            raise TypeError("copy=True goes with an AnnData, a path was given: its medians are returned. Leave it out.")
-        return pd.Series(streamed_medians(source, target_sum=target_sum), index=source.genes, name=key_added)
-    is_on_disk = data.isbacked and layer is None
+        return pd.Series(_streamed(source, match, len(named), target_sum), index=named, name=key_added)
     adata = data.copy() if copy else data
-    if is_on_disk:
-        medians = streamed_medians(source, target_sum=target_sum)
+    if data.isbacked and (layer is None or not has_layer(data, layer)):
+        medians = _streamed(source, match, len(named), target_sum)
     else:
-        medians = exact_medians(stored_rows(adata, source, layer), target_sum=target_sum)
+        matrix = stored_rows(adata, source, layer)
+        medians = exact_medians(matrix, target_sum=target_sum, match=match, n_tokens=len(named))
+    if match is not None:
+        medians = np.append(medians, np.nan)[match.token_ids]  # -1, a row without a name, is the NaN
     key = _keys.safe(key_added)
-    adata.var[key] = medians
+    # .raw has genes of its own
+    adata.var[key] = pd.Series(medians, source.genes).reindex(adata.var_names).to_numpy()
     record_name(adata, "var", key_added)
-    record(adata, "gene_medians", {"layer": layer, "target_sum": target_sum, "key_added": key})
+    record(
+        adata, "gene_medians",
+        {"layer": layer, "gene_key": gene_key, "min_coverage": min_coverage, "target_sum": target_sum,
+         "key_added": key},
+    )  # fmt: skip
     return adata if copy else None
+
+
+def _genes(source: CellSource, gene_key: str | None, min_coverage: float) -> tuple[pd.Index, GeneMatch | None]:
+    """Names of the genes, and which gene each row is; ``None`` where every row is a gene of its own."""
+    if gene_key in (None, "var_names"):
+        return source.genes, None
+    (names,) = name_columns(source.genes, source.var, gene_key).values()
+    lacks_name = source.var[gene_key].isna().to_numpy() | (np.array(names, object) == "")
+    if 1 - lacks_name.mean() < min_coverage or lacks_name.all():
+        raise ValueError(
+            f"Only {int((~lacks_name).sum())} of {len(names)} genes ({100 * (1 - lacks_name.mean()):.3g} %) have a "
+            f"name in var[{gene_key!r}]; at least {100 * min_coverage:.3g} % are needed. Pass another gene_key."
+        )
+    named = pd.Index(dict.fromkeys(np.array(strip_version(names), object)[~lacks_name]))
+    return named, match_names(source.genes, Vocab.from_genes(named), var=source.var, gene_key=gene_key)
+
+
+def _streamed(source: CellSource, match: GeneMatch | None, n_genes: int, target_sum: float) -> FloatArray:
+    if match is None:
+        return streamed_medians(source, target_sum=target_sum)
+    return token_medians(source, match, np.arange(source.n_obs), n_genes) * (target_sum / 1e4)

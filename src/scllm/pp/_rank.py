@@ -16,7 +16,7 @@ from scllm._typing import FloatArray
 from scllm.data.checks import check_source, layer_with_counts
 from scllm.data.genes import check_unique
 from scllm.data.medians import exact_medians
-from scllm.data.source import open_source
+from scllm.data.source import open_source, places_in_source
 from scllm.kernels.ranking import rank_rows, scaled
 from scllm.pp._stored import stored_rows
 
@@ -44,7 +44,7 @@ def rank_expression(
         Non-zero median of each gene's normalised counts, by its name in ``var_names``, or a column of ``var`` with
         them; ``None`` takes those of this data, see :func:`gene_medians`. Genes without one are left out.
     layer
-        Layer to read; ``None`` is ``X``.
+        Layer to read; ``None`` is ``X``. Of ``"raw"`` (``adata.raw``) the genes of ``adata`` are ranked.
     key_added
         Layer to write.
     copy
@@ -66,10 +66,17 @@ def rank_expression(
     key = free_key(adata, "layers", key_added)
     check_unique(adata.var_names)
     source = open_source(adata, layer=layer)
-    check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(adata))
+    places = places_in_source(adata, source)
+    check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(adata, layer))
     adata = adata.copy() if copy else adata
     matrix = stored_rows(adata, source, layer)
-    scale = exact_medians(matrix, target_sum=1e4) if medians is None else _aligned(medians, adata)
+    # medians of all genes that are read: cells are scaled by all their counts
+    scale = exact_medians(matrix, target_sum=1e4) if medians is None else None
+    if places is not None:
+        matrix = matrix[:, places].sorted_indices()
+        scale = None if scale is None else scale[places]
+    if scale is None:
+        scale = _aligned(medians, adata)
     if np.isnan(scale[matrix.indices]).any():
         matrix = sparse.csr_matrix(matrix.multiply(np.isfinite(scale)))
         matrix.eliminate_zeros()

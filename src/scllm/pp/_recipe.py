@@ -13,10 +13,11 @@ from scllm import _keys
 from scllm._checks import check_adata, groups, obs_column
 from scllm._log import log
 from scllm._results import record
-from scllm.data.checks import check_source
+from scllm.data.checks import check_source, layer_with_counts
 from scllm.data.encode.bins import check_n_bins
 from scllm.data.genes import check_unique
 from scllm.data.source import open_source
+from scllm.data.value_kind import is_near_integer
 from scllm.pp._bin import bin_expression
 
 __all__ = ["recipe_scgpt"]
@@ -92,7 +93,7 @@ def recipe_scgpt(
     if batch_key is not None:
         obs_column(adata.obs, batch_key)
     check_unique(adata.var_names)
-    check_source(open_source(adata), needs_counts=True, layer=None, hint=lambda: _hint(adata))
+    check_source(open_source(adata), needs_counts=True, layer=None, hint=lambda: layer_with_counts(adata, into_x=True))
     cells, genes = _kept(adata, n_top_genes, batch_key, flavor, min_gene_counts, min_genes, target_sum)
     adata = adata.copy() if copy else adata
     adata._inplace_subset_obs(cells)
@@ -199,18 +200,16 @@ def _check_varying(matrix: Any, flavor: Flavor, name: str) -> None:
 
 
 def _matrix(matrix: Any) -> Any:
-    """As scanpy takes it: no sparse array, no entry in two parts."""
-    if not sparse.issparse(matrix):
-        return matrix
-    if not isinstance(matrix, sparse.spmatrix):
+    """As scanpy takes it: no sparse array, no entry in two parts, and counts without floating-point noise."""
+    if sparse.issparse(matrix) and not isinstance(matrix, sparse.spmatrix):
         matrix = sparse.csr_matrix(matrix)
-    if matrix.format in ("csr", "csc") and not matrix.has_canonical_format:
+    if sparse.issparse(matrix) and matrix.format in ("csr", "csc") and not matrix.has_canonical_format:
         matrix = matrix.copy()
         matrix.sum_duplicates()
+    values = matrix.data if sparse.issparse(matrix) else matrix
+    noisy = is_near_integer(values) & (values != np.rint(values))
+    if noisy.any():
+        matrix = matrix.copy()
+        values = matrix.data if sparse.issparse(matrix) else matrix
+        values[noisy] = np.rint(values[noisy])
     return matrix
-
-
-def _hint(adata: AnnData) -> str:
-    if _keys.COUNTS in adata.layers:
-        return "layers['counts'] may hold them: adata.X = adata.layers['counts'].copy()."
-    return "Start from the raw counts, or undo the normalisation."

@@ -9,15 +9,19 @@ from scipy import sparse
 from scllm._typing import CSR
 from scllm.data.checks import read_checked
 from scllm.data.source import CellSource
+from scllm.data.value_kind import as_counts
 
 __all__ = ["stored_rows"]
 
 
 def stored_rows(adata: AnnData, source: CellSource, layer: str | None) -> CSR:
-    """The layer itself where its rows are stored in order and without zeros, else its values read in row chunks."""
-    stored = None if adata.isbacked and layer is None else adata.X if layer is None else adata.layers[layer]
+    """The layer itself where its rows are stored in order and without zeros, else its values read in row chunks.
+
+    Counts come without floating-point noise.
+    """
+    stored = adata.layers.get(layer) if layer is not None else None if adata.isbacked else adata.X
     if sparse.issparse(stored) and stored.format == "csr" and stored.has_canonical_format and stored.data.all():
-        return stored
+        return as_counts(stored)
     step = 4096
     rows = (np.arange(start, min(start + step, source.n_obs)) for start in range(0, source.n_obs, step))
     matrix = sparse.csr_matrix(sparse.vstack([read_checked(source, chunk) for chunk in rows], format="csr"))

@@ -88,7 +88,7 @@ def tokenize(
         found = _loaded(model) if isinstance(model, (str, PathLike)) else model
         encoder, vocab = found.encoder, found.vocab
     elif vocab is None:
-        vocab, settings = Vocab.from_genes(adata.var_names), {"gene_key": "var_names"}
+        settings = {"gene_key": "var_names"}
     elif not isinstance(vocab, Vocab):
         raise TypeError(
             f"vocab is of type {type(vocab).__name__}, a Vocab expected. Make one of names: Vocab.from_genes(names)."
@@ -97,8 +97,9 @@ def tokenize(
     if max_len is not None:
         encode = replace(encode, max_len=max_len)  # type: ignore[type-var]
     source = open_source(adata, layer=layer)
-    check_source(source, needs_counts=encode.needs_counts, layer=layer, hint=lambda: layer_with_counts(adata))
-    match = genes.match(adata.var_names, vocab, var=adata.var, **settings)
+    vocab = Vocab.from_genes(source.genes) if vocab is None else vocab
+    check_source(source, needs_counts=encode.needs_counts, layer=layer, hint=lambda: layer_with_counts(adata, layer))
+    match = genes.match(source.genes, vocab, var=source.var, **settings)
     if encoder == "ranks":
         medians = token_medians(source, match, np.arange(adata.n_obs), len(vocab))
         encode = replace(encode, medians=medians)  # type: ignore[type-var]

@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from scllm._typing import CSR, FloatArray, IntArray
-from scllm.data.checks import is_log_like
+from scllm.data.value_kind import as_counts, is_log_like
 
 __all__ = ["label_baseline", "log_normalised", "value_baseline"]
 
@@ -47,8 +47,8 @@ def value_baseline(training: CSR, values: FloatArray, test: CSR) -> FloatArray:
 
 def log_normalised(matrix: Any) -> CSR:
     """``log1p`` of each cell's values scaled to 10,000, float32; values that were logged before are left alone."""
-    values = sparse.csr_matrix(matrix, dtype=np.float32, copy=True)
-    if is_log_like(values.data):
+    values = as_counts(sparse.csr_matrix(matrix, dtype=np.float32, copy=True))
+    if is_log_like(values):
         return values
     total = np.asarray(values.sum(axis=1)).ravel()
     scale = np.divide(_TARGET_SUM, total, out=np.zeros_like(total), where=total > 0)

@@ -17,7 +17,7 @@ from scllm._checks import check_adata, embedding, groups, labels
 from scllm._log import log, progress, warn
 from scllm._results import record
 from scllm._typing import CSR, FloatArray, IntArray
-from scllm.data.checks import is_log_like
+from scllm.data.value_kind import is_log_like
 
 __all__ = ["benchmark"]
 
@@ -166,8 +166,7 @@ def _pca(adata: AnnData) -> FloatArray:
             "adata has neither X nor a layer 'counts', expression expected, of which 'X_pca' is computed. Set adata.X, "
             "or leave 'X_pca' out of use_rep=."
         )
-    values = expression.X
-    if not is_log_like(values.data if sparse.issparse(values) else values):
+    if not is_log_like(expression.X):
         sc.pp.normalize_total(expression, target_sum=1e4)
         sc.pp.log1p(expression)
     n_comps = min(_N_COMPONENTS, min(expression.shape) - 1)

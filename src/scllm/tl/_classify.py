@@ -33,6 +33,8 @@ def classify(
     key_added: str = _keys.LABEL,
     threshold: float | None = None,
     layer: str | None = None,
+    gene_key: str | None = None,
+    min_coverage: float | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     precision: Precision = "auto",
@@ -55,6 +57,12 @@ def classify(
         never seen: to find those take 0.9 rather than 0.5, and look what it finds of a type that is left out.
     layer
         Layer to read; ``None`` is ``X``.
+    gene_key
+        Column of ``var`` with gene names, or ``"var_names"``; ``None`` is that of an earlier
+        :func:`scllm.pp.match_genes`, else the one that fits best.
+    min_coverage
+        Least share of genes that must be in the model's vocabulary; ``None`` is that of an earlier
+        :func:`scllm.pp.match_genes`, else 0.3.
     batch_size
         Cells of one forward pass; changes speed and memory only.
     device
@@ -112,7 +120,7 @@ def classify(
     columns = [free_key(adata, "obs", name) for name in names]
     source = open_source(adata, layer=layer)
     check_layer(source, chosen, layer, adata)
-    match = gene_match(adata, source, chosen)
+    match = gene_match(adata, source, chosen, gene_key, min_coverage)
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
         outputs = replica.head_outputs(batch)

@@ -90,6 +90,7 @@ def classify_genes(
         Column of ``var`` to write.
     **finetune_options
         Of :func:`finetune`: ``epochs`` (3 by default), ``lr`` (1e-4), ``batch_size``, ``config``, ``lora``, ``layer``,
+        ``gene_key``, ``min_coverage``,
         ``run_dir`` (folds are runs of their own in ``run_dir/fold-0``, ...), ``resume``, ``device``, ``precision``,
         ``n_gpus``, ``n_procs`` and ``random_state``. ``class_weight`` is ``"balanced"`` (labels weigh alike; the
         default) or ``None``, which gives calibrated probabilities and prefers the frequent label. ``validation`` is the
@@ -130,8 +131,8 @@ def classify_genes(
     _check_states(chosen)
     source = open_source(adata, layer=options.layer)
     check_layer(source, chosen, options.layer, adata)
-    match = gene_match(adata, source, chosen)
-    found = read_labels(adata, labels, match.token_ids)
+    match = gene_match(adata, source, chosen, options.gene_key, options.min_coverage)
+    found = read_labels(adata, labels, match.of_genes(source.genes, adata.var_names))
     check_enough(found, n_folds)
     begun = copy.deepcopy(chosen).cpu().eval()
     begun.history, begun.report, begun.path = None, None, None

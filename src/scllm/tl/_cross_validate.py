@@ -17,12 +17,12 @@ from anndata import AnnData
 from scipy import sparse
 
 from scllm import _keys
-from scllm._checks import check_adata, check_options, missing_key
+from scllm._checks import check_adata, check_options
 from scllm._log import details, log, warn
 from scllm._results import drop_labels, free_key, match_settings, record, record_classes, record_name
 from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.fingerprint import fingerprint
-from scllm.data.source import CellSource, open_source
+from scllm.data.source import RAW, CellSource, has_layer, open_source
 from scllm.data.split import PARTS, split_cells
 from scllm.engine.config import TrainConfig
 from scllm.models.base import CellModel
@@ -30,6 +30,7 @@ from scllm.tl._baseline import label_baseline, log_normalised, value_baseline
 from scllm.tl._classify import classify
 from scllm.tl._finetune import check_class_weight, finetune
 from scllm.tl._folds import fold_cells, folds_directory, keep_predictions, kept_predictions
+from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
 from scllm.tl._out_of_fold import check_coverage, check_folds, find_groups, fold_scores, overall_scores
 from scllm.tl._target import Target, find_target
@@ -38,7 +39,7 @@ from scllm.tl._train import check_config, hash_cells, hash_match
 __all__ = ["cross_validate"]
 
 _OPTIONS = inspect.signature(finetune).parameters
-_OF_CLASSIFY = ("layer", "device", "precision")
+_OF_CLASSIFY = ("gene_key", "min_coverage", "device", "precision")
 
 
 def cross_validate(
@@ -129,7 +130,9 @@ def cross_validate(
     target = find_target(adata.obs, key)
     free_key(adata, "obs", key + _keys.CROSS_VALIDATED)
     groups = find_groups(adata.obs, group_key, target)
-    options, seed = _checked(finetune_options, adata)
+    options, seed = _checked(finetune_options)
+    layer = options.pop("layer", None)
+    source = open_source(adata, layer=layer)
     if target.classes is not None and isinstance(options.get("class_weight"), Mapping):
         check_class_weight(options["class_weight"], [target])
     check_folds(target, groups, n_folds, n_repeats, group_key)
@@ -139,12 +142,13 @@ def cross_validate(
             f"the model was fine-tuned on a column {key!r} before, one that has not seen the labels of these cells "
             "expected: if they are the same cells, every score is too high. Pass the pretrained model."
         )
+    check_layer(source, chosen, layer, adata, downsample=getattr(options.get("config"), "downsample", None) or 0.0)
     options["config"] = options.get("config") or TrainConfig()
     folds = [_folds(target, groups, n_folds, seed + repeat) for repeat in range(n_repeats)]
     check_coverage(target, folds)
     run_dir = folds_directory("cross_validate", options.pop("run_dir", None), options.pop("resume", "auto"))
     methods = ("model", "baseline") if baseline else ("model",)
-    cells = _Cells.of(adata, target, options.get("layer"), groups)
+    cells = _Cells.of(adata, target, layer, groups)
     tables, first = [], {method: np.full((adata.n_obs, target.n_outputs), np.nan, np.float32) for method in methods}
     log.info("cross-validating obs[%r]: a model is trained in each of %d folds", key, n_repeats * n_folds)
     for repeat, fold in np.ndindex(n_repeats, n_folds):
@@ -183,7 +187,7 @@ def cross_validate(
 
 @dataclass(frozen=True)
 class _Cells:
-    """Cells to train on and to test: the matrix of the caller, and tables of our own."""
+    """Cells to train on and to test: the matrix of the caller (from ``layer``) as X, and tables of our own."""
 
     adata: AnnData
     target: Target
@@ -193,21 +197,23 @@ class _Cells:
     @classmethod
     def of(cls, adata: AnnData, target: Target, layer: str | None, groups: IntArray | None) -> _Cells:
         matched = {name: value for name, value in adata.uns.get(_keys.UNS, {}).items() if name == "match_genes"}
-        # a matrix stored by columns is turned round here, not in every fold
-        layers = {name: _by_rows(matrix) if name == layer else matrix for name, matrix in adata.layers.items()}
-        matrix = _by_rows(adata.X) if layer is None else adata.X
-        light = AnnData(matrix, obs=adata.obs[[target.key]], var=adata.var, layers=layers, uns={_keys.UNS: matched})
+        if layer == RAW and not has_layer(adata, RAW):
+            matrix, var = adata.raw.X, adata.raw.var
+        else:
+            matrix, var = adata.X if layer is None else adata.layers[layer], adata.var
+        # a matrix stored by columns is converted here, not in every fold
+        light = AnnData(_by_rows(matrix), obs=adata.obs[[target.key]], var=var, uns={_keys.UNS: matched})
         return cls(light, target, layer, groups)
 
     @cached_property
     def logged(self) -> CSR:
         """What the linear model reads: made after the first fold's model has found the matrix fit to read."""
-        return log_normalised(self.adata.X if self.layer is None else self.adata.layers[self.layer])
+        return log_normalised(self.adata.X)
 
     @cached_property
     def source(self) -> CellSource:
         """The rows of the matrix."""
-        return open_source(self.adata, layer=self.layer)
+        return open_source(self.adata)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -240,6 +246,7 @@ class _Cells:
         cells = {"training": training, "tested": tested, "labels": self.target.column}
         if self.groups is not None:  # validation cells are whole groups
             cells["groups"] = self.groups
+        matching = match_settings(self.adata, options.get("gene_key"), options.get("min_coverage"))
         return {
             "weights": model.hash(),
             "config": {**options["config"].to_dict(), "precision": None},
@@ -247,8 +254,8 @@ class _Cells:
             "classes": self.target.classes,
             "data": {
                 "fingerprint": self.fingerprint, "layer": self.layer, "cells": hash_cells(cells),
-                "tokens": hash_match(gene_match(self.adata, self.source, model)),
-                **match_settings(self.adata),
+                "tokens": hash_match(gene_match(self.adata, self.source, model, **matching)),
+                **matching,
             },
         }  # fmt: skip
 
@@ -260,7 +267,7 @@ class _Cells:
         with warnings.catch_warnings():
             # said once for all folds
             said = r"have no (label|finite value)|have one cell only|are among the validation cells"
-            warnings.filterwarnings("ignore", message=rf".* ({said})")
+            warnings.filterwarnings("ignore", message=rf".* ({said}|values that are not integers)")
             if share:
                 part = f"{self.target.key}_{_keys.SPLIT}"
                 self.adata.obs[part] = self._parts(training, share, options["random_state"])
@@ -326,7 +333,7 @@ def _by_rows(matrix: Any) -> Any:
     return matrix.tocsr() if sparse.issparse(matrix) else matrix
 
 
-def _checked(given: Mapping[str, Any], adata: AnnData) -> tuple[dict[str, Any], int]:
+def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """Options of ``finetune`` and the seed; an error for what no fold could use."""
     options = dict(given)
     check_config(options.get("config"))
@@ -337,9 +344,6 @@ def _checked(given: Mapping[str, Any], adata: AnnData) -> tuple[dict[str, Any], 
             f"validation is {share!r}, a share from 0 up to below 1 of the training cells expected: folds say which "
             "cells are tested. Leave it out."
         )
-    layer = options.get("layer")
-    if layer is not None and layer not in adata.layers:
-        raise missing_key(layer, adata.layers, "in adata.layers")
     config = options.get("config")
     set_there = None if config is None else config.random_state
     seed = options.pop("random_state", 0)

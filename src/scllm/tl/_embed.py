@@ -42,6 +42,8 @@ def embed(
     pooling: Pooling | None = None,
     hidden_layer: int = -1,
     layer: str | None = None,
+    gene_key: str | None = None,
+    min_coverage: float | None = None,
     key_added: str = _keys.EMBEDDING,
     out: str | PathLike[str] | None = None,
     batch_size: int | None = None,
@@ -71,6 +73,12 @@ def embed(
         -1 is the output of the last block, -2 of the one before.
     layer
         Layer to read; ``None`` is ``X``.
+    gene_key
+        Column of ``var`` with gene names, or ``"var_names"``; ``None`` is that of an earlier
+        :func:`scllm.pp.match_genes`, else the one that fits best.
+    min_coverage
+        Least share of genes that must be in the model's vocabulary; ``None`` is that of an earlier
+        :func:`scllm.pp.match_genes`, else 0.3.
     key_added
         Key in ``obsm``.
     out
@@ -128,8 +136,8 @@ def embed(
             "Leave it out for the family's own."
         )
     source = open_source(data, layer=layer)
-    check_layer(source, chosen, layer, adata)
-    match = gene_match(data, source, chosen)
+    check_layer(source, chosen, layer, data)
+    match = gene_match(data, source, chosen, gene_key, min_coverage)
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
         return replica.embed(batch, pooling=pooling, layer=hidden_layer)
@@ -173,6 +181,7 @@ def embed_genes(
     *,
     contextual: bool = False,
     groupby: str | None = None,
+    layer: str | None = None,
     key_added: str = _keys.GENES,
     copy: bool = False,
 ) -> AnnData | None:
@@ -188,6 +197,8 @@ def embed_genes(
         Whether states of the last block are averaged over cells; otherwise the table is taken.
     groupby
         Column of groups of cells: one contextual mean a group.
+    layer
+        Layer to read; ``None`` is ``X``, ``"raw"`` is ``adata.raw``. Genes that ``adata.raw`` lacks get NaN.
     key_added
         Key in ``varm``.
     copy
@@ -212,27 +223,28 @@ def embed_genes(
     check_adata(adata, copy, key_added)
     key = free_key(adata, "varm", key_added)
     chosen = resolve(model, adata)
-    source = open_source(adata)
+    source = open_source(adata, layer=layer)
     match = gene_match(adata, source, chosen)
-    known = match.token_ids >= 0
+    token_ids = match.of_genes(source.genes, adata.var_names)
+    known = token_ids >= 0
     names: list[str] | None = None
     if groupby is None and not contextual:
         table = chosen.gene_table().detach().float().cpu().numpy()
         vectors = np.full((adata.n_vars, table.shape[1]), np.nan, np.float32)
-        vectors[known] = table[match.token_ids[known]]
+        vectors[known] = table[token_ids[known]]
     else:
-        check_layer(source, chosen, None, adata, takes_layer=False)
+        check_layer(source, chosen, layer, adata)
         codes = np.zeros(adata.n_obs, np.int64)
         if groupby is not None:
             column = groups(adata.obs, groupby)
             names, codes = list(column.cat.categories), column.cat.codes.to_numpy().astype(np.int64)
         means = _contextual_means(chosen, source, match, codes, 1 if names is None else len(names))
         vectors = np.full((adata.n_vars, *means.shape[1:]), np.nan, np.float32)
-        vectors[known] = means[_row_of_token(match, chosen)[match.token_ids[known]]]
+        vectors[known] = means[_row_of_token(match, chosen)[token_ids[known]]]
         vectors = vectors[:, 0] if names is None else vectors
     adata = adata.copy() if copy else adata
     adata.varm[key] = vectors
-    params = {"contextual": contextual or groupby is not None, "groupby": groupby, "key_added": key}
+    params = {"contextual": contextual or groupby is not None, "groupby": groupby, "layer": layer, "key_added": key}
     record_name(adata, "varm", key_added)
     record(adata, "embed_genes", params, None if names is None else pd.DataFrame({"group": names}))
     remember(adata, chosen)

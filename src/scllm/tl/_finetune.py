@@ -19,6 +19,7 @@ from scllm import _keys, models
 from scllm._checks import check_adata, missing_key
 from scllm._log import log, warn
 from scllm._names import listed
+from scllm._results import match_settings
 from scllm._typing import HeadSetting, IntArray
 from scllm.data.source import CellSource, open_source
 from scllm.engine.config import Precision, TrainConfig
@@ -48,6 +49,8 @@ def finetune(
     validation: float | str = 0.1,
     group_key: str | None = None,
     layer: str | None = None,
+    gene_key: str | None = None,
+    min_coverage: float | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
@@ -103,6 +106,12 @@ def finetune(
         are to be labelled: weights are then chosen, and probabilities calibrated, on groups unseen in training.
     layer
         Layer to read; ``None`` is ``X``.
+    gene_key
+        Column of ``var`` with gene names, or ``"var_names"``; ``None`` is that of an earlier
+        :func:`scllm.pp.match_genes`, else the one that fits best.
+    min_coverage
+        Least share of genes that must be in the model's vocabulary; ``None`` is that of an earlier
+        :func:`scllm.pp.match_genes`, else 0.3.
     epochs
         Passes over the cells; ``None`` is the family's own (3; scbert: 10).
     batch_size
@@ -155,7 +164,7 @@ def finetune(
     begun = copy.deepcopy(resolve(model, adata)).cpu()
     _say_if_tuned_before(begun, keys, model)
     begun.history, begun.report, begun.path = None, None, None
-    check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample or 0.0)
+    check_layer(source, begun, layer, data, downsample=0.0 if config is None else config.downsample or 0.0)
     module = models.family_module(begun.family)
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     defaults = {
@@ -198,7 +207,8 @@ def finetune(
     freeze = check_freeze(begun, freeze)
     return train(
         "finetune", data, source, begun, objective, settings,
-        layer=layer, cells=cells, where=where, run_dir=run_dir, resume=resume, freeze=freeze,
+        layer=layer, matching=match_settings(data, gene_key, min_coverage), cells=cells, where=where, run_dir=run_dir,
+        resume=resume, freeze=freeze,
         lora=adapters,
         params={
             "key": keys, "upsample": upsample, "class_weight": class_weight, "validation": validation,

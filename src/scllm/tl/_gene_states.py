@@ -15,9 +15,10 @@ from torch import Tensor
 
 from scllm import _keys
 from scllm._typing import CSR, FloatArray, IntArray
-from scllm.data.checks import is_log_like
+from scllm.data.checks import read_checked
 from scllm.data.genes import GeneMatch
 from scllm.data.source import CellSource, open_source
+from scllm.data.value_kind import is_log_like
 from scllm.engine.config import Precision
 from scllm.engine.loader import Loader
 from scllm.engine.predict import predict
@@ -96,9 +97,9 @@ def choose_cells(
     in_use = np.flatnonzero(np.diff(used.indptr))
     rows = order[in_use]
     ascending = np.sort(rows)
-    counts = source.read(ascending)[np.searchsorted(ascending, rows)]
+    counts = read_checked(source, ascending)[np.searchsorted(ascending, rows)]
     uns = {name: value for name, value in adata.uns.get(_keys.UNS, {}).items() if name == "match_genes"}
-    cells = AnnData(counts, pd.DataFrame(index=adata.obs_names[rows]), adata.var, uns={_keys.UNS: uns})
+    cells = AnnData(counts, pd.DataFrame(index=adata.obs_names[rows]), source.var, uns={_keys.UNS: uns})
     n_read = np.bincount(there[rows].indices, minlength=len(tokens))
     return GeneCells(cells, match, tokens, used[in_use], n_read)
 
@@ -184,9 +185,10 @@ def gene_statistics(cells: GeneCells, n_tokens: int, *, random_state: int = 0) -
 
 def _log_normalised(cells: GeneCells, n_tokens: int) -> CSR:
     """Cells by tokens; what was logged before stays as it is."""
-    counts = cells.match.tokens(cells.source.read(slice(None)))
+    matrix = cells.source.read(slice(None))
+    counts = cells.match.tokens(matrix)
     values = counts.values.astype(np.float64)
-    if not is_log_like(values):
-        total = np.asarray(cells.adata.X.sum(1), np.float64).ravel()
+    if not is_log_like(matrix):
+        total = np.asarray(matrix.sum(1), np.float64).ravel()
         values = np.log1p(values * np.repeat(_TARGET_SUM / np.maximum(total, 1e-12), counts.lengths))
     return sparse.csr_matrix((values, counts.genes, counts.indptr), shape=(len(counts), n_tokens))

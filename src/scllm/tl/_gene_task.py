@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scllm import models
 from scllm._log import details
-from scllm._results import match_settings
+from scllm._results import MatchSettings, match_settings
 from scllm._typing import FloatArray, IntArray
 from scllm.data.fingerprint import fingerprint
 from scllm.data.split import split_cells
@@ -44,6 +44,8 @@ class Options:
     validation: float = 0.0
     lora: Lora | None = None
     layer: str | None = None
+    gene_key: str | None = None
+    min_coverage: float | None = None
     epochs: int | None = None
     batch_size: int | None = None
     lr: float | None = None
@@ -126,6 +128,10 @@ class GeneTask:
         """What everything random is a function of."""
         return self.config.random_state or 0
 
+    @property
+    def _matching(self) -> MatchSettings:
+        return match_settings(self.cells.adata, self.options.gene_key, self.options.min_coverage)
+
     def by_model(self, fold: IntArray) -> FloatArray:
         """Out-of-fold probabilities of the model, ``(g, k)``."""
         states = self.states(self.model, _hidden)
@@ -174,7 +180,7 @@ class GeneTask:
                 "fingerprint": fingerprint(self.cells.source), "layer": self.options.layer,
                 "genes": hash_cells(genes | {"tokens": self.cells.tokens}),
                 "tokens": hash_match(self.cells.match),
-                **match_settings(self.cells.adata),
+                **self._matching,
             },
         }  # fmt: skip
 
@@ -232,7 +238,7 @@ class GeneTask:
         objective = GeneLabel(*self._labelled(training), *self._labelled(held_out), loss=self.loss)
         return train(
             "classify_genes", self.cells.adata, self.cells.source, begun, objective, self.config,
-            layer=None,
+            layer=None, matching=self._matching,
             cells={"train": self._cells_with(training), "validation": self._cells_with(held_out)},
             where=self.where,
             run_dir=run_dir, resume="auto", freeze=self.freeze,

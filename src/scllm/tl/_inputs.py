@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from anndata import AnnData
 
 from scllm.data.checks import check_source, layer_with_counts
 from scllm.data.encode import RankEncoder
@@ -20,16 +19,15 @@ def check_layer(
     source: CellSource,
     model: CellModel,
     layer: str | None,
-    adata: AnnData | None,
+    data: object,
     *,
     downsample: float = 0.0,
-    takes_layer: bool = True,
 ) -> None:
-    """Raise on values that encoder or down-sampling cannot read; name the layer that holds counts, if one does."""
+    """Raise on values that encoder or down-sampling cannot read; say where in the data counts are."""
     if isinstance(source, RankedCells):
         _check_ranked(source, model)
     needs_counts = model.encoder.needs_counts or downsample > 0
-    check_source(source, needs_counts=needs_counts, layer=layer, hint=lambda: layer_with_counts(adata, takes_layer))
+    check_source(source, needs_counts=needs_counts, layer=layer, hint=lambda: layer_with_counts(data, layer))
 
 
 def take_medians(source: CellSource, model: CellModel) -> None:

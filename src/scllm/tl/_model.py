@@ -113,6 +113,12 @@ def remember(adata: AnnData | CellSource, model: CellModel) -> None:
     adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), "model": entry}
 
 
-def gene_match(data: object, source: CellSource, model: CellModel) -> genes.GeneMatch:
+def gene_match(
+    data: object,
+    source: CellSource,
+    model: CellModel,
+    gene_key: str | None = None,
+    min_coverage: float | None = None,
+) -> genes.GeneMatch:
     """The token of each gene of the data."""
-    return match_source(source, model.vocab, **match_settings(data))  # type: ignore[arg-type]
+    return match_source(source, model.vocab, **match_settings(data, gene_key, min_coverage))

@@ -18,17 +18,19 @@ from torch import nn
 
 from scllm import models
 from scllm._checks import check_adata
-from scllm._results import match_settings
+from scllm._log import details
+from scllm._results import MatchSettings, match_settings
 from scllm._typing import IntArray
 from scllm.data import genes
 from scllm.data.encode import RankEncoder
+from scllm.data.matching import match_source
 from scllm.data.medians import token_medians
 from scllm.data.source import CellSource, open_source
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.objectives import Objective, objective_from_dict
 from scllm.models.base import CellModel
 from scllm.tl._inputs import check_layer, take_medians
-from scllm.tl._model import ModelLike, gene_match, resolve
+from scllm.tl._model import ModelLike, resolve
 from scllm.tl._parts import divide
 from scllm.tl._train import Data, Processes, check_config, merged_config, processes, train
 
@@ -53,6 +55,8 @@ def pretrain(
     validation: float | str = 0.03,
     group_key: str | None = None,
     layer: str | None = None,
+    gene_key: str | None = None,
+    min_coverage: float | None = None,
     precision: Precision = "auto",
     resume: Literal["auto"] | bool = "auto",
     config: TrainConfig | None = None,
@@ -107,6 +111,12 @@ def pretrain(
     layer
         Layer to read; ``None`` is ``X``. scgpt reads counts, normalised or logged values (their bins are the same),
         geneformer counts.
+    gene_key
+        Column of ``var`` with gene names, or ``"var_names"``; ``None`` is that of an earlier
+        :func:`scllm.pp.match_genes`, else the one that fits best.
+    min_coverage
+        Least share of genes that must be in the model's vocabulary; ``None`` is that of an earlier
+        :func:`scllm.pp.match_genes`, else 0.3.
     precision
         ``"auto"``: fp32 on a CPU, bf16 on a GPU that has it.
     resume
@@ -136,16 +146,18 @@ def pretrain(
     begun = prepare(
         data, model, size=size, n_gpus=n_gpus, n_procs=n_procs, device=device, epochs=epochs, batch_size=batch_size,
         lr=lr, mask_ratio=mask_ratio, left_out=left_out, dropout=dropout, validation=validation, group_key=group_key,
-        layer=layer, precision=precision, config=config, random_state=random_state,
+        layer=layer, gene_key=gene_key, min_coverage=min_coverage, precision=precision, config=config,
+        random_state=random_state,
     )  # fmt: skip
     encoder = begun.model.encoder
     if isinstance(encoder, RankEncoder) and encoder.medians is None:
-        match = gene_match(data, begun.source, begun.model)
+        with details():
+            match = begun.match()
         medians = token_medians(begun.source, match, begun.cells["train"], len(begun.model.vocab))
         begun.model.encoder = replace(encoder, medians=medians)
     return train(
         "pretrain", data, begun.source, begun.model, begun.objective, begun.config,
-        layer=layer, cells=begun.cells, where=begun.where, run_dir=run_dir, resume=resume,
+        layer=layer, matching=begun.matching, cells=begun.cells, where=begun.where, run_dir=run_dir, resume=resume,
         params={"size": size, "dropout": dropout, "validation": validation, "group_key": group_key, "layer": layer},
     )  # fmt: skip
 
@@ -155,11 +167,16 @@ class Prepared:
     """A pretraining with nothing left open, before anything is written."""
 
     source: CellSource
+    matching: MatchSettings
     model: CellModel
     objective: Objective
     config: TrainConfig
     cells: Mapping[str, IntArray]
     where: Processes
+
+    def match(self) -> genes.GeneMatch:
+        """The token of each gene of the data."""
+        return match_source(self.source, self.model.vocab, **self.matching)
 
 
 def prepare(
@@ -179,6 +196,8 @@ def prepare(
     validation: float | str,
     group_key: str | None,
     layer: str | None,
+    gene_key: str | None,
+    min_coverage: float | None,
     precision: Precision,
     config: TrainConfig | None,
     random_state: int,
@@ -191,13 +210,13 @@ def prepare(
         raise ValueError(f"dropout is {dropout}, a share from 0 up to below 1 expected. scGPT uses 0.2.")
     TrainConfig(random_state=random_state)  # says so where that is no seed, before weights are drawn
     source = open_source(data, layer=layer)
+    matching = match_settings(data, gene_key, min_coverage)
     where = processes(n_gpus, n_procs, device)
     genes.check_unique(source.genes)
     seed = random_state or (config.random_state if config is not None else None) or 0
-    begun = _starting_model(data, _names(data, source), model, size, dropout, seed)
-    adata = data if isinstance(data, AnnData) else None
+    begun = _starting_model(data, _names(source, matching["gene_key"]), model, size, dropout, seed)
     take_medians(source, begun)
-    check_layer(source, begun, layer, adata, downsample=0.0 if config is None else config.downsample or 0.0)
+    check_layer(source, begun, layer, data, downsample=0.0 if config is None else config.downsample or 0.0)
     # a trained table is not started again, unless config says so
     gene_init = "svd" if isinstance(model, str) and _is_family(model) else "random"
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
@@ -209,13 +228,12 @@ def prepare(
     settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
     objective = _objective(begun, settings.random_state or 0, mask_ratio, left_out)
     training, held_out = divide(source, validation, group_key=group_key, random_state=seed)
-    return Prepared(source, begun, objective, settings, {"train": training, "validation": held_out}, where)
+    return Prepared(source, matching, begun, objective, settings, {"train": training, "validation": held_out}, where)
 
 
-def _names(data: Data, source: CellSource) -> list[str]:
-    """What the genes of a fresh vocabulary are called: as an earlier match_genes found them."""
-    column = match_settings(data)["gene_key"]
-    named = source.genes if column in (None, "var_names") or source.var is None else source.var[column].astype(str)
+def _names(source: CellSource, gene_key: str | None) -> list[str]:
+    """What the genes of a fresh vocabulary are called."""
+    (named,) = genes.name_columns(source.genes, source.var, gene_key or "var_names").values()
     # versions of one gene share a token
     return list(dict.fromkeys(name for name in genes.strip_version(named) if name))
 

@@ -16,7 +16,7 @@ from scllm._checks import check_adata
 from scllm._results import free_key, record, record_name
 from scllm._typing import CSR, FloatArray
 from scllm.data.genes import GeneMatch
-from scllm.data.source import CellSource, open_source
+from scllm.data.source import CellSource, open_source, places_in_source
 from scllm.engine.objectives.masks import drawn_share
 from scllm.engine.predict import predict
 from scllm.models.base import Batch, CellModel
@@ -33,6 +33,7 @@ def reconstruct(
     mask_ratio: float | None = None,
     genes: Sequence[str] | None = None,
     target_depth: float | None = None,
+    layer: str | None = None,
     key_added: str = _keys.RECONSTRUCTED,
     random_state: int = 0,
     copy: bool = False,
@@ -59,6 +60,8 @@ def reconstruct(
     target_depth
         Counts a cell to predict expression for, as if it had been sequenced that deeply, in families that read the
         depth (scfoundation: read-depth enhancement). ``None`` leaves the depth that the model's encoder asks for.
+    layer
+        Layer to read; ``None`` is ``X``, ``"raw"`` is ``adata.raw``. Genes of ``adata`` are written.
     key_added
         Layer to write.
     random_state
@@ -110,18 +113,20 @@ def reconstruct(
             f"genes= and {given} are both given, one of them expected: predictions of chosen genes are returned, and "
             "nothing is written. Leave one out."
         )
-    source = open_source(adata)
-    check_layer(source, chosen, None, adata, takes_layer=False)
+    source = open_source(adata, layer=layer)
+    check_layer(source, chosen, layer, adata)
     match = gene_match(adata, source, chosen)
     if genes is not None:
-        return _of_genes(adata, chosen, source, match, [genes] if isinstance(genes, str) else list(genes), target_depth)
+        return _of_genes(chosen, source, match, [genes] if isinstance(genes, str) else list(genes), target_depth)
+    places = places_in_source(adata, source)
     layers = _of_sentence(chosen, source, match, mask_ratio, target_depth, random_state)
     adata = adata.copy() if copy else adata
     adata.layers.pop(key + _keys.TARGET, None)  # of an earlier call
-    for name, layer in zip((key, key + _keys.TARGET), layers, strict=False):
-        adata.layers[name] = layer
+    for name, found in zip((key, key + _keys.TARGET), layers, strict=False):
+        adata.layers[name] = found if places is None else found[:, places].sorted_indices()
     params = {
-        "mask_ratio": mask_ratio, "target_depth": target_depth, "key_added": key, "random_state": random_state,
+        "mask_ratio": mask_ratio, "target_depth": target_depth, "layer": layer, "key_added": key,
+        "random_state": random_state,
     }  # fmt: skip
     record_name(adata, "layers", key_added)
     record(adata, "reconstruct", params)
@@ -177,7 +182,6 @@ def _in_columns(counts: CSR, match: GeneMatch, found: FloatArray) -> list[CSR]:
 
 
 def _of_genes(
-    adata: AnnData,
     model: CellModel,
     source: CellSource,
     match: GeneMatch,
@@ -185,7 +189,7 @@ def _of_genes(
     target_depth: float | None,
 ) -> pd.DataFrame:
     """Predictions of chosen genes, dense over those genes."""
-    place = adata.var_names.get_indexer(names)
+    place = source.genes.get_indexer(names)
     ids = match.token_ids[place]
     lost = [name for name, i, token in zip(names, place, ids, strict=True) if i < 0 or token < 0]
     if lost:
@@ -198,4 +202,4 @@ def _of_genes(
         return replica.reconstruct_genes(batch, wanted.to(batch.genes.device))
 
     found = [values for _, values in predict(model, source, match, forward, desc="reconstructing")]
-    return pd.DataFrame(torch.cat(found).numpy(), index=adata.obs_names, columns=names)
+    return pd.DataFrame(torch.cat(found).numpy(), index=source.obs_names, columns=names)

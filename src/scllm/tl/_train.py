@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 
 from scllm import settings
 from scllm._log import details, log
-from scllm._results import match_settings, record
+from scllm._results import MatchSettings, record
 from scllm._typing import IntArray
 from scllm.data.checks import warn_of_empty_cells
 from scllm.data.encode import encoder_to_dict
 from scllm.data.fingerprint import fingerprint, source_stamp
 from scllm.data.genes import GeneMatch
-from scllm.data.source import CellSource, open_source, write_arrays
+from scllm.data.matching import match_source
+from scllm.data.source import RAW, CellSource, has_layer, open_source, write_arrays
 from scllm.engine.config import TrainConfig
 from scllm.engine.device import check_gpus, resolve_device
 from scllm.engine.gene_init import start_from_data
@@ -41,7 +42,7 @@ from scllm.engine.tracking import check_tracker
 from scllm.models.base import CellModel
 from scllm.models.storage import is_native
 from scllm.tl._cost import say_trained, say_training
-from scllm.tl._model import gene_match, remember
+from scllm.tl._model import remember
 
 __all__ = [
     "Data", "Processes", "check_config", "check_resume", "check_trainable", "hash_cells", "hash_match",
@@ -125,6 +126,7 @@ def train(
     config: TrainConfig,
     *,
     layer: str | None,
+    matching: MatchSettings,
     cells: Mapping[str, NDArray[Any]],
     where: Processes,
     run_dir: str | PathLike[str] | None,
@@ -136,7 +138,7 @@ def train(
     """Write the run directory (or continue the one there), train, and record the result on the AnnData."""
     check_resume(resume, run_dir)
     _check_settings(model, config, freeze, lora)
-    match = gene_match(data, source, model)
+    match = match_source(source, model.vocab, **matching)
     spec = {
         "verb": verb,
         "family": model.family,
@@ -149,7 +151,7 @@ def train(
         "freeze": freeze,
         "lora": None if lora is None else asdict(lora),
         "params": {name: str(value) for name, value in params.items()},
-        "data": _identity(data, source, layer, cells, match),
+        "data": _identity(source, layer, matching, cells, match),
         "data_reference": _reference(data, layer),
         "data_stamp": source_stamp(source),
         "processes": asdict(where),
@@ -193,7 +195,11 @@ def train(
 
 
 def _identity(
-    data: Data, source: CellSource, layer: str | None, cells: Mapping[str, NDArray[Any]], match: GeneMatch
+    source: CellSource,
+    layer: str | None,
+    matching: MatchSettings,
+    cells: Mapping[str, NDArray[Any]],
+    match: GeneMatch,
 ) -> dict[str, Any]:
     """What a run is trained on: if any of it changes, it is another run."""
     return {
@@ -201,7 +207,7 @@ def _identity(
         "layer": layer,
         "cells": hash_cells(cells),
         "tokens": hash_match(match),
-        **match_settings(data),
+        **matching,
     }
 
 
@@ -304,11 +310,12 @@ def hash_match(match: GeneMatch) -> str:
 def _reference(data: Data, layer: str | None) -> str | list[str] | None:
     """Where another process finds the data; ``None`` for data in memory."""
     if isinstance(data, AnnData):
-        # the matrix of a backed AnnData is that of its file; tables and layers may have been changed since
-        if not data.isbacked or data.is_view or layer is not None:
+        # X and .raw of a backed AnnData are those of its file; tables and layers may have been changed since
+        if not data.isbacked or data.is_view or (layer is not None and (layer != RAW or has_layer(data, RAW))):
             return None
         path = str(Path(data.filename).absolute())
-        return path if open_source(path).var.equals(data.var) else None
+        stored, held = (open_source(one, layer=layer) for one in (path, data))
+        return path if stored.var.equals(held.var) else None
     if isinstance(data, (str, PathLike)):
         return data if "://" in str(data) else str(Path(data).absolute())
     if isinstance(data, (list, tuple)) and all(isinstance(part, (str, PathLike)) for part in data):

@@ -1,0 +1,111 @@
+"""What the values of a matrix are: counts, scaled counts, logarithms of either, or something else."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from scllm._typing import CSR, FloatArray
+
+__all__ = ["JUDGED_CELLS", "ValueKind", "as_counts", "is_log_like", "is_near_integer", "value_kind"]
+
+ValueKind = Literal["counts", "scaled", "logged", "other"]
+
+# cells whose shape is looked at: more do not change the answer
+JUDGED_CELLS = 512
+_READ_CELLS = 4_096
+
+# the natural logarithm of a count normalised to a million is below 13.9
+_LOGGED_BELOW = 14.0
+_BASES = {"e": 1.0, "2": np.log(2), "10": np.log(10)}
+# multiples of the unit that are tested. Logarithms kept to 3 decimals are off by 0.06 at 20, those of real data less
+_HIGHEST_MULTIPLE, _TOLERANCE = 20.5, 0.1
+# a cell of a few genes may have no count of 1: its lowest value is then 2 or 3 units
+_UNITS = (1, 2, 3)
+_FEWEST_TESTS = 5
+# of values that are no multiples a fifth to a half pass, of real multiples nearly all
+_PASSES = 0.8
+
+
+def is_near_integer(values: NDArray) -> NDArray[np.bool_]:
+    """Whether values are integers but for floating-point noise: within 1e-3, from 10 on within 1e-4 of the value."""
+    if values.dtype.kind in "biu":
+        return np.ones(values.shape, bool)
+    return np.abs(values - np.rint(values)) <= np.maximum(1e-3, 1e-4 * np.abs(values))
+
+
+def as_counts(matrix: CSR) -> CSR:
+    """The matrix with floating-point noise taken off the cells that hold counts; the matrix itself where there is none.
+
+    A cell holds counts if all its values are near integers. Cells are judged one by one, so that what is read of a cell
+    does not depend on the others.
+    """
+    if matrix.dtype.kind in "biu":
+        return matrix
+    rounded = np.rint(matrix.data)
+    if np.array_equal(rounded, matrix.data):
+        return matrix
+    n_far = np.concatenate([[0], np.cumsum(~is_near_integer(matrix.data))])
+    holds_counts = np.diff(n_far[matrix.indptr]) == 0
+    data = np.where(np.repeat(holds_counts, np.diff(matrix.indptr)), rounded, matrix.data)
+    clean = type(matrix)((data, matrix.indices, matrix.indptr), shape=matrix.shape)
+    clean.has_canonical_format = matrix.has_canonical_format
+    return clean
+
+
+def value_kind(matrix: CSR) -> ValueKind:
+    """What non-negative values are, judged by the shape of each of up to 512 cells spread over the matrix.
+
+    Within one cell, scaled counts (normalised, or 0.93 times the counts) are multiples of a unit, the value of a single
+    count, and logarithms are so after ``expm1`` (or its like to the base 2 or 10). Cells of counts decide only where
+    there are no others.
+    """
+    far = np.concatenate([[0], np.cumsum(~is_near_integer(matrix.data))])
+    odd = np.flatnonzero(np.diff(far[matrix.indptr]))
+    if not len(odd):
+        return "counts"
+    chosen = odd[np.linspace(0, len(odd) - 1, min(JUDGED_CELLS, len(odd))).astype(int)]
+    tests = np.array([_tests(matrix.data[matrix.indptr[i] : matrix.indptr[i + 1]]) for i in chosen])  # (cell, form, 2)
+    n_passed, n_tested = tests.sum(axis=0).T
+    share = np.where(n_tested >= _FEWEST_TESTS, n_passed / np.maximum(n_tested, 1), 0)
+    if share.max() < _PASSES:
+        return "other"
+    return "scaled" if share[0] >= share.max() else "logged"
+
+
+def is_log_like(matrix: Any) -> bool:
+    """Whether values should not be logged again: they are logarithms, or were centred, or may be denoised logarithms.
+
+    Takes a dense or sparse matrix of any sign, and looks at up to 4,096 cells spread over it.
+    """
+    rows = np.linspace(0, matrix.shape[0] - 1, min(_READ_CELLS, matrix.shape[0])).astype(int)
+    part = sparse.csr_matrix(matrix[rows])
+    if not part.nnz or part.data.min() < 0:
+        return bool(part.nnz)
+    kind = value_kind(part)
+    return kind == "logged" or (kind == "other" and bool(part.data.max() < _LOGGED_BELOW))
+
+
+def _tests(values: FloatArray) -> list[tuple[int, int]]:
+    """How many distinct values of a cell are multiples of the unit, of how many: as they are, and after each power."""
+    distinct = np.unique(values[values > 0].astype(np.float64))
+    forms = [distinct, *(np.expm1(np.minimum(distinct * base, 50)) for base in _BASES.values())]
+    limits = [np.inf, *(_LOGGED_BELOW / base for base in _BASES.values())]
+    return [_multiples(form) if len(distinct) > 1 and distinct[-1] < limit else (0, 0)
+            for form, limit in zip(forms, limits, strict=True)]  # fmt: skip
+
+
+def _multiples(values: FloatArray) -> tuple[int, int]:
+    """How many of the ascending values are multiples of the best unit, and how many were tested."""
+    best = (0, 0)
+    for unit in _UNITS:
+        multiple = values[1:] / values[0] * unit
+        # values beside the lowest are the same count, and would pass in any form
+        multiple = multiple[(multiple > unit + _TOLERANCE) & (multiple < _HIGHEST_MULTIPLE)]
+        passed = int((np.abs(multiple - np.rint(multiple)) <= _TOLERANCE).sum())
+        if passed * best[1] > best[0] * len(multiple) or not best[1]:
+            best = passed, len(multiple)
+    return best
