@@ -184,7 +184,7 @@ def write_arrays(
     write_rows((source.read(cells[start : start + chunk]) for start in range(0, max(1, len(cells)), chunk)), folder)
     with h5py.File(folder / "cells.partial", "w") as file:
         write_elem(file, "obs", storable_table(source.obs(list(obs)).iloc[cells]))
-        write_elem(file, "var", storable_table(_names_in(source.var, gene_key)))
+        write_elem(file, "var", storable_table(_naming_columns(source.var, gene_key)))
         if source.layer is not None:
             file.attrs["layer"] = source.layer
         _write_gene_tables(file, gene_tables(source), cells, gene_key)
@@ -192,7 +192,7 @@ def write_arrays(
     return folder
 
 
-def _names_in(var: pd.DataFrame, gene_key: str | None) -> pd.DataFrame:
+def _naming_columns(var: pd.DataFrame, gene_key: str | None) -> pd.DataFrame:
     """The columns of a table of genes that can name them."""
     return var.loc[:, [name == gene_key or _is_text(column) for name, column in var.items()]]
 
@@ -209,7 +209,7 @@ def _write_gene_tables(file: h5py.File, found: GeneTables, cells: IntArray, gene
     group = file.create_group("gene_tables")
     group["of_cell"] = found.of_cell[cells]
     for i, (name, table) in enumerate(zip(found.names, found.tables, strict=True)):
-        write_elem(group, str(i), storable_table(_names_in(table, gene_key)))
+        write_elem(group, str(i), storable_table(_naming_columns(table, gene_key)))
         group[str(i)].attrs["name"] = name
 
 
@@ -355,7 +355,7 @@ def layer_names(data: object) -> list[str | None]:
         case AnnData():
             return [*([] if data.X is None else [None]), *data.layers, *_raw_of(data.raw is not None, data.layers)]
         case str() | os.PathLike():
-            found = [_names_in(AnnDataFile(file)) for file in _files(Path(data))]
+            found = [_matrices_in(AnnDataFile(file)) for file in _files(Path(data))]
         case list() | tuple():
             found = [layer_names(part) for part in data]
         case _:
@@ -491,7 +491,7 @@ def _key(file: AnnDataFile, layer: str | None) -> str:
     """Where in the file a layer is."""
     if layer is None:
         return "X"
-    names = _names_in(file)
+    names = _matrices_in(file)
     if layer in _layers_in(file):
         if layer == RAW and _RAW_X in file.root:
             log.info("reading the layer 'raw' of '%s', and not its .raw", file.path)
@@ -505,7 +505,7 @@ def _layers_in(file: AnnDataFile) -> list[str]:
     return list(file.root["layers"]) if "layers" in file.root else []
 
 
-def _names_in(file: AnnDataFile) -> list[str | None]:
+def _matrices_in(file: AnnDataFile) -> list[str | None]:
     """X, if there is one, the layers, and ``"raw"`` where it stands for ``.raw``."""
     layers = _layers_in(file)
     has_x = "X" in file.root and file.root["X"].attrs.get("encoding-type") != "null"
@@ -527,7 +527,7 @@ def _open_rows(file: AnnDataFile, key: str) -> RowStore:
         case "array" | None if is_array(node):  # anndata 0.7 wrote no kind beside dense matrices
             return DenseRows(file, key)
         case "null" if key == "X":
-            raise KeyError(f"'{file.path}' has no matrix X. Pass one of {_listed(_names_in(file))} as `layer=`.")
+            raise KeyError(f"'{file.path}' has no matrix X. Pass one of {_listed(_matrices_in(file))} as `layer=`.")
     seen = repr(kind) if kind is not None else "a group without 'encoding-type' (anndata before 0.7)"
     raise TypeError(
         f"Expected a CSR, CSC or dense matrix, but {key!r} in '{file.path}' is stored as {seen}. "
