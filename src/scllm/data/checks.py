@@ -113,7 +113,7 @@ def layer_with_counts(data: object, layer: str | None = None, *, into_x: bool = 
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # of non-integers: they are no counts
-                check_source(open_source(data, layer=name), needs_counts=True, layer=name)  # type: ignore[arg-type]
+                check_source(open_source(data, layer=name), needs_counts=True, layer=name)
         except (ValueError, TypeError, KeyError, UserWarning):  # or it cannot be read at all
             continue
         if name is None:

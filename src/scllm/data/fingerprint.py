@@ -79,9 +79,9 @@ def _of_matrix(source: CellSource) -> str:
     return f"{sampled}-{content}"
 
 
-def _stored_lengths(source: Any) -> IntArray | None:
+def _stored_lengths(source: CellSource) -> IntArray | None:
     """Values stored for each cell, where a file says so by itself."""
-    found = [getattr(part, "lengths", None) for part in getattr(source, "parts", [source])]
+    found: list[Any] = [getattr(part, "lengths", None) for part in getattr(source, "parts", [source])]
     return None if any(lengths is None for lengths in found) else np.concatenate(found)
 
 

@@ -130,6 +130,7 @@ class GeneMatch:
                 return (by_file[0][0] if by_file else self.files[0]).tokens(counts)
             found = [file.tokens(counts[places]) for file, places in by_file]
             return Tokens.stacked(found, [places for _, places in by_file])
+        genes: IntArray
         if self._is_in_order:
             indptr, genes, values = restrict(counts.indptr, counts.indices, counts.data, self.token_ids)
         else:

@@ -87,7 +87,8 @@ def mend(names: Sequence[str], token_ids: IntArray, id_of: Mapping[str, int]) ->
         other_case = {place: hit for place, hit in other_case.items() if place not in same}
     taken = Counter(token_ids[token_ids >= 0].tolist())
     taken.update(token for _, _, token in found.values())
-    mended, kinds, examples, unclear = token_ids.copy(), Counter[str](), {}, []
+    mended, kinds, unclear = token_ids.copy(), Counter[str](), []
+    examples: dict[str, tuple[str, str]] = {}
     for place, (kind, meant, token) in found.items():
         if taken[token] > 1:
             unclear.append((names[place], meant))

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +202,7 @@ class GeneLM(CellModel):
             )
         return list(lists[0])
 
-    def _states(self, genes: Tensor, padding: Tensor, layer: int = -1, **more: Tensor) -> Tensor:
+    def _states(self, genes: Tensor, padding: Tensor, layer: int = -1, **more: Any) -> Tensor:
         """Compute hidden states of padded token sequences after a block, ``(b, l, d)``."""
         inner = layer != -1
         found = self._through(self.network.base_model, genes, padding, output_hidden_states=inner, **more)
@@ -217,20 +217,20 @@ class GeneLM(CellModel):
         more = {**self._positions(genes), **more}
         return network(input_ids=genes, attention_mask=(~padding).long(), **more)
 
-    def _positions(self, genes: Tensor, batch: Batch | None = None) -> dict[str, Tensor]:
+    def _positions(self, genes: Tensor, batch: Batch | None = None) -> dict[str, Any]:
         # by default, RoBERTa counts positions from the padding token's id
         if "position_ids" not in signature(self.network.base_model.forward).parameters:
             return {}
         position = torch.arange(genes.shape[1], device=genes.device).expand(genes.shape)
         if batch is not None and batch.spacing is not None:
             there = position < batch.cu_seqlens.diff()[:, None]
-            position = torch.zeros_like(genes).masked_scatter(there, places(batch, self.encoder))
+            position = torch.zeros_like(genes).masked_scatter(there, places(batch, cast(RankEncoder, self.encoder)))
         return {"position_ids": position}
 
     def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
         """Compute hidden states after a block, ``(t, d)``; with ``first_only``, only of first tokens, ``(b, d)``."""
         genes, _, padding = batch.padded(pad_id=self.pad_id)
-        states = self._states(genes, padding, layer, **self._positions(genes, batch))
+        states = self._states(genes, padding, layer=layer, **self._positions(genes, batch))
         return states[:, 0] if first_only else states[~padding]
 
     def first_and_last(self, batch: Batch) -> tuple[Tensor, Tensor]:

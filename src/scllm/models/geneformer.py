@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ class Model(CellModel):
                 f"Expected at most {self.config.max_len} tokens per cell, the number of positions of the model, got "
                 f"{max(batch.lengths)}. Encode with a smaller max_len."
             )
-        position = self.position_embedding(places(batch, self.encoder))
+        position = self.position_embedding(places(batch, cast(RankEncoder, self.encoder)))
         x = self.token_embedding(batch.genes) + self.type_embedding.weight[0] + position
         return self.dropout(self.norm(x))
 

@@ -203,13 +203,13 @@ def _round_attention(module: nn.Module) -> None:
         delattr(module, which)
         module.register_parameter(f"{which}_int8", nn.Parameter(rounded, requires_grad=False))
         module.register_buffer(f"{which}_scale", scale)
-    module.__class__ = _int8_attention(type(module))
+    module.__class__ = _int8_attention(type(module))  # type: ignore[arg-type]
 
 
 def _attention_to_float(module: nn.Module) -> None:
     """Convert the int8 weights of XLNet's attention back to floats, in place."""
     floats = {which: nn.Parameter(_floats(module, which)) for which in _XLNET}
-    module.__class__ = type(module).__base__
+    module.__class__ = type(module).__bases__[0]
     for which, weight in floats.items():
         delattr(module, f"{which}_int8")
         delattr(module, f"{which}_scale")
