@@ -203,13 +203,13 @@ CASES = {
         "Did you mean 'cell_type'", KeyError,
     ),
     "one class": Case(
-        label("one", "x"), finetune("one"), r"obs\['one'\] holds 1 classes \('x'\)", "at least 2 expected",
+        label("one", "x"), finetune("one"), r"1 \('x'\)", r"at least 2 classes in obs\['one'\]",
         "Pass a column with several labels",
     ),
     "labels written alike": Case(
         label("mixed", pd.Categorical([1, "1", "a"] * 20, categories=[1, "1", "a"])), finetune("mixed"),
-        r"obs\['mixed'\] holds 1 \(int\) and '1' \(str\)", "labels of different names expected",
-        r"If they are the same: adata\.obs\['mixed'\] = adata\.obs\['mixed'\]\.astype\(object\)\.map\(str",
+        r"1 \(int\) and '1' \(str\)", r"obs\['mixed'\]",
+        r"adata\.obs\['mixed'\] = adata\.obs\['mixed'\]\.astype\(object\)\.map\(str",
     ),
     "integer labels": Case(
         label("n", np.arange(60) % 3 + 5), finetune("n"), r"obs\['n'\] holds integers \(first: 5\)",
@@ -221,8 +221,8 @@ CASES = {
         r"\.astype\('category'\)",
     ),
     "two columns of one name": Case(
-        twice("cell_type"), finetune("cell_type"), "2 columns of adata.obs are called 'cell_type'", "one expected",
-        "Rename or drop one",
+        twice("cell_type"), finetune("cell_type"), r"got 2\b", r"one column 'cell_type' in adata\.obs",
+        "Rename or drop",
     ),
     "too many GPUs": Case(
         lambda adata, folder: None, pretrain(n_gpus=8), naming("n_gpus", 8), rf"at most {torch.cuda.device_count()}\b",
@@ -358,7 +358,7 @@ def test_a_view_that_a_verb_writes_to_becomes_data_of_its_own(adata):
     "verb", [tl.classify, tl.embed_genes, tl.reconstruct, pp.bin_expression, pp.tokenize, pp.split]
 )
 def test_a_path_where_only_an_anndata_will_do(verb):
-    with pytest.raises(TypeError, match=r"adata is 'cells\.h5ad', an AnnData expected\. Read files with anndata\.read"):
+    with pytest.raises(TypeError, match=naming("adata", "AnnData", "'cells.h5ad'", "anndata.read_h5ad")):
         verb("cells.h5ad")
 
 
@@ -366,8 +366,8 @@ def test_a_backed_anndata_that_cannot_be_written_is_an_error_before_anything_is_
     adata.write_h5ad(tmp_path / "cells.h5ad")
     backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
     model = models.build("scgpt", vocab=adata.var_names, size="tiny")
-    with pytest.raises(ValueError, match=r"copy=True is given, and adata is backed by a file.*to_memory"):
+    with pytest.raises(ValueError, match=naming("copy=True", "backed", "adata.to_memory()")):
         tl.embed(backed, model, copy=True)
-    with pytest.raises(ValueError, match=r"adata is a view of a backed AnnData.*to_memory"):
+    with pytest.raises(ValueError, match=naming("view", "backed", "adata.to_memory()")):
         tl.embed(backed[:10], model)
     backed.file.close()

@@ -16,7 +16,7 @@ _NAMESPACES = ("datasets", "get", "metrics", "models", "pl", "pp", "settings", "
 
 
 def __getattr__(name: str) -> Any:
-    # namespaces load when they are first touched, so that `import scllm` stays fast
+    # namespaces are imported on first use, so that `import scllm` is fast
     if name in _NAMESPACES:
         _warn_of_namesake()
         return import_module(f"scllm.{name}")
@@ -26,14 +26,14 @@ def __getattr__(name: str) -> Any:
 
 
 def _warn_of_namesake() -> None:
-    """Another project's distribution is called scllm, and its files go to the same folder as ours."""
+    """Warn if the package scllm of another project is installed, whose files are in the same folder."""
     try:
         other = distribution("scllm")
     except PackageNotFoundError:
         return
     warnings.warn(
-        f"the distribution scllm {other.version} of another project is installed beside scllm-tools, no other package "
-        "that imports as scllm expected: their files overwrite each other. Run `pip uninstall scllm scllm-tools`, then "
+        f"The package scllm {other.version} of another project is installed besides scllm-tools. Both are imported as "
+        "scllm, and their files overwrite each other. Run `pip uninstall scllm scllm-tools`, then "
         "`pip install scllm-tools`.",
         UserWarning,
         stacklevel=3,

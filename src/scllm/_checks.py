@@ -1,4 +1,4 @@
-"""Looking up what a verb was asked for, with errors that offer close names."""
+"""Check arguments and look up columns and embeddings, with errors that suggest close names."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ __all__ = [
 
 
 def check_adata(adata: object, copy: bool = False, key_added: str = "result") -> None:
-    """Raise where a verb could not write its result: no AnnData, its file in the way, a key that no file can have."""
+    """Raise if a verb could not write its result: not an AnnData, backed by a file, or a key that no file can have."""
     if not isinstance(key_added, str) or key_added in ("", ".", ".."):
         error = ValueError if isinstance(key_added, str) else TypeError
-        raise error(f"Expected key_added to be a name, got {key_added!r}. Leave it out for the usual one.")
+        raise error(f"Expected key_added to be a name, got {key_added!r}. Leave it out for the default name.")
     if not isinstance(adata, AnnData):
         seen = f"{adata!r:.60}" if isinstance(adata, str) else f"of type {type(adata).__name__}"
         raise TypeError(
-            f"adata is {seen}, an AnnData expected. Read files with anndata.read_h5ad or anndata.read_zarr."
+            f"Expected adata to be an AnnData, got {seen}. Read files with anndata.read_h5ad or anndata.read_zarr."
         )
     if adata.isbacked and (copy or adata.is_view):
-        what = "copy=True is given, and adata is backed by a file" if copy else "adata is a view of a backed AnnData"
-        raise ValueError(f"{what}, one in memory expected. Pass adata.to_memory().")
+        what = "one backed by a file with copy=True" if copy else "a view of a backed AnnData"
+        raise ValueError(f"Expected adata to be an AnnData in memory, got {what}. Pass adata.to_memory().")
 
 
 def missing_key(key: object, names: Iterable[str], where: str, advice: str = "") -> KeyError:
-    """Say that ``key`` is not in ``where`` and offer the closest of ``names``; to be raised by the caller.
+    """Make a ``KeyError`` that says that ``key`` is not ``where`` and suggests the closest of ``names``.
 
     Examples
     --------
@@ -54,32 +54,32 @@ def missing_key(key: object, names: Iterable[str], where: str, advice: str = "")
 
 
 def check_options(given: Iterable[str], passed_on: Iterable[str], verb: Callable[..., Any]) -> None:
-    """Raise ``TypeError`` where an option is neither the verb's own nor one that it passes on; offer the closest."""
+    """Raise ``TypeError`` if an option is neither the verb's own nor one that it passes on; suggest the closest."""
     own = [one.name for one in signature(verb).parameters.values() if one.kind is one.KEYWORD_ONLY]
     known = list(dict.fromkeys([*own, *passed_on]))
     for name in given:
         if name not in known:
             close = get_close_matches(name, known, n=1)
             offer = f"Did you mean {close[0]!r}?" if close else "Leave it out."
-            raise TypeError(f"{name!r} is no option of {verb.__name__}, one of {', '.join(known)} expected. {offer}")
+            raise TypeError(f"{verb.__name__} has no option {name!r}. Expected one of {', '.join(known)}. {offer}")
 
 
 def obs_column(obs: pd.DataFrame, key: str, *, owner: str = "adata") -> pd.Series:
-    """The column ``key`` as it is; an error if there is none, or no cell. ``owner`` is whose ``obs`` it is."""
+    """Return the column ``key`` of the ``obs`` of ``owner``; raise if there is no such column, or no cell."""
     if key not in obs.columns:
         raise missing_key(key, obs.columns, f"a column of {owner}.obs")
     if not len(obs):
-        raise ValueError(f"{owner} has 0 cells, at least one expected. Check the filters that came before.")
+        raise ValueError(f"Expected at least one cell in {owner}, got 0 cells. Check earlier filters.")
     column = obs[key]
     if isinstance(column, pd.DataFrame):
         raise ValueError(
-            f"{column.shape[1]} columns of {owner}.obs are called {key!r}, one expected. Rename or drop one."
+            f"Expected one column {key!r} in {owner}.obs, got {column.shape[1]}. Rename or drop the others."
         )
     return column
 
 
 def holds_numbers(column: pd.Series) -> bool:
-    """Whether what is there are numbers, also as Python objects; categories are labels, whatever they are named."""
+    """Return whether a column holds numbers, also as Python objects; categories are labels, whatever their type."""
     numbers = ("integer", "floating", "mixed-integer-float", "decimal", "complex")
     return pd.api.types.infer_dtype(column, skipna=True) in numbers
 
@@ -97,46 +97,46 @@ def labels(obs: pd.DataFrame, key: str, *, owner: str = "adata") -> pd.Series:
     column = obs_column(obs, key, owner=owner)
     if holds_numbers(column):
         raise ValueError(
-            f"obs[{key!r}] holds numbers ({column.dtype}), labels expected. "
-            f"If the numbers are classes: {owner}.obs[{key!r}] = {owner}.obs[{key!r}].astype('category')."
+            f"Expected labels in obs[{key!r}], got numbers ({column.dtype}). "
+            f"If the numbers are classes, run {owner}.obs[{key!r}] = {owner}.obs[{key!r}].astype('category')."
         )
     classes = _as_categories(column)
     if len(classes.cat.categories) < 2:
         raise ValueError(
-            f"obs[{key!r}] holds {len(classes.cat.categories)} classes ({listed(classes.cat.categories)}), at least 2 "
-            "expected. Pass a column with several labels with `key=`."
+            f"Expected at least 2 classes in obs[{key!r}], got {len(classes.cat.categories)} "
+            f"({listed(classes.cat.categories)}). Pass a column with several labels as key=."
         )
     return classes
 
 
 def warn_of_unknown_labels(obs: pd.DataFrame, key: str, known: Iterable[str], advice: str) -> None:
-    """Where cells are labelled already, and with labels that they cannot get again."""
+    """Warn if cells already have labels that the model cannot predict."""
     if key not in obs:
         return
     known, column = list(known), obs[key].dropna().astype(str)
     others = column[~column.isin(known)]
     if len(others):
         warn(
-            f"{len(others)} of {len(obs)} cells have labels in obs[{key!r}] that were not learnt (first: "
-            f"{others.iloc[0]!r}), {listed(known)} expected. They get one of those; {advice}."
+            f"{len(others)} of {len(obs)} cells have a label in obs[{key!r}] that the training data lacked (first: "
+            f"{others.iloc[0]!r}). They will get one of {listed(known)}; {advice}."
         )
 
 
 def embedding(adata: AnnData, use_rep: str, *, advice: str = "", owner: str = "adata") -> FloatArray:
-    """``obsm[use_rep]`` as a finite dense array, ``(n_cells, d)``."""
+    """Return ``obsm[use_rep]`` as a finite dense array, ``(n_cells, d)``."""
     if use_rep not in adata.obsm:
         raise missing_key(use_rep, adata.obsm, f"in {owner}.obsm", advice)
     values = np.asarray(adata.obsm[use_rep])
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.number):
         raise ValueError(
-            f"obsm[{use_rep!r}] has shape {values.shape} and type {values.dtype}, numbers of shape (n_cells, d) "
-            "expected. Pass the key of a cell embedding with `use_rep=`."
+            f"Expected numbers of shape (n_cells, d) in obsm[{use_rep!r}], got shape {values.shape} and type "
+            f"{values.dtype}. Pass the key of a cell embedding as use_rep=."
         )
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
         raise ValueError(
-            f"obsm[{use_rep!r}] is not finite in {len(bad)} of {len(values)} cells "
-            f"(first: {adata.obs_names[bad[0]]!r}), finite values expected. Embed again, or leave those cells out."
+            f"Expected finite values in obsm[{use_rep!r}], but {len(bad)} of {len(values)} cells have others (first: "
+            f"{adata.obs_names[bad[0]]!r}). Embed again, or remove those cells."
         )
     return values
 
@@ -148,8 +148,8 @@ def _as_categories(column: pd.Series) -> pd.Series:
         first = named.setdefault(str(category), category)
         if first is not category:
             raise ValueError(
-                f"obs[{column.name!r}] holds {first!r} ({type(first).__name__}) and {category!r} "
-                f"({type(category).__name__}), labels of different names expected. If they are the same: "
+                f"Expected labels in obs[{column.name!r}] that differ as text, got {first!r} ({type(first).__name__}) "
+                f"and {category!r} ({type(category).__name__}). If they are the same label, run "
                 f"adata.obs[{column.name!r}] = adata.obs[{column.name!r}].astype(object).map(str, na_action='ignore')."
             )
     return column.cat.rename_categories(list(named))

@@ -1,4 +1,4 @@
-"""Lists of names in messages."""
+"""Format lists of names for messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SHOWN = 8
 
 
 def listed(names: Iterable[object], *, quoted: bool = True) -> str:
-    """The first few names, and how many there are beyond.
+    """List the first few names, and say how many more there are.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""How verbs leave their settings and tables in ``adata.uns["scllm"]``, so that every AnnData file format takes them."""
+"""Write settings and tables into ``adata.uns["scllm"]``, in a form that every AnnData file format can store."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ class MatchSettings(TypedDict):
 def record(
     adata: AnnData, verb: str, params: Mapping[str, Any], table: pd.DataFrame | None = None, **results: Any
 ) -> None:
-    """Write ``params`` and ``table`` of a verb into ``adata.uns["scllm"][verb]``, in place of what it wrote before.
+    """Write ``params`` and ``table`` of a verb into ``adata.uns["scllm"][verb]``, replacing earlier ones.
 
     Parameters
     ----------
     adata
-        Where to write.
+        The AnnData to write to.
     verb
         Key in ``uns["scllm"]``.
     params
-        Settings. ``None`` is left out, a sequence becomes an array, a path a string, a dataclass a dict of its
-        fields, and a mapping two arrays (``keys``, ``values``): its keys may be class names, which must not become
-        keys of a file.
+        Settings. ``None`` is omitted, a sequence becomes an array, a path a string, a dataclass a dict of its fields,
+        and a mapping two arrays (``keys``, ``values``), because its keys may be class names, which must not become keys
+        of a file.
     table
-        Long table; text with gaps becomes categorical, since files hold no gaps in text.
+        Long table. Text with missing values becomes categorical, because files cannot store missing text.
 
     **results
-        Further entries beside ``params``, such as the coverage of ``match_genes``.
+        Further entries, such as the coverage of ``match_genes``.
 
     Writes
     ------
@@ -59,12 +59,12 @@ def record(
     entry: dict[str, Any] = {"params": _storable_items(params), **_storable_items(results)}
     if table is not None:
         entry["table"] = storable_table(table)
-    # a new outer dict: the uns of a view shares its inner dicts with the AnnData it looks at
+    # a new outer dict, because the uns of a view shares its inner dicts with the parent AnnData
     adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), verb: entry}
 
 
 def recorded(adata: AnnData, verb: str, *, made_by: str) -> dict[str, Any]:
-    """What ``verb`` wrote into ``adata.uns["scllm"]``; the ``KeyError`` if it did not says what to call."""
+    """Return what ``verb`` wrote into ``adata.uns["scllm"]``; the ``KeyError`` otherwise says what to call."""
     written = adata.uns.get(_keys.UNS, {})
     if verb not in written:
         raise missing_key(verb, written, "in adata.uns['scllm']", f"Call {made_by} first.")
@@ -131,7 +131,7 @@ def drop_labels(adata: AnnData, column: str) -> None:
 
 
 def record_classes(adata: AnnData, column: str, classes: Iterable[str]) -> None:
-    """Write what the columns of ``obsm[column + "_probabilities"]`` are, beside those of other verbs and calls."""
+    """Record the classes of ``obsm[column + "_probabilities"]``, keeping those of other columns."""
     earlier = _class_names(adata)
     new = pd.DataFrame({"column": column, "class": list(classes)})
     table = pd.concat([earlier[earlier["column"] != column], new], ignore_index=True)
@@ -139,7 +139,7 @@ def record_classes(adata: AnnData, column: str, classes: Iterable[str]) -> None:
 
 
 def classes_of(adata: AnnData, column: str) -> list[str]:
-    """The names that :func:`record_classes` wrote for a column, in order; empty if none."""
+    """Return the classes that :func:`record_classes` recorded for a column, in order; empty if there are none."""
     table = _class_names(adata)
     return table.loc[table["column"] == column, "class"].astype(str).tolist()
 
@@ -224,7 +224,7 @@ def _storable(value: Any) -> Any:
 
 
 def _array(values: Any) -> NDArray[Any]:
-    """One array of numbers, or of strings as soon as one value is none (a tuple of genes becomes ``"A,B"``)."""
+    """Return an array of numbers, or of strings if a value is not a number (a tuple of genes becomes ``"A,B"``)."""
     values = list(values)
     if all(isinstance(value, (bool, int, float, np.number, np.bool_)) for value in values):
         return np.array(values)

@@ -58,7 +58,7 @@ def test_the_most_probable_label_and_all_probabilities_are_written(adata, labell
 
 def test_labels_that_the_model_cannot_give_are_warned_of(adata, labelled):
     adata.obs["cell_type"] = ["A", "ductal", "ductal", *["B"] * 56, None]
-    with pytest.warns(UserWarning, match=r"2 of 60 .* not learnt \(first: 'ductal'\), 'A', 'B', 'C' expected"):
+    with pytest.warns(UserWarning, match=naming(2, 60, "first: 'ductal'", "'A', 'B', 'C'")):
         classify(adata, labelled)
 
 
@@ -105,8 +105,8 @@ def test_a_threshold_is_for_labels(adata, tiny):
     [
         ({"batch_size": 7.0}, naming("batch_size", "whole number", "7.0")),
         ({"batch_size": 0}, naming("batch_size", "whole number", "0")),
-        ({"key_added": None}, "key_added is None, a name expected"),
-        ({"key_added": 3}, "key_added is 3, a name expected"),
+        ({"key_added": None}, naming("key_added", None)),
+        ({"key_added": 3}, naming("key_added", 3)),
     ],
 )
 def test_settings_that_are_none_write_nothing(adata, labelled, options, message):

@@ -206,7 +206,7 @@ def test_genes_that_were_renamed_in_memory_keep_their_names(adata, train, tmp_pa
     model = train(data=backed, n_procs=2, device="cpu")
     assert model.vocab.genes == tuple(backed.var_names)
     view = backed[:50]
-    with pytest.raises(ValueError, match=r"adata is a view of a backed AnnData, one in memory expected"):
+    with pytest.raises(ValueError, match=naming("view", "backed", "to_memory")):
         train(data=view)
 
 
