@@ -165,7 +165,8 @@ def storable_table(table: pd.DataFrame) -> pd.DataFrame:
     columns = {_keys.safe(str(name)): _storable_column(column) for name, column in table.items()}
     is_counted = isinstance(table.index, pd.RangeIndex)
     # an index may have the name of a column, which no file format takes
-    index = table.index if is_counted else pd.Index(table.index.map(str).to_list(), dtype=object)
+    name = None if table.index.name is None or str(table.index.name) in columns else str(table.index.name)
+    index = table.index if is_counted else pd.Index(table.index.map(str).to_list(), dtype=object, name=name)
     return pd.DataFrame(columns, index=index)
 
 

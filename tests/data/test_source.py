@@ -364,7 +364,7 @@ def test_columns_are_rewritten_once_for_all_that_read_a_file(adata, by_columns, 
 
 def test_a_file_by_columns_that_is_written_again_is_rewritten_again(adata, by_columns, tmp_path):
     open_source(by_columns).read(ROWS)
-    adata.X = sparse.csc_matrix(adata.X * 2)
+    adata = with_matrix(adata, sparse.csc_matrix(adata.X * 2))
     adata.write_h5ad(by_columns)
     assert_same(open_source(by_columns).read(ROWS), sparse.csr_matrix(adata.X)[ROWS])
 

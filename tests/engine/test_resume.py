@@ -232,7 +232,7 @@ def test_a_run_that_began_without_loss_scaling_can_be_resumed_in_half_precision(
     write_json(run.path / "spec.json", run.spec | {"train": run.spec["train"] | {"precision": "fp16", "epochs": 3}})
     with caplog.at_level("INFO", logger="scllm"):
         continue_run(run, device="cpu")
-    assert re.search(naming("step 9", "fp16", "fp32"), caplog.text)
+    assert re.search(naming("fp16", "fp32"), caplog.text)
     assert (curve(run.path)["loss"] > 0).all()
     assert len(curve(run.path)) == 3 * 7 + 3
 

@@ -190,7 +190,7 @@ def test_the_matrix_is_shared_with_what_is_trained_on(adata):
     from scllm.tl._cross_validate import _Cells
     from scllm.tl._target import find_target
 
-    cells = _Cells.of(adata, find_target(adata.obs, "cell_type"), layer=None)
+    cells = _Cells.of(adata, find_target(adata.obs, "cell_type"), layer=None, groups=None)
     assert np.shares_memory(cells.adata.X.data, adata.X.data)
     cells.adata.obs["new"] = 1
     assert "new" not in adata.obs
@@ -201,7 +201,7 @@ def test_the_only_training_cell_of_a_label_is_trained_on(adata):
     from scllm.tl._target import find_target
 
     adata.obs["label"] = ["rare", *["often"] * 59]
-    cells = _Cells.of(adata, find_target(adata.obs, "label"), layer=None)
+    cells = _Cells.of(adata, find_target(adata.obs, "label"), layer=None, groups=None)
     for seed in range(8):
         parts = cells._parts(np.arange(40), 0.5, seed)
         assert parts[0] == "train"

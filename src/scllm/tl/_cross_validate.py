@@ -132,7 +132,7 @@ def cross_validate(
     groups = find_groups(adata.obs, group_key, target)
     options, seed = _checked(finetune_options)
     layer = options.pop("layer", None)
-    source = open_source(adata, layer=layer)
+    cells = _Cells.of(adata, target, layer, groups)
     if target.classes is not None and isinstance(options.get("class_weight"), Mapping):
         check_class_weight(options["class_weight"], [target])
     check_folds(target, groups, n_folds, n_repeats, group_key)
@@ -142,13 +142,12 @@ def cross_validate(
             f"the model was fine-tuned on a column {key!r} before, one that has not seen the labels of these cells "
             "expected: if they are the same cells, every score is too high. Pass the pretrained model."
         )
-    check_layer(source, chosen, layer, adata, downsample=getattr(options.get("config"), "downsample", None) or 0.0)
-    options["config"] = options.get("config") or TrainConfig()
+    config = options["config"] = options.get("config") or TrainConfig()
+    check_layer(cells.source, chosen, layer, adata, downsample=config.downsample or 0.0)
     folds = [_folds(target, groups, n_folds, seed + repeat) for repeat in range(n_repeats)]
     check_coverage(target, folds)
     run_dir = folds_directory("cross_validate", options.pop("run_dir", None), options.pop("resume", "auto"))
     methods = ("model", "baseline") if baseline else ("model",)
-    cells = _Cells.of(adata, target, layer, groups)
     tables, first = [], {method: np.full((adata.n_obs, target.n_outputs), np.nan, np.float32) for method in methods}
     log.info("cross-validating obs[%r]: a model is trained in each of %d folds", key, n_repeats * n_folds)
     for repeat, fold in np.ndindex(n_repeats, n_folds):
@@ -197,6 +196,7 @@ class _Cells:
     @classmethod
     def of(cls, adata: AnnData, target: Target, layer: str | None, groups: IntArray | None) -> _Cells:
         matched = {name: value for name, value in adata.uns.get(_keys.UNS, {}).items() if name == "match_genes"}
+        open_source(adata[:0], layer=layer)  # an error if there is no such layer; no cell is converted for it
         if layer == RAW and not has_layer(adata, RAW):
             matrix, var = adata.raw.X, adata.raw.var
         else:
