@@ -197,7 +197,7 @@ def test_reconstruction_depends_on_the_cell_alone_and_on_the_depth_asked_for(ada
     np.testing.assert_allclose(same.data, whole.data, atol=1e-5)
     deeper = tl.reconstruct(adata, tiny, target_depth=1_000_000, copy=True).layers["reconstructed"]
     assert abs(deeper.data - whole.data).max() > 1e-3
-    with pytest.raises(ValueError, match="target_depth is -1, a positive number"):
+    with pytest.raises(ValueError, match=naming("target_depth", -1, "positive")):
         tl.reconstruct(adata, tiny, target_depth=-1)
 
 

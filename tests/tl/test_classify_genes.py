@@ -12,6 +12,7 @@ import torch
 from anndata import AnnData
 from hypothesis import given
 from hypothesis import strategies as st
+from messages import naming
 from sklearn.metrics import average_precision_score
 
 from scllm import models
@@ -191,7 +192,7 @@ def test_a_head_on_genes_is_saved_and_loaded(adata, begun, markers, tmp_path):
         assert logits.shape == (len(batch.genes), 2)
         assert torch.equal(again.gene_head_outputs(batch)["gene_label"], logits)
         assert again.head_outputs(batch) == {}
-    with pytest.raises(ValueError, match="has a head on genes alone, one on cells expected"):
+    with pytest.raises(ValueError, match=naming("heads", "genes only", "tl.finetune")):
         classify(adata, again)
 
 

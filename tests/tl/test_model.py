@@ -109,7 +109,7 @@ def test_no_model_a_wrong_path_and_a_headless_one_are_named(adata, tiny, tmp_pat
         embed(adata, tmp_path / "missing")
     tiny.save(tmp_path / "model")
     embed(adata, tmp_path / "model")
-    with pytest.raises(ValueError, match=f"the scgpt model in {tmp_path / 'model'} has no head, a fine-tuned one"):
+    with pytest.raises(ValueError, match=naming("scgpt", tmp_path / "model", "head", "tl.finetune")):
         classify(adata)
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
+from messages import naming
 from scipy import sparse
 
 from scllm import models
@@ -141,12 +142,12 @@ def test_chosen_genes_are_predicted_from_the_cell_expressed_or_not(adata, tiny):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"mask_ratio": 1.0}, ValueError, "mask_ratio is 1.0, a share between 0 and 1"),
-        ({"genes": ["gene_1", "TP53"]}, KeyError, "'TP53' is not a gene of both the data and the model"),
-        ({"genes": ["gene_1"], "mask_ratio": 0.5}, TypeError, "genes= and mask_ratio="),
-        ({"genes": ["gene_1"], "copy": True}, TypeError, "genes= and copy=True .* are returned, .* Leave one out"),
-        ({"genes": ["gene_1"], "key_added": "mine"}, TypeError, "genes= and key_added='mine' are both given"),
-        ({"target_depth": 1e4}, ValueError, "target_depth=10000.0 goes with models"),
+        ({"mask_ratio": 1.0}, ValueError, naming("mask_ratio", "1.0")),
+        ({"genes": ["gene_1", "TP53"]}, KeyError, naming("genes", "1 of 2", "'TP53'")),
+        ({"genes": ["gene_1"], "mask_ratio": 0.5}, TypeError, naming("genes=", "mask_ratio=0.5")),
+        ({"genes": ["gene_1"], "copy": True}, TypeError, naming("genes=", "copy=True")),
+        ({"genes": ["gene_1"], "key_added": "mine"}, TypeError, naming("genes=", "key_added='mine'")),
+        ({"target_depth": 1e4}, ValueError, naming("target_depth=10000.0", "scgpt")),
     ],
 )
 def test_requests_that_cannot_be_met_write_nothing(adata, tiny, options, error, message):

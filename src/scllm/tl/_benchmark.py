@@ -85,9 +85,8 @@ def benchmark(
     _check_classes(scored_classes, scored_batches, key, batch_key)
     for name in _trained_on(adata, names, key):
         log.warning(
-            "obsm[%r] is of a model that was fine-tuned on a column %r, one that has not seen these labels expected: "
-            "if it learnt them from these cells, its scores are too high. Embed with the pretrained model, or score "
-            "cells that were held out.",
+            "obsm[%r] was computed with a model that was fine-tuned on a column %r. If it was trained on the labels of "
+            "these cells, its scores are too high. Embed with the pretrained model, or score held-out cells.",
             name, key,
         )  # fmt: skip
     embeddings = {name: _embedding(adata, name) for name in dict.fromkeys(names)}
@@ -123,13 +122,14 @@ def _scored_cells(classes: pd.Series, batches: pd.Series | None, key: str) -> ND
     cells = known & ~classes.isin(small).to_numpy()
     if not known.all():
         warn(
-            f"{(~known).sum()} of {len(known)} cells have no label in obs[{key!r}], or no batch, and are left out. "
-            "Subset adata to the labelled cells to silence this."
+            f"{(~known).sum()} of {len(known)} cells have no label in obs[{key!r}], or no batch, and are not scored. "
+            "Subset adata to the labelled cells to silence this warning."
         )
     if len(small):
         warn(
-            f"{len(small)} classes of obs[{key!r}] have fewer than {_N_FOLDS} cells (as {small[0]!r}) and are left "
-            "out: they cannot be in every fold. Subset adata, or merge small classes, to silence this."
+            f"{len(small)} classes of obs[{key!r}] have fewer than {_N_FOLDS} cells (first: {small[0]!r}) and are not "
+            "scored, because they cannot be in every fold. Subset adata, or merge small classes, to silence this "
+            "warning."
         )
     return cells
 
@@ -143,7 +143,7 @@ def _check_classes(classes: pd.Series, batches: pd.Series | None, key: str, batc
     if batches is not None and len(batches.cat.categories) < 2:
         raise ValueError(
             f"Expected at least 2 batches in obs[{batch_key!r}] among the labelled cells, got one "
-            f"({batches.cat.categories[0]!r}). Leave `batch_key` out to score the labels alone."
+            f"({batches.cat.categories[0]!r}). Leave `batch_key` out to score without batches."
         )
 
 
@@ -163,7 +163,7 @@ def _pca(adata: AnnData) -> FloatArray:
         expression = AnnData(adata.X[:] if adata.isbacked else adata.X.copy())
     else:
         raise ValueError(
-            "adata has neither X nor a layer 'counts', expression expected, of which 'X_pca' is computed. Set adata.X, "
+            "Expected adata to have X or a layer 'counts', from which 'X_pca' is computed, got neither. Set adata.X, "
             "or leave 'X_pca' out of use_rep=."
         )
     if not is_log_like(expression.X):

@@ -92,30 +92,31 @@ def classify(
     chosen = resolve(model, adata)
     if not chosen.heads_on("cell"):
         path = f" in {chosen.path}" if chosen.path is not None else ""
-        what = "a head on genes alone, one on cells" if chosen.head_specs else "no head, a fine-tuned one"
+        heads = "whose heads are on genes only" if chosen.head_specs else "without a head"
         raise ValueError(
-            f"the {chosen.family} model{path} has {what} expected. Fine-tune it first (tl.finetune, `scllm finetune`)."
+            f"Expected a fine-tuned model with a head on cells, got a {chosen.family} model{path} {heads}. Fine-tune "
+            "it first (tl.finetune, `scllm finetune`)."
         )
     if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
         raise ValueError(
-            f"threshold is {threshold!r}, a probability from 0 to 1 expected. Leave it out to have every cell labelled."
+            f"Expected threshold to be a probability from 0 to 1, got {threshold!r}. Leave it out to label every cell."
         )
     specs = [spec for spec in chosen.head_specs if spec.level == "cell"]
     if threshold is not None and all(spec.classes is None for spec in specs):
         raise TypeError(
-            f"threshold={threshold} is for labels, and the head on {specs[0].key!r} predicts values. Leave it out."
+            f"Expected a head that predicts labels with threshold={threshold}, got the head on {specs[0].key!r}, which "
+            "predicts values. Leave threshold out."
         )
     for spec in specs:
         if threshold is not None and _keys.UNKNOWN in (spec.classes or ()) and _categories(spec).is_text:
             warn(
-                f"{_keys.UNKNOWN!r} is a class of the head on {spec.key!r} and what threshold= calls doubtful cells, "
-                "different names expected: they cannot be told apart. Rename the class and fine-tune again."
+                f"{_keys.UNKNOWN!r} is a class of the head on {spec.key!r}, and threshold= gives the same label to "
+                "uncertain cells: the two cannot be distinguished. Rename the class and fine-tune again."
             )
         if spec.classes is not None:
-            called = "called 'unknown'" if _categories(spec).is_text else "left without a label"
-            warn_of_unknown_labels(
-                adata.obs, spec.key, spec.classes, f"pass threshold= to have doubtful cells {called}"
-            )
+            label = "the label 'unknown'" if _categories(spec).is_text else "no label"
+            advice = f"pass threshold= to give uncertain cells {label}"
+            warn_of_unknown_labels(adata.obs, spec.key, spec.classes, advice)
     names = _names_of_heads(chosen, key_added)
     columns = [free_key(adata, "obs", name) for name in names]
     source = open_source(adata, layer=layer)

@@ -153,11 +153,11 @@ def classify_genes(
     check_enough(found, n_folds)
     if baseline and cells.adata.n_obs < 2:
         raise ValueError(
-            "labelled genes are expressed in one cell, at least two expected by the baseline. Pass more cells, or "
-            "baseline=False."
+            "Expected labelled genes to be expressed in at least 2 cells for the baseline, got 1 cell. Pass more "
+            "cells, or baseline=False."
         )
     log.info(
-        "classifying %s labelled genes in %s cells (%d to %d cells a gene), in %d folds",
+        "classifying %s labelled genes in %s cells (%d to %d cells per gene) in %d folds",
         f"{len(found.codes):,}", f"{cells.adata.n_obs:,}", cells.n_cells.min(), cells.n_cells.max(), n_folds,
     )  # fmt: skip
     task = GeneTask(
@@ -188,8 +188,8 @@ def _check_not_overwritten(adata: AnnData, labels: LabelLike, key_added: str) ->
     """Raise where predictions would take the place of the labels that they are predictions of."""
     if isinstance(labels, str) and labels in (key_added, key_added + _keys.PROBABILITY):
         raise ValueError(
-            f"labels and key_added={key_added!r} are one column of adata.var, different ones expected: predictions "
-            "would take the place of the labels. Pass another key_added."
+            f"Expected labels and key_added to name different columns of adata.var, got labels={labels!r} and "
+            f"key_added={key_added!r}: predictions would overwrite the labels. Pass another key_added."
         )
 
 
@@ -197,26 +197,31 @@ def _check_options(n_folds: int, max_cells: int, freeze: Freeze, options: Option
     for name, value, least in (("n_folds", n_folds, 2), ("max_cells", max_cells, 1)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise ValueError(
-                f"{name} is {value!r}, a whole number of at least {least} expected. Leave it out for the default."
+                f"Expected {name} to be a whole number of at least {least}, got {value!r}. Leave it out to use the "
+                "default."
             )
     if isinstance(options.validation, str) or not 0 <= (options.validation or 0) < 1:
         raise ValueError(
-            f"validation is {options.validation!r}, a share from 0 up to below 1 of the training genes expected. Leave "
-            "it out to train for all epochs."
+            "Expected validation to be a fraction of the training genes, at least 0 and below 1, got "
+            f"{options.validation!r}. Leave it out to train for all epochs."
         )
     if lora_settings(options.lora) is not None and freeze == "encoder":
         raise TypeError(
-            "lora= adapts the encoder and freeze='encoder' keeps it as it is, one of them expected. Leave one out."
+            "Expected lora= or freeze='encoder', got both: lora= adapts the encoder, and freeze='encoder' keeps it "
+            "unchanged. Leave one out."
         )
     if options.class_weight not in ("balanced", None):
-        raise ValueError(f"class_weight is {options.class_weight!r}, 'balanced' or None expected. Leave it out.")
+        raise ValueError(
+            f"Expected class_weight to be 'balanced' or None, got {options.class_weight!r}. Leave it out to use "
+            "'balanced'."
+        )
 
 
 def _check_states(model: CellModel) -> None:
     if not model.reads_genes:
         raise ValueError(
-            f"the {model.family} model has no states of genes, a model that reads genes expected. Pass a model of "
-            "another family, such as 'scgpt' or 'geneformer'."
+            f"Expected a model whose tokens are genes, got a {model.family} model. Pass a model of another family, "
+            "such as 'scgpt' or 'geneformer'."
         )
 
 

@@ -119,21 +119,27 @@ def embed(
         check_adata(adata, copy, key_added)
         free_key(adata, "obsm", key_added)
     if adata is None and copy:
-        raise TypeError("copy=True goes with an AnnData, a path was given: the embedding is returned, or goes to out=.")
+        raise TypeError(
+            f"Expected data to be an AnnData with copy=True, got a {type(data).__name__}. Leave copy out: the "
+            "embedding is returned, or written to the file given as out=."
+        )
     if adata is not None and out is not None:
-        raise TypeError("out= goes with data given as a path; for an AnnData the embedding goes to obsm. Leave it out.")
+        raise TypeError(
+            f"Expected data to be a path with out={str(out)!r}, got an AnnData. Remove out=: the embedding of an "
+            "AnnData is written to its obsm."
+        )
     if out is not None:
         _check_out(Path(fspath(out)), data)
     chosen = resolve(model, adata)
     if not -chosen.config.n_layers - 1 <= hidden_layer <= -1:
         raise ValueError(
-            f"hidden_layer is {hidden_layer}, -1 (last block) to {-chosen.config.n_layers - 1} (before the first) "
-            "expected. Leave it out for the last block."
+            f"Expected hidden_layer to be from {-chosen.config.n_layers - 1} (input of the first block) to -1 (output "
+            f"of the last block), got {hidden_layer}. Leave it out for the last block."
         )
     if pooling is not None and pooling not in chosen.poolings:
         raise ValueError(
-            f"pooling is {pooling!r}, one of {chosen.poolings} or None expected of this {chosen.family} model. "
-            "Leave it out for the family's own."
+            f"Expected pooling to be one of {', '.join(map(repr, chosen.poolings))} or None for this {chosen.family} "
+            f"model, got {pooling!r}. Leave it out for the default of the family."
         )
     source = open_source(data, layer=layer)
     check_layer(source, chosen, layer, data)
@@ -297,13 +303,18 @@ def _row_of_token(match: GeneMatch, model: CellModel) -> IntArray:
 def _check_out(out: Path, data: object) -> None:
     """Raise where ``out`` cannot be written, or is no embedding that may be replaced."""
     if out.suffix not in (".zarr", ".npy"):
-        raise ValueError(f"out is {str(out)!r}, a path ending in .zarr or .npy expected. Rename it.")
+        raise ValueError(f"Expected out to be a path ending in .zarr or .npy, got {str(out)!r}. Rename it.")
     if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out.parent} is not there, the folder of out= expected. Make it first.")
+        raise FileNotFoundError(
+            f"Expected out to be in an existing folder, got {str(out)!r}. Create the folder {str(out.parent)!r} first."
+        )
     parts = data if isinstance(data, (list, tuple)) else [data]
     is_input = any(Path(part).absolute() == out.absolute() for part in parts if isinstance(part, (str, PathLike)))
     if is_input or (out.suffix == ".zarr" and (out / ".zgroup").exists()) or _is_group(out):
-        raise ValueError(f"out is {str(out)!r}, which holds data, a new path or an array expected. Pass another path.")
+        raise ValueError(
+            f"Expected out to be a new path or an embedding written earlier, got {str(out)!r}, which holds data. Pass "
+            "another path."
+        )
 
 
 def _is_group(path: Path) -> bool:

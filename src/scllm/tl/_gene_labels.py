@@ -65,8 +65,9 @@ def read_labels(adata: AnnData, labels: LabelLike, tokens: IntArray) -> GeneLabe
     if not len(there):
         first = column.dropna().index[0]
         raise ValueError(
-            f"none of the {int((codes >= 0).sum())} labelled genes of the data is in the model's vocabulary (first: "
-            f"{first!r}), all or most of them expected. Look at pp.match_genes(adata, model), or label other genes."
+            "Expected labelled genes to be in the model's vocabulary, got none of the "
+            f"{int((codes >= 0).sum())} labelled genes of the data (first: {first!r}). Check the names with "
+            "pp.match_genes(adata, model), or label other genes."
         )
     # in the order of names, so that neither the order of labels nor of var decides about folds
     there = there[np.argsort(column.index.to_numpy().astype(str)[there], kind="stable")]
@@ -79,8 +80,9 @@ def read_labels(adata: AnnData, labels: LabelLike, tokens: IntArray) -> GeneLabe
     if len(twice):
         one, other = first[of_row[twice[0]]], twice[0]
         raise ValueError(
-            f"{column.index[one]!r} and {column.index[other]!r} are one gene to the model and are labelled "
-            f"{column.iloc[one]!r} and {column.iloc[other]!r}, one label a gene expected. Drop one of the labels."
+            f"Expected one label per gene, got {column.iloc[one]!r} for {column.index[one]!r} and "
+            f"{column.iloc[other]!r} for {column.index[other]!r}, which are the same gene in the model's vocabulary. "
+            "Drop one of the labels."
         )
     return GeneLabels(
         tuple(classes), column.index.to_numpy(object)[first], tokens[first], codes[first], of_row, categories
@@ -93,16 +95,15 @@ def check_enough(found: GeneLabels, n_folds: int) -> None:
     present = np.flatnonzero(counts)
     if len(present) < 2:
         raise ValueError(
-            f"the genes that data and model share hold {len(present)} class of labels "
-            f"({', '.join(repr(found.classes[i]) for i in present)}), at least 2 expected. Label genes of another "
-            "class too."
+            f"Expected at least 2 classes among the labelled genes that data and model share, got {len(present)} "
+            f"({', '.join(repr(found.classes[i]) for i in present)}). Label genes of another class too."
         )
     few = np.flatnonzero(counts < n_folds)
     if len(few):
         raise ValueError(
-            f"{counts[few[0]]} genes of class {found.classes[few[0]]!r} are in the data, the model and at least one "
-            f"cell; n_folds={n_folds} or more expected, one in each fold. Pass fewer folds, merge or drop the class, "
-            "or use data with more genes."
+            f"Expected at least n_folds={n_folds} genes of each class, one for each fold, got {counts[few[0]]} of "
+            f"class {found.classes[few[0]]!r} that are in the data, in the model's vocabulary and in at least one "
+            "cell. Pass fewer folds, merge or drop the class, or use data with more genes."
         )
 
 
@@ -122,15 +123,15 @@ def _by_row(adata: AnnData, labels: LabelLike) -> tuple[pd.Series, Categories]:
             for gene, label in labels.items():
                 if isinstance(label, Collection) and not isinstance(label, str):
                     raise TypeError(
-                        f"labels gives {gene!r} a {type(label).__name__}, one label a gene expected. Turn it round: "
-                        "{gene: label for label, genes in labels.items() for gene in genes}."
+                        f"Expected labels to map each gene to one label, got a {type(label).__name__} for {gene!r}. "
+                        "Invert the mapping: {gene: label for label, genes in labels.items() for gene in genes}."
                     )
             given = pd.Series(dict(labels), dtype=object)
             candidates = [given.index]
         case _:
             raise TypeError(
-                f"labels is a {type(labels).__name__}, a Series or mapping from gene to label, a column of adata.var "
-                "or a table as datasets.gene_set returns expected. Pass one of those."
+                "Expected labels to be a Series or mapping from gene to label, a column of adata.var or a table as "
+                f"returned by datasets.gene_set, got a {type(labels).__name__}. Pass one of those."
             )
     categories = Categories.of(given)
     given = _as_labels(given, "labels")
@@ -138,16 +139,17 @@ def _by_row(adata: AnnData, labels: LabelLike) -> tuple[pd.Series, Categories]:
     if missing.any():
         warn(
             f"{missing.sum()} of {len(given)} genes have no label (first: {candidates[0][missing.argmax()]!r}) and are "
-            "left out, a label for each expected. Drop them to silence this."
+            "ignored. Drop them from labels to silence this warning."
         )
     values = given.to_numpy(object)[~missing]
     found = [_found(adata, names[~missing]) for names in candidates]
     names, place = max(found, key=lambda pair: len(np.unique(pair[1])))
     if (place < 0).all():
         raise ValueError(
-            f"none of the {len(values)} labelled genes is in the data (first: {names[0]!r}, adata.var_names begin with "
-            f"{adata.var_names[0]!r}), symbols or Ensembl ids that the data have expected, in the same capital and "
-            "small letters. Add the other kind of names as a column of adata.var, 'gene_symbol' or 'ensembl_id'."
+            f"Expected labels of genes in the data, got {len(values)} labelled genes, none of which is in the data "
+            f"(first: {names[0]!r}; adata.var_names begin with {adata.var_names[0]!r}). Names must have the same upper "
+            "and lower case. If they are of another kind, add that kind as a column of adata.var, 'gene_symbol' or "
+            "'ensembl_id'."
         )
     _check_once(names, values, strict=not isinstance(labels, pd.DataFrame))
     return pd.Series(np.where(place >= 0, values[place], np.nan), index=adata.var_names, dtype=object), categories
@@ -158,11 +160,11 @@ def _as_labels(column: pd.Series, what: str) -> pd.Series:
     known = column.dropna()
     if holds_numbers(known):
         raise ValueError(
-            f"{what} holds numbers (first: {known.iloc[0]}), labels expected. If they are classes, make them strings, "
-            "'1' in place of 1 (in a column .astype(str) on those that are not missing)."
+            f"Expected {what} to hold labels, got numbers (first: {known.iloc[0]}). If they are classes, convert them "
+            "to strings, '1' instead of 1 (call .astype(str) on the values that are not missing)."
         )
     if not len(known):
-        raise ValueError(f"{what} holds no label at all, at least two classes expected. Pass the labels of some genes.")
+        raise ValueError(f"Expected {what} to hold at least 2 classes, got no label. Pass the labels of some genes.")
     return column.astype(object).map(str, na_action="ignore")
 
 
@@ -172,8 +174,8 @@ def _label_column(table: pd.DataFrame) -> tuple[pd.Series, list[pd.Index]]:
     others = [name for name, named in zip(table.columns, is_name, strict=True) if not named]
     if len(others) != 1:
         raise ValueError(
-            f"labels is a table with {len(others)} columns beside gene names ({', '.join(map(repr, others[:5]))}), one "
-            "column of labels expected. Pass that column: labels=table['...']."
+            f"Expected the table of labels to have one column besides gene names, got {len(others)} "
+            f"({', '.join(map(repr, others[:5]))}). Pass the column of labels: labels=table['...']."
         )
     names = [pd.Index(table[name]) for name, named in zip(table.columns, is_name, strict=True) if named]
     return table[others[0]], [table.index, *names]
@@ -197,6 +199,6 @@ def _check_once(names: pd.Index, values: NDArray[np.object_], *, strict: bool) -
         name = twice["name"].iloc[0]
         seen = ", ".join(map(repr, twice.loc[twice["name"] == name, "label"]))
         raise ValueError(
-            f"{twice['name'].nunique()} genes are labelled more than once (first: {name!r}: {seen}), one label a gene "
-            "expected. Drop the repeats: labels[~labels.index.duplicated()]."
+            f"Expected one label per gene, got several for {twice['name'].nunique()} of the genes (first: {name!r}: "
+            f"{seen}). Drop the repeats: labels[~labels.index.duplicated()]."
         )

@@ -78,8 +78,8 @@ def gene_config(model: CellModel, options: Options) -> TrainConfig:
         value = getattr(options.config, name, None)
         if value:
             raise TypeError(
-                f"config has {name}={value!r}, settings that heads on genes have expected: it is one of heads on "
-                "cells. Leave it out."
+                f"Expected config without {name}, which applies only to heads on cells, got {name}={value!r}. Leave it "
+                "out."
             )
     return config
 

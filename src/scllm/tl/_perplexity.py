@@ -92,8 +92,8 @@ def perplexity(
     chosen = resolve(model, adata)
     if chosen.likelihood is None:
         raise ValueError(
-            f"a {chosen.family} model does not say how likely a sentence of genes is, a gene language model expected. "
-            "Pretrain 'gpt2', 'albert' or 'xlnet'."
+            f"Expected a gene language model, got a {chosen.family} model, which assigns no likelihood to a token "
+            "sequence. Pretrain 'gpt2', 'albert' or 'xlnet'."
         )
     source = open_source(adata, layer=layer)
     check_layer(source, chosen, layer, adata)

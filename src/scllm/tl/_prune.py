@@ -49,19 +49,22 @@ def prune(model: ModelLike, *, amount: float = 0.3, structured: bool = False) ->
     (32, 32)
     """
     if not (isinstance(amount, Real) and 0 < amount < 1):
-        raise ValueError(f"amount is {amount!r}, a share between 0 and 1 expected. 0.3 takes out three tenths.")
+        raise ValueError(f"Expected amount to be between 0 and 1, got {amount!r}. Pass 0.3 to remove 30 %.")
     if not isinstance(structured, bool):
-        raise TypeError(f"structured is {structured!r}, True or False expected. True takes out heads and neurons.")
+        raise TypeError(
+            f"Expected structured to be True or False, got {structured!r}. Pass True to remove attention heads and "
+            "feed-forward neurons."
+        )
     before = resolve(model, None)
     if before.weight_dtype != "float32":
         raise ValueError(
-            f"the model has {before.weight_dtype} weights, float ones expected: rows are rounded to what is left. "
-            "Prune first, then quantize."
+            f"Expected a model with float weights, got {before.weight_dtype} weights, whose scales depend on what was "
+            "pruned. Prune first, then quantize."
         )
     if before.head_specs:
         warn(
-            f"the model has a head on {before.head_specs[0].key!r}, which learnt from states that pruning shifts, one "
-            "trained after it expected: labels may change much. Call tl.finetune on what is returned."
+            f"The model has a head on {before.head_specs[0].key!r} that was trained before pruning. Pruning changes "
+            "its input, so that predicted labels may change considerably. Call tl.finetune on the pruned model."
         )
     after = copy.deepcopy(before).eval()
     if structured:

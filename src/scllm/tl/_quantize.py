@@ -49,12 +49,15 @@ def quantize(model: ModelLike, *, dtype: WeightDtype = "int8") -> CellModel:
     True
     """
     if dtype not in _KINDS:
-        raise ValueError(f"dtype is {dtype!r}, one of {_KINDS} expected. 'int8' is the one that is nearest to floats.")
+        raise ValueError(
+            f"Expected dtype to be one of {', '.join(map(repr, _KINDS))}, got {dtype!r}. Pass 'int8' to stay closest "
+            "to the float model."
+        )
     before = resolve(model, None)
     if before.weight_dtype != "float32":
         raise ValueError(
-            f"the model has {before.weight_dtype} weights already, float ones expected. Pass the model that it was "
-            "made of."
+            f"Expected a model with float weights, got {before.weight_dtype} weights. Pass the model that it was "
+            "quantized from."
         )
     after = copy.deepcopy(before).eval()
     to_int8(after, dtype)

@@ -95,23 +95,23 @@ def reconstruct(
     chosen = resolve(model, adata)
     if target_depth is not None and not chosen.reads_depth:
         raise ValueError(
-            f"target_depth={target_depth} goes with models that read the sequencing depth, {chosen.family} does not. "
-            "Leave it out."
+            f"Expected a model that reads the sequencing depth with target_depth={target_depth}, got a {chosen.family} "
+            "model. Leave target_depth out."
         )
     if target_depth is not None and not target_depth > 0:
-        raise ValueError(f"target_depth is {target_depth}, a positive number of counts expected. Try 10_000.")
+        raise ValueError(f"Expected target_depth to be a positive number of counts, got {target_depth}. Try 10_000.")
     if mask_ratio is not None and not 0 < mask_ratio < 1:
-        raise ValueError(f"mask_ratio is {mask_ratio}, a share between 0 and 1 expected. None hides nothing.")
+        raise ValueError(f"Expected mask_ratio to be between 0 and 1, got {mask_ratio}. Leave it out to mask nothing.")
     if genes is not None and mask_ratio is not None:
         raise TypeError(
-            f"genes= and mask_ratio={mask_ratio} are both given, one of them expected: chosen genes are predicted with "
-            "everything shown. Leave one out."
+            f"Expected genes= or mask_ratio={mask_ratio}, got both: chosen genes are predicted without masking. Leave "
+            "one out."
         )
     if genes is not None and (copy or key_added != _keys.RECONSTRUCTED):
         given = "copy=True" if copy else f"key_added={key_added!r}"
         raise TypeError(
-            f"genes= and {given} are both given, one of them expected: predictions of chosen genes are returned, and "
-            "nothing is written. Leave one out."
+            f"Expected genes= or {given}, got both: predictions of chosen genes are returned as a table and not "
+            "written to adata. Leave one out."
         )
     source = open_source(adata, layer=layer)
     check_layer(source, chosen, layer, adata)
@@ -193,7 +193,10 @@ def _of_genes(
     ids = match.token_ids[place]
     lost = [name for name, i, token in zip(names, place, ids, strict=True) if i < 0 or token < 0]
     if lost:
-        raise KeyError(f"{lost[0]!r} is not a gene of both the data and the model ({len(lost)} such). Leave those out.")
+        raise KeyError(
+            f"Expected genes that are in the data and in the model's vocabulary, got {len(lost)} of {len(names)} that "
+            f"are not (first: {lost[0]!r}). Leave them out."
+        )
     wanted = torch.from_numpy(ids.astype(np.int64))
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:

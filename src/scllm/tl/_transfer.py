@@ -75,7 +75,7 @@ def transfer_labels(
     column = free_key(adata, "obs", name)
     if not isinstance(reference, AnnData):
         raise TypeError(
-            f"reference is of type {type(reference).__name__}, an AnnData expected. Read files with anndata.read_h5ad."
+            f"Expected reference to be an AnnData, got a {type(reference).__name__}. Read files with anndata.read_h5ad."
         )
     classes = labels(reference.obs, key, owner="reference")
     categories = Categories.of(reference.obs[key])
@@ -88,7 +88,7 @@ def transfer_labels(
             f"Expected n_neighbors to be a whole number from 1 to {len(there)}, got {n_neighbors!r}: the reference has "
             f"{len(there)} cells with a label in obs[{key!r}]. Pass a smaller number, or a larger reference."
         )
-    advice = f"obs[{column + _keys.PROBABILITY!r}] says how sure that is"
+    advice = f"obs[{column + _keys.PROBABILITY!r}] tells how certain each label is"
     warn_of_unknown_labels(adata.obs, key, classes.cat.categories, advice)
     votes = KNeighborsClassifier(n_neighbors, weights="distance").fit(known[there], codes[there]).predict_proba(new)
     adata = adata.copy() if copy else adata
@@ -108,14 +108,16 @@ def _embeddings(adata: AnnData, reference: AnnData, use_rep: str) -> tuple[Float
     new = _embedding(adata, use_rep, "adata")
     if known.shape[1] != new.shape[1]:
         raise ValueError(
-            f"obsm[{use_rep!r}] has {new.shape[1]} columns in adata and {known.shape[1]} in the reference, the same "
-            "number expected. Embed both with the same model: tl.embed(adata, model), tl.embed(reference, model)."
+            f"Expected obsm[{use_rep!r}] to have the same number of columns in adata and in the reference, got "
+            f"{new.shape[1]} in adata and {known.shape[1]} in the reference. Embed both with the same model: "
+            "tl.embed(adata, model), tl.embed(reference, model)."
         )
     ours, theirs = _model_of(adata, use_rep), _model_of(reference, use_rep)
     if ours is not None and theirs is not None and ours != theirs:
         warn(
-            f"obsm[{use_rep!r}] is of model {ours} in adata and of {theirs} in the reference, the same expected: "
-            "distances between embeddings of different models say nothing. Embed both with one model."
+            f"obsm[{use_rep!r}] was computed with model {ours} in adata and with model {theirs} in the reference. "
+            "Distances between embeddings of different models are meaningless, and so are the labels. Embed both with "
+            "the same model."
         )
     return known, new
 
