@@ -1,4 +1,4 @@
-"""Labels and values from a fine-tuned model."""
+"""Predict labels and values with a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -47,42 +47,42 @@ def classify(
     adata
         Cells by genes.
     model
-        A model from :func:`finetune`, or its path; ``None`` is the one recorded on ``adata`` last.
+        A model from :func:`finetune`, or its path. ``None``: the model last recorded on ``adata``.
     key_added
-        Column to write; a model with several heads appends ``_<key>``. What an earlier call left under this name and
-        this one does not write is removed.
+        Column to write; a model with several heads appends ``_<key>``. Results of an earlier call with the same
+        ``key_added`` are removed.
     threshold
-        Cells whose best label is less probable are ``"unknown"`` where labels are strings, and missing where they are
-        integers or booleans. Heads are sure of many cells of a type that they have
-        never seen: to find those take 0.9 rather than 0.5, and look what it finds of a type that is left out.
+        Cells whose most probable label has a lower probability become ``"unknown"`` if labels are strings, and missing
+        if they are integers or booleans. Heads are often confident about cells of an unseen type: to find those, take
+        0.9 rather than 0.5, and test the threshold on a held-out type.
     layer
-        Layer to read; ``None`` is ``X``.
+        Layer to read. ``None``: ``X``.
     gene_key
-        Column of ``var`` with gene names, or ``"var_names"``; ``None`` is that of an earlier
-        :func:`scllm.pp.match_genes`, else the one that fits best.
+        Column of ``var`` with gene names, or ``"var_names"``. ``None``: the column of an earlier
+        :func:`scllm.pp.match_genes`, otherwise the one that matches most genes.
     min_coverage
-        Least share of genes that must be in the model's vocabulary; ``None`` is that of an earlier
-        :func:`scllm.pp.match_genes`, else 0.3.
+        Minimum fraction of genes that must be in the model's vocabulary. ``None``: the value of an earlier
+        :func:`scllm.pp.match_genes`, otherwise 0.3.
     batch_size
-        Cells of one forward pass; changes speed and memory only.
+        Number of cells per forward pass; changes only speed and memory.
     device
         ``"auto"``, ``"cpu"`` or ``"cuda"``.
     precision
-        ``"auto"``: fp32 on a CPU, bf16 on a GPU that has it.
+        ``"auto"``: fp32 on a CPU, bf16 on a GPU that supports it.
     copy
-        Return a changed copy in place of changing ``adata``.
+        Return a changed copy instead of changing ``adata``.
 
     Writes
     ------
     ``adata.obs[key_added]``, ``adata.obs[key_added + "_prob"]``
-        Label (categorical, with the categories, their type and order of the column that the head was trained on) and
-        its probability; a head that predicts values writes float32 and no probability.
+        Label and its probability. Labels are categorical, with the categories of the column that the head was trained
+        on, in the same type and order. A head that predicts values writes float32 and no probability.
     ``adata.obsm[key_added + "_probabilities"]``
-        float32 ``(n_cells, n_classes)``.
+        Probability of each class, float32 ``(n_cells, n_classes)``.
     ``adata.uns["scllm"]["classify"]``
-        Settings, and the names of the classes: ``classes``, with several heads ``classes_<key>``.
+        Settings and the names of the classes: ``classes``, or ``classes_<key>`` with several heads.
     ``adata.uns["scllm"]["probabilities"]``
-        ``table`` of the classes of all columns with probabilities, whichever verb wrote them.
+        ``table`` of the classes of all columns with probabilities, from all functions that write them.
 
     Examples
     --------
@@ -147,7 +147,7 @@ def classify(
 
 
 def columns_of_heads(model: CellModel, key_added: str) -> list[str]:
-    """Column that each head on cells writes; several append their key."""
+    """Return the column that each head on cells writes; several heads append their key."""
     return [_keys.safe(name) for name in _names_of_heads(model, key_added)]
 
 
@@ -157,7 +157,7 @@ def _names_of_heads(model: CellModel, key_added: str) -> list[str]:
 
 
 def _categories(spec: HeadSpec) -> Categories:
-    """How the column that a head was trained on stored its labels."""
+    """Return how the column that a head was trained on stored its labels."""
     return spec.categories or Categories(spec.classes or ())
 
 

@@ -1,4 +1,4 @@
-"""Embeddings of cells and of genes."""
+"""Embed cells and genes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from scllm.tl._train import Data
 
 __all__ = ["embed", "embed_genes"]
 
-# cells of one chunk of a .zarr
+# number of cells in one chunk of a .zarr
 _BLOCK = 16_384
 
 
@@ -52,59 +52,69 @@ def embed(
     precision: Precision = "auto",
     copy: bool = False,
 ) -> AnnData | FloatArray | None:
-    """Embed cells.
+    """Embed cells with a pretrained or fine-tuned model.
 
-    An embedding depends on the cell's genes and counts and on the model alone: not on the order of the genes, the other
-    cells or files, the batch size or the number of processes (fp32: to 1e-5). Ties are broken by token id.
+    The embedding of a cell depends only on the model and on the genes and counts of the cell. It does not depend on the
+    order of the genes, on other cells or files, on the batch size or on the number of processes (in fp32, to 1e-5).
+    Ties are broken by token id.
 
     Parameters
     ----------
     data
         An AnnData, a path to ``.h5ad`` or ``.zarr``, a list of those, or a source.
     model
-        A model, or the path of a model or run directory; ``None`` is the one recorded on ``data`` last.
+        A model, or the path of a model or run directory. ``None``: the model last recorded on ``data``.
     pooling
-        ``"cls"``, ``"mean"`` or ``"max"`` over gene tokens, ``"ranked"`` (a mean in which a cell's highest genes weigh
-        most, for cells of unequal depth), ``"linear"`` (weights that fall evenly to none at the lowest gene),
-        ``"all"`` (scfoundation: both depths, maximum and mean); ``None`` is the family's own (scgpt: ``<cls>`` scaled
-        to unit length; geneformer: ``<cls>`` where the model has it, else the mean; scfoundation: all; the others:
-        mean). A family has what stands in ``model.poolings``.
+        How the hidden states of a cell's tokens become one embedding. A family offers the values in
+        ``model.poolings``:
+
+        - ``"cls"``: the hidden state of ``<cls>``.
+        - ``"mean"``, ``"max"``: mean or maximum over gene tokens.
+        - ``"ranked"``: rank-weighted mean, in which highly expressed genes have larger weights; for cells of unequal
+          depth.
+        - ``"linear"``: linearly weighted mean; weights decrease to zero at the gene with the lowest expression.
+        - ``"all"``: both depth tokens, maximum and mean (scfoundation).
+
+        ``None``: the default of the family, which is ``<cls>`` scaled to unit length for scgpt, ``<cls>`` if the model
+        has it and otherwise the mean for geneformer, ``"all"`` for scfoundation, and the mean for the others.
     hidden_layer
-        -1 is the output of the last block, -2 of the one before.
+        Block whose output is pooled: -1 is the last block, -2 the one before it.
     layer
-        Layer to read; ``None`` is ``X``.
+        Layer to read. ``None``: ``X``.
     gene_key
-        Column of ``var`` with gene names, or ``"var_names"``; ``None`` is that of an earlier
-        :func:`scllm.pp.match_genes`, else the one that fits best.
+        Column of ``var`` with gene names, or ``"var_names"``. ``None``: the column of an earlier
+        :func:`scllm.pp.match_genes`, otherwise the one that matches most genes.
     min_coverage
-        Least share of genes that must be in the model's vocabulary; ``None`` is that of an earlier
-        :func:`scllm.pp.match_genes`, else 0.3.
+        Minimum fraction of genes that must be in the model's vocabulary. ``None``: the value of an earlier
+        :func:`scllm.pp.match_genes`, otherwise 0.3.
     key_added
         Key in ``obsm``.
     out
-        A ``.zarr`` or ``.npy`` to stream into, for data given as a path; it is there when it is whole, and not before.
+        A ``.zarr`` or ``.npy`` file to which the embedding of data given as a path is streamed. The file appears only
+        when it is complete.
     batch_size
-        Cells of one forward pass; changes speed and memory only.
+        Number of cells per forward pass; changes only speed and memory.
     device
         ``"auto"``, ``"cpu"`` or ``"cuda"``.
     n_gpus
-        GPUs that share the cells.
+        Number of GPUs that share the cells.
     precision
-        ``"auto"``: fp32 on a CPU, bf16 on a GPU that has it.
+        ``"auto"``: fp32 on a CPU, bf16 on a GPU that supports it.
     copy
-        Return a changed copy in place of changing ``data``.
+        Return a changed copy instead of changing ``data``.
 
     Returns
     -------
-    ``None`` or the changed copy for an AnnData; for a path the array, or ``None`` where it went to ``out``.
+    For an AnnData, ``None`` or the changed copy; for a path, the embedding, or ``None`` if it was written to ``out``.
 
     Writes
     ------
     ``adata.obsm[key_added]``
-        float32 ``(n_cells, d)``.
+        Embedding, float32 ``(n_cells, d)``.
     ``adata.uns["scllm"]["embed"]``
-        Settings; ``models``, one row for each key in ``obsm`` with the hash of its model; and, where a model with heads
-        was used, ``heads``: one row for each key in ``obsm`` and column of ``obs`` that its model was fine-tuned on.
+        Settings; ``models``, with one row for each key in ``obsm`` and the hash of its model; and, if a model with
+        heads was used, ``heads``, with one row for each key in ``obsm`` and each column of ``obs`` that its model was
+        fine-tuned on.
 
     Examples
     --------
@@ -174,7 +184,7 @@ def embed(
 
 
 def _of_all(adata: AnnData, name: str, key_added: str, column: str, values: list[str]) -> pd.DataFrame | None:
-    """What is written of the models of all embeddings, this embedding in place of an earlier one of its name."""
+    """Return the table of all embeddings, in which this one replaces an earlier one with the same key."""
     earlier = adata.uns.get(_keys.UNS, {}).get("embed", {}).get(name, pd.DataFrame(columns=["embedding", column]))
     others = earlier[earlier["embedding"] != key_added]
     found = pd.concat([others, pd.DataFrame({"embedding": key_added, column: values})], ignore_index=True)
@@ -191,30 +201,31 @@ def embed_genes(
     key_added: str = _keys.GENES,
     copy: bool = False,
 ) -> AnnData | None:
-    """Embed genes: the model's table, or each gene's state averaged over the cells that express it.
+    """Embed genes with the model's input embeddings, or with hidden states averaged over the cells that express them.
 
     Parameters
     ----------
     adata
         Cells by genes.
     model
-        A model or its path; ``None`` is the one recorded on ``adata`` last.
+        A model or its path. ``None``: the model last recorded on ``adata``.
     contextual
-        Whether states of the last block are averaged over cells; otherwise the table is taken.
+        ``True``: the mean hidden state of the gene after the last block, over the cells that express it. ``False``:
+        the input embedding, which is the same in all cells.
     groupby
-        Column of groups of cells: one contextual mean a group.
+        Column of ``obs`` with groups of cells. Contextual embeddings are averaged within each group.
     layer
-        Layer to read; ``None`` is ``X``, ``"raw"`` is ``adata.raw``. Genes that ``adata.raw`` lacks get NaN.
+        Layer to read. ``None``: ``X``. ``"raw"``: ``adata.raw``; genes that are not in ``adata.raw`` get NaN.
     key_added
         Key in ``varm``.
     copy
-        Return a changed copy in place of changing ``adata``.
+        Return a changed copy instead of changing ``adata``.
 
     Writes
     ------
     ``adata.varm[key_added]``
-        float32 ``(n_genes, d)``, with ``groupby`` ``(n_genes, n_groups, d)``; NaN where the vocabulary does not have
-        the gene or no cell expresses it.
+        Gene embeddings, float32 ``(n_genes, d)``, or ``(n_genes, n_groups, d)`` with ``groupby``. NaN for genes that
+        are not in the model's vocabulary or that no cell expresses.
     ``adata.uns["scllm"]["embed_genes"]``
         Settings and, with ``groupby``, the names of the groups.
 
@@ -258,18 +269,18 @@ def embed_genes(
 
 
 def _contextual_means(model, source, match, codes, n_groups) -> FloatArray:
-    """Mean state of each measured token over the cells of each group that hold it, ``(n_measured, n_groups, d)``."""
+    """Return the mean hidden state of each measured token in the cells of each group, ``(n_measured, n_groups, d)``."""
     d, n_measured = model.config.d_model, len(match.measured)
     row = torch.from_numpy(_row_of_token(match, model))
     means = _Means(n_measured * n_groups, d)
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
-        # token and cell travel beside the state, so that one array comes back
+        # token and cell are columns beside the hidden state, because forward returns one array
         expressed = replica.is_expressed(batch)
         ids = torch.stack([batch.genes, batch.cell], dim=1)[expressed].float()
         return torch.cat([ids, replica.hidden(batch)[expressed].float()], dim=1)
 
-    for rows, found in predict(model, source, match, forward, desc="embedding genes of"):
+    for rows, found in predict(model, source, match, forward, desc="embedding genes in"):
         group = torch.from_numpy(codes[rows])[found[:, 1].long()]
         place = row[found[:, 0].long()] * n_groups + group
         means.add(place[group >= 0], found[group >= 0, 2:])
@@ -277,31 +288,31 @@ def _contextual_means(model, source, match, codes, n_groups) -> FloatArray:
 
 
 class _Means:
-    """Means of vectors by place, of any number of them: float32 would stop counting at 16.7 million."""
+    """Running means of vectors at each place. Counts are integers, because float32 stops counting at 16.7 million."""
 
     def __init__(self, n_places: int, d: int) -> None:
         self.total = torch.zeros(n_places, d, dtype=torch.float64)
         self.count = torch.zeros(n_places, dtype=torch.int64)
 
     def add(self, place: Tensor, vectors: Tensor) -> None:
-        """Vectors ``(n, d)`` and the place of each."""
+        """Add vectors ``(n, d)``, given the place of each."""
         self.total.index_add_(0, place, vectors.double())
         self.count += torch.bincount(place, minlength=len(self.count))
 
     def so_far(self) -> Tensor:
-        """The means, NaN where there was no vector."""
+        """Return the means so far, with NaN for places without a vector."""
         return self.total / self.count[:, None]
 
 
 def _row_of_token(match: GeneMatch, model: CellModel) -> IntArray:
-    """Place of each token among those that the data measure, ``(n_tokens,)``; -1 for others."""
+    """Return the index of each token among those measured in the data, ``(n_tokens,)``; -1 for others."""
     row = np.full(len(model.vocab), -1)
     row[match.measured] = np.arange(len(match.measured))
     return row
 
 
 def _check_out(out: Path, data: object) -> None:
-    """Raise where ``out`` cannot be written, or is no embedding that may be replaced."""
+    """Raise if ``out`` cannot be written, or exists and is not an embedding."""
     if out.suffix not in (".zarr", ".npy"):
         raise ValueError(f"Expected out to be a path ending in .zarr or .npy, got {str(out)!r}. Rename it.")
     if not out.absolute().parent.is_dir():
@@ -318,7 +329,7 @@ def _check_out(out: Path, data: object) -> None:
 
 
 def _is_group(path: Path) -> bool:
-    """Whether a folder is a zarr group, such as an AnnData, and not the one array that an embedding is."""
+    """Return whether a folder is a zarr group, such as an AnnData; an embedding is a single array."""
     file = path / "zarr.json"
     return file.is_file() and json.loads(file.read_text()).get("node_type") != "array"
 
@@ -326,7 +337,7 @@ def _is_group(path: Path) -> bool:
 def _collected(
     results: Iterator[tuple[slice, Tensor]], n_cells: int, out: str | PathLike[str] | None
 ) -> FloatArray | None:
-    """All rows in one array, in memory or streamed to a file that is there only when it is whole."""
+    """Collect all rows in an array in memory, or stream them to a file that appears only when it is complete."""
     if out is None:
         return _filled(results, n_cells, None)
     with replaced_when_whole(Path(fspath(out))) as fresh:
@@ -339,7 +350,7 @@ def _filled(results: Iterator[tuple[slice, Tensor]], n_cells: int, path: Path | 
     for rows, values in _blocks(results):
         shape = (n_cells, values.shape[1])
         if path is not None and path.suffix == ".npy":
-            # mapped for one block at a time: what stays mapped counts as memory
+            # mapped again for each block, because pages that stay mapped count as used memory
             mode: Literal["w+", "r+"] = "r+" if rows.start else "w+"
             np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=shape)[rows] = values
             continue
@@ -353,7 +364,7 @@ def _filled(results: Iterator[tuple[slice, Tensor]], n_cells: int, path: Path | 
 
 
 def _blocks(results: Iterator[tuple[slice, Tensor]]) -> Iterator[tuple[slice, FloatArray]]:
-    """Rows of many batches together: a compressed chunk is then written once, not once a batch."""
+    """Combine the rows of many batches, so that each compressed chunk is written once and not once per batch."""
     parts: list[Tensor] = []
     start = stop = 0
     for rows, values in results:

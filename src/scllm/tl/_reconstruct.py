@@ -1,4 +1,4 @@
-"""Expression as the model sees it."""
+"""Predict expression from the rest of the cell."""
 
 from __future__ import annotations
 
@@ -38,49 +38,49 @@ def reconstruct(
     random_state: int = 0,
     copy: bool = False,
 ) -> AnnData | pd.DataFrame | None:
-    """Predict expression, in the units the model reads.
+    """Predict expression, in the units that the model reads.
 
-    scgpt predicts bins, scbert levels (the mean of the predicted distribution), scfoundation
-    ``log1p(count / total * 1e4)``.
-
-    geneformer reads no values: what is written is the probability that it gives to the gene in its place.
+    scgpt predicts bins, scbert predicts levels (the mean of the predicted distribution), and scfoundation predicts
+    ``log1p(count / total * 1e4)``. geneformer reads no values: for each gene, the predicted probability of its token at
+    its position is written.
 
     Parameters
     ----------
     adata
         Cells by genes.
     model
-        A model or its path; ``None`` is the one recorded on ``adata`` last.
+        A model or its path. ``None``: the model last recorded on ``adata``.
     mask_ratio
-        Share of each cell's genes to hide; only hidden ones are predicted, so the result can be scored. ``None`` shows
-        the model everything.
+        Fraction of each cell's genes to mask. Only masked genes are predicted, so that the predictions can be scored.
+        ``None``: nothing is masked, and all genes that the model reads are predicted.
     genes
-        Predict these genes in every cell, expressed or not; returned as a table. scgpt predicts them from the cell
-        embedding.
+        Genes to predict in every cell, expressed or not; the predictions are returned as a table. scgpt predicts them
+        from the cell embedding.
     target_depth
-        Counts a cell to predict expression for, as if it had been sequenced that deeply, in families that read the
-        depth (scfoundation: read-depth enhancement). ``None`` leaves the depth that the model's encoder asks for.
+        Total counts per cell for which expression is predicted, as if the cell had been sequenced to that depth. Only
+        for families that read the depth (scfoundation: read-depth enhancement). ``None``: the depth set in the model's
+        encoder.
     layer
-        Layer to read; ``None`` is ``X``, ``"raw"`` is ``adata.raw``. Genes of ``adata`` are written.
+        Layer to read. ``None``: ``X``. ``"raw"``: ``adata.raw``. Only genes of ``adata`` are written.
     key_added
         Layer to write.
     random_state
-        Seed for drawing the hidden genes; without ``mask_ratio`` nothing is drawn.
+        Seed for drawing the masked genes; has no effect without ``mask_ratio``.
     copy
-        Return a changed copy in place of changing ``adata``.
+        Return a changed copy instead of changing ``adata``.
 
     Returns
     -------
-    With ``genes`` a DataFrame, cells by genes; else ``None`` or the changed copy.
+    With ``genes``, a DataFrame of cells by genes; otherwise ``None`` or the changed copy.
 
     Writes
     ------
     ``adata.layers[key_added]``
-        Predictions (CSR, float32), stored where the model saw (or was to guess) an expressed gene. Columns that share a
-        token are read as their sum, and get the same prediction where they are expressed.
+        Predictions (CSR, float32), for expressed genes that the model read or, with ``mask_ratio``, that were masked.
+        Columns that share a token are read as their sum, and get the same prediction if they are expressed.
     ``adata.layers[key_added + "_target"]``
-        What the model was to predict in the same places, in the same unit: its own bins, levels or values. Not written
-        for models that read no values, and with ``target_depth``.
+        Targets of these predictions, in the same unit: the model's bins, levels or values. Not written for models that
+        read no values, or with ``target_depth``.
 
     Examples
     --------
@@ -119,7 +119,7 @@ def reconstruct(
     if genes is not None:
         return _of_genes(chosen, source, match, [genes] if isinstance(genes, str) else list(genes), target_depth)
     places = places_in_source(adata, source)
-    layers = _of_sentence(chosen, source, match, mask_ratio, target_depth, random_state)
+    layers = _of_sequence(chosen, source, match, mask_ratio, target_depth, random_state)
     adata = adata.copy() if copy else adata
     adata.layers.pop(key + _keys.TARGET, None)  # of an earlier call
     for name, found in zip((key, key + _keys.TARGET), layers, strict=False):
@@ -134,7 +134,7 @@ def reconstruct(
     return adata if copy else None
 
 
-def _of_sentence(
+def _of_sequence(
     model: CellModel,
     source: CellSource,
     match: GeneMatch,
@@ -142,12 +142,12 @@ def _of_sentence(
     target_depth: float | None,
     seed: int,
 ) -> list[CSR]:
-    """Predictions at the genes of each cell's sentence and, where the model reads values, what it was to predict."""
+    """Predict the genes in each cell's token sequence; also return the targets if the model reads values."""
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
         if target_depth is not None:
             batch = replica.at_depth(batch, target_depth)
-        # sentences of some families hold genes that are not expressed too
+        # token sequences of some families also contain genes that are not expressed
         at = drawn_share(batch, replica.is_expressed(batch), 1.0 if mask_ratio is None else mask_ratio)
         found = [batch.cell[at], batch.genes[at], replica.reconstruct(batch, at, hide=mask_ratio is not None)]
         if batch.values is not None and target_depth is None:
@@ -161,9 +161,9 @@ def _of_sentence(
 
 
 def _in_columns(counts: CSR, match: GeneMatch, found: FloatArray) -> list[CSR]:
-    """Values of tokens ``(n, 2 + ...)``, after cell and token, at the columns that the cell expresses.
+    """Move predictions ``(n, 2 + ...)``, whose first columns are cell and token, to the genes that the cell expresses.
 
-    Columns that share a token get the same values, which are those of their sum.
+    Genes that share a token get the same values, which are those of their sum.
     """
     rows = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
     n_tokens = int(match.token_ids.max()) + 1
@@ -188,7 +188,7 @@ def _of_genes(
     names: list[str],
     target_depth: float | None,
 ) -> pd.DataFrame:
-    """Predictions of chosen genes, dense over those genes."""
+    """Predict the chosen genes in all cells; the table is dense, but has only those genes."""
     place = source.genes.get_indexer(names)
     ids = match.token_ids[place]
     lost = [name for name, i, token in zip(names, place, ids, strict=True) if i < 0 or token < 0]

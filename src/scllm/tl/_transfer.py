@@ -1,4 +1,4 @@
-"""Labels of a reference, passed on to the cells that lie next to it in an embedding."""
+"""Transfer labels from a reference to the cells closest to it in an embedding."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ def transfer_labels(
     key_added: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Label cells like their nearest neighbours in a labelled reference.
+    """Label cells by their nearest neighbours in a labelled reference.
 
-    Needs no training, only an embedding of both by the same model: the quick way to a first annotation, and a yardstick
-    for :func:`classify`. A cell of a type that the reference lacks gets the label of what lies nearest.
+    This needs no training, only embeddings of both data sets by the same model. It is a quick first annotation, and a
+    baseline for :func:`classify`. A cell whose type is not in the reference gets the label of the closest type.
 
     Parameters
     ----------
     adata
         Cells to label, embedded.
     reference
-        Labelled cells, embedded by the same model. Cells without a label are left out.
+        Labelled cells, embedded by the same model. Cells without a label are ignored.
     key
         Column of ``reference.obs`` with labels.
     use_rep
         Key of the embedding in ``obsm`` of both; distances are Euclidean.
     n_neighbors
-        Neighbours that vote, nearer ones with more weight: one over their distance.
+        Number of neighbours that vote. The weight of a vote is the inverse of the distance.
     key_added
-        Column to write; ``None`` is ``key + "_transferred"``.
+        Column to write. ``None``: ``key + "_transferred"``.
     copy
-        Return a changed copy in place of changing ``adata``.
+        Return a changed copy instead of changing ``adata``.
 
     Writes
     ------
     ``adata.obs[key_added]``, ``adata.obs[key_added + "_prob"]``
-        Label (categorical, with the categories of the reference, their type and order), and the share of the weighted
-        votes that it got.
+        Label and its fraction of the weighted votes. Labels are categorical, with the categories of the reference, in
+        the same type and order.
     ``adata.obsm[key_added + "_probabilities"]``
-        Share of each class, float32 ``(n_cells, n_classes)``.
+        Fraction of the weighted votes for each class, float32 ``(n_cells, n_classes)``.
     ``adata.uns["scllm"]["transfer_labels"]``
-        Settings, and the names of the classes.
+        Settings and the names of the classes.
 
     Examples
     --------
@@ -103,7 +103,7 @@ def transfer_labels(
 
 
 def _embeddings(adata: AnnData, reference: AnnData, use_rep: str) -> tuple[FloatArray, FloatArray]:
-    """Of the reference and of the cells; an error or a warning where they cannot or may not be of one model."""
+    """Return the embeddings of the reference and of the cells; raise or warn if they are of different models."""
     known = _embedding(reference, use_rep, "reference")
     new = _embedding(adata, use_rep, "adata")
     if known.shape[1] != new.shape[1]:
@@ -123,7 +123,7 @@ def _embeddings(adata: AnnData, reference: AnnData, use_rep: str) -> tuple[Float
 
 
 def _model_of(data: AnnData, use_rep: str) -> str | None:
-    """The hash of the model that ``tl.embed`` made the embedding with, if it did."""
+    """Return the hash of the model that ``tl.embed`` recorded for this embedding, if any."""
     models = data.uns.get(_keys.UNS, {}).get("embed", {}).get("models")
     found = [] if models is None else models.loc[models["embedding"] == use_rep, "hash"].tolist()
     return str(found[0]) if found else None
