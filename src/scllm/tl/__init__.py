@@ -1,4 +1,4 @@
-"""Tools: train and use models."""
+"""Tools to train and use models."""
 
 from __future__ import annotations
 

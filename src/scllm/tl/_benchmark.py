@@ -1,4 +1,4 @@
-"""Cell embeddings held against labels and batches."""
+"""Score cell embeddings by labels and batches."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["benchmark"]
 
 _RESOLUTIONS = np.arange(0.2, 2.01, 0.2)
 _N_FOLDS = 5
-_N_NEIGHBORS = 15  # as scanpy counts: the cell itself is one of them
-_N_EXACT = 8192  # cells from which neighbours are found by an approximate index
+_N_NEIGHBORS = 15  # includes the cell itself, as in scanpy
+_N_EXACT = 8192  # number of cells from which an approximate neighbour index is used
 _N_COMPONENTS = 50
-_N_STEPS = 4  # in which an embedding is scored; one more with batches
+_N_STEPS = 4  # progress steps per embedding; one more with batches
 
 
 def benchmark(
@@ -36,31 +36,34 @@ def benchmark(
     key: str,
     batch_key: str | None = None,
 ) -> pd.DataFrame:
-    """Score cell embeddings by how well they keep cell types apart and batches together, beside PCA as the yardstick.
+    """Score how well cell embeddings separate cell types and mix batches, with PCA as the baseline.
 
-    An embedding is worth its cost where it beats 50 principal components of the same genes. The scores are those of
-    scIB (Luecken et al. 2022, doi:10.1038/s41592-021-01336-8) and two probes; each is explained in ``scllm.metrics``.
-    Means are taken over the scores as they are, without rescaling between embeddings: with few embeddings, rescaling
-    would blow small differences up.
+    An embedding is worth its cost if it scores better than 50 principal components of the same genes. The scores are
+    those of scIB (Luecken et al. 2022, doi:10.1038/s41592-021-01336-8) and two probes; ``scllm.metrics`` explains each.
+    Scores are averaged without rescaling them between embeddings, because with few embeddings rescaling would
+    exaggerate small differences.
 
     Parameters
     ----------
     adata
         Cells with embeddings in ``obsm`` and labels in ``obs``.
     use_rep
-        Keys of the embeddings in ``obsm``, one row of the result each. ``"X_pca"`` is computed where it is absent
-        (log-normalised counts of all genes, 50 components) and not written.
+        Keys of the embeddings in ``obsm``, one row of the result each. If ``"X_pca"`` is missing, it is computed (50
+        components of log-normalised counts of all genes) but not written.
     key
-        Column of ``obs`` with cell types. Cells without a label, and of classes with fewer than 5 cells, are left out.
+        Column of ``obs`` with cell types. Cells without a label, and those of classes with fewer than 5 cells, are not
+        scored.
     batch_key
-        Column of ``obs`` with batches; adds the batch scores, and 0.4 of the overall score come from them.
+        Column of ``obs`` with batches. It adds the batch scores, which have a weight of 0.4 in the overall score.
 
     Returns
     -------
-    A table with one row an embedding (the index): ``nmi`` and ``ari`` of Leiden clusters at the best resolution,
-    ``silhouette_label``, ``knn_accuracy``, ``logreg_accuracy`` and ``logreg_macro_f1`` (5-fold) and their mean
-    ``bio``; with ``batch_key`` also ``silhouette_batch``, ``graph_connectivity``, ``batch_mixing`` and their mean
-    ``batch``; ``overall``, which is ``0.6 bio + 0.4 batch``, or ``bio`` without batches.
+    A table with one row per embedding (the index) and these columns:
+
+    - ``nmi`` and ``ari`` of Leiden clusters at the best resolution, ``silhouette_label``, ``knn_accuracy``,
+      ``logreg_accuracy`` and ``logreg_macro_f1`` (5-fold), and their mean ``bio``;
+    - with ``batch_key``, ``silhouette_batch``, ``graph_connectivity``, ``batch_mixing`` and their mean ``batch``;
+    - ``overall``, which is ``0.6 bio + 0.4 batch``, or ``bio`` without batches.
 
     Writes
     ------
@@ -104,16 +107,16 @@ def benchmark(
 
 
 def _trained_on(adata: AnnData, names: Sequence[str], key: str) -> list[str]:
-    """Embeddings whose model was fine-tuned on a column of this name."""
+    """Return the embeddings whose model was fine-tuned on a column with this name."""
     heads = adata.uns.get(_keys.UNS, {}).get("embed", {}).get("heads")
     if heads is None:
         return []
-    told = heads.loc[heads["head"] == key, "embedding"].astype(str)
-    return [name for name in dict.fromkeys(names) if name in set(told)]
+    tuned = heads.loc[heads["head"] == key, "embedding"].astype(str)
+    return [name for name in dict.fromkeys(names) if name in set(tuned)]
 
 
 def _scored_cells(classes: pd.Series, batches: pd.Series | None, key: str) -> NDArray[np.bool_]:
-    """Cells with a label, a batch and enough of their class; what is left out is said."""
+    """Return which cells have a label, a batch and enough cells of their class; warn about the others."""
     known = classes.notna().to_numpy()
     if batches is not None:
         known &= batches.notna().to_numpy()
@@ -154,7 +157,7 @@ def _embedding(adata: AnnData, name: str) -> FloatArray:
 
 
 def _pca(adata: AnnData) -> FloatArray:
-    """Principal components of log-normalised expression, ``(n_cells, 50)``."""
+    """Compute principal components of log-normalised expression, ``(n_cells, 50)``."""
     import scanpy as sc
 
     if _keys.COUNTS in adata.layers:
@@ -177,7 +180,7 @@ def _pca(adata: AnnData) -> FloatArray:
 def _scored(
     embeddings: dict[str, FloatArray], cells: NDArray[np.bool_], truth: IntArray, origin: IntArray | None
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """A few scores at a time, with the name of the embedding."""
+    """Yield the scores of each embedding, a few at a time, with its name."""
     for name, values in embeddings.items():
         log.info("scoring %s: %d cells, %d dimensions", name, cells.sum(), values.shape[1])
         for scores in _scores(values if cells.all() else values[cells], truth, origin):
@@ -185,7 +188,7 @@ def _scored(
 
 
 def _scores(values: FloatArray, truth: IntArray, origin: IntArray | None) -> Iterator[dict[str, float]]:
-    """All scores of an embedding, in as many steps as a progress bar has."""
+    """Yield all scores of an embedding, one step of the progress bar at a time."""
     graph, nearest = _neighbors(values)
     yield {"knn_accuracy": metrics.knn_accuracy(nearest, truth)}
     nmi, ari = metrics.clustering_agreement(_leiden(graph), truth)
@@ -202,20 +205,20 @@ def _scores(values: FloatArray, truth: IntArray, origin: IntArray | None) -> Ite
 
 
 def _with_means(scores: dict[str, float]) -> dict[str, float]:
-    """One row of the table."""
+    """Return one row of the table: scores in order, and their means."""
     row = {name: scores[name] for name in metrics.BIO_METRICS}
     row["bio"] = float(np.mean(list(row.values())))
     if not scores.keys() & set(metrics.BATCH_METRICS):
         return {**row, "overall": row["bio"]}
     of_batches = {name: scores[name] for name in metrics.BATCH_METRICS}
-    # NaN: no class comes from several batches
+    # a score is NaN if no class is in more than one batch
     row |= {**of_batches, "batch": float(np.nanmean(list(of_batches.values())))}
     row["overall"] = metrics.BIO_WEIGHT * row["bio"] + (1 - metrics.BIO_WEIGHT) * row["batch"]
     return row
 
 
 def _neighbors(values: FloatArray) -> tuple[CSR, CSR]:
-    """Connectivities, and distances to the nearest cells without the cell itself, of one search for neighbours."""
+    """Search neighbours once; return connectivities and the distances to the nearest cells, without the cell itself."""
     import scanpy as sc
 
     cells = AnnData(obsm={"values": values})
@@ -229,10 +232,10 @@ def _neighbors(values: FloatArray) -> tuple[CSR, CSR]:
 
 
 class _ApproximateNeighbors(BaseEstimator):
-    """pynndescent as a transformer for scanpy, whose version 1.11 cannot read what pynndescent's own one returns."""
+    """pynndescent as a transformer for scanpy; scanpy 1.11 cannot read the result of pynndescent's own transformer."""
 
     def __init__(self, n_neighbors: int) -> None:
-        self.n_neighbors = n_neighbors  # the cell itself is one of them
+        self.n_neighbors = n_neighbors  # includes the cell itself
 
     def fit_transform(self, values: FloatArray) -> CSR:
         from pynndescent import NNDescent
@@ -243,7 +246,7 @@ class _ApproximateNeighbors(BaseEstimator):
 
 
 def _leiden(connectivities: CSR) -> Iterator[list[int]]:
-    """Leiden clusters of one graph at each resolution."""
+    """Yield the Leiden clusters of one graph at each resolution."""
     import igraph
 
     edges = sparse.triu(connectivities, k=1, format="coo")

@@ -1,4 +1,4 @@
-"""Labels of genes from their states in cells, out of fold, beside what simple statistics tell."""
+"""Predict labels of genes by cross-validation and compare with a baseline on simple statistics."""
 
 from __future__ import annotations
 
@@ -51,65 +51,74 @@ def classify_genes(
     key_added: str = _keys.GENE_LABEL,
     **finetune_options: Any,
 ) -> pd.DataFrame:
-    """Predict labels of genes from their states in cells: every gene by a model that has not seen its label.
+    """Predict labels of genes from their hidden states in cells, each gene with a model that has not seen its label.
 
-    Which transcription factors are dosage-sensitive, which promoters are bivalent, where a gene stands in a network:
-    the labels are yours. Genes are divided into folds that hold every label alike. In each, a linear head on gene
-    tokens is fitted to the labels of the other folds' genes, and by default trained on together with the model; genes
-    of the fold itself carry no label then. They are predicted from their states, averaged over the cells that express
-    them. Beside the model stands what it has to beat: a logistic regression on the mean, variance and share of cells of
-    each gene and on its loadings on 10 principal components, in the same cells and folds; and the most frequent label.
+    You provide the labels, for example which transcription factors are dosage-sensitive, which promoters are bivalent,
+    or where a gene is in a regulatory network. Genes are split into stratified cross-validation folds. In each fold, a
+    linear head on gene tokens is fitted to the labels of the genes in the other folds and, by default, trained further
+    together with the model. Genes of the fold itself have no label during training. They are then predicted from their
+    hidden states, averaged over the cells that express them.
+
+    Two methods are scored for comparison, in the same cells and folds. ``"baseline"`` is a logistic regression on the
+    mean, the variance and the fraction of expressing cells of each gene, and on its loadings on 10 principal
+    components. ``"majority"`` predicts the most frequent label.
 
     Parameters
     ----------
     adata
         Cells by genes.
     model
-        The model to start from in each fold, or its path; ``None`` is the one recorded on ``adata`` last.
+        The model to start from in each fold, or its path. ``None``: the model last recorded on ``adata``.
     labels
-        Label of each gene: a Series or mapping from gene to label, a table as :func:`scllm.datasets.gene_set` returns
-        (one column besides those that name genes), or a column of ``adata.var``. Genes may be symbols or Ensembl ids,
-        whichever ``adata.var_names`` or a column of ``adata.var`` has. Genes that the data, the model or all cells lack
-        are left out.
+        Label of each gene: a Series or mapping from gene to label, a table as returned by
+        :func:`scllm.datasets.gene_set` (one column besides those that name genes), or a column of ``adata.var``. Genes
+        may be symbols or Ensembl ids, if ``adata.var_names`` or a column of ``adata.var`` holds them. Genes that are
+        not in the data, not in the model's vocabulary or not expressed in any cell are ignored.
     n_folds
         Number of folds.
     max_cells
-        Cells in which each gene is looked at, at most; drawn by the cells' names, so their order does not matter.
+        Maximum number of cells over which the hidden states of each gene are averaged. Cells are drawn by name, so
+        their order does not matter.
     loss
-        ``"bce"`` (each label against the rest), ``"ce"``, ``"dice"``, ``"focal"``, or weights of several.
+        ``"bce"`` (each label against the rest), ``"ce"``, ``"dice"``, ``"focal"``, or a mapping from losses to weights.
     freeze
-        What stays as it is: the first n blocks, ``"encoder"`` (all but the head), or a pattern of weight names or a
-        list of such. With ``"encoder"`` states are computed once for all folds, which takes as long as embedding the
-        cells.
+        Weights that are not trained: the first n blocks, ``"encoder"`` (all but the head), or one or several patterns
+        of weight names. With ``"encoder"``, hidden states are computed once for all folds, which takes as long as
+        embedding the cells.
     baseline
-        Whether the logistic regression is fitted too.
+        Whether to fit the logistic regression, too.
     keep_models
-        Whether the weights of each fold's model stay in the run directory. By default a fold leaves its predictions,
-        settings and history there.
+        Whether to keep the weights of each fold's model in the run directory. By default, only its predictions,
+        settings and history are kept.
     key_added
         Column of ``var`` to write.
     **finetune_options
-        Of :func:`finetune`: ``epochs`` (3 by default), ``lr`` (1e-4), ``batch_size``, ``config``, ``lora``, ``layer``,
-        ``gene_key``, ``min_coverage``,
-        ``run_dir`` (folds are runs of their own in ``run_dir/fold-0``, ...), ``resume``, ``device``, ``precision``,
-        ``n_gpus``, ``n_procs`` and ``random_state``. ``class_weight`` is ``"balanced"`` (labels weigh alike; the
-        default) or ``None``, which gives calibrated probabilities and prefers the frequent label. ``validation`` is the
-        share of the *training genes* that chooses the best epoch; none by default, and the last weights are taken.
-        With ``freeze="encoder"`` there are no epochs, and what is said of them has no meaning.
+        Options of :func:`finetune`: ``epochs`` (default 3), ``lr`` (default 1e-4), ``batch_size``, ``config``,
+        ``lora``, ``layer``, ``gene_key``, ``min_coverage``, ``run_dir`` (each fold is a run in ``run_dir/fold-0``,
+        ...), ``resume``, ``device``, ``precision``, ``n_gpus``, ``n_procs`` and ``random_state``. Two options have
+        another meaning here:
+
+        - ``class_weight``: ``"balanced"`` (the default) gives all labels the same total weight. ``None`` gives
+          calibrated probabilities and favours the frequent label.
+        - ``validation``: the fraction of the *training genes* used to choose the best epoch. By default there is none,
+          and the last weights are used.
+
+        With ``freeze="encoder"`` there are no epochs, and options about them have no effect.
 
     Returns
     -------
-    One row a fold, indexed by ``method`` (``"model"``, ``"baseline"``, ``"majority"``) and ``fold``: ``accuracy``,
-    ``macro_f1``, ``balanced_accuracy``, ``auroc``, and ``auprc`` (average precision), of two classes for the rarer one.
+    A table with one row per method and fold, indexed by ``method`` (``"model"``, ``"baseline"``, ``"majority"``) and
+    ``fold``. Columns: ``accuracy``, ``macro_f1``, ``balanced_accuracy``, ``auroc`` and ``auprc`` (average precision;
+    with two classes, that of the rarer one).
 
     Writes
     ------
     ``adata.var[key_added]``, ``adata.var[key_added + "_prob"]``
         Out-of-fold label (categorical) and its probability; missing for genes that were not labelled or not found.
     ``adata.varm[key_added + "_probabilities"]``
-        Of each class, float32 ``(n_genes, n_classes)``.
+        Out-of-fold probability of each class, float32 ``(n_genes, n_classes)``.
     ``adata.uns["scllm"]["classify_genes"]``
-        Settings, names of the ``classes``, and ``table``: one row a method, fold and metric.
+        Settings, names of the ``classes``, and ``table`` with one row per method, fold and metric.
 
     Examples
     --------
@@ -141,7 +150,7 @@ def classify_genes(
     seed = config.random_state or 0
     where = processes(options.n_gpus, options.n_procs, options.device)
     run_dir = None
-    if freeze != "encoder":  # heads on frozen states need no runs
+    if freeze != "encoder":  # heads on frozen hidden states are fitted without a training run
         check_trainable(begun, freeze)
         if options.lora is not None:
             adapted_layers(begun, frozen_weights(begun, freeze))
@@ -185,7 +194,7 @@ def classify_genes(
 
 
 def _check_not_overwritten(adata: AnnData, labels: LabelLike, key_added: str) -> None:
-    """Raise where predictions would take the place of the labels that they are predictions of."""
+    """Raise if predictions would overwrite the labels."""
     if isinstance(labels, str) and labels in (key_added, key_added + _keys.PROBABILITY):
         raise ValueError(
             f"Expected labels and key_added to name different columns of adata.var, got labels={labels!r} and "
@@ -226,7 +235,7 @@ def _check_states(model: CellModel) -> None:
 
 
 def gene_folds(codes: IntArray, n_folds: int, *, random_state: int = 0) -> IntArray:
-    """The fold of each gene, every class spread evenly, ``(g,)``."""
+    """Assign each gene to a fold, stratified by class, ``(g,)``."""
     fold = np.empty(len(codes), np.int64)
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=random_state)
     for number, (_, test) in enumerate(folds.split(codes, codes)):
@@ -235,10 +244,10 @@ def gene_folds(codes: IntArray, n_folds: int, *, random_state: int = 0) -> IntAr
 
 
 def _table(found: GeneLabels, fold: IntArray, probabilities: Mapping[str, FloatArray]) -> pd.DataFrame:
-    """Metrics of each method on the genes of each fold."""
+    """Compute the metrics of each method on the genes of each fold."""
     names = np.array(found.classes)
     sizes = np.bincount(found.codes, minlength=len(names))
-    # of two classes the rarer one, the same in all folds
+    # with two classes, precision of the rarer one over all genes, so that it is the same class in all folds
     scored = [int(sizes.argmin())] if len(names) == 2 else list(range(len(names)))
     rows = {}
     for method, outputs in probabilities.items():
@@ -252,12 +261,12 @@ def _table(found: GeneLabels, fold: IntArray, probabilities: Mapping[str, FloatA
 
 
 def _average_precision(codes: IntArray, outputs: FloatArray, classes: list[int]) -> float:
-    """Mean over some of the classes."""
+    """Compute the mean average precision over these classes."""
     return float(np.mean([average_precision_score(codes == k, outputs[:, k]) for k in classes]))
 
 
 def _long(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a method, fold and metric."""
+    """Return the table with one row per method, fold and metric."""
     return table.reset_index().melt(["method", "fold"], var_name="metric")
 
 

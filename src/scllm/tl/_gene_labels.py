@@ -1,4 +1,4 @@
-"""Labels of genes, however they are given, on the genes that data and model share."""
+"""Read labels of genes in any accepted form and match them to the genes that data and model share."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ LabelLike = str | pd.Series | pd.DataFrame | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class GeneLabels:
-    """Labelled genes in the order of their names, each a token of the model.
+    """Labelled genes in the model's vocabulary, sorted by name.
 
     Parameters
     ----------
     classes
-        The labels.
+        The distinct labels.
     names
         Name of each gene, ``(g,)``.
     tokens, codes
-        Its token and the place of its label in ``classes``, ``(g,)``.
+        Token of each gene, and index of its label in ``classes``, ``(g,)``.
     of_row
-        Which of them each row of ``var`` is, -1 for rows without a label, ``(n_vars,)``.
+        Index of the gene for each row of ``var``, -1 for rows without a label, ``(n_vars,)``.
     categories
-        How the labels were stored where they came from.
+        How the labels were stored in their source.
     """
 
     classes: tuple[str, ...]
@@ -48,7 +48,7 @@ class GeneLabels:
     categories: Categories
 
     def take(self, chosen: NDArray[np.bool_]) -> GeneLabels:
-        """Some of the genes; classes stay."""
+        """Select some of the genes; all classes are kept."""
         place = np.where(chosen, np.cumsum(chosen) - 1, -1)
         of_row = np.where(self.of_row >= 0, place[self.of_row], -1)
         return replace(
@@ -57,28 +57,28 @@ class GeneLabels:
 
 
 def read_labels(adata: AnnData, labels: LabelLike, tokens: IntArray) -> GeneLabels:
-    """Find the label of each row of ``var`` that has a token, and the genes that these rows are."""
+    """Find the labelled rows of ``var`` that have a token, and combine rows of the same gene."""
     column, categories = _by_row(adata, labels)
     classes = pd.Index(sorted(column.dropna().unique()))
     codes = classes.get_indexer(column)
-    there = np.flatnonzero((codes >= 0) & (tokens >= 0))
-    if not len(there):
+    rows = np.flatnonzero((codes >= 0) & (tokens >= 0))
+    if not len(rows):
         first = column.dropna().index[0]
         raise ValueError(
             "Expected labelled genes to be in the model's vocabulary, got none of the "
             f"{int((codes >= 0).sum())} labelled genes of the data (first: {first!r}). Check the names with "
             "pp.match_genes(adata, model), or label other genes."
         )
-    # in the order of names, so that neither the order of labels nor of var decides about folds
-    there = there[np.argsort(column.index.to_numpy().astype(str)[there], kind="stable")]
-    _, first, place = np.unique(tokens[there], return_index=True, return_inverse=True)
+    # sorted by name, so that folds depend neither on the order of labels nor on that of var
+    rows = rows[np.argsort(column.index.to_numpy().astype(str)[rows], kind="stable")]
+    _, first, place = np.unique(tokens[rows], return_index=True, return_inverse=True)
     rank = np.argsort(np.argsort(first))
     of_row = np.full(adata.n_vars, -1)
-    of_row[there] = rank[place]
-    first = there[np.sort(first)]
-    twice = there[codes[first][of_row[there]] != codes[there]]
-    if len(twice):
-        one, other = first[of_row[twice[0]]], twice[0]
+    of_row[rows] = rank[place]
+    first = rows[np.sort(first)]
+    conflicting = rows[codes[first][of_row[rows]] != codes[rows]]
+    if len(conflicting):
+        one, other = first[of_row[conflicting[0]]], conflicting[0]
         raise ValueError(
             f"Expected one label per gene, got {column.iloc[one]!r} for {column.index[one]!r} and "
             f"{column.iloc[other]!r} for {column.index[other]!r}, which are the same gene in the model's vocabulary. "
@@ -90,7 +90,7 @@ def read_labels(adata: AnnData, labels: LabelLike, tokens: IntArray) -> GeneLabe
 
 
 def check_enough(found: GeneLabels, n_folds: int) -> None:
-    """Raise unless every fold can hold every label."""
+    """Raise unless every label has at least one gene in every fold."""
     counts = np.bincount(found.codes, minlength=len(found.classes))
     present = np.flatnonzero(counts)
     if len(present) < 2:
@@ -108,7 +108,7 @@ def check_enough(found: GeneLabels, n_folds: int) -> None:
 
 
 def _by_row(adata: AnnData, labels: LabelLike) -> tuple[pd.Series, Categories]:
-    """Label of each row of ``var`` as a string, NaN where there is none; and how the labels were stored."""
+    """Return the label of each row of ``var`` as a string or NaN, and how the labels were stored."""
     genes.check_unique(adata.var_names)
     match labels:
         case str():
@@ -156,7 +156,7 @@ def _by_row(adata: AnnData, labels: LabelLike) -> tuple[pd.Series, Categories]:
 
 
 def _as_labels(column: pd.Series, what: str) -> pd.Series:
-    """Labels as strings; numbers are an error."""
+    """Convert labels to strings; raise if they are numbers."""
     known = column.dropna()
     if holds_numbers(known):
         raise ValueError(
@@ -169,7 +169,7 @@ def _as_labels(column: pd.Series, what: str) -> pd.Series:
 
 
 def _label_column(table: pd.DataFrame) -> tuple[pd.Series, list[pd.Index]]:
-    """The one column that does not name genes, and what may name them: the index and all other columns."""
+    """Return the only column that does not name genes, and the index and columns that may name them."""
     is_name = [str(name) in genes.USUAL_COLUMNS for name in table.columns]
     others = [name for name, named in zip(table.columns, is_name, strict=True) if not named]
     if len(others) != 1:
@@ -182,7 +182,10 @@ def _label_column(table: pd.DataFrame) -> tuple[pd.Series, list[pd.Index]]:
 
 
 def _found(adata: AnnData, names: pd.Index) -> tuple[pd.Index, IntArray]:
-    """The names without versions, and which of them each row of ``var`` is (-1: none), by the column that has most."""
+    """Return the names without versions, and the index of the name for each row of ``var`` (-1: none).
+
+    Names are compared with the column of ``var`` that contains most of them.
+    """
     plain = pd.Index(genes.strip_version(names))
     place_of = {name: i for i, name in reversed(list(enumerate(plain)))}
     columns = genes.name_columns(adata.var_names, adata.var).values()
@@ -191,7 +194,7 @@ def _found(adata: AnnData, names: pd.Index) -> tuple[pd.Index, IntArray]:
 
 
 def _check_once(names: pd.Index, values: NDArray[np.object_], *, strict: bool) -> None:
-    """Raise where a gene is labelled twice; two ids of one symbol in a table may share a label."""
+    """Raise if a gene is labelled twice, except with the same label in a table, where two ids may share a symbol."""
     pairs = pd.DataFrame({"name": names, "label": values})
     twice = pairs if strict else pairs.drop_duplicates()
     twice = twice[twice["name"].duplicated(keep=False)]

@@ -1,4 +1,4 @@
-"""What a model, and what simple statistics, say of each gene in the cells that express it."""
+"""Compute hidden states and simple statistics of genes over the cells that express them."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _TARGET_SUM = 1e4
 
 @dataclass(frozen=True)
 class GeneCells:
-    """The cells in whose context genes are looked at.
+    """Genes and the cells over which their hidden states are averaged.
 
     Parameters
     ----------
     adata
-        Those cells alone, in an order of their own: their counts, ``var``, and how genes were matched.
+        Counts, ``var`` and gene matching of these cells, which are in the order of the draw.
     match
-        The token of each of their genes.
+        The token of each gene in ``adata``.
     tokens
-        The genes that are looked at, ``(g,)``.
+        Tokens of the genes to average, ``(g,)``.
     used
-        In which cells each of them is looked at, ``(n_cells, g)``: up to ``max_cells`` a gene.
+        Whether the hidden state of a gene in a cell is used, ``(n_cells, g)``: up to ``max_cells`` cells per gene.
     n_read
-        In how many of these cells the model reads it, ``(g,)``.
+        Number of these cells in which the model reads the gene, ``(g,)``.
     """
 
     adata: AnnData
@@ -57,16 +57,16 @@ class GeneCells:
 
     @property
     def source(self) -> CellSource:
-        """The cells' counts."""
+        """Counts of the cells."""
         return open_source(self.adata)
 
     @property
     def n_cells(self) -> IntArray:
-        """Cells of each gene, ``(g,)``."""
+        """Number of cells used for each gene, ``(g,)``."""
         return np.bincount(self.used.indices, minlength=len(self.tokens))
 
     def take(self, chosen: np.ndarray) -> GeneCells:
-        """Some of the genes, in the same cells."""
+        """Select some of the genes, in the same cells."""
         used = sparse.csr_matrix(self.used[:, chosen])
         return GeneCells(self.adata, self.match, self.tokens[chosen], used, self.n_read[chosen])
 
@@ -81,15 +81,15 @@ def choose_cells(
     max_cells: int,
     random_state: int,
 ) -> GeneCells:
-    """Up to ``max_cells`` cells of each gene, drawn by the cells' names: whatever their order, the same ones.
+    """Draw up to ``max_cells`` cells for each gene; the draw depends on cell names, not on the order of cells.
 
-    A gene is in a cell if the model reads it there: it is expressed and the sentence is not cut before it.
+    A cell counts for a gene if the model reads the gene there: the gene is expressed and not lost by truncation.
     """
-    there = _sentences_with(source, match, model, tokens)
+    is_read = _sequences_with(source, match, model, tokens)
     names = adata.obs_names.to_numpy().astype(str).astype(object)
     drawn = pd.util.hash_array(names, hash_key=f"{random_state % 10**16:016d}")
     order = np.argsort(drawn, kind="stable")
-    by_gene = sparse.csc_matrix(there[order])
+    by_gene = sparse.csc_matrix(is_read[order])
     place = np.arange(len(by_gene.indices)) - np.repeat(by_gene.indptr[:-1], np.diff(by_gene.indptr))
     kept = sparse.coo_array(by_gene)
     used = sparse.csr_matrix((np.ones((place < max_cells).sum(), bool), np.array(kept.coords)[:, place < max_cells]),
@@ -100,12 +100,12 @@ def choose_cells(
     counts = read_checked(source, ascending)[np.searchsorted(ascending, rows)]
     uns = {name: value for name, value in adata.uns.get(_keys.UNS, {}).items() if name == "match_genes"}
     cells = AnnData(counts, pd.DataFrame(index=adata.obs_names[rows]), source.var, uns={_keys.UNS: uns})
-    n_read = np.bincount(there[rows].indices, minlength=len(tokens))
+    n_read = np.bincount(is_read[rows].indices, minlength=len(tokens))
     return GeneCells(cells, match, tokens, used[in_use], n_read)
 
 
-def _sentences_with(source: CellSource, match: GeneMatch, model: CellModel, tokens: IntArray) -> CSR:
-    """Which cells' sentences hold each of the genes, ``(n_cells, g)``."""
+def _sequences_with(source: CellSource, match: GeneMatch, model: CellModel, tokens: IntArray) -> CSR:
+    """Return which token sequences contain each gene, ``(n_cells, g)``."""
     gene_of = _gene_of(model, tokens)
     cells = Loader(source, np.arange(source.n_obs), match, model.encoder, model.vocab, _CELLS_READ, training=False)
     parts = []
@@ -117,7 +117,7 @@ def _sentences_with(source: CellSource, match: GeneMatch, model: CellModel, toke
 
 
 def _gene_of(model: CellModel, tokens: IntArray) -> Tensor:
-    """Which of the genes each token of the vocabulary is, -1 for none."""
+    """Return the index of the gene for each token of the vocabulary, -1 for none."""
     table = torch.full((len(model.vocab),), -1)
     table[torch.from_numpy(tokens).long()] = torch.arange(len(tokens))
     return table
@@ -132,11 +132,11 @@ def pooled(
     device: str = "auto",
     precision: Precision = "auto",
 ) -> FloatArray:
-    """Mean over its cells of what ``state`` gives for each gene's token ``(t, d)``: ``(g, d)`` float64."""
+    """Average ``state``, ``(t, d)`` for the tokens of a batch, over the cells of each gene: ``(g, d)`` float64."""
     gene_of, n_genes = _gene_of(model, cells.tokens), len(cells.tokens)
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
-        # gene and cell travel beside the state, so that one array comes back
+        # gene and cell are columns beside the state, because forward returns one array
         gene = gene_of.to(batch.genes.device)[batch.genes]
         at = replica.is_expressed(batch) & (gene >= 0)
         return torch.cat([torch.stack([gene, batch.cell], 1)[at].float(), state(replica, batch)[at].float()], dim=1)
@@ -144,7 +144,7 @@ def pooled(
     total: Tensor | None = None
     for rows, found in predict(
         model, cells.source, cells.match, forward, batch_size=batch_size, device=device, precision=precision,
-        desc="looking at genes in",
+        desc="computing hidden states of genes in",
     ):  # fmt: skip
         gene, cell = found[:, 0].long(), found[:, 1].long() + rows.start
         kept = torch.from_numpy(_is_in(cells.used, rows, cell.numpy(), gene.numpy()))
@@ -155,7 +155,7 @@ def pooled(
 
 
 def _is_in(used: CSR, rows: slice, cell: IntArray, gene: IntArray) -> np.ndarray:
-    """Which pairs of cell and gene are among those in use."""
+    """Return which pairs of cell and gene are used."""
     part = used[rows]
     n_genes = used.shape[1]
     known = (np.repeat(np.arange(rows.start, rows.stop), np.diff(part.indptr)) * n_genes) + part.indices
@@ -163,10 +163,11 @@ def _is_in(used: CSR, rows: slice, cell: IntArray, gene: IntArray) -> np.ndarray
 
 
 def gene_statistics(cells: GeneCells, n_tokens: int, *, random_state: int = 0) -> FloatArray:
-    """What is known of each gene without a model, ``(g, 3 + n_components)``.
+    """Compute simple statistics of each gene as features for the baseline, ``(g, 3 + n_components)``.
 
-    Of log-normalised counts of the same cells: mean, variance, share of cells that express it (each as a logarithm, as
-    they span orders of magnitude), and its loadings on the leading principal components of the gene-gene correlation.
+    They are computed from log-normalised counts of the same cells: mean, variance and fraction of expressing cells
+    (each as a logarithm, because they span orders of magnitude), and the loadings of the gene on the leading principal
+    components of the gene-gene correlation.
     """
     logged = _log_normalised(cells, n_tokens)
     n_cells = logged.shape[0]
@@ -184,7 +185,7 @@ def gene_statistics(cells: GeneCells, n_tokens: int, *, random_state: int = 0) -
 
 
 def _log_normalised(cells: GeneCells, n_tokens: int) -> CSR:
-    """Cells by tokens; what was logged before stays as it is."""
+    """Return cells by tokens, log-normalised unless the data already are."""
     matrix = cells.source.read(slice(None))
     counts = cells.match.tokens(matrix)
     values = counts.values.astype(np.float64)

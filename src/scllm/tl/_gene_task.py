@@ -1,4 +1,4 @@
-"""Training heads on genes, fold by fold, and what they are held against."""
+"""Train heads on genes in each fold, and compute the methods they are compared with."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from scllm.tl._train import Processes, hash_cells, hash_match, merged_config, tr
 
 __all__ = ["GeneTask", "Options", "gene_config"]
 
-_EPOCHS, _LR = 3, 1e-4  # heads on genes know nothing at first
+_EPOCHS, _LR = 3, 1e-4  # the defaults of all families
 
 
 @dataclass(frozen=True)
 class Options:
-    """What of the options of ``finetune`` goes with genes."""
+    """Options of ``finetune`` that apply to genes."""
 
     class_weight: Literal["balanced"] | None = "balanced"
     validation: float = 0.0
@@ -60,13 +60,13 @@ class Options:
 
 
 def gene_config(model: CellModel, options: Options) -> TrainConfig:
-    """Training settings with nothing left open; an error for those that heads on genes do not have."""
+    """Complete the training settings; raise for settings that heads on genes do not have."""
     defaults = {
         **models.family_module(model.family).FINETUNE,
         "epochs": _EPOCHS,
         "lr": _LR,
         "gene_init": "random",
-        "use_dropout": False,  # heads start from states without that noise
+        "use_dropout": False,  # heads are initialised on hidden states computed without dropout
         "schedule": "linear",
         "warmup": 20,
     }
@@ -91,21 +91,21 @@ class GeneTask:
     Parameters
     ----------
     model
-        Where each fold begins; in evaluation mode, on the CPU.
+        The model that each fold starts from, in evaluation mode and on the CPU.
     cells
-        The genes and the cells they are looked at in.
+        The genes, and the cells over which their hidden states are averaged.
     codes, classes
-        Label of each gene.
+        Index of each gene's label in ``classes``.
     loss
         Weight of each loss.
     freeze
-        What of the model stays as it is.
+        Weights that are not trained.
     options, config, where
-        How it is trained.
+        How the model is trained.
     run_dir
-        Where the folds' runs are; ``None`` with ``freeze="encoder"``, which needs none.
+        Directory of the folds' runs; ``None`` with ``freeze="encoder"``, which has no runs.
     keep_models
-        Whether folds that are done keep their weights.
+        Whether to keep the weights of finished folds.
     key
         Name of the head.
     """
@@ -125,7 +125,7 @@ class GeneTask:
 
     @property
     def seed(self) -> int:
-        """What everything random is a function of."""
+        """Random seed for cells, folds, heads and training."""
         return self.config.random_state or 0
 
     @property
@@ -133,19 +133,19 @@ class GeneTask:
         return match_settings(self.cells.adata, self.options.gene_key, self.options.min_coverage)
 
     def by_model(self, fold: IntArray) -> FloatArray:
-        """Out-of-fold probabilities of the model, ``(g, k)``."""
+        """Compute out-of-fold probabilities with the model, ``(g, k)``."""
         states = self.states(self.model, _hidden)
         found = np.zeros((len(fold), len(self.classes)))
         for number in range(fold.max() + 1):
             training, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
             held_out = training[:0]
-            if self.run_dir is not None:  # epochs are to be chosen
-                training, held_out = self._divided(training)
+            if self.run_dir is not None:  # validation genes choose the best epoch
+                training, held_out = self._split(training)
             head = self._fitted(states, training, self.loss)
             if self.run_dir is None:
                 found[test] = self._probabilities(_applied(head, states[test]), self.loss)
                 continue
-            # the first fold says what all of them do
+            # the other folds would log the same as the first one
             with details() if number else nullcontext():
                 found[test] = self._by_tuned(head, training, held_out, test, self.run_dir / f"fold-{number}")
         return found
@@ -153,7 +153,7 @@ class GeneTask:
     def _by_tuned(
         self, head: nn.Linear, training: IntArray, held_out: IntArray, test: IntArray, run_dir: Path
     ) -> FloatArray:
-        """Probabilities of a model trained from this head on, unless an earlier call kept them."""
+        """Return the probabilities of a model trained from this head, or those that an earlier call kept."""
         spec = self._spec(training, held_out, test)
         found = kept_predictions(run_dir, spec, keep_models=self.keep_models)
         if found is None:
@@ -165,7 +165,7 @@ class GeneTask:
         return found
 
     def _spec(self, training: IntArray, held_out: IntArray, test: IntArray) -> dict[str, Any]:
-        """What a fold's predictions depend on."""
+        """Return everything that a fold's predictions depend on."""
         lora = lora_settings(self.options.lora)
         genes = {"training": training, "validation": held_out, "test": test, "labels": self.codes}
         return {
@@ -185,7 +185,7 @@ class GeneTask:
         }  # fmt: skip
 
     def by_baseline(self, fold: IntArray) -> FloatArray:
-        """Out-of-fold probabilities of a logistic regression on simple statistics of the same cells, ``(g, k)``."""
+        """Compute out-of-fold probabilities with a logistic regression on statistics of the same cells, ``(g, k)``."""
         statistics = gene_statistics(self.cells, len(self.model.vocab), random_state=self.seed)
         found, loss = np.zeros((len(fold), len(self.classes))), {"bce": 1.0}
         for number in range(fold.max() + 1):
@@ -195,16 +195,16 @@ class GeneTask:
         return found
 
     def by_majority(self, fold: IntArray) -> FloatArray:
-        """Shares of the classes among the training genes, ``(g, k)``."""
+        """Return the frequencies of the classes among the training genes, ``(g, k)``."""
         counts = np.stack([np.bincount(self.codes[fold != f], minlength=len(self.classes)) for f in np.unique(fold)])
         return (counts / counts.sum(1, keepdims=True))[fold]
 
     def states(self, model: CellModel, of: Any) -> FloatArray:
-        """Mean over its cells of what ``of`` gives for each gene, ``(g, d)``."""
+        """Average the result of ``of`` for each gene over its cells, ``(g, d)``."""
         return pooled(self.cells, model, of, device=self.options.device, precision=self.options.precision)
 
-    def _divided(self, training: IntArray) -> tuple[IntArray, IntArray]:
-        """Genes to train on, and genes to choose weights by."""
+    def _split(self, training: IntArray) -> tuple[IntArray, IntArray]:
+        """Split genes into those to train on and those that choose the best epoch."""
         share = self.options.validation
         if not share:
             return training, training[:0]
@@ -215,7 +215,7 @@ class GeneTask:
         return training[part == 0], training[part == 1]
 
     def _class_weights(self, genes: IntArray) -> FloatArray:
-        """Weight of each of the genes: alike, or so that classes weigh alike."""
+        """Return the weight of each gene: equal weights, or equal total weights of the classes."""
         codes = self.codes[genes]
         if self.options.class_weight is None:
             return np.ones(len(genes))
@@ -223,16 +223,16 @@ class GeneTask:
         return (len(genes) / (len(counts) * np.maximum(counts, 1)))[codes]
 
     def _fitted(self, states: FloatArray, genes: IntArray, loss: Mapping[LossName, float]) -> nn.Linear:
-        """The head with the least loss on states that do not change."""
+        """Fit the head with the lowest loss on fixed hidden states."""
         rows = states[genes], self.codes[genes], len(self.classes)
         weights = self._class_weights(genes)
         penalty = chosen_penalty(*rows, loss=loss, weights=weights, random_state=self.seed)
         return fit_linear_head(*rows, loss=loss, weights=weights, penalty=penalty)
 
     def _tuned(self, head: nn.Linear, training: IntArray, held_out: IntArray, run_dir: Path) -> CellModel:
-        """The model after training on some genes, begun with the head that fits its states."""
+        """Train the model on some genes, starting from the head fitted on its hidden states."""
         begun = copy.deepcopy(self.model)
-        with torch.random.fork_rng([]):  # weights are set on the next line
+        with torch.random.fork_rng([]):  # random weights of the new head are replaced on the next line
             begun.set_heads((HeadSpec(self.key, self.classes, level="gene"),))
         begun.heads[0].load_state_dict(head.state_dict())
         objective = GeneLabel(*self._labelled(training), *self._labelled(held_out), loss=self.loss)
@@ -247,7 +247,7 @@ class GeneTask:
         )  # fmt: skip
 
     def _labelled(self, genes: IntArray) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[float, ...], ...]]:
-        """Tokens of each class, and weights by which every gene counts as its class does, however many cells it has."""
+        """Return the tokens of each class and their weights, which do not depend on the number of cells of a gene."""
         n_tokens = self.cells.n_read[genes]
         weights = self._class_weights(genes) / n_tokens
         weights *= n_tokens.sum() / max((weights * n_tokens).sum(), 1e-12)
@@ -258,11 +258,11 @@ class GeneTask:
         )
 
     def _cells_with(self, genes: IntArray) -> IntArray:
-        """Cells that hold one of the genes."""
+        """Return the cells that are used for at least one of the genes."""
         return np.flatnonzero(np.diff(self.cells.used[:, genes].indptr))
 
     def _probabilities(self, logits: FloatArray, loss: Mapping[LossName, float]) -> FloatArray:
-        """Of each class; with ``"bce"`` each class against the rest, normalised."""
+        """Convert logits to the probability of each class; with ``"bce"``, each class against the rest, normalised."""
         logits = torch.from_numpy(logits)
         if set(loss) != {"bce"}:
             return logits.softmax(1).numpy()

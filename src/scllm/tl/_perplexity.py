@@ -1,4 +1,4 @@
-"""How plausible each cell's sentence of genes is to a language model."""
+"""Score the token sequence of each cell with a gene language model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from scllm.tl._model import ModelLike, gene_match, remember, resolve
 
 __all__ = ["perplexity"]
 
-# logits held at once where the caller leaves the batch size open: a gigabyte
+# number of logits per batch by default: one gigabyte
 _LOGITS = 2**28
 _CELLS = 64
-# genes kept one by one before they are counted
+# number of genes collected before they are added to the counts
 _NEW = 2**20
 
 
@@ -38,46 +38,53 @@ def perplexity(
     device: str = "auto",
     copy: bool = False,
 ) -> AnnData | None:
-    """Score how plausible each cell is to a gene language model.
+    """Compute the perplexity of each cell under a gene language model.
 
-    A cell is its genes by falling expression. The score is minus the mean logarithm of each gene's probability in its
-    place, in nats per gene, and its exponential, the perplexity: among how many equally likely genes the model
-    hesitates. What a gene is predicted from is the *kind*, and numbers of different kinds do not compare:
+    The token sequence of a cell is its genes in order of decreasing expression. The score is the mean negative log
+    probability of each gene at its position, in nats per gene. Its exponential is the perplexity: the number of equally
+    likely genes among which the model would be equally uncertain. Families differ in what a gene is predicted from.
+    This is the *kind* of the score, and scores of different kinds cannot be compared:
 
-    - ``"causal"`` (gpt2): the genes expressed more highly. The chain rule makes this the exact likelihood.
-    - ``"permutation"`` (xlnet): the genes before it in an order; the mean over four fixed random orders, each of which
-      gives an exact likelihood.
-    - ``"pseudo"`` (albert, and any masked model): all other genes, each gene hidden in turn. It is the likelihood of
-      nothing, and lower: all that is left to guess is one gene.
+    - ``"causal"`` (gpt2): predicted from the genes with higher expression. By the chain rule, this is the exact
+      likelihood.
+    - ``"permutation"`` (xlnet): predicted from the genes before it in a random order. The score is the mean over four
+      fixed orders, each of which gives an exact likelihood.
+    - ``"pseudo"`` (albert, and any masked model): predicted from all other genes, with one gene masked at a time. This
+      is not a likelihood, and its values are lower, because only one gene is unknown at a time.
 
-    Always computed in fp32.
+    Scores are always computed in fp32.
 
     Parameters
     ----------
     adata
-        Cells by genes; counts.
+        Cells by genes, with counts.
     model
-        A gene language model or its path; ``None`` is the one recorded on ``adata`` last.
+        A gene language model or its path. ``None``: the model last recorded on ``adata``.
     key_added
         Column to write.
     layer
-        Layer to read; ``None`` is ``X``.
+        Layer to read. ``None``: ``X``.
     batch_size
-        Cells of one forward pass; changes speed and memory only.
+        Number of cells per forward pass; changes only speed and memory.
     device
         ``"auto"``, ``"cpu"`` or ``"cuda"``.
     copy
-        Return a changed copy in place of changing ``adata``.
+        Return a changed copy instead of changing ``adata``.
 
     Writes
     ------
     ``adata.obs[key_added]``, ``adata.obs[key_added + "_nats"]``
-        Perplexity of each cell and its logarithm, nats per gene; NaN for a cell without genes.
+        Perplexity of each cell, and its logarithm in nats per gene; NaN for a cell without genes.
     ``adata.uns["scllm"]["perplexity"]``
-        ``params`` (with the ``kind``) and, in nats per gene over all cells: ``nats``, the model's own; ``bound``,
-        ``ln(n!) / n``, below which no likelihood can be where the order of a cell's ``n`` genes is random (real orders
-        are not); ``unigram``, of a model that knows how frequent each gene is; ``unigram_by_position``, of one that
-        knows it for each place in the sentence. Both are those of ``adata``, each gene left out in turn.
+        ``params`` (with the ``kind``) and four values in nats per gene over all cells:
+
+        - ``nats``: the model.
+        - ``bound``: ``ln(n!) / n`` for the ``n`` genes of a cell. If the order of genes were random, no score
+          could be lower; real orders are not random.
+        - ``unigram``: a model that knows the frequency of each gene.
+        - ``unigram_by_position``: a model that knows the frequency of each gene at each position of the sequence.
+
+        The frequencies are those in ``adata``, without the gene that is scored.
 
     Examples
     --------
@@ -102,7 +109,7 @@ def perplexity(
     def forward(replica: CellModel, batch: Batch) -> Tensor:
         at, nats = gene_nats(replica, batch)
         cell = batch.cell[at]
-        # cell, place and gene travel beside the nats, so that one array comes back
+        # cell, position and gene are columns beside the nats, because forward returns one array
         return torch.stack([cell.float(), (at - batch.first[cell]).float(), batch.genes[at].float(), nats], dim=1)
 
     if batch_size is None:
@@ -139,10 +146,10 @@ def perplexity(
 
 
 class _Places:
-    """How often each gene stands in each place of a sentence.
+    """Number of times that each gene occurs at each position of a token sequence.
 
-    New genes are added to the counts once they are as many as the counts: time then grows with the genes, where adding
-    every batch takes the square of it.
+    New genes are added to the counts when there are as many of them as counts. The time is then linear in the number of
+    genes; adding every batch would make it quadratic.
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
@@ -151,14 +158,14 @@ class _Places:
         self._n_new = 0
 
     def add(self, place: IntArray, gene: IntArray) -> None:
-        """Count genes that stand in places."""
+        """Count genes, given the position of each."""
         self._new.append(np.stack([place, gene]).astype(np.int32))
         self._n_new += len(gene)
         if self._n_new >= max(_NEW, self._counts.nnz):
             self.counts()
 
     def counts(self) -> sparse.csr_array:
-        """Places by genes."""
+        """Return the counts, positions by genes."""
         if self._new:
             place, gene = np.concatenate(self._new, axis=1)
             self._counts = self._counts + sparse.csr_array((np.ones(len(gene)), (place, gene)), self._counts.shape)

@@ -1,4 +1,4 @@
-"""Models with fewer weights."""
+"""Prune the weights of a model."""
 
 from __future__ import annotations
 
@@ -15,32 +15,34 @@ __all__ = ["prune"]
 
 
 def prune(model: ModelLike, *, amount: float = 0.3, structured: bool = False) -> CellModel:
-    """Make a model without its smallest weights, or without its smallest heads and neurons.
+    """Remove the smallest weights of a model, or its attention heads and neurons with the smallest norms.
 
-    Nothing is trained again: how much a model bears is for ``report`` to say, and for :func:`scllm.tl.finetune` (or
-    ``pretrain(model=...)``) to mend. What is taken out stays out in both, but for adapters (``lora=``), which fill
-    zeros when they are merged.
+    The pruned model is not trained again. Its ``report`` shows how much it changed, and :func:`scllm.tl.finetune` (or
+    ``pretrain(model=...)``) can restore accuracy. Pruned weights stay pruned during this training, except with adapters
+    (``lora=``), which fill zeros when they are merged.
 
     Parameters
     ----------
     model
-        A model or its path; it is left unchanged.
+        A model or its path; it is not changed.
     amount
-        Share to take out, between 0 and 1: of the weights of each linear layer (heads for labels and tables stay
-        whole), or with ``structured`` of the attention heads and of the feed-forward neurons.
+        Fraction to remove, between 0 and 1: of the weights of each linear layer (classification heads and embedding
+        tables are not pruned) or, with ``structured``, of the attention heads and of the feed-forward neurons.
     structured
-        ``False``: the weights smallest in absolute value become zero, the same share of every matrix (Han et al. 2015,
-        arXiv:1506.02626). The model keeps its shape, and is no faster and no smaller. ``True``: heads and neurons with
-        the smallest norms (Li et al. 2017, arXiv:1608.08710) are taken out for good, so that the model has fewer
-        weights and computes less. Heads of all blocks are compared, each with the mean of its block, and each block
-        keeps one at least; of the neurons every block loses the share, in eights. In albert all layers share the block
-        that loses them; in scfoundation the decoder shrinks too. Networks given as ``hf_config`` need to be GPT-2's,
-        ALBERT's or XLNet's own.
+        ``False``: the weights with the smallest absolute values become zero, the same fraction of every matrix (Han et
+        al. 2015, arXiv:1506.02626). The model keeps its shape and is neither faster nor smaller.
+
+        ``True``: attention heads and neurons with the smallest norms (Li et al. 2017, arXiv:1608.08710) are removed, so
+        that the model has fewer weights and needs fewer operations. Heads are compared across all blocks, after
+        dividing each norm by the mean of its block, and each block keeps at least one. Each block loses the same
+        fraction of its neurons, in multiples of eight. In albert, all layers share the block that is pruned; in
+        scfoundation, the decoder is pruned, too. Networks given as ``hf_config`` must be those of GPT-2, ALBERT or
+        XLNet.
 
     Returns
     -------
-    The pruned model, in evaluation mode, with a ``report`` as :func:`scllm.tl.quantize` writes it. What is left of each
-    block stands in ``config.block_heads`` and ``config.block_hidden``.
+    The pruned model, in evaluation mode, with a ``report`` as described in :func:`scllm.tl.quantize`. The numbers of
+    heads and neurons that remain in each block are in ``config.block_heads`` and ``config.block_hidden``.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Models with int8 weights."""
+"""Quantize the weights of a model to int8."""
 
 from __future__ import annotations
 
@@ -16,29 +16,35 @@ _KINDS = get_args(WeightDtype)[1:]
 
 
 def quantize(model: ModelLike, *, dtype: WeightDtype = "int8") -> CellModel:
-    """Make a model of nearly a quarter of the size, whose weights are int8.
+    """Quantize the weights of a model to int8, which reduces its size to nearly a quarter.
 
-    Each row of a linear layer or of an embedding table becomes int8 numbers and one scale, ``w = s round(w / s)`` with
-    ``s = max|w| / 127`` (Dettmers et al. 2022, arXiv:2208.07339). Norms and biases stay as they are, as do linear heads
-    and layers whose rows are shorter than eight numbers. The model embeds, labels, predicts, is saved and is loaded
-    like any other; of its weights only heads can be trained, with ``tl.finetune(freeze="encoder")``.
+    Each row of a linear layer or of an embedding table is stored as int8 numbers and one scale, ``w = s round(w / s)``
+    with ``s = max|w| / 127`` (Dettmers et al. 2022, arXiv:2208.07339). Norms, biases, linear heads and layers with
+    fewer than eight numbers per row are not quantized. The model embeds, predicts, is saved and is loaded like any
+    other. Only its heads can be trained, with ``tl.finetune(freeze="encoder")``.
 
     Parameters
     ----------
     model
-        A model or its path; it is left unchanged.
+        A model or its path; it is not changed.
     dtype
-        ``"int8"``: products are computed in floats, so that embeddings differ little and speed is that of the original.
-        ``"int8_dynamic"``: on a CPU activations are rounded too, token by token, and products are those of integers:
-        faster where the processor has instructions for those (AVX512-VNNI), at a little more error.
+        ``"int8"``: matrix products are computed in floats, so that embeddings differ little and the speed is that of
+        the original. ``"int8_dynamic"``: on a CPU, activations are quantized for each token, too, and matrix products
+        are computed with integers. This is faster on processors with instructions for it (AVX512-VNNI), and its error
+        is slightly larger.
 
     Returns
     -------
-    The int8 model, in evaluation mode. Its ``report`` has a row ``before`` and one ``after``: ``bytes_on_disk`` (of the
-    saved folder), ``bytes_in_memory`` (weights), ``n_parameters``, ``flops_per_cell``, ``cells_per_s``, and against the
-    original's embedding ``cosine_mean``, ``cosine_min`` and ``knn_overlap``; for a model with labels ``same_label``,
-    the share of cells that keep theirs. All but the sizes are measured on planted cells over the model's own genes; for
-    your own cells see :func:`scllm.metrics.agreement`.
+    The int8 model, in evaluation mode. Its ``report`` is a table with the rows ``before`` and ``after``, and these
+    columns:
+
+    - ``bytes_on_disk`` (saved folder), ``bytes_in_memory`` (weights), ``n_parameters``, ``flops_per_cell`` and
+      ``cells_per_s``;
+    - ``cosine_mean``, ``cosine_min`` and ``knn_overlap``, which compare embeddings with those of the original;
+    - for a model that predicts labels, ``same_label``, the fraction of cells whose label is unchanged.
+
+    All but the sizes are measured on simulated cells that express genes of the model's vocabulary. For your own cells,
+    see :func:`scllm.metrics.agreement`.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What a smaller model is beside the one it was made of: sizes, operations, speed, agreement."""
+"""Compare a compressed model with the original: sizes, operations, speed and agreement."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from scllm.tl._model import gene_match
 
 __all__ = ["report"]
 
-# planted cells: of toy data, but over the model's own genes
+# simulated cells, like those of the toy data, but with genes of the model's vocabulary
 _N_GENES, _N_TYPES = 200, 4
 _MARKER_FOLD, _COUNTS_PER_GENE = 12.0, 0.8
 _FEWEST, _MOST = 8, 96
 _MAX_LEN = 1024
-# floating-point operations that looking at one model may cost: some seconds on one core
+# floating-point operations to spend on one model: a few seconds on one core
 _BUDGET = 3e11
-# of speed: so many looks at each model, more of small ones until so many seconds are spent
+# minimum number of timings of each model, and the time until which fast models are timed again
 _REPEATS, _SECONDS = 3, 1.0
 
 
 def report(before: CellModel, after: CellModel) -> pd.DataFrame:
-    """Sizes, operations, speed and agreement on planted cells, one row ``before`` and one ``after``.
+    """Measure sizes, operations, speed and agreement on simulated cells, with the rows ``before`` and ``after``.
 
-    Cells are Poisson counts of four types with markers over 200 genes spread evenly over the vocabulary, as
-    :func:`scllm.datasets.toy` makes them: 96 cells, fewer where a model takes long; at most 1,024 tokens of each.
+    Cells are simulated as in :func:`scllm.datasets.toy`: Poisson counts of four types with marker genes, for 200 genes
+    spread evenly over the vocabulary. There are 96 cells, or fewer for large models, and at most 1,024 tokens per cell.
     """
-    adata = _planted(before, np.random.default_rng(0))
-    k = min(15, adata.n_obs // 6)  # of few cells nearly all are neighbours
+    adata = _simulated(before, np.random.default_rng(0))
+    k = min(15, adata.n_obs // 6)  # with few cells, nearly all would be neighbours
     source = open_source(adata)
     match = gene_match(adata, source, before)
     probes = {"before": _shortened(before), "after": _shortened(after)}
     with details():
-        found = {name: _looked_at(source, match, probe) for name, probe in probes.items()}
+        found = {name: _outputs(source, match, probe) for name, probe in probes.items()}
         speed = _cells_per_s(source, match, probes)
     labels, n_tokens = found["before"]["label"], found["before"]["n_tokens"].mean()
     rows = {}
@@ -76,14 +76,14 @@ def report(before: CellModel, after: CellModel) -> pd.DataFrame:
 
 
 def _shortened(model: CellModel) -> CellModel:
-    """The model itself with sentences of limited length; weights are shared."""
+    """Return the model with a shorter ``max_len``; weights are shared."""
     probe = copy.copy(model)
     probe.encoder = replace(model.encoder, max_len=min(model.encoder.max_len, _MAX_LEN))  # type: ignore[type-var]
     return probe
 
 
-def _planted(model: CellModel, rng: Generator) -> AnnData:
-    """Cells whose markers are known, over genes of the model's vocabulary."""
+def _simulated(model: CellModel, rng: Generator) -> AnnData:
+    """Simulate cells with known markers, for genes of the model's vocabulary."""
     genes = list(model.vocab.genes)
     genes = genes[:: max(1, len(genes) // _N_GENES)][:_N_GENES]
     flops = _shortened(model).forward_flops(_N_GENES)
@@ -92,12 +92,12 @@ def _planted(model: CellModel, rng: Generator) -> AnnData:
     fold = np.where(rng.integers(0, 2 * _N_TYPES, len(genes)) == np.arange(_N_TYPES)[:, None], _MARKER_FOLD, 1.0)
     rates = fold[np.arange(n_cells) % _N_TYPES] * level / level.mean() * _COUNTS_PER_GENE
     counts = rng.poisson(rates * rng.lognormal(0, 0.3, (n_cells, 1))).astype(np.float32)
-    counts[:, 0] += counts.sum(1) == 0  # a cell without any gene would say nothing
+    counts[:, 0] += counts.sum(1) == 0  # every cell needs at least one gene
     return AnnData(sparse.csr_matrix(counts), var=pd.DataFrame(index=pd.Index(genes, dtype=str)))
 
 
-def _looked_at(source: CellSource, match: GeneMatch, model: CellModel) -> dict[str, FloatArray]:
-    """Embedding, label (of the first head that has classes; -1 without) and length of each cell."""
+def _outputs(source: CellSource, match: GeneMatch, model: CellModel) -> dict[str, FloatArray]:
+    """Compute the embedding, the label (of the first head with classes; -1 if none) and the length of each cell."""
     key = next((spec.key for spec in model.head_specs if spec.classes is not None and spec.level == "cell"), None)
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
@@ -114,18 +114,21 @@ def _looked_at(source: CellSource, match: GeneMatch, model: CellModel) -> dict[s
 
 
 def _cells_per_s(source: CellSource, match: GeneMatch, models: dict[str, CellModel]) -> dict[str, float]:
-    """Cells a second in the model alone; both in turn, since a machine is not equally fast all the time: the best."""
+    """Measure cells per second in the forward pass only.
+
+    Models are timed in turn and the best time counts, because the speed of a machine varies.
+    """
     rows, best = np.arange(max(2, source.n_obs // 4)), dict.fromkeys(models, np.inf)
     began_at = time.perf_counter()
-    for n_looks in count():
-        if n_looks >= _REPEATS and time.perf_counter() - began_at > _SECONDS:
+    for n_timings in count():
+        if n_timings >= _REPEATS and time.perf_counter() - began_at > _SECONDS:
             break
         for name, model in models.items():
             passes: list[float] = []
 
             def forward(replica: CellModel, batch: Batch, passes: list[float] = passes) -> Tensor:
                 began = time.perf_counter()
-                embedding = replica.embed(batch).float().cpu()  # which waits for a GPU
+                embedding = replica.embed(batch).float().cpu()  # waits for the GPU to finish
                 passes.append(time.perf_counter() - began)
                 return embedding
 
