@@ -1,4 +1,4 @@
-"""Embeddings are ranked as they should be, against scib-metrics and by hand."""
+"""Scores of embeddings, compared with scib-metrics and with computation by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCH = list(metrics.BATCH_METRICS)
 
 @pytest.fixture
 def embedded(adata) -> ad.AnnData:
-    """A good embedding (type apart, batches mixed) and noise."""
+    """A good embedding, which separates types and mixes batches, and noise."""
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(60, 8))
     adata.obsm["X_good"] = noise + 6 * (adata.obs["cell_type"] == "A").to_numpy()[:, None] * (np.arange(8) == 0)
@@ -60,7 +60,7 @@ def test_scores_agree_with_scib_metrics(embedded) -> None:
     assert row["silhouette_batch"] == pytest.approx(float(scib.silhouette_batch(values, labels, batches)), abs=1e-4)
 
 
-def test_neighbours_and_the_graph_are_made_once_an_embedding(embedded, monkeypatch) -> None:
+def test_neighbours_and_the_graph_are_computed_once_per_embedding(embedded, monkeypatch) -> None:
     made = []
     neighbors, graph = sc.pp.neighbors, igraph.Graph
     monkeypatch.setattr(sc.pp, "neighbors", lambda *data, **how: made.append("neighbours") or neighbors(*data, **how))
@@ -84,7 +84,7 @@ def test_one_progress_bar_counts_the_steps_of_all_embeddings(embedded, monkeypat
 
 
 @pytest.mark.slow
-def test_approximate_neighbours_repeat_and_are_nearly_the_exact_ones(monkeypatch) -> None:
+def test_approximate_neighbours_are_reproducible_and_close_to_exact(monkeypatch) -> None:
     values = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
     connectivities, exact = _neighbors(values)
     monkeypatch.setattr("scllm.tl._benchmark._N_EXACT", 500)
@@ -115,7 +115,7 @@ def test_pca_of_a_sparse_matrix_stays_sparse(embedded, monkeypatch) -> None:
     assert _pca(embedded).shape == (60, 39)
 
 
-def test_pca_is_the_yardstick_and_not_written(embedded) -> None:
+def test_pca_is_the_baseline_and_not_written(embedded) -> None:
     table = benchmark(embedded, use_rep=["X_good", "X_pca"], key="cell_type")
     assert "X_pca" not in embedded.obsm
     assert embedded.X.max() > 5  # still counts
@@ -126,7 +126,7 @@ def test_pca_is_the_yardstick_and_not_written(embedded) -> None:
     pd.testing.assert_series_equal(table.loc["X_pca"], own.loc["X_pca"])
 
 
-def test_pca_takes_counts_from_the_layer_and_logged_values_as_they_are(embedded) -> None:
+def test_pca_reads_the_counts_layer_and_does_not_log_twice(embedded) -> None:
     expected = benchmark(embedded, use_rep="X_pca", key="cell_type")
     layered = embedded.copy()
     layered.layers["counts"] = layered.X.copy()
@@ -152,7 +152,7 @@ def test_table_is_recorded_and_can_be_written(embedded, tmp_path) -> None:
     assert "batch_key" not in alone.uns["scllm"]["benchmark"]["params"]
 
 
-def test_same_call_gives_the_same_and_leaves_global_randomness(embedded) -> None:
+def test_results_are_reproducible_and_global_random_state_is_unchanged(embedded) -> None:
     before = np.random.get_state()[1].copy()  # noqa: NPY002
     first = benchmark(embedded, use_rep=["X_noise", "X_pca"], key="cell_type", batch_key="batch")
     again = benchmark(embedded, use_rep=["X_noise", "X_pca"], key="cell_type", batch_key="batch")
@@ -160,7 +160,7 @@ def test_same_call_gives_the_same_and_leaves_global_randomness(embedded) -> None
     assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
 
 
-def test_unlabelled_cells_are_left_out_with_a_warning(embedded) -> None:
+def test_unlabelled_cells_are_ignored_with_a_warning(embedded) -> None:
     kept = embedded[4:].copy()
     embedded.obs.loc[embedded.obs_names[:4], "cell_type"] = np.nan
     with pytest.warns(UserWarning, match=naming("4 of 60", "obs['cell_type']")):
@@ -169,7 +169,7 @@ def test_unlabelled_cells_are_left_out_with_a_warning(embedded) -> None:
     assert embedded.uns["scllm"]["benchmark"]["params"]["n_cells"] == 56
 
 
-def test_classes_too_small_for_the_folds_are_left_out_with_a_warning(embedded) -> None:
+def test_classes_too_small_for_the_folds_are_ignored_with_a_warning(embedded) -> None:
     embedded.obs["cell_type"] = embedded.obs["cell_type"].cat.add_categories("rare")
     embedded.obs.loc[embedded.obs_names[:4], "cell_type"] = "rare"
     with pytest.warns(UserWarning, match=naming("obs['cell_type']", 1, 5, "'rare'")):
@@ -197,7 +197,7 @@ def test_batches_confounded_with_types_are_scored_without_the_silhouette(embedde
     assert row["batch"] == pytest.approx(row[["graph_connectivity", "batch_mixing"]].mean())
 
 
-def test_an_embedding_that_was_trained_on_the_labels_is_warned_of(adata, tiny, tmp_path, caplog):
+def test_an_embedding_trained_on_the_labels_causes_a_warning(adata, tiny, tmp_path, caplog):
     tuned = finetune(adata, tiny, key="cell_type", epochs=1, run_dir=tmp_path / "run")
     embed(adata, tiny)
     benchmark(adata, use_rep="X_scllm", key="cell_type")
@@ -207,7 +207,7 @@ def test_an_embedding_that_was_trained_on_the_labels_is_warned_of(adata, tiny, t
     assert re.search(naming("obsm['X_scllm']", "'cell_type'", "fine-tuned"), caplog.text)
 
 
-def test_every_embedding_that_was_trained_on_the_labels_is_warned_of(adata, tiny, tmp_path, caplog):
+def test_only_embeddings_trained_on_the_labels_cause_a_warning(adata, tiny, tmp_path, caplog):
     tuned = finetune(adata, tiny, key="cell_type", epochs=1, run_dir=tmp_path / "run")
     embed(adata, tuned, key_added="X_tuned")
     embed(adata, tiny, key_added="X_base")

@@ -15,7 +15,7 @@ from scllm.tl import classify
 
 @pytest.fixture
 def labelled(adata, tiny):
-    """Three labels, not trained, each given to some of the cells."""
+    """A model with an untrained head, which predicts each of three labels for some of the cells."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         tiny.set_heads([HeadSpec("cell_type", ("A", "B", "C"))])
@@ -35,7 +35,7 @@ def several(tiny):
 
 @torch.no_grad()
 def outputs_slowly(adata, model) -> dict[str, np.ndarray]:
-    """What each head says of each cell, one cell at a time."""
+    """Compute the output of each head for each cell, one cell at a time."""
     genes = match(adata.var_names, model.vocab)
     tokens = model.encoder(genes.tokens(adata.X), model.vocab, measured=genes.measured)
     found = [model(Batch.from_tokens(tokens.take(np.array([cell])))).heads for cell in range(adata.n_obs)]
@@ -56,13 +56,13 @@ def test_the_most_probable_label_and_all_probabilities_are_written(adata, labell
     assert adata.obs["scllm_label"].cat.categories.tolist() == ["A", "B", "C"]
 
 
-def test_labels_that_the_model_cannot_give_are_warned_of(adata, labelled):
+def test_labels_that_the_model_cannot_predict_cause_a_warning(adata, labelled):
     adata.obs["cell_type"] = ["A", "ductal", "ductal", *["B"] * 56, None]
     with pytest.warns(UserWarning, match=naming(2, 60, "first: 'ductal'", "'A', 'B', 'C'")):
         classify(adata, labelled)
 
 
-def test_doubtful_cells_are_unknown(adata, labelled):
+def test_uncertain_cells_are_unknown(adata, labelled):
     classify(adata, labelled, key_added="sure")
     threshold = float(adata.obs["sure_prob"].median())
     classify(adata, labelled, threshold=threshold)
@@ -76,7 +76,7 @@ def test_doubtful_cells_are_unknown(adata, labelled):
         classify(adata, labelled, threshold=1.5)
 
 
-def test_a_class_called_unknown_is_warned_of(adata, labelled):
+def test_a_class_called_unknown_causes_a_warning(adata, labelled):
     labelled.set_heads([HeadSpec("cell_type", ("A", "B", "unknown"))])
     classify(adata, labelled)
     with pytest.warns(UserWarning, match=naming("'unknown'", "'cell_type'", "threshold=")):
@@ -86,7 +86,7 @@ def test_a_class_called_unknown_is_warned_of(adata, labelled):
 def test_classes_of_earlier_columns_stay_known(adata, labelled):
     classify(adata, labelled, key_added="sure", threshold=0.6)
     classify(adata, labelled, key_added="all")
-    cut = adata[adata.obs["sure"] != "A"].copy()  # loses a category, beside "unknown"
+    cut = adata[adata.obs["sure"] != "A"].copy()  # removes a category; "unknown" is no class
     assert [classes_of(cut, name) for name in ("sure", "all", "none")] == [["A", "B", "C"], ["A", "B", "C"], []]
     labelled.set_heads([HeadSpec("kind", ("x", "y"))])
     classify(adata, labelled, key_added="sure")
@@ -109,7 +109,7 @@ def test_a_threshold_is_for_labels(adata, tiny):
         ({"key_added": 3}, naming("key_added", 3)),
     ],
 )
-def test_settings_that_are_none_write_nothing(adata, labelled, options, message):
+def test_invalid_settings_write_nothing(adata, labelled, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         classify(adata, labelled, **options)
     assert "scllm_label" not in adata.obs
@@ -134,7 +134,7 @@ def test_the_batch_size_does_not_matter(adata, labelled, batch_size):
     np.testing.assert_allclose(adata.obsm["again_probabilities"], adata.obsm["scllm_label_probabilities"], atol=1e-5)
 
 
-def test_a_layer_is_read_and_a_copy_leaves_the_original_alone(adata, labelled):
+def test_a_layer_is_read_and_a_copy_leaves_the_original_unchanged(adata, labelled):
     expected = classify(adata, labelled, copy=True).obsm["scllm_label_probabilities"]
     assert "scllm_label" not in adata.obs
     assert not adata.uns
@@ -149,7 +149,7 @@ def test_a_model_without_a_head_is_an_error(adata, tiny):
     assert not adata.uns
 
 
-def test_values_leave_no_probabilities_of_earlier_labels(adata, labelled):
+def test_predicted_values_remove_probabilities_of_earlier_labels(adata, labelled):
     classify(adata, labelled)
     assert "scllm_label_probabilities" in adata.obsm
     labelled.set_heads([HeadSpec("depth", None)])
@@ -159,7 +159,7 @@ def test_values_leave_no_probabilities_of_earlier_labels(adata, labelled):
     assert "scllm_label_probabilities" not in adata.obsm
 
 
-def test_heads_on_genes_are_left_out(adata, tiny):
+def test_heads_on_genes_are_ignored(adata, tiny):
     tiny.set_heads([HeadSpec("kind", ("x", "y"), level="gene"), HeadSpec("cell_type", ("A", "B"))])
     classify(adata, tiny.eval())
     assert set(adata.obs) - {"cell_type", "batch"} == {"scllm_label", "scllm_label_prob"}

@@ -1,4 +1,4 @@
-"""What classify_genes refuses, and how it says so."""
+"""Invalid input of classify_genes and its messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scllm.tl import TrainConfig, classify_genes
 
 
 class NoGenes(scgpt.Model):
-    """A model of a family whose tokens are no genes."""
+    """A model of a family whose tokens are not genes."""
 
     reads_genes = False
 
@@ -78,7 +78,7 @@ def test_bad_input_is_named_and_nothing_is_written(adata, tiny, tmp_path, case):
     assert not (tmp_path / "run").exists()
 
 
-def test_genes_that_the_model_does_not_know_are_named(adata, tiny):
+def test_genes_outside_the_vocabulary_are_named(adata, tiny):
     known = models.build("scgpt", vocab=[f"gene_{i}" for i in range(20)], n_layers=1, n_heads=2, d_model=8, d_hidden=8)
     unknown = series(TEN, [f"gene_{i}" for i in range(20, 30)])
     with pytest.raises(ValueError, match=naming("vocabulary", 10, "'gene_20'", "pp.match_genes(adata, model)")):
@@ -106,7 +106,7 @@ def test_two_names_of_one_gene_need_one_label(adata, tiny):
         classify_genes(adata, model, labels="label")
 
 
-def test_missing_labels_are_left_out_with_a_warning(adata, tiny):
+def test_genes_without_a_label_are_ignored_with_a_warning(adata, tiny):
     some = series(["a"] * 10 + ["b"] * 10)
     some.iloc[[3, 15]] = np.nan
     with pytest.warns(UserWarning, match=naming("2 of 20 genes", "'gene_3'")):

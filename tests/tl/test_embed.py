@@ -1,4 +1,4 @@
-"""Embeddings depend on the cell and the model alone."""
+"""Embeddings depend only on the cell and the model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def embedded(adata, tiny) -> ad.AnnData:
 
 
 def sentences(adata, model) -> list[Batch]:
-    """Each cell as a batch of its own."""
+    """Embed each cell in its own batch."""
     genes = match(adata.var_names, model.vocab)
     tokens = model.encoder(genes.tokens(rows_of(adata)), model.vocab, measured=genes.measured)
     return [Batch.from_tokens(tokens.take(np.array([cell]))) for cell in range(adata.n_obs)]
@@ -80,7 +80,7 @@ def test_the_same_call_gives_the_same_bits_and_leaves_randomness_alone(adata, ti
     np.testing.assert_array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
 
 
-def test_random_ties_go_with_the_cell(adata, tiny):
+def test_random_ties_depend_on_the_cell_only(adata, tiny):
     tiny.encoder = BinEncoder(ties="random")
     embed(adata, tiny)
     part = adata[[40, 3]].copy()
@@ -89,7 +89,7 @@ def test_random_ties_go_with_the_cell(adata, tiny):
 
 
 @pytest.mark.parametrize("kind", ["h5ad", "zarr", "backed", "list", "folder"])
-def test_stored_cells_give_the_same(embedded, tiny, tmp_path, kind):
+def test_stored_cells_get_the_same_embedding(embedded, tiny, tmp_path, kind):
     expected = embedded.obsm["X_scllm"]
     embedded.write_h5ad(tmp_path / "a.h5ad")
     if kind in ("list", "folder"):
@@ -141,7 +141,7 @@ def test_pooling_and_layer_are_those_of_one_cell_at_a_time(adata, tiny, pooling,
             states = tiny.inputs(batch)
             for block in list(tiny.layers)[: 3 + layer]:
                 states = block(states, batch)
-        genes = states[1:]  # <cls> is first, and no gene
+        genes = states[1:]  # the first token is <cls>
         if pooling in ("ranked", "linear"):
             weights = rank_weights(torch.zeros(len(genes), dtype=torch.long), batch.values[1:], 1, pooling)
             expected = (genes * weights[:, None]).sum(0)
@@ -177,7 +177,7 @@ def test_a_copy_leaves_the_original_alone(adata, tiny):
     assert not adata.uns
 
 
-def test_a_model_in_training_mode_is_left_in_it_and_drops_nothing(embedded, tiny):
+def test_a_model_in_training_mode_stays_in_it_and_embeds_without_dropout(embedded, tiny):
     tiny.train()
     embed(embedded, tiny, key_added="again")
     assert tiny.training
@@ -243,7 +243,7 @@ def cells(parity) -> ad.AnnData:
 
 
 @pytest.mark.parametrize("kind", ["full", "sampled"])
-def test_parity_scgpt_embedding_of_the_sentences_of_the_original(original, checkpoint, kind):
+def test_parity_scgpt_embedding_of_the_original_token_sequences(original, checkpoint, kind):
     genes, values = original[f"genes_{kind}"], original[f"binned_values_{kind}"]
     real = genes != checkpoint.vocab.pad_id
     indptr = np.concatenate([[0], np.cumsum(real.sum(1))])
@@ -253,12 +253,12 @@ def test_parity_scgpt_embedding_of_the_sentences_of_the_original(original, check
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_parity_scgpt_sentences_of_the_folder(original, checkpoint, cells, form):
-    """Genes and <cls> are equal; bins are where nothing is drawn, and in bounds elsewhere."""
+def test_parity_scgpt_token_sequences(original, checkpoint, cells, form):
+    """Genes and <cls> are equal; bins are equal where nothing is drawn, and within bounds elsewhere."""
     genes = match(cells.var_names, checkpoint.vocab, var=cells.var)
     counts = genes.tokens(rows_of(stored_as(cells, form)))
     assert checkpoint.encoder == BinEncoder(51, 1201, "random", -2, False)
-    # the original's stand in the order of the columns, ours in that of the tokens, `<cls>` before both
+    # the original sorts genes by column and we sort them by token; `<cls>` comes first in both
     key = np.where(original["genes_full"] == checkpoint.vocab.cls_id, -1, original["genes_full"])
     order = np.argsort(np.where(key == checkpoint.vocab.pad_id, len(checkpoint.vocab), key), axis=1, kind="stable")
     their_genes = np.take_along_axis(original["genes_full"], order, 1)
@@ -287,10 +287,10 @@ def test_parity_scgpt_sentences_of_the_folder(original, checkpoint, cells, form)
 def test_parity_scgpt_a_folder_embeds_cells(original, checkpoint, cells, parity, tmp_path):
     embed(cells, checkpoint)
     np.testing.assert_allclose(np.linalg.norm(cells.obsm["X_scllm"], axis=1), 1, **CLOSE)
-    # ties are drawn otherwise than in the original: alike, and not equal
+    # ties are drawn differently from the original, so results are similar but not equal
     assert ((cells.obsm["X_scllm"] * original["X_scGPT_full"]).sum(1)).min() > 0.98
     assert cells.uns["scllm"]["model"]["path"] == str(parity / "checkpoint")
-    embed(cells, key_added="again")  # found again without saying the family
+    embed(cells, key_added="again")  # found again without family=
     np.testing.assert_array_equal(cells.obsm["again"], cells.obsm["X_scllm"])
     with pytest.raises(ValueError, match="say which with family="):
         embed(cells, parity / "checkpoint")
@@ -331,7 +331,7 @@ def test_data_are_never_replaced_by_their_embedding(adata, tiny, tmp_path):
 
 @pytest.fixture
 def late_error(tmp_path) -> str:
-    """Cells of which one of the last, where on disk no look is taken beforehand, has a negative count."""
+    """Cells with a negative count in one of the last cells, which is only found when it is read."""
     counts = sparse.random_array(
         (20_000, 40), density=0.05, format="csr", dtype=np.float32, rng=np.random.default_rng(0)
     )
@@ -344,7 +344,7 @@ def late_error(tmp_path) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".zarr"])
-def test_a_file_is_there_only_when_it_is_whole(adata, tiny, tmp_path, late_error, suffix):
+def test_a_file_appears_only_when_it_is_complete(adata, tiny, tmp_path, late_error, suffix):
     out = tmp_path / f"embedding{suffix}"
     with pytest.raises(ValueError, match="X holds negative values"):
         embed(late_error, tiny, out=out)
@@ -358,7 +358,7 @@ def test_a_file_is_there_only_when_it_is_whole(adata, tiny, tmp_path, late_error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5ad", out.name, "late.h5ad"]
 
 
-def test_what_is_wrong_in_a_layer_is_said_of_the_layer(tiny, late_error):
+def test_an_error_in_a_layer_names_the_layer(tiny, late_error):
     with pytest.raises(ValueError, match="layer 'counts' holds negative values"):
         embed(late_error, tiny, layer="counts")
 

@@ -1,4 +1,4 @@
-"""Gene embeddings: the table, and states averaged over cells."""
+"""Gene embeddings: input embeddings, and hidden states averaged over cells."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scllm.tl._model import gene_match
 
 
 def states_slowly(adata, model) -> np.ndarray:
-    """State of each gene in each cell, NaN where the cell does not express it, ``(n_cells, n_genes, d)``."""
+    """Hidden state of each gene in each cell, NaN where it is not expressed, ``(n_cells, n_genes, d)``."""
     genes = match(adata.var_names, model.vocab)
     tokens = model.encoder(genes.tokens(adata.X), model.vocab, measured=genes.measured)
     states = np.full((adata.n_obs, len(model.vocab), model.config.d_model), np.nan, np.float32)
@@ -28,7 +28,7 @@ def states_slowly(adata, model) -> np.ndarray:
     return states[:, genes.token_ids]
 
 
-def test_the_table_is_looked_up_by_gene(adata, tiny):
+def test_input_embeddings_are_looked_up_by_gene(adata, tiny):
     part = adata[:, ::-2].copy()
     part.var_names = ["unknown", *part.var_names[1:]]
     embed_genes(part, tiny)
@@ -47,7 +47,7 @@ def test_contextual_means_are_over_the_cells_that_express_the_gene(adata, tiny):
     assert np.isnan(adata.varm["scllm_genes"][5]).all()
 
 
-def test_groups_have_means_of_their_own_and_unlabelled_cells_none(adata, tiny):
+def test_each_group_has_its_own_means_and_unlabelled_cells_are_ignored(adata, tiny):
     adata.obs["group"] = pd.Categorical(np.array(["x/y", "b", None], dtype=object)[np.arange(60) % 3])
     embed_genes(adata, tiny, groupby="group")
     names = adata.uns["scllm"]["embed_genes"]["table"]["group"].tolist()
@@ -68,7 +68,7 @@ def test_a_missing_group_offers_close_names_and_writes_nothing(adata, tiny):
     assert not len(adata.varm)
 
 
-def test_means_are_kept_for_the_genes_of_the_data_alone(adata, tiny):
+def test_means_are_kept_only_for_genes_in_the_data(adata, tiny):
     part = adata[:, [30, 7, 12, 3, 25, *range(31, 40)]].copy()
     source = open_source(part)
     genes = gene_match(part, source, tiny)
@@ -81,7 +81,7 @@ def test_means_are_kept_for_the_genes_of_the_data_alone(adata, tiny):
 def test_more_cells_than_float32_can_count_are_counted():
     means = _Means(2, 3)
     means.add(torch.zeros(2, dtype=torch.int64), torch.ones(2, 3))
-    means.count[0] += 1 << 24  # as many cells before
+    means.count[0] += 1 << 24  # as if this many cells had been added
     means.total[0] += 1 << 24
     for _ in range(3):
         means.add(torch.zeros(1, dtype=torch.int64), torch.ones(1, 3))

@@ -1,4 +1,4 @@
-"""How plausible cells are, against one gene at a time."""
+"""Perplexity of cells, compared with scoring one gene at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 @pytest.fixture
 def few(adata):
-    """12 cells of different length, one of them empty."""
+    """12 cells with different numbers of genes, one of them empty."""
     few = adata[:12].copy()
     few.X = sparse.diags_array(np.arange(12) != 3, dtype=np.float32).tocsr() @ few.X
     few.X.eliminate_zeros()
@@ -48,7 +48,7 @@ def sentence(adata, model, cell) -> Batch:
 
 @torch.no_grad()
 def nats_slowly(model, batch) -> float:
-    """One gene at a time."""
+    """Score one gene at a time."""
     genes, n = batch.genes, len(batch.genes)
     found = []
     for place in range(1, n):
@@ -86,7 +86,7 @@ def test_nats_are_those_of_one_gene_at_a_time(few, family):
 
 
 @every_family
-def test_neither_order_nor_batch_size_nor_the_size_of_a_pass_matter(adata, family, monkeypatch):
+def test_order_batch_size_and_pass_size_do_not_matter(adata, family, monkeypatch):
     model, cells = built(family), adata[:20].copy()
     perplexity(cells, model)
     other = cells[::-1].copy()
@@ -95,7 +95,7 @@ def test_neither_order_nor_batch_size_nor_the_size_of_a_pass_matter(adata, famil
     np.testing.assert_allclose(other.obs["perplexity_nats"][::-1], cells.obs["perplexity_nats"], atol=1e-5)
 
 
-def test_the_kind_is_told_with_bound_and_baselines(adata):
+def test_the_kind_is_recorded_with_bound_and_baselines(adata):
     kinds = {}
     for family in FAMILIES:
         cells = adata[:10].copy()
@@ -106,7 +106,7 @@ def test_the_kind_is_told_with_bound_and_baselines(adata):
         n = np.diff(cells.X.indptr)
         bound = sum(np.log(np.arange(1, k + 1)).sum() for k in n) / n.sum()
         assert written["bound"] == pytest.approx(bound)
-        # the vocabulary's specials are never seen
+        # special tokens never occur
         assert written["unigram"] < np.log(42) + 0.1
         assert written["unigram_by_position"] > 0
     assert kinds == {"gpt2": "causal", "albert": "pseudo", "xlnet": "permutation"}
@@ -126,7 +126,7 @@ def test_baselines_are_those_of_genes_counted_one_by_one(adata, monkeypatch, new
     assert (written["unigram"], written["unigram_by_position"]) == unigram_nats(sparse.csr_array(counts.astype(float)))
 
 
-def test_counts_are_put_together_seldom(monkeypatch):
+def test_counts_are_rarely_merged(monkeypatch):
     monkeypatch.setattr(_perplexity, "_NEW", 100)
     rng, expected, sizes = np.random.default_rng(0), np.zeros((50, 400)), set()
     places = _perplexity._Places((50, 400))
@@ -162,15 +162,15 @@ def test_counts_are_needed(adata):
 
 
 def test_permutation_bound_is_that_of_the_best_model_of_random_orders():
-    # of n genes left one is right: ln n, ln (n - 1), ..., 0
+    # guessing among the n remaining genes costs ln n, then ln (n - 1), ..., 0
     assert permutation_bound([40]) == pytest.approx(np.log(np.arange(1, 41)).mean())
     assert permutation_bound([40]) == pytest.approx(2.758, abs=1e-3)
     assert permutation_bound([2, 4]) == pytest.approx((np.log(2) + np.log(24)) / 6)
     assert np.isnan(permutation_bound([0]))
 
 
-def test_unigrams_leave_each_gene_out():
-    # three places; gene 0 always first, the others anywhere behind it
+def test_unigrams_hold_out_each_gene():
+    # three positions; gene 0 is always first, the other genes come in any order
     counts = sparse.csr_array(np.array([[8, 0, 0], [0, 5, 3], [0, 3, 5]]))
     anywhere, by_place = unigram_nats(counts)
     share = np.array([8, 8, 8]) / (24 - 1 + 3)
@@ -186,7 +186,7 @@ def test_unigrams_do_not_profit_from_what_they_score():
     genes = np.array([rng.permutation(60)[:30] for _ in range(50)])
     counts = sparse.coo_array((np.ones(genes.size), (np.tile(np.arange(30), 50), genes.ravel())), (30, 60)).tocsr()
     for found in unigram_nats(counts):
-        assert found > np.log(60) - 0.01  # nothing is known of uniform genes, whatever the place
+        assert found > np.log(60) - 0.01  # the position tells nothing about uniformly distributed genes
 
 
 def test_shuffled_cells_are_less_plausible_to_a_trained_model():

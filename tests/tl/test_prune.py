@@ -1,4 +1,4 @@
-"""Pruned models through the verbs."""
+"""Functions of tl with pruned models."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def test_the_model_really_shrinks(adata, tiny, tmp_path):
     assert models.load(tmp_path / "model").report.equals(small.report)
 
 
-def test_zeros_leave_the_shape(tiny):
+def test_unstructured_pruning_keeps_the_shape(tiny):
     small = tl.prune(tiny, amount=0.4)
     assert small.config == replace(tiny.config, zeros_stay=True)
     assert (small.layers[0].up.weight == 0).float().mean() == pytest.approx(0.4, abs=0.01)
     assert small.report["n_parameters"].nunique() == 1
 
 
-def test_pruned_models_are_trained_on(adata, tiny):
+def test_pruned_models_can_be_fine_tuned(adata, tiny):
     small = tl.prune(tiny, amount=0.5, structured=True)
     tuned = tl.finetune(adata, small, key="cell_type", epochs=12, lr=1e-3)
     with pytest.warns(UserWarning, match=naming("head", "'cell_type'", "tl.finetune")):
@@ -46,7 +46,7 @@ def test_pruned_models_are_trained_on(adata, tiny):
 
 
 @pytest.mark.parametrize("processes", [{}, {"n_procs": 2}, {"n_procs": 2, "config": tl.TrainConfig(strategy="fsdp")}])
-def test_what_is_pruned_stays_out_in_training(adata, tiny, tmp_path, processes):
+def test_pruned_weights_stay_zero_in_training(adata, tiny, tmp_path, processes):
     small = tl.prune(tiny, amount=0.4)
     tuned = tl.finetune(adata, small, key="cell_type", epochs=3, lr=1e-3, run_dir=tmp_path / "run", **processes)
     for before, after in zip(small.layers, models.load(tmp_path / "run" / "model").layers, strict=True):
@@ -67,7 +67,7 @@ def test_adapters_of_a_pruned_model_are_trained(adata, tiny):
             assert changed.float().mean() > 0.9
 
 
-def test_shares_that_round_to_nothing_are_an_error(tiny):
+def test_amounts_that_round_to_zero_are_an_error(tiny):
     with pytest.raises(ValueError, match=naming("amount", "0.01")):
         tl.prune(tiny, amount=0.01, structured=True)
 
@@ -84,7 +84,7 @@ def test_prune_then_quantize(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("amount", [0, 1, -0.1, 30, "0.3", None])
-def test_amounts_are_shares(tiny, amount):
+def test_amounts_are_between_0_and_1(tiny, amount):
     with pytest.raises(ValueError, match=naming("amount", f"got {amount!r}")):
         tl.prune(tiny, amount=amount)
 

@@ -1,4 +1,4 @@
-"""Int8 models through the verbs."""
+"""Functions of tl with int8 models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scllm import metrics, models, settings, tl
 
 @pytest.fixture
 def wide():
-    """Large enough that weights are most of a saved folder."""
+    """A model whose weights are most of its saved folder."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         return models.build("scgpt", vocab=[f"gene_{i}" for i in range(3000)], size="small").eval()
@@ -56,7 +56,7 @@ def test_the_report_is_saved_with_the_model(tiny, tmp_path):
     assert (tmp_path / "again" / "report.json").read_text() == (tmp_path / "model" / "report.json").read_text()
 
 
-def test_the_given_model_is_left_unchanged(tiny, tmp_path):
+def test_the_given_model_is_not_changed(tiny, tmp_path):
     tiny.save(tmp_path / "model")
     before = tiny.hash()
     small = tl.quantize(tmp_path / "model")
@@ -67,7 +67,7 @@ def test_the_given_model_is_left_unchanged(tiny, tmp_path):
     assert (tiny.hash(), tiny.weight_dtype, tiny.report) == (before, "float32", None)
 
 
-def test_what_is_not_trained_is_int8_and_heads_are_trained(adata, tiny, tmp_path):
+def test_the_encoder_stays_int8_and_heads_are_trained(adata, tiny, tmp_path):
     small = tl.quantize(tiny)
     with pytest.raises(
         ValueError, match=r"has int8 weights, which cannot be trained, float ones expected.*heads alone"
@@ -83,7 +83,7 @@ def test_what_is_not_trained_is_int8_and_heads_are_trained(adata, tiny, tmp_path
     assert tuned.weight_dtype == "int8"
     assert torch.equal(tuned.gene_embedding.weight_int8, small.gene_embedding.weight_int8)
     assert tuned.heads[0].weight.dtype == torch.float32
-    # floats that were trained on top of int8 weights come back as they are
+    # float heads trained on int8 weights are loaded unchanged
     tuned.save(tmp_path / "model")
     assert models.load(tmp_path / "model").hash() == tuned.hash()
     rounded_later = tl.quantize(tl.finetune(adata, tiny, key="cell_type", epochs=1), dtype="int8_dynamic")
@@ -91,12 +91,12 @@ def test_what_is_not_trained_is_int8_and_heads_are_trained(adata, tiny, tmp_path
     assert [type(head) for head in rounded_later.heads] == [torch.nn.Linear]
 
 
-def test_a_model_is_rounded_once(tiny):
+def test_a_model_is_quantized_only_once(tiny):
     with pytest.raises(ValueError, match=naming("float weights", "int8")):
         tl.quantize(tl.quantize(tiny))
 
 
-def test_unknown_numbers_are_an_error(tiny):
+def test_an_unknown_dtype_is_an_error(tiny):
     with pytest.raises(ValueError, match=naming("dtype", "'int4'", "'int8'", "'int8_dynamic'")):
         tl.quantize(tiny, dtype="int4")
 

@@ -1,4 +1,4 @@
-"""Expression as the model sees it."""
+"""Predicted expression and its targets."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_expressed_gene_is_predicted(adata, tiny):
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
-def test_only_hidden_genes_are_predicted_and_without_their_values(adata, tiny, ratio):
+def test_only_masked_genes_are_predicted_and_without_their_values(adata, tiny, ratio):
     reconstruct(adata, tiny, mask_ratio=ratio)
     layer = adata.layers["reconstructed"]
     np.testing.assert_array_equal(np.diff(layer.indptr), np.floor(np.diff(adata.X.indptr) * ratio))
@@ -55,14 +55,14 @@ def test_only_hidden_genes_are_predicted_and_without_their_values(adata, tiny, r
         np.testing.assert_allclose(layer[cell].data, predicted_slowly(tiny, batch, places)[places], atol=1e-5)
 
 
-def test_the_same_genes_are_hidden_again(adata, tiny):
+def test_the_same_seed_masks_the_same_genes(adata, tiny):
     first = reconstruct(adata, tiny, mask_ratio=0.5, copy=True).layers["reconstructed"]
     reconstruct(adata, tiny, mask_ratio=0.5, key_added="mine")
     assert (adata.layers["mine"] != first).nnz == 0
     assert "reconstructed" not in adata.layers
 
 
-def test_another_seed_hides_other_genes(adata, tiny):
+def test_another_seed_masks_other_genes(adata, tiny):
     first, again, other = (
         reconstruct(adata, tiny, mask_ratio=0.5, random_state=seed, copy=True).layers["reconstructed"]
         for seed in (1, 1, 2)
@@ -73,7 +73,7 @@ def test_another_seed_hides_other_genes(adata, tiny):
 
 @pytest.fixture
 def twins(adata):
-    """`adata` with gene_0 in two columns, of which a cell expresses one, both or none."""
+    """`adata` with gene_0 in two columns; a cell expresses one, both or neither of them."""
     counts = adata.X.toarray()
     halves = np.floor(counts[:, [0]] / 2)
     names = ["gene_0", *adata.var_names[1:], "twin"]
@@ -86,7 +86,7 @@ def twins(adata):
 
 
 @pytest.mark.parametrize("ratio", [None, 0.5])
-def test_columns_of_one_token_are_filled_alike_where_they_are_expressed(adata, twins, tiny, ratio):
+def test_columns_that_share_a_token_get_equal_values_where_expressed(adata, twins, tiny, ratio):
     reconstruct(adata, tiny, mask_ratio=ratio)
     reconstruct(twins, tiny, mask_ratio=ratio)
     expected, found = adata.layers["reconstructed"].toarray(), twins.layers["reconstructed"].toarray()
@@ -97,8 +97,8 @@ def test_columns_of_one_token_are_filled_alike_where_they_are_expressed(adata, t
 
 
 @pytest.mark.parametrize("ratio", [None, 0.5])
-def test_what_was_to_be_predicted_is_written_in_the_models_own_unit(adata, tiny, ratio):
-    # bins over half of the genes are others than bins over all
+def test_targets_are_written_in_the_units_of_the_model(adata, tiny, ratio):
+    # bins of half of the genes differ from bins of all genes
     model = models.build("scgpt", vocab=adata.var_names[::2], size="tiny", n_layers=1)
     reconstruct(adata, model, mask_ratio=ratio)
     predicted, target = adata.layers["reconstructed"], adata.layers["reconstructed_target"]
@@ -115,7 +115,7 @@ def test_what_was_to_be_predicted_is_written_in_the_models_own_unit(adata, tiny,
     assert f"r = {r:.2f}" in ax.get_title()
 
 
-def test_models_without_values_have_nothing_to_compare_with(adata, tiny):
+def test_models_without_values_write_no_targets(adata, tiny):
     reconstruct(adata, tiny)
     reconstruct(adata, models.build("geneformer", vocab=adata.var_names, size="tiny", n_layers=1))
     assert set(adata.layers) == {"reconstructed"}
@@ -124,7 +124,7 @@ def test_models_without_values_have_nothing_to_compare_with(adata, tiny):
 
 
 @torch.no_grad()
-def test_chosen_genes_are_predicted_from_the_cell_expressed_or_not(adata, tiny):
+def test_chosen_genes_are_predicted_in_every_cell_from_its_embedding(adata, tiny):
     names = ["gene_30", "gene_2"]
     table = reconstruct(adata, tiny, genes=names)
     assert table.shape == (60, 2)
@@ -158,7 +158,7 @@ def test_requests_that_cannot_be_met_write_nothing(adata, tiny, options, error, 
 
 
 def test_parity_scgpt_number_of_hidden_values(shared):
-    """The original counts <cls> among the positions it hides from; we do not, so we hide as many or one fewer."""
+    """The original includes <cls> in the number of genes to mask from; we do not, and mask as many or one fewer."""
     folder = shared / "parity" / "scgpt"
     expected = np.load(folder / "tokenize.npz")
     genes, values = expected["tok_genes_zero0_cls1"], expected["tok_values_zero0_cls1"]

@@ -1,4 +1,4 @@
-"""Labels of neighbours, against a slow way."""
+"""Transferred labels, compared with a slow implementation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shares_slowly(query, reference, labels, k) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("n_neighbors", [1, 10])
-def test_labels_are_votes_of_the_nearest_weighted_by_nearness(query, reference, n_neighbors) -> None:
+def test_labels_are_distance_weighted_votes_of_the_nearest_neighbours(query, reference, n_neighbors) -> None:
     transfer_labels(query, reference, key="kind", n_neighbors=n_neighbors)
     labels = reference.obs["kind"].astype(str)
     expected = shares_slowly(query.obsm["X_scllm"], reference.obsm["X_scllm"], labels, n_neighbors)
@@ -58,7 +58,7 @@ def test_cells_of_the_reference_without_a_label_do_not_vote(query, reference) ->
     pd.testing.assert_frame_equal(query.obs, other.obs)
 
 
-def test_a_copy_and_another_name_leave_the_original_alone(query, reference) -> None:
+def test_a_copy_with_another_name_leaves_the_original_unchanged(query, reference) -> None:
     copied = transfer_labels(query, reference, key="kind", key_added="mine", copy=True)
     assert {"mine", "mine_prob"} == set(copied.obs)
     assert "mine_probabilities" in copied.obsm
@@ -67,7 +67,7 @@ def test_a_copy_and_another_name_leave_the_original_alone(query, reference) -> N
     assert not reference.uns
 
 
-def test_results_survive_files(query, reference, tmp_path) -> None:
+def test_results_survive_writing_and_reading(query, reference, tmp_path) -> None:
     transfer_labels(query, reference, key="kind")
     query.write_h5ad(tmp_path / "q.h5ad")
     query.write_zarr(tmp_path / "q.zarr")
@@ -76,20 +76,20 @@ def test_results_survive_files(query, reference, tmp_path) -> None:
         assert list(back.uns["scllm"]["transfer_labels"]["classes"]) == ["T", "B", "CD4+/x"]
 
 
-def test_planted_types_carry_over_to_another_batch(adata, tiny) -> None:
+def test_simulated_types_are_transferred_to_another_batch(adata, tiny) -> None:
     embed(adata, tiny)
     reference, query = (adata[adata.obs["batch"] == name].copy() for name in ("first", "second"))
     transfer_labels(query, reference, key="cell_type", n_neighbors=5)  # no warning: one model
     assert (query.obs["cell_type_transferred"] == query.obs["cell_type"]).mean() > 0.6
 
 
-def test_embeddings_of_two_models_are_warned_of(adata, tiny, tmp_path) -> None:
+def test_embeddings_of_two_models_cause_a_warning(adata, tiny, tmp_path) -> None:
     other = build("scgpt", vocab=tiny.vocab, size="tiny", d_model=16, n_heads=4)
     reference, query = adata[:30].copy(), adata[30:].copy()
     embed(query, tiny)
     embed(reference, other)
     for data in (query, reference):
-        embed(data, tiny, key_added="X_again")  # used last: one model for both
+        embed(data, tiny, key_added="X_again")  # the model used last is the same for both
     reference.write_h5ad(tmp_path / "reference.h5ad")
     for known in (reference, ad.read_h5ad(tmp_path / "reference.h5ad")):
         with pytest.warns(UserWarning, match=rf"{tiny.hash()} in adata\b.*\b{other.hash()} in the reference"):
@@ -97,7 +97,7 @@ def test_embeddings_of_two_models_are_warned_of(adata, tiny, tmp_path) -> None:
         transfer_labels(query, known, key="cell_type", use_rep="X_again")
 
 
-def test_another_model_used_after_embedding_is_no_reason_to_warn(adata, tiny) -> None:
+def test_another_model_used_after_embedding_causes_no_warning(adata, tiny) -> None:
     reference, query = adata[:30].copy(), adata[30:].copy()
     for data in (query, reference):
         embed(data, tiny)

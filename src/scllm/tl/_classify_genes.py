@@ -143,20 +143,20 @@ def classify_genes(
     match = gene_match(adata, source, chosen, options.gene_key, options.min_coverage)
     found = read_labels(adata, labels, match.of_genes(source.genes, adata.var_names))
     check_enough(found, n_folds)
-    begun = copy.deepcopy(chosen).cpu().eval()
-    begun.history, begun.report, begun.path = None, None, None
-    freeze = check_freeze(begun, freeze)
-    config = gene_config(begun, options)
+    initial = copy.deepcopy(chosen).cpu().eval()
+    initial.history, initial.report, initial.path = None, None, None
+    freeze = check_freeze(initial, freeze)
+    config = gene_config(initial, options)
     seed = config.random_state or 0
     where = processes(options.n_gpus, options.n_procs, options.device)
     run_dir = None
     if freeze != "encoder":  # heads on frozen hidden states are fitted without a training run
-        check_trainable(begun, freeze)
+        check_trainable(initial, freeze)
         if options.lora is not None:
-            adapted_layers(begun, frozen_weights(begun, freeze))
+            adapted_layers(initial, frozen_weights(initial, freeze))
         run_dir = folds_directory("classify_genes", options.run_dir, options.resume)
 
-    cells = choose_cells(adata, source, match, begun, found.tokens, max_cells=max_cells, random_state=seed)
+    cells = choose_cells(adata, source, match, initial, found.tokens, max_cells=max_cells, random_state=seed)
     seen = cells.n_cells > 0
     found, cells = found.take(seen), cells.take(seen)
     check_enough(found, n_folds)
@@ -170,7 +170,7 @@ def classify_genes(
         f"{len(found.codes):,}", f"{cells.adata.n_obs:,}", cells.n_cells.min(), cells.n_cells.max(), n_folds,
     )  # fmt: skip
     task = GeneTask(
-        begun, cells, found.codes, found.classes, losses, freeze, options, config, where, run_dir,
+        initial, cells, found.codes, found.classes, losses, freeze, options, config, where, run_dir,
         keep_models, key,
     )  # fmt: skip
     fold = gene_folds(found.codes, n_folds, random_state=seed)

@@ -231,13 +231,13 @@ class GeneTask:
 
     def _tuned(self, head: nn.Linear, training: IntArray, held_out: IntArray, run_dir: Path) -> CellModel:
         """Train the model on some genes, starting from the head fitted on its hidden states."""
-        begun = copy.deepcopy(self.model)
+        initial = copy.deepcopy(self.model)
         with torch.random.fork_rng([]):  # random weights of the new head are replaced on the next line
-            begun.set_heads((HeadSpec(self.key, self.classes, level="gene"),))
-        begun.heads[0].load_state_dict(head.state_dict())
+            initial.set_heads((HeadSpec(self.key, self.classes, level="gene"),))
+        initial.heads[0].load_state_dict(head.state_dict())
         objective = GeneLabel(*self._labelled(training), *self._labelled(held_out), loss=self.loss)
         return train(
-            "classify_genes", self.cells.adata, self.cells.source, begun, objective, self.config,
+            "classify_genes", self.cells.adata, self.cells.source, initial, objective, self.config,
             layer=None, matching=self._matching,
             cells={"train": self._cells_with(training), "validation": self._cells_with(held_out)},
             where=self.where,

@@ -191,11 +191,11 @@ def _of_genes(
     """Predict the chosen genes in all cells; the table is dense, but has only those genes."""
     place = source.genes.get_indexer(names)
     ids = match.token_ids[place]
-    lost = [name for name, i, token in zip(names, place, ids, strict=True) if i < 0 or token < 0]
-    if lost:
+    missing = [name for name, i, token in zip(names, place, ids, strict=True) if i < 0 or token < 0]
+    if missing:
         raise KeyError(
-            f"Expected genes that are in the data and in the model's vocabulary, got {len(lost)} of {len(names)} that "
-            f"are not (first: {lost[0]!r}). Leave them out."
+            f"Expected genes that are in the data and in the model's vocabulary, got {len(missing)} of {len(names)} "
+            f"that are not (first: {missing[0]!r}). Leave them out."
         )
     wanted = torch.from_numpy(ids.astype(np.int64))
 

@@ -81,16 +81,17 @@ def transfer_labels(
     categories = Categories.of(reference.obs[key])
     known, new = _embeddings(adata, reference, use_rep)
     codes = classes.cat.codes.to_numpy()
-    there = np.flatnonzero(codes >= 0)
+    labelled = np.flatnonzero(codes >= 0)
     is_whole = isinstance(n_neighbors, Integral) and not isinstance(n_neighbors, bool)
-    if not is_whole or not 1 <= n_neighbors <= len(there):
+    if not is_whole or not 1 <= n_neighbors <= len(labelled):
         raise ValueError(
-            f"Expected n_neighbors to be a whole number from 1 to {len(there)}, got {n_neighbors!r}: the reference has "
-            f"{len(there)} cells with a label in obs[{key!r}]. Pass a smaller number, or a larger reference."
+            f"Expected n_neighbors to be a whole number from 1 to {len(labelled)}, got {n_neighbors!r}: the reference "
+            f"has {len(labelled)} cells with a label in obs[{key!r}]. Pass a smaller number, or a larger reference."
         )
     advice = f"obs[{column + _keys.PROBABILITY!r}] tells how certain each label is"
     warn_of_unknown_labels(adata.obs, key, classes.cat.categories, advice)
-    votes = KNeighborsClassifier(n_neighbors, weights="distance").fit(known[there], codes[there]).predict_proba(new)
+    voters = KNeighborsClassifier(n_neighbors, weights="distance").fit(known[labelled], codes[labelled])
+    votes = voters.predict_proba(new)
     adata = adata.copy() if copy else adata
     record_name(adata, "obs", name)
     adata.obs[column] = categories.column(classes.cat.categories.to_numpy(dtype=object)[votes.argmax(axis=1)])
