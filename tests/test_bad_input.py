@@ -171,12 +171,12 @@ CASES = {
         "X holds nothing but zeros", "Expected counts", "Pass the layer that holds counts",
     ),
     "duplicated names": Case(
-        rename("gene_7", 38), embed, r"1 gene names are duplicated \(first: 'gene_7'\)",
-        "every gene must be there once", r"Call adata\.var_names_make_unique\(\)",
+        rename("gene_7", 38), embed, naming(1, "first: 'gene_7'"), "unique gene names",
+        r"Call adata\.var_names_make_unique\(\)",
     ),
     "duplicated names, pretraining": Case(
-        rename("gene_7", 38), pretrain(), r"1 gene names are duplicated \(first: 'gene_7'\)",
-        "every gene must be there once", r"Call adata\.var_names_make_unique\(\)",
+        rename("gene_7", 38), pretrain(), naming(1, "first: 'gene_7'"), "unique gene names",
+        r"Call adata\.var_names_make_unique\(\)",
     ),
     "no known gene": Case(
         rename("other_{}"), embed, r"Only 0 of 40 genes \(0 %\)", "at least 30 % are needed",
@@ -196,7 +196,7 @@ CASES = {
     ),
     "one bin": Case(
         lambda adata, folder: None, lambda adata, folder: scllm.pp.bin_expression(adata, n_bins=1),
-        "n_bins is 1", r"at least 2 \(the zero bin and one more\)", "scGPT uses n_bins=51",
+        naming("n_bins", "got 1"), "at least 2", "n_bins=51",
     ),
     "missing column": Case(
         lambda adata, folder: None, finetune("celltype"), "'celltype' is not", "a column of adata.obs",
@@ -283,7 +283,7 @@ def test_a_cell_without_a_known_gene_is_kept_as_cls_alone(adata):
     unknown = np.arange(40) >= 20
     empty = np.isin(np.arange(60), [4, 9])
     adata.X = sparse.csr_matrix(adata.X.multiply(~empty[:, None] | unknown))
-    with pytest.warns(UserWarning, match="2 of 60 cells express no gene in the model's vocabulary"):
+    with pytest.warns(UserWarning, match=naming("2 of 60 cells", "<cls>")):
         embed(adata, Path())
     embedding = adata.obsm["X_scllm"]
     assert np.isfinite(embedding).all()

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from messages import naming
 
 from scllm.data.encode import DepthEncoder, LevelEncoder, encoder_from_dict, encoder_to_dict
 from scllm.data.tokens import Tokens
@@ -83,20 +84,20 @@ def test_settings_survive_saving(encoder):
 
 
 @pytest.mark.parametrize(
-    ("kind", "wrong", "message"),
+    ("kind", "wrong", "values"),
     [
-        (DepthEncoder, {"target": "x4"}, "target is 'x4', 't', 'f' or 'a' and a number expected"),
-        (DepthEncoder, {"target": "tfour"}, "target is 'tfour'"),
-        (DepthEncoder, {"target": "f0"}, "a positive factor expected"),
-        (DepthEncoder, {"max_len": 2}, "max_len is 2, at least 3 expected"),
-        (LevelEncoder, {"n_levels": 1}, "n_levels is 1, 2 to 256 expected"),
+        (DepthEncoder, {"target": "x4"}, ("target", "got 'x4'", "'t4'")),
+        (DepthEncoder, {"target": "tfour"}, ("target", "got 'tfour'", "'t4'")),
+        (DepthEncoder, {"target": "f0"}, ("target", "got 'f0'", "'f1'")),
+        (DepthEncoder, {"max_len": 2}, ("max_len", "got 2", 3)),
+        (LevelEncoder, {"n_levels": 1}, ("n_levels", "got 1", 2, 256)),
     ],
 )
-def test_settings_that_make_no_sense_are_an_error(kind, wrong, message):
-    with pytest.raises(ValueError, match=message):
+def test_settings_that_make_no_sense_are_an_error(kind, wrong, values):
+    with pytest.raises(ValueError, match=naming(*values)):
         kind(**wrong)
 
 
 def test_vocabularies_of_other_families_are_an_error():
-    with pytest.raises(ValueError, match="<T> and <S> expected among them"):
+    with pytest.raises(ValueError, match=naming("<T>", "<S>", "got ('<cls>', '<pad>', '<mask>')")):
         encode(DepthEncoder(), Vocab.from_genes(GENES))

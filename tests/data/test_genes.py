@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import naming
 from scipy import sparse
 
 from scllm.data.genes import GeneMatch, id_type, match, strip_version
@@ -119,5 +120,5 @@ def test_stored_zeros_are_no_tokens():
 
 
 def test_duplicated_names_are_named_with_the_first():
-    with pytest.raises(ValueError, match=r"2 gene names are duplicated \(first: 'b'\).*var_names_make_unique"):
+    with pytest.raises(ValueError, match=naming(2, "duplicated", "first: 'b'", "var_names_make_unique")):
         match(["a", "b", "b", "c", "c", "c"], Vocab.from_genes(["a", "b", "c"]))

@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pytest
 from forms import FORMS as MATRIX_FORMS
+from messages import naming
 from scipy import sparse
 
 from scllm.kernels.binning import bin_rows
@@ -112,7 +113,7 @@ def test_key_layer_and_copy(adata):
 
 
 def test_an_unknown_layer_offers_those_there_are(adata):
-    with pytest.raises(KeyError, match="layer 'counts' is not in adata"):
+    with pytest.raises(KeyError, match=naming("layer 'counts'", "adata", "no .raw")):
         bin_expression(adata, layer="counts")
 
 

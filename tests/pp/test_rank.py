@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from messages import naming
 from scipy import sparse
 
 from scllm import get
@@ -43,9 +44,9 @@ def test_genes_without_a_median_are_left_out(adata):
 
 
 def test_medians_that_fit_no_gene_are_an_error(adata):
-    with pytest.raises(ValueError, match="none of the 40 genes has a median"):
+    with pytest.raises(ValueError, match=naming("medians", 40, "'gene_0'", "'TP53'")):
         rank_expression(adata, medians={"TP53": 1.0})
-    with pytest.raises(ValueError, match="the smallest gene median is 0"):
+    with pytest.raises(ValueError, match=naming("medians", "got 0", "'gene_0'")):
         rank_expression(adata, medians={"gene_0": 0.0})
 
 
@@ -134,16 +135,16 @@ def test_ranks_stay_when_the_counts_are_changed_in_place(adata):
 
 
 def test_medians_that_are_no_names_or_names_twice_are_an_error(adata):
-    with pytest.raises(TypeError, match="medians are of type list, a Series or dict by gene"):
+    with pytest.raises(TypeError, match=naming("medians", "got list")):
         rank_expression(adata, medians=[1.0] * 40)
-    with pytest.raises(ValueError, match="1 gene names are duplicated"):
+    with pytest.raises(ValueError, match=naming(1, "duplicated", "first: 'gene_0'")):
         rank_expression(adata, medians=pd.Series(1.0, index=[*adata.var_names, "gene_0"]))
 
 
 @pytest.mark.parametrize("verb", [bin_expression, rank_expression, gene_medians])
 def test_duplicated_genes_are_an_error(adata, verb):
     adata.var_names = ["gene_1", *adata.var_names[1:]]
-    with pytest.raises(ValueError, match="1 gene names are duplicated"):
+    with pytest.raises(ValueError, match=naming(1, "duplicated", "first: 'gene_1'")):
         verb(adata)
 
 
@@ -162,5 +163,5 @@ def test_wrong_values_that_a_sample_misses_are_found_while_reading(tmp_path, ver
 
 def test_medians_are_refused_where_they_could_not_be_written(adata, tmp_path):
     adata.write_h5ad(tmp_path / "a.h5ad")
-    with pytest.raises(ValueError, match="copy=True is given, and adata is backed"):
+    with pytest.raises(ValueError, match=naming("copy=True", "backed")):
         gene_medians(ad.read_h5ad(tmp_path / "a.h5ad", backed="r"), copy=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from messages import naming
 from scipy import sparse
 
 from scllm import get, models
@@ -66,14 +67,14 @@ def test_vocabulary_specials_and_settings_are_recorded(adata):
 
 
 def test_an_unknown_encoder_is_an_error(adata):
-    with pytest.raises(ValueError, match="encoder is 'ranked', 'bins', 'ranks', 'values' or an encoder"):
+    with pytest.raises(ValueError, match=naming("encoder", "'bins', 'ranks', 'values'", "got 'ranked'")):
         tokenize(adata, encoder="ranked")
     assert not len(adata.obsm)
 
 
 def test_a_cell_without_genes_is_cls_alone(adata):
     adata.X = sparse.csr_matrix(adata.X.multiply((np.arange(60) != 7)[:, None]))
-    with pytest.warns(UserWarning, match="^1 of 60 cells express no gene"):
+    with pytest.warns(UserWarning, match=naming("1 of 60 cells", "<cls>")):
         tokenize(adata)
     genes, _ = get.tokens(adata)
     assert genes[7].tolist() == [40] + [41] * (genes.shape[1] - 1)
@@ -102,12 +103,12 @@ def test_without_a_vocabulary_all_genes_are_read_whatever_they_were_matched_by(a
 
 def test_cells_without_a_known_gene_are_counted(adata):
     n_empty = int((adata.X[:, :5].toarray() == 0).all(1).sum())
-    with pytest.warns(UserWarning, match=rf"^{n_empty} of 60 cells express no gene"):
+    with pytest.warns(UserWarning, match=naming(f"{n_empty} of 60 cells", "<cls>")):
         tokenize(adata, vocab=Vocab.from_genes(adata.var_names[:5]))
 
 
 def test_a_list_of_names_says_what_to_pass(adata):
-    with pytest.raises(TypeError, match=r"Vocab.from_genes\(names\)"):
+    with pytest.raises(TypeError, match=naming("vocab", "got list", "Vocab.from_genes(names)")):
         tokenize(adata, vocab=list(adata.var_names))
 
 

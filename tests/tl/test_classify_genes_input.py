@@ -92,7 +92,7 @@ def test_a_model_without_genes_is_refused(adata, tiny):
 
 def test_duplicated_genes_of_the_data_are_refused(adata, tiny):
     adata.var_names = ["gene_0", *adata.var_names[:-1]]
-    with pytest.raises(ValueError, match=r"duplicated \(first: 'gene_0'\), every gene must be there once\. Call"):
+    with pytest.raises(ValueError, match=naming("duplicated", "first: 'gene_0'")):
         classify_genes(adata, tiny, labels=series(TEN))
 
 

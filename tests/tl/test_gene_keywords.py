@@ -55,7 +55,7 @@ def test_min_coverage_is_the_callers(named, tmp_path, stored):
     data = named if stored == "memory" else tmp_path / "a.h5ad"
     with pytest.raises(ValueError, match=r"8 of 40 genes \(20 %\)"):
         scllm.tl.embed(data, few)
-    with pytest.warns(UserWarning, match="express no gene"):
+    with pytest.warns(UserWarning, match="<cls>"):
         scllm.tl.embed(data, few, min_coverage=0.1)
     with pytest.raises(ValueError, match=r"from 0 to 1, got 30"):
         scllm.tl.embed(data, few, min_coverage=30)

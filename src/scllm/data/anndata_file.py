@@ -78,8 +78,8 @@ class AnnDataFile:
             self._root = h5py.File(self.path)
         except OSError as error:
             raise OSError(
-                f"'{self.path}' cannot be opened ({error}), a whole .h5ad file expected. It may be truncated or "
-                "damaged: copy it again."
+                f"Expected a complete .h5ad file, but '{self.path}' cannot be opened ({error}). It may be truncated "
+                "or damaged: copy it again."
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -168,8 +168,8 @@ def naming(path: Path, rows: IntArray) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         span = f"rows {rows.min()} to {rows.max()}" if len(rows) else "no rows"
         raise OSError(
-            f"'{path}' could not be read ({span}): {error}. The file as it was when opened was expected; "
-            "see whether it was moved, truncated or is on a disk that went away, then call again."
+            f"'{path}' could not be read ({span}): {error}. It may have changed since it was opened. Check whether it "
+            "was moved or truncated, or whether its disk was disconnected, then call again."
         ) from error
 
 

@@ -72,8 +72,8 @@ def check_source(
     looked_at = "" if len(rows) == source.n_obs else f" looked at, of {source.n_obs:,}"
     warn(
         f"{_name(layer)} holds {n_odd:,} values that are not integers, in {len(cells):,} of {len(rows):,} "
-        f"cells{looked_at} (first: {first_odd}; maximum: {maximum:.4g}). {_LOOKS_LIKE[kind]}, and are used as they "
-        f"are. {advice or 'If a layer holds raw counts, pass it with `layer=`.'}"
+        f"cells{looked_at} (first: {first_odd}; maximum: {maximum:.4g}). {_LOOKS_LIKE[kind]} and are used unchanged. "
+        f"{advice or 'If a layer holds raw counts, pass it with `layer=`.'}"
     )
 
 
@@ -145,8 +145,8 @@ def warn_of_empty_cells(n_empty: int, n_cells: int) -> None:
     """Count the cells that express no gene of the vocabulary: they get ``<cls>`` alone."""
     if n_empty:
         warn(
-            f"{n_empty} of {n_cells} cells express no gene in the model's vocabulary and are read as an empty cell, "
-            "`<cls>` alone. Filter them first if that is not what you want."
+            f"{n_empty} of {n_cells} cells express no gene in the model's vocabulary and will be read as empty cells, "
+            "with no token but `<cls>`. Filter them first if that is not what you want."
         )
 
 

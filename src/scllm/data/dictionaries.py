@@ -43,30 +43,31 @@ def read_dictionary(path: str | PathLike[str]) -> dict[str, Any]:
         pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, TypeError, OverflowError, MemoryError,
     ) as error:  # fmt: skip
         raise ValueError(
-            f"{path} cannot be read ({error}); a dictionary of strings and numbers expected, as JSON or a pickle. It "
-            "is truncated, damaged or holds code, which is never executed: fetch it again, or write it as JSON."
+            f"Expected a dictionary of strings and numbers in {path} (JSON or a pickle), but it cannot be read "
+            f"({error}). The file is truncated or damaged, or holds code, which is never executed: download it again, "
+            "or save it as JSON."
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, a dictionary expected. Pass another file.")
+        raise ValueError(f"Expected a dictionary in {path}, got a {type(content).__name__}. Pass another file.")
     return {str(key): value.item() if hasattr(value, "item") else value for key, value in content.items()}
 
 
 def read_whole(path: Path, what: str) -> bytes:
     """The bytes of a file, unpacked where gzip packed them; an error where they are none of ``what`` was published."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there, {what} expected. Check the path.")
+        raise FileNotFoundError(f"Expected {what} at {path}, but there is no such file. Check the path.")
     raw = path.read_bytes()
     if raw[:2] == b"\x1f\x8b":
         try:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(
-                f"{path} cannot be unpacked ({error}), a whole gzip file expected. It is truncated or damaged: fetch "
-                "it again."
+                f"Expected a complete gzip file at {path}, but it cannot be unpacked ({error}). It is truncated or "
+                "damaged: download it again."
             ) from error
     if raw.startswith(b"version https://git-lfs"):
         raise ValueError(
-            f"{path} is a pointer of git-lfs to a large file, {what} expected. Fetch the file itself: `git lfs pull` "
-            "in its repository, or download it again."
+            f"Expected {what} at {path}, got a git-lfs pointer to a large file. Fetch the file itself: run "
+            "`git lfs pull` in its repository, or download it again."
         )
     return raw

@@ -40,16 +40,16 @@ class RankedCells:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._sentences = _datasets().load_from_disk(str(path)).with_format("arrow")
-        if "input_ids" not in self._sentences.column_names:
+        self._sequences = _datasets().load_from_disk(str(path)).with_format("arrow")
+        if "input_ids" not in self._sequences.column_names:
             raise ValueError(
-                f"{path} has the columns {self._sentences.column_names}, 'input_ids' expected: the tokens of each "
-                "cell. Write the folder with `scllm genecorpus`."
+                f"Expected a column 'input_ids' (the tokens of each cell) in {path}, got the columns "
+                f"{self._sequences.column_names}. Write the folder with `scllm genecorpus`."
             )
         self.vocab = Vocab.read(_beside(path, _TOKENS))
         medians = read_dictionary(_beside(path, _MEDIANS))
         self.medians = np.array([medians.get(token, np.nan) for token in self.vocab.tokens], np.float64)
-        self.n_obs = len(self._sentences)
+        self.n_obs = len(self._sequences)
         self.var = pd.DataFrame(index=pd.Index(self.vocab.genes))
         self.genes = self.var.index
 
@@ -63,9 +63,9 @@ class RankedCells:
     @cached_property
     def lengths(self) -> IntArray | None:
         """Genes of each cell, if its tokens are counted: the same specials stand in every sentence."""
-        if "length" not in self._sentences.column_names or not self.n_obs:
+        if "length" not in self._sequences.column_names or not self.n_obs:
             return None
-        found = self._sentences.select_columns(["length"])[:]["length"].to_numpy()
+        found = self._sequences.select_columns(["length"])[:]["length"].to_numpy()
         return found - (found[0] - self.read(slice(0, 1)).nnz)
 
     def read(self, rows: Rows) -> CSR:
@@ -73,7 +73,7 @@ class RankedCells:
         rows = np.arange(self.n_obs)[rows]
         if not len(rows):
             return sparse.csr_matrix((0, len(self.genes)), dtype=np.float64)
-        lists = self._sentences[rows]["input_ids"].combine_chunks()
+        lists = self._sequences[rows]["input_ids"].combine_chunks()
         lengths = np.diff(lists.offsets.to_numpy())
         tokens = lists.flatten().to_numpy()
         # the first gene is the highest; a special that is left out leaves a gap in the values, not in their order
@@ -93,7 +93,7 @@ class RankedCells:
     @property
     def obs_columns(self) -> list[str]:
         """What the folder says of each cell beside its sentence."""
-        return [name for name in self._sentences.column_names if name not in _COLUMNS]
+        return [name for name in self._sequences.column_names if name not in _COLUMNS]
 
     def obs(self, columns: Sequence[str]) -> pd.DataFrame:
         """Read columns."""
@@ -102,7 +102,7 @@ class RankedCells:
                 raise missing_key(column, self.obs_columns, f"a column of {self.path}")
         if not columns:
             return pd.DataFrame(index=self.obs_names)
-        table = self._sentences.select_columns(list(columns))[:].to_pandas()
+        table = self._sequences.select_columns(list(columns))[:].to_pandas()
         return table.set_index(self.obs_names)
 
 
@@ -133,7 +133,7 @@ def write_genecorpus(
 
     datasets = _datasets()
     if path.exists() and any(path.iterdir()):
-        raise FileExistsError(f"{path} is not empty, a new folder expected. Remove it, or choose another.")
+        raise FileExistsError(f"Expected a new folder, but {path} is not empty. Remove it, or choose another.")
     plain = {name: _plain(column) if column.dtype == "category" else column for name, column in obs.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".genecorpus.", dir=path.parent) as folder:
@@ -172,8 +172,8 @@ def _beside(path: Path, name: str) -> Path:
     files = [file for file in sorted(path.glob(f"{name}*")) if file.name.endswith((".json", ".json.gz", ".pkl"))]
     if len(files) != 1:
         raise FileNotFoundError(
-            f"{path} holds {len(files)} files {name}*.json or .pkl, one expected: a dictionary says which gene a token "
-            "is, another its median. Copy those that the sentences were made with into the folder."
+            f"Expected one file {name}*.json or .pkl in {path}, got {len(files)}. One dictionary says which gene a "
+            "token is, another the gene's median. Copy those that the token sequences were made with into the folder."
         )
     return files[0]
 
@@ -183,8 +183,8 @@ def _datasets() -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(
-            'Folders of rank sentences need the package datasets, which is not installed: pip install "scllm-tools'
-            '[genecorpus]".'
+            "Folders of rank-ordered token sequences need the package datasets, which is not installed. Run "
+            '`pip install "scllm-tools[genecorpus]"`.'
         ) from error
     return datasets
 

@@ -175,14 +175,19 @@ def match(
         twice = 2 * next(one.n_matched for one in tried if one.column == "var_names")
         if gene_key is not None or other.coverage < max(min_coverage, _TAKEN) or other.n_matched < twice:
             raise ValueError(finder.too_few(found, candidates[found.column], other))
-        log.info("%s match %d genes, var[%r] more: taking those names", found.column, found.n_matched, other.column)
+        log.info(
+            "using the gene names in var[%r], which match %d genes (%s match %d)",
+            other.column, other.n_matched, found.column, found.n_matched,
+        )  # fmt: skip
         found = other
     n_summed = int((found.token_ids >= 0).sum()) - found.n_matched
     if n_summed:
-        log.debug("%d genes share a token with another gene and are summed with it", n_summed)
+        log.debug("summing %d genes with another gene that has the same token", n_summed)
     if found.mended is not None and found.mended.n:
-        log.info("mended %d gene names: %s", found.mended.n, found.mended)
-    log.debug("%d of %d genes matched by %s (%.0f %%)", found.n_matched, len(names), found.column, 100 * found.coverage)
+        log.info("correcting the spelling of %d gene names: %s", found.mended.n, found.mended)
+    log.debug(
+        "matching %d of %d genes by %s (%.0f %%)", found.n_matched, len(names), found.column, 100 * found.coverage
+    )
     return found
 
 
@@ -203,7 +208,7 @@ def check_unique(names: pd.Index) -> None:
     if not names.is_unique:
         repeated = names[names.duplicated()].unique()
         raise ValueError(
-            f"{len(repeated)} gene names are duplicated (first: {repeated[0]!r}), every gene must be there once. "
+            f"Expected unique gene names, but {len(repeated)} are duplicated (first: {repeated[0]!r}). "
             "Call adata.var_names_make_unique(), or sum the rows that share a name."
         )
 
@@ -291,15 +296,15 @@ def _spelling_advice(found: GeneMatch) -> str:
         name, gene = found.mended.other_case[0]
         return (
             f"{len(found.mended.other_case)} names differ only in case from a gene of the vocabulary ({name!r} and "
-            f"{gene!r}). If the data are of another species, replace the names by those of orthologues; if not, rename "
-            "them (adata.var_names.str.upper() for human)."
+            f"{gene!r}). If the data are from another species, replace the names by those of the orthologues; "
+            "otherwise rename them (adata.var_names.str.upper() for human)."
         )
     unclear = ""
     if found.mended.unclear:
         name, gene = found.mended.unclear[0]
         unclear = (
-            f"{len(found.mended.unclear)} names may be one of several genes, or one that is there already "
-            f"({name!r} and {gene!r}): rename or sum them. "
+            f"{len(found.mended.unclear)} names may stand for several genes, or for one that is already among the "
+            f"genes ({name!r} and {gene!r}): rename or sum them. "
         )
     accept = ", or accept it with a lower min_coverage=" if found.n_matched else ""
     return f"{unclear}Check species and gene names{accept}."

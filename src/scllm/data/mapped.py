@@ -100,11 +100,13 @@ class TransposedRows:
         # mapped files are sparse: a full disk would kill the process instead of raising
         if (free := shutil.disk_usage(folder).free) < n_values * size:
             raise OSError(
-                f"'{self.file.path}' is stored by columns and has to be rewritten by rows. That needs "
-                f"{n_values * size / 1e9:.1f} GB in '{folder.parent}', where {free / 1e9:.1f} GB are free. Set TMPDIR "
-                "to a larger disk, or store the matrix as CSR."
+                f"Expected {n_values * size / 1e9:.1f} GB of free space in '{folder.parent}' to rewrite "
+                f"'{self.file.path}', which is stored by columns, by rows, got {free / 1e9:.1f} GB. Set TMPDIR to a "
+                "folder on a larger disk, or store the matrix as CSR."
             )
-        log.info("%s is stored by columns: rewriting '%s' by rows into %s", self.file.path, self.key, folder.parent)
+        log.info(
+            "rewriting '%s' of %s, which is stored by columns, by rows in %s", self.key, self.file.path, folder.parent
+        )
         with naming(self.file.path, np.array([0, self.shape[0] - 1])):
             _transpose(group, folder, self.shape, self.dtype)
 
@@ -136,7 +138,9 @@ def write_rows(blocks: Iterator[CSR], folder: Path) -> None:
 def _mapped(path: Path) -> np.memmap:
     array = np.load(path, mmap_mode="r")
     if not isinstance(array, np.memmap):
-        raise OSError(f"'{path}' cannot be mapped into memory. Write the folder again with `write_arrays`.")
+        raise OSError(
+            f"Expected an array that can be mapped into memory in '{path}'. Write the folder again with `write_arrays`."
+        )
     return array
 
 

@@ -58,7 +58,7 @@ def _parent() -> Path:
     parent = Path(tempfile.gettempdir()) / f"scllm-{os.getuid()}"
     parent.mkdir(mode=0o700, exist_ok=True)
     if parent.stat().st_uid != os.getuid():
-        raise OSError(f"Expected '{parent}' to be yours, but it belongs to another user. Set TMPDIR to another folder.")
+        raise OSError(f"Expected '{parent}' to belong to you, but it is another user's. Set TMPDIR to another folder.")
     return parent
 
 

@@ -134,15 +134,16 @@ def open_source(data: AnnData | str | os.PathLike | Sequence | CellSource, *, la
         case StoredCells() | ConcatenatedCells() | CellSource():
             if layer not in (None, data.layer):
                 raise ValueError(
-                    f"layer {layer!r} was asked of a source opened on layer {data.layer!r}. A source has one matrix; "
-                    "pass `layer=` where the source is opened."
+                    f"Expected layer {data.layer!r}, on which this source was opened, got {layer!r}. A source has one "
+                    "matrix: pass `layer=` where the source is opened."
                 )
             return data
         case Sequence() if len(data):
             return ConcatenatedCells([open_source(part, layer=layer) for part in data])
     raise TypeError(
-        f"data is of type {type(data).__name__}, an AnnData, a path to .h5ad or .zarr, a folder or a list of one "
-        "or more expected. Data come first, a model after them; write cells of another kind with `adata.write_h5ad`."
+        "Expected data to be an AnnData, a path to .h5ad or .zarr, a folder, or a list of one or more of these, got "
+        f"{type(data).__name__}. The data come first, the model second; data in another format can be written with "
+        "`adata.write_h5ad`."
     )
 
 
@@ -178,7 +179,7 @@ def write_arrays(
     """
     folder = Path(path)
     if (folder / _TABLES).exists():
-        raise FileExistsError(f"'{folder}' already holds a source, a new folder was expected. Remove it or open it.")
+        raise FileExistsError(f"Expected a new folder, but '{folder}' already holds a source. Remove it or open it.")
     folder.mkdir(parents=True, exist_ok=True)
     cells = positions(slice(None) if rows is None else rows, source.n_obs)
     write_rows((source.read(cells[start : start + chunk]) for start in range(0, max(1, len(cells)), chunk)), folder)
@@ -277,8 +278,8 @@ class ConcatenatedCells:
             if not part.genes.is_unique:
                 twice = part.genes[part.genes.duplicated()][0]
                 raise ValueError(
-                    f"gene {twice!r} appears twice in {_name(part)}, unique names are needed to concatenate. "
-                    "Call `adata.var_names_make_unique()` and write the file again."
+                    f"Expected unique gene names to concatenate, but {twice!r} appears more than once in "
+                    f"{_name(part)}. Call `adata.var_names_make_unique()` and write the file again."
                 )
         var = pd.concat([part.var for part in self.parts])
         self.var: pd.DataFrame = var[~var.index.duplicated()]
@@ -286,8 +287,8 @@ class ConcatenatedCells:
         n_lacking = max(len(self.genes) - len(part.genes) for part in self.parts)
         if n_lacking:
             log.info(
-                "reading files with different genes (up to %d of %d are missing from one): each cell is read as if its "
-                "file were alone",
+                "reading files with different genes (up to %d of %d are missing from a file): each cell is read with "
+                "the genes that its own file measured",
                 n_lacking, len(self.genes),
             )  # fmt: skip
         self.gene_tables = _united_tables([gene_tables(part) for part in self.parts])
@@ -424,24 +425,27 @@ def _reads_raw(adata: AnnData, layer: str | None) -> bool:
 
 def _by_rows(matrix: Any) -> Any:
     if matrix is None:
-        raise KeyError("adata.X is None, a matrix was expected. Pass the layer that holds the counts with `layer=`.")
+        raise KeyError(
+            "Expected a matrix in adata.X, but it is None. Pass the layer that holds the counts with `layer=`."
+        )
     if isinstance(matrix, np.ndarray):
         return np.asarray(matrix)
     if not sparse.issparse(matrix):
         raise TypeError(
-            f"the matrix is a {type(matrix).__module__}.{type(matrix).__name__}, a numpy array or scipy sparse matrix "
-            "was expected. Pass the path of its file, which is read row by row, or load it with `adata.to_memory()`."
+            "Expected the matrix to be a numpy array or a scipy sparse matrix, got "
+            f"{type(matrix).__module__}.{type(matrix).__name__}. Pass the path of its file, which is read row by row, "
+            "or load it with `adata.to_memory()`."
         )
     if matrix.format != "csr":
-        log.info("the matrix is stored as %s: converting it to CSR", matrix.format.upper())
+        log.info("converting the matrix from %s to CSR", matrix.format.upper())
     return matrix.tocsr()
 
 
 def _open_path(path: Path, layer: str | None) -> CellSource:
     if not path.exists():
         raise FileNotFoundError(
-            f"'{path}' does not exist. A path to .h5ad or .zarr, or a folder of such was expected; "
-            f"the current directory is '{Path.cwd()}'."
+            f"Expected a path to .h5ad or .zarr, or a folder of such files, but '{path}' does not exist. Check the "
+            f"path; the current directory is '{Path.cwd()}'."
         )
     if (path / _TABLES).exists():
         return _open_arrays(path, layer)
@@ -452,8 +456,8 @@ def _open_path(path: Path, layer: str | None) -> CellSource:
         return _open_file(path, layer)
     if not files:
         raise FileNotFoundError(
-            f"'{path}' holds {listed([file.name for file in path.iterdir()])}. .h5ad or .zarr files were expected, "
-            "or a whole folder from `write_arrays`; pass the folder that holds them."
+            f"Expected .h5ad or .zarr files in '{path}', or a complete folder from `write_arrays`, got "
+            f"{listed([file.name for file in path.iterdir()])}. Pass the folder that holds the data."
         )
     return ConcatenatedCells([_open_file(file, layer) for file in files])
 
@@ -461,15 +465,15 @@ def _open_path(path: Path, layer: str | None) -> CellSource:
 def _open_file(path: Path, layer: str | None) -> StoredCells:
     if path.is_file() and not h5py.is_hdf5(path):
         raise ValueError(
-            f"'{path}' is not an HDF5 file. An .h5ad written by anndata was expected; if it was copied or downloaded, "
-            "see whether it is whole."
+            f"Expected an .h5ad file written by anndata, but '{path}' is not an HDF5 file. If it was copied or "
+            "downloaded, check whether it is complete."
         )
     file = AnnDataFile(path)
     for table in ("obs", "var"):
         if table not in file.root or "_index" not in file.root[table].attrs:
             raise ValueError(
-                f"'{path}' has no table {table!r} as anndata 0.7 and newer write it. "
-                "Read the file with `anndata.read_h5ad`, write it again and pass the new one."
+                f"Expected a table {table!r} as written by anndata 0.7 or newer, but '{path}' has none. "
+                "Read the file with `anndata.read_h5ad`, write it again and pass the new file."
             )
     key = _key(file, layer)
     tables = FileTables(file, var=_RAW_VAR if key == _RAW_X else "var")
@@ -527,7 +531,9 @@ def _open_rows(file: AnnDataFile, key: str) -> RowStore:
         case "array" | None if is_array(node):  # anndata 0.7 wrote no kind beside dense matrices
             return DenseRows(file, key)
         case "null" if key == "X":
-            raise KeyError(f"'{file.path}' has no matrix X. Pass one of {_listed(_matrices_in(file))} as `layer=`.")
+            raise KeyError(
+                f"Expected a matrix X in '{file.path}'. Pass one of {_listed(_matrices_in(file))} as `layer=`."
+            )
     seen = repr(kind) if kind is not None else "a group without 'encoding-type' (anndata before 0.7)"
     raise TypeError(
         f"Expected a CSR, CSC or dense matrix, but {key!r} in '{file.path}' is stored as {seen}. "
@@ -543,9 +549,9 @@ def _files(path: Path) -> list[Path]:
 
 
 def _no_layer(layer: str, names: Sequence[str | None], name: str) -> str:
-    advice = "" if RAW in names else ", and no .raw"
+    raw = "" if RAW in names else ", and it has no .raw"
     return (
-        f"layer {layer!r} is not in {name}. Its layers are {_listed(names)}{advice}. Pass one of them, or "
+        f"Expected layer {layer!r} in {name}, but its layers are {_listed(names)}{raw}. Pass one of them, or "
         "`layer=None` for X."
     )
 

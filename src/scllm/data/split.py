@@ -65,8 +65,8 @@ def check_fractions(fractions: Sequence[float]) -> None:
     shares = np.atleast_1d(fractions)
     if len(shares) not in (2, 3) or min(shares) <= 0 or not abs(sum(shares) - 1) <= 1e-6:
         raise ValueError(
-            f"fractions are {fractions}, two or three positive shares that add up to 1 expected (train, "
-            "validation and test). Pass for example fractions=(0.8, 0.1, 0.1)."
+            "Expected fractions to be two or three positive numbers that add up to 1 (train, validation and test), "
+            f"got {fractions}. Pass for example fractions=(0.8, 0.1, 0.1)."
         )
 
 
@@ -88,8 +88,8 @@ def _by_group(groups: pd.Series, fractions: Sequence[float], rng: np.random.Gene
     codes, names = pd.factorize(groups, use_na_sentinel=False)
     if len(names) < len(fractions):
         raise ValueError(
-            f"{groups.name!r} holds {len(names)} groups, at least {len(fractions)} expected: a group is never divided. "
-            "Pass another group_key, or split by cell."
+            f"Expected at least {len(fractions)} groups in {groups.name!r}, one for each fraction, got {len(names)}: "
+            "a group is never divided. Pass another group_key, or split by cell."
         )
     sizes = np.bincount(codes)
     part_of = np.empty(len(names), np.int64)

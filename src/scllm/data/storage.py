@@ -183,7 +183,7 @@ class SelectedRows:
 def stored_dtype(dtype: np.dtype) -> np.dtype:
     """The dtype that rows are handed out in: as stored, in the machine's byte order, half precision as float32."""
     if dtype.kind not in "biuf":
-        raise TypeError(f"the matrix holds {dtype}, numbers were expected. Store counts as integers or floats.")
+        raise TypeError(f"Expected a matrix of numbers, got {dtype}. Store counts as integers or floats.")
     return np.dtype(np.float32) if dtype == np.float16 else dtype.newbyteorder("=")
 
 
@@ -198,13 +198,14 @@ def positions(rows: Rows, n_obs: int) -> IntArray:
         return np.empty(0, np.int64)
     if cells.ndim != 1 or cells.dtype.kind not in "iu":
         raise TypeError(
-            f"rows are {cells.dtype} of shape {cells.shape}; one dimension of integers, a slice, or a mask of length "
-            f"{n_obs} was expected. Pass positions of cells; those of names are adata.obs_names.get_indexer(names)."
+            f"Expected rows as a one-dimensional array of integers, a slice, or a mask of length {n_obs}, got "
+            f"{cells.dtype} of shape {cells.shape}. Pass positions of cells; adata.obs_names.get_indexer(names) finds "
+            "those of names."
         )
     if cells.min() < -n_obs or cells.max() >= n_obs:
         raise IndexError(
-            f"rows {cells.min()} to {cells.max()} were asked of {n_obs} cells, {-n_obs} to {n_obs - 1} expected. Leave "
-            "out those beyond, and count from 0."
+            f"Expected rows from {-n_obs} to {n_obs - 1} of {n_obs} cells, got {cells.min()} to {cells.max()}. Leave "
+            "out rows that do not exist, and count from 0."
         )
     return np.where(cells < 0, cells + n_obs, cells).astype(np.int64)
 

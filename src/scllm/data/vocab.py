@@ -51,21 +51,21 @@ class Vocab:
         if len(self._id_of) < len(self.tokens):
             repeated = next(token for i, token in enumerate(self.tokens) if self._id_of[token] != i)
             raise ValueError(
-                f"the vocabulary holds {repeated!r} more than once, every token must be there once. Remove the repeats."
+                f"Expected every token of the vocabulary once, got {repeated!r} more than once. Remove the repeats."
             )
         for role in ("pad", "mask", "cls", "eos"):
             token = getattr(self, role)
             if token is not None and token not in self._id_of:
                 raise ValueError(
-                    f"the {role} token {token!r} is not among the {len(self.tokens)} tokens. "
-                    f"Add it, or pass {role}=None for a vocabulary without one."
+                    f"Expected the {role} token {token!r} in the vocabulary, but it is not among the "
+                    f"{len(self.tokens)} tokens. Add it, or pass {role}=None for a vocabulary without one."
                 )
 
     @classmethod
     def from_genes(cls, genes: Iterable[str]) -> Vocab:
         """Genes get 0 ... G-1 in the order given, then ``<cls>``, ``<pad>`` and ``<mask>`` follow."""
         if isinstance(genes, str):
-            raise TypeError(f"genes is the string {genes!r}, a list of gene names expected. Pass [{genes!r}].")
+            raise TypeError(f"Expected genes as a list of gene names, got the string {genes!r}. Pass [{genes!r}].")
         return cls((*map(str, genes), "<cls>", "<pad>", "<mask>"))
 
     def __len__(self) -> int:
@@ -128,9 +128,9 @@ class Vocab:
         token = getattr(self, role)
         if token is None:
             raise ValueError(
-                f"this vocabulary has no {role} token, one expected: the model needs it. Its specials are "
-                f"{listed(self.specials)}: name one with {role}=, or take the vocabulary that the model was trained "
-                "with."
+                f"Expected a vocabulary with a {role} token, which the model needs, got one whose special tokens are "
+                f"{listed(self.specials)}. Name one of them with {role}=, or use the vocabulary that the model was "
+                "trained with."
             )
         return self._id_of[token]
 
@@ -182,8 +182,8 @@ def read_tokens(path: Path) -> list[str] | dict[str, Any]:
         content = json.loads(text)
     except ValueError as error:
         raise ValueError(
-            f"{path} cannot be read ({error}), a vocabulary expected: JSON, or a name a line. It is truncated or "
-            "damaged: fetch it again."
+            f"Expected a vocabulary in {path} (JSON, or one name per line), but it cannot be read ({error}). The file "
+            "is truncated or damaged: download it again."
         ) from error
     if isinstance(content, list):
         return [str(token) for token in content]
@@ -196,13 +196,16 @@ def _in_order(content: Mapping[str, int], path: Path) -> list[str]:
     """The tokens of a ``{token: id}`` dictionary in the order of their ids, which have no gaps."""
     odd = next((token for token, found in content.items() if not isinstance(found, int)), None)
     if odd is not None:
-        raise ValueError(f"{path}: the id of {odd!r} is {content[odd]!r}, a whole number expected. Mend the file.")
+        raise ValueError(
+            f"Expected whole numbers as token ids in {path}, got {content[odd]!r} for {odd!r}. Correct the file."
+        )
     tokens = sorted(content, key=content.__getitem__)
     ids = [content[token] for token in tokens]
     if ids != list(range(len(ids))):
         wrong = next(i for i, found in enumerate(ids) if i != found)
         raise ValueError(
-            f"{path}: ids must run 0 ... {len(ids) - 1} without gaps or repeats, found {ids[wrong]!r} "
-            f"({tokens[wrong]!r}) in place of {wrong}. Renumber the file, or pass the one the model was trained with."
+            f"Expected ids from 0 to {len(ids) - 1} without gaps or repeats in {path}, got {ids[wrong]!r} "
+            f"({tokens[wrong]!r}) in place of {wrong}. Renumber the tokens, or pass the vocabulary that the model was "
+            "trained with."
         )
     return tokens

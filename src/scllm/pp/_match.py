@@ -105,12 +105,14 @@ def _vocabulary(given: Vocab | HasVocab | Iterable[str] | str | PathLike[str]) -
 
 def _read(path: Path) -> Vocab:
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there, a vocabulary file or a model folder expected. Check the path.")
+        raise FileNotFoundError(
+            f"Expected a vocabulary file or a model folder, but {path} does not exist. Check the path."
+        )
     if (path / "spec.json").is_file():
         path = path / "model"
     file = path / "vocab.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no vocab.json. Pass a model folder or the vocabulary file itself.")
+        raise FileNotFoundError(f"Expected vocab.json in {path}. Pass a model folder or the vocabulary file itself.")
     return Vocab.read(file)
 
 

@@ -76,7 +76,9 @@ def gene_medians(
     True
     """
     if not 0 < target_sum < np.inf:
-        raise ValueError(f"target_sum is {target_sum}, a finite number above zero expected. Geneformer uses 1e4.")
+        raise ValueError(
+            f"Expected target_sum to be a finite number above zero, got {target_sum}. Geneformer uses 1e4."
+        )
     if isinstance(data, AnnData):
         check_adata(data, copy, key_added)
         free_key(data, "var", key_added)
@@ -84,7 +86,10 @@ def gene_medians(
     check_unique(source.genes)
     check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(data, layer))
     if copy and not isinstance(data, AnnData):
-        raise TypeError("copy=True goes with an AnnData, a path was given: its medians are returned. Leave it out.")
+        raise TypeError(
+            f"Expected an AnnData with copy=True, got {type(data).__name__}, whose medians are returned. Leave copy= "
+            "out."
+        )
     named, match = _genes(source, **match_settings(data, gene_key, min_coverage))
     if not isinstance(data, AnnData):
         return pd.Series(_streamed(source, match, len(named), target_sum), index=named, name=key_added)

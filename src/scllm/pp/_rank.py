@@ -99,8 +99,8 @@ def _aligned(medians: Mapping[str, float] | pd.Series | str, adata: AnnData) -> 
         medians = adata.var[medians]
     if not isinstance(medians, (Mapping, pd.Series)):
         raise TypeError(
-            f"medians are of type {type(medians).__name__}, a Series or dict by gene, or a column of adata.var, "
-            "expected. Pass for example pd.Series(medians, index=adata.var_names)."
+            "Expected medians to be a Series or dict by gene, or the name of a column of adata.var, got "
+            f"{type(medians).__name__}. Pass for example pd.Series(medians, index=adata.var_names)."
         )
     medians = pd.Series(medians, dtype=np.float64)
     check_unique(medians.index)
@@ -108,11 +108,12 @@ def _aligned(medians: Mapping[str, float] | pd.Series | str, adata: AnnData) -> 
     if not np.isfinite(found).any():
         first = next(iter(medians.keys()), None)
         raise ValueError(
-            f"none of the {len(names)} genes has a median (first gene: {names[0]!r}, first median: {first!r}), names "
-            "as in adata.var_names expected. Rename the medians."
+            f"Expected medians named as in adata.var_names, but none of the {len(names)} genes has one (first gene: "
+            f"{names[0]!r}, first median: {first!r}). Rename the medians."
         )
     if (found <= 0).any():
         raise ValueError(
-            f"the smallest gene median is {np.nanmin(found):g}, numbers above zero expected. Leave it out."
+            f"Expected medians above zero, got {np.nanmin(found):g} for {names[np.nanargmin(found)]!r}. Leave that "
+            "gene out of the medians."
         )
     return found

@@ -88,7 +88,8 @@ def recipe_scgpt(
     _check_settings(n_top_genes, flavor, target_sum)
     if adata.isbacked:
         raise ValueError(
-            "adata is backed by a file, data in memory expected: the recipe changes X. Call adata.to_memory() first."
+            "Expected data in memory, since the recipe changes X, but adata is backed by a file. Call "
+            "adata.to_memory() first."
         )
     if batch_key is not None:
         obs_column(adata.obs, batch_key)
@@ -114,11 +115,11 @@ def recipe_scgpt(
 def _check_settings(n_top_genes: int, flavor: str, target_sum: float) -> None:
     if n_top_genes < 1 or not 0 < target_sum < np.inf:
         raise ValueError(
-            f"n_top_genes is {n_top_genes} and target_sum {target_sum}, positive numbers expected. "
+            f"Expected positive numbers, got n_top_genes={n_top_genes} and target_sum={target_sum}. "
             "scGPT uses 1200 and 1e4."
         )
     if flavor not in get_args(Flavor):
-        raise ValueError(f"flavor is {flavor!r}, one of {get_args(Flavor)} expected. scGPT uses 'seurat_v3'.")
+        raise ValueError(f"Expected flavor to be one of {get_args(Flavor)}, got {flavor!r}. scGPT uses 'seurat_v3'.")
 
 
 def _kept(
@@ -142,12 +143,12 @@ def _kept(
         cells, _ = sc.pp.filter_cells(part[:, genes], min_genes=min_genes, inplace=False)
     if not cells.any() or not genes.any():
         raise ValueError(
-            f"{genes.sum()} genes and {cells.sum()} cells pass min_gene_counts={min_gene_counts} and "
-            f"min_genes={min_genes}, at least one of each expected. Lower them."
+            f"Expected at least one gene and one cell to pass min_gene_counts={min_gene_counts} and "
+            f"min_genes={min_genes}, got {genes.sum()} genes and {cells.sum()} cells. Lower these thresholds."
         )
     if n_top_genes >= genes.sum():
         log.info(
-            "%d genes are left after filtering, no more than n_top_genes=%d: all are kept", genes.sum(), n_top_genes
+            "keeping all %d genes left after filtering, since n_top_genes=%d is no fewer", genes.sum(), n_top_genes
         )
         return cells, genes
     part = part[cells][:, genes].copy()
@@ -161,7 +162,7 @@ def _kept(
         )
     except (ValueError, IndexError) as error:
         raise ValueError(
-            f"genes could not be ranked with flavor={flavor!r} ({error}), more cells expected: there are {smallest}. "
+            f"Expected enough cells to rank genes with flavor={flavor!r}, got {smallest} ({error}). "
             "Merge or drop small samples, or use flavor='seurat'."
         ) from error
     genes[genes] = ranked["highly_variable"].to_numpy()
@@ -171,15 +172,15 @@ def _kept(
 def _check_samples(part: AnnData, batch_key: str | None, flavor: Flavor) -> str:
     """The smallest sample, in words; an error where too few genes vary in one."""
     if batch_key is None:
-        _check_varying(part.X, flavor, "the cells")
+        _check_varying(part.X, flavor, "the data")
         return f"{part.n_obs} cells"
     samples = part.obs[batch_key]
     sizes = samples.value_counts()
     if samples.isna().any() or sizes.min() < 2:
         raise ValueError(
-            f"obs[{batch_key!r}] is missing in {samples.isna().sum()} cells, and its smallest sample "
-            f"{sizes.idxmin()!r} has {sizes.min()}; a sample of at least 2 cells expected for each. Merge or drop "
-            "small samples."
+            f"Expected a sample of at least 2 cells for every cell, but obs[{batch_key!r}] is missing in "
+            f"{samples.isna().sum()} cells, and its smallest sample {sizes.idxmin()!r} has {sizes.min()}. Merge or "
+            "drop small samples, and drop cells without one."
         )
     for sample in sizes.index:
         _check_varying(part.X[(samples == sample).to_numpy()], flavor, f"sample {sample!r}")
@@ -194,8 +195,8 @@ def _check_varying(matrix: Any, flavor: Flavor, name: str) -> None:
     n_varying = spread.count_nonzero() if sparse.issparse(spread) else np.count_nonzero(spread)
     if n_varying < _LEAST_VARYING:
         raise ValueError(
-            f"{n_varying} genes vary between the {matrix.shape[0]} cells of {name}, at least {_LEAST_VARYING} expected "
-            f"with flavor={flavor!r}. Merge or drop small samples, or use flavor='seurat'."
+            f"Expected at least {_LEAST_VARYING} genes that vary between the {matrix.shape[0]} cells of {name} with "
+            f"flavor={flavor!r}, got {n_varying}. Merge or drop small samples, or use flavor='seurat'."
         )
 
 

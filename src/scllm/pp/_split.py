@@ -62,8 +62,8 @@ def split(
     key = free_key(adata, "obs", key_added)
     if group_key is not None and stratify is not None:
         raise ValueError(
-            f"group_key={group_key!r} and stratify={stratify!r} are both given, one of them expected: whole groups "
-            "cannot be divided by label too. Leave one out."
+            f"Expected one of group_key and stratify, got group_key={group_key!r} and stratify={stratify!r}. Whole "
+            "groups cannot also be divided by label: leave one out."
         )
     groups = None if group_key is None else obs_column(adata.obs, group_key)
     labels = None if stratify is None else obs_column(adata.obs, stratify)
@@ -72,8 +72,8 @@ def split(
     empty = [name for number, name in enumerate(names) if not (parts == number).any()]
     if empty:
         warn(
-            f"{adata.n_obs} cells divided by {fractions} leave {' and '.join(empty)} without any, at least one cell a "
-            "part expected. Pass larger shares for it."
+            f"Splitting {adata.n_obs} cells by fractions={fractions} leaves no cells for {' and '.join(empty)}. Pass "
+            "larger fractions if that is not what you want."
         )
     adata = adata.copy() if copy else adata
     adata.obs[key] = pd.Categorical.from_codes(np.asarray(parts), categories=names)

@@ -91,7 +91,7 @@ def tokenize(
         settings = {"gene_key": "var_names"}
     elif not isinstance(vocab, Vocab):
         raise TypeError(
-            f"vocab is of type {type(vocab).__name__}, a Vocab expected. Make one of names: Vocab.from_genes(names)."
+            f"Expected vocab to be a Vocab, got {type(vocab).__name__}. Make one from names: Vocab.from_genes(names)."
         )
     encode = _encoder(encoder)
     if max_len is not None:
@@ -142,7 +142,8 @@ def _encoder(named: str | Encoder) -> Encoder:
             return ValueEncoder()
         case str():
             raise ValueError(
-                f"encoder is {named!r}, 'bins', 'ranks', 'values' or an encoder object expected. Pass one of those."
+                f"Expected encoder to be 'bins', 'ranks', 'values' or an encoder object, got {named!r}. Pass one of "
+                "those."
             )
     return named
 

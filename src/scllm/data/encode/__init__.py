@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scllm._names import listed
 from scllm.data.encode.base import Encoder
 from scllm.data.encode.bins import BinEncoder
 from scllm.data.encode.depth import DepthEncoder
@@ -38,12 +39,12 @@ def encoder_from_dict(saved: Mapping[str, Any], arrays: Mapping[str, NDArray[Any
     kind = kinds.get(settings.pop("kind", ""))
     if isinstance(settings.get("medians"), str):
         raise ValueError(
-            "the encoder ranks by gene medians, and they are not among the arrays it was saved with (extras.npz is "
-            "missing or of another model). Copy the whole model folder again."
+            "Expected the gene medians that the encoder ranks by, but they are not among its arrays (extras.npz is "
+            "missing or belongs to another model). Copy the whole model folder again."
         )
     if kind is None or set(settings) - {field.name for field in fields(kind)}:
         raise ValueError(
-            f"an encoder of this kind is not known: {dict(saved)}, one of {sorted(kinds)} expected. "
-            "The model was saved by another version of scllm; update scllm."
+            f"Expected the settings of an encoder of kind {listed(sorted(kinds))}, got {dict(saved)}. "
+            "The model was saved by another version of scllm: update scllm."
         )
     return kind(**settings)

@@ -57,7 +57,7 @@ def check_max_len(max_len: int) -> None:
     """Raise unless there is room for `<cls>` and a gene."""
     if max_len < 2:
         raise ValueError(
-            f"max_len is {max_len}, at least 2 expected: it counts `<cls>` and one gene. Pass a larger one."
+            f"Expected max_len of at least 2 (`<cls>` and one gene), got {max_len}. Pass a larger max_len."
         )
 
 

@@ -80,10 +80,10 @@ class BinEncoder:
 def check_n_bins(n_bins: int) -> None:
     """Raise unless there is room for the zero bin and at least one more."""
     if not isinstance(n_bins, (int, np.integer)):
-        raise TypeError(f"n_bins is {n_bins!r}, an integer expected. scGPT uses n_bins=51.")
+        raise TypeError(f"Expected n_bins to be an integer, got {n_bins!r}. scGPT uses n_bins=51.")
     if not 2 <= n_bins <= 65_536:
         raise ValueError(
-            f"n_bins is {n_bins}, at least 2 (the zero bin and one more) and at most 65536 expected. scGPT uses "
+            f"Expected n_bins of at least 2 (the zero bin and one more) and at most 65,536, got {n_bins}. scGPT uses "
             "n_bins=51."
         )
 
@@ -91,7 +91,7 @@ def check_n_bins(n_bins: int) -> None:
 def check_ties(ties: str) -> None:
     """Raise unless ``ties`` is one of the four rules."""
     if ties not in get_args(Ties):
-        raise ValueError(f"ties is {ties!r}, one of {get_args(Ties)} expected. Use 'middle' for the least noise.")
+        raise ValueError(f"Expected ties to be one of {get_args(Ties)}, got {ties!r}. 'middle' adds the least noise.")
 
 
 def tie_draws(counts: Tokens, keys: IntArray | None, random_state: int) -> NDArray[np.float64]:

@@ -46,15 +46,17 @@ class DepthEncoder:
     def __post_init__(self) -> None:
         if self.max_len < 3:
             raise ValueError(
-                f"max_len is {self.max_len}, at least 3 expected: it counts <T>, <S> and a gene. Pass a larger one."
+                f"Expected max_len of at least 3 (<T>, <S> and one gene), got {self.max_len}. Pass a larger max_len."
             )
         if self.target[:1] not in ("t", "f", "a") or not _is_number(self.target[1:]):
             raise ValueError(
-                f"target is {self.target!r}, 't', 'f' or 'a' and a number expected. 't4' asks for 10,000 counts, 'f2' "
-                "for twice the cell's own depth, 'a1' for ten times it."
+                f"Expected target to be 't', 'f' or 'a' followed by a number, got {self.target!r}. 't4' asks for "
+                "10,000 counts, 'f2' for twice the cell's own depth, 'a1' for ten times it."
             )
         if self.target[0] == "f" and float(self.target[1:]) <= 0:
-            raise ValueError(f"target is {self.target!r}, a positive factor expected. 'f1' is the cell's own depth.")
+            raise ValueError(
+                f"Expected a positive factor in target, got {self.target!r}. 'f1' is the cell's own depth."
+            )
 
     @property
     def n_specials(self) -> int:
@@ -78,8 +80,8 @@ class DepthEncoder:
         depth_ids = vocab.ids([TARGET, SOURCE])
         if (depth_ids < 0).any():
             raise ValueError(
-                f"the vocabulary has the specials {vocab.specials}, {TARGET} and {SOURCE} expected among them. Build "
-                "the model of gene names: scfoundation makes its own vocabulary of them."
+                f"Expected the special tokens {TARGET} and {SOURCE} in the vocabulary, got {vocab.specials}. Build "
+                "the model from gene names: scfoundation makes its own vocabulary from them."
             )
         del measured, random_state  # genes without a count have no token, and nothing is drawn at inference
         values = np.asarray(counts.values, np.float64)

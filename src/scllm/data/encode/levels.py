@@ -40,7 +40,7 @@ class LevelEncoder:
     def __post_init__(self) -> None:
         check_max_len(self.max_len)
         if not 2 <= self.n_levels <= 256:
-            raise ValueError(f"n_levels is {self.n_levels}, 2 to 256 expected. scBERT uses n_levels=6.")
+            raise ValueError(f"Expected n_levels from 2 to 256, got {self.n_levels}. scBERT uses n_levels=6.")
 
     @property
     def n_specials(self) -> int:

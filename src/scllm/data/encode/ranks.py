@@ -50,8 +50,8 @@ class RankEncoder:
         known = self.medians[np.isfinite(self.medians)]
         if not (known > 0).all():
             raise ValueError(
-                f"the smallest gene median is {known.min():g}, numbers above zero expected: they are medians of "
-                "non-zero counts. Give a gene that has none NaN."
+                f"Expected gene medians above zero (they are medians of non-zero counts), got {known.min():g}. Use "
+                "NaN for a gene without a median."
             )
 
     @property
@@ -78,8 +78,8 @@ class RankEncoder:
         if self.medians is not None:
             if len(self.medians) != len(vocab):
                 raise ValueError(
-                    f"there are {len(self.medians)} gene medians for {len(vocab)} tokens, one each expected. Use the "
-                    "vocabulary and the medians that belong together."
+                    f"Expected one gene median per token, got {len(self.medians)} gene medians for {len(vocab)} "
+                    "tokens. Use a vocabulary and medians that belong together."
                 )
             strength = scaled(strength, genes, self.medians)
             if np.isnan(strength.min(initial=0)):
