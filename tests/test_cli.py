@@ -313,7 +313,7 @@ def test_dry_run_tells_the_cost_and_writes_nothing(data: Path, tmp_path: Path) -
         (("pretrain", "DATA", "--size", "huge"), "'huge'"),
         (("pretrain", "DATA", "--config", "absent.toml"), " absent.toml "),
         (("pretrain", "DATA", "--mask-ratio", "2"), "mask_ratio"),
-        (("pretrain", "DATA", "--layer", "raw"), "layer 'raw' is not in"),
+        (("pretrain", "DATA", "--layer", "raw"), "layer 'raw' in"),
         (("pretrain", "DATA", "--n-gpus", "99"), "got 99"),
         (("pretrain", "DATA", "--bogus"), "No such option: --bogus"),
         (("embed", "DATA"), "`scllm embed DATA... MODEL`"),

@@ -218,7 +218,7 @@ def test_parity_scgpt_tokens(tokenized, vocab, zeros, cls, form):
     np.testing.assert_array_equal(values, expected_values)
 
 
-def test_parity_scgpt_replayed_samples_are_crops_of_our_sentences(tokenized, vocab):
+def test_parity_scgpt_replayed_samples_are_subsets_of_our_sequences(tokenized, vocab):
     """Which tokens the original keeps is its generator's choice: played back, they are those of our whole sentence."""
     whole = encode_original(tokenized, vocab, ValueEncoder(target_sum=None, include_zeros=False))
     max_len = int(tokenized["tok_sampled_max_len"])

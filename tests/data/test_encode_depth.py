@@ -1,4 +1,4 @@
-"""Sentences that say how deeply a cell was sequenced, and sentences of levels, against a loop over cells."""
+"""Token sequences with the sequencing depth, and those of levels, compared with a loop over cells."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of rank sentences, written and read."""
+"""Folders of rank-ordered token sequences, written and read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folder(adata, tmp_path):
     return tmp_path / "corpus"
 
 
-def sentences(source, model):
+def sequences(source, model):
     match = genes.match(source.genes, model.vocab, var=source.var)
     counts = match.tokens(source.read(slice(None)))
     return model.encoder(counts, model.vocab, measured=match.measured)
@@ -40,13 +40,13 @@ def test_the_folder_is_one_that_datasets_reads(adata, folder):
     assert [len(ids) - 2 for ids in corpus["input_ids"]] == np.diff(adata.X.indptr).tolist()
 
 
-def test_the_source_gives_the_sentences_back(folder):
+def test_the_source_returns_the_token_sequences(folder):
     corpus, source = datasets.load_from_disk(str(folder)), open_source(folder)
     medians = dict(zip(source.vocab.tokens, source.medians, strict=True))
     # a model with other ids for the same genes
     vocab = geneformer.Config().vocab(source.genes[::-1])
     encoder = models.RankEncoder(64, True, True, np.array([medians[token] for token in vocab.tokens]))
-    tokens = sentences(source, build("geneformer", vocab=vocab, encoder=encoder, size="tiny", max_len=64))
+    tokens = sequences(source, build("geneformer", vocab=vocab, encoder=encoder, size="tiny", max_len=64))
     names = [vocab.names(tokens.take(np.array([i])).genes) for i in range(len(tokens))]
     assert names == [source.vocab.names(ids) for ids in corpus["input_ids"]]
     assert source.obs(["cell_type"])["cell_type"].tolist() == corpus["cell_type"]

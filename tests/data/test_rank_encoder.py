@@ -1,4 +1,4 @@
-"""Rank sentences against a slow version."""
+"""Rank-ordered token sequences against a slow version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ragged sentences against lists of arrays."""
+"""Ragged token sequences against lists of arrays."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_cropping_at_random_keeps_a_subset_in_order(rows, max_len, seed):
         assert kept == [gene for gene in genes if gene in set(kept)]
 
 
-def test_rank_sentences_keep_their_first_tokens():
+def test_rank_ordered_sequences_keep_their_first_tokens():
     ranks = Tokens(np.array([0, 3, 4]), np.array([7, 5, 6, 1], np.int32), None)
     assert ranks.crop(2).genes.tolist() == [7, 5, 1]
     assert ranks.take(np.array([1, 0])).genes.tolist() == [1, 7, 5, 6]

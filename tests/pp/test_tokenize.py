@@ -1,4 +1,4 @@
-"""The sentences that are written down for looking at."""
+"""Token sequences that pp.tokenize writes for inspection."""
 
 from __future__ import annotations
 

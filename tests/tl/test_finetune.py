@@ -468,7 +468,7 @@ def test_down_sampling_needs_counts(adata, tune):
         ({"key": "depth", "upsample": True}, TypeError, r"upsample=True needs labels, obs\['depth'\] holds values"),
         ({"key": "batch", "group_key": "batch"}, ValueError, "training cells hold 1 distinct labels"),
         ({"epochs": 1, "config": TrainConfig(epochs=2)}, TypeError, naming("epochs", "1", "2", "config")),
-        ({"config": TrainConfig(max_len=1)}, ValueError, "max_len is 1, at least 2 expected"),
+        ({"config": TrainConfig(max_len=1)}, ValueError, naming("max_len", "got 1", 2)),
         ({"lora": 4, "config": TrainConfig(head_reads="inputs")}, TypeError, r"with lora=, got 'inputs'"),
         ({"lora": True}, TypeError, naming("lora", "True", "LoraSettings", "LoraConfig")),
         ({"freeze": 1.5}, TypeError, naming("freeze", "1.5", "'encoder'")),

@@ -67,11 +67,11 @@ def genecorpus(
         encoder = replace(encoder, medians=token_medians(source, match, np.arange(source.n_obs), len(vocab)))
     medians = encoder.medians
 
-    def sentences() -> Iterator[Tokens]:
+    def sequences() -> Iterator[Tokens]:
         for start in range(0, source.n_obs, _ROWS):
             rows = np.arange(start, min(start + _ROWS, source.n_obs))
             counts = match.tokens(read_checked(source, rows), rows)
             yield encoder(counts, vocab, measured=match.measured)
 
-    write_genecorpus(sentences(), out, vocab=vocab, medians=medians, obs=source.obs(column or []))
+    write_genecorpus(sequences(), out, vocab=vocab, medians=medians, obs=source.obs(column or []))
     typer.echo(f"{source.n_obs:,} cells written to {out}")

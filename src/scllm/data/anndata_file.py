@@ -1,4 +1,4 @@
-"""An ``.h5ad`` or ``.zarr`` opened for reading, and the tables in it."""
+"""Opening ``.h5ad`` and ``.zarr`` for reading, and the tables in them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _opening = threading.RLock()
 
 
 class AnnDataFile:
-    """An ``.h5ad`` file or ``.zarr`` folder, opened anew in every process; pickled as its path.
+    """An ``.h5ad`` file or ``.zarr`` folder. Every process opens it for itself; it is pickled as its path.
 
-    The handle stays open, so that a file deleted while it is read can be read to the end.
+    The handle stays open, so that a file that is deleted while it is read can be read to the end.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +35,7 @@ class AnnDataFile:
         self._root: Any = None
         self._arrays: dict[str, Any] = {}
         self._process = os.getpid()
-        # a file that cannot be opened is an error now, and one that is deleted later stays readable
+        # opened here, so that a broken file is an error at once, and a file that is deleted later stays readable
         self._open()
 
     @property
@@ -47,7 +47,7 @@ class AnnDataFile:
             return self._root
 
     def array(self, name: str, *, cache: int = 0) -> Any:
-        """Open an array once, with room for ``cache`` bytes of decompressed HDF5 chunks."""
+        """Open an array once, with a cache of ``cache`` bytes for decompressed HDF5 chunks."""
         root = self.root
         with _opening:
             if name not in self._arrays:
@@ -56,11 +56,11 @@ class AnnDataFile:
             return self._arrays[name]
 
     def check_present(self, name: str) -> None:
-        """Raise if a zarr array is gone: its missing chunks would silently be read as zeros."""
+        """Raise ``FileNotFoundError`` if a zarr array was deleted: missing chunks would silently be read as zeros."""
         folder = self.path / name
         if not isinstance(self.root, zarr.Group) or any((folder / m).exists() for m in ("zarr.json", ".zarray")):
             return
-        raise FileNotFoundError(errno.ENOENT, "the array is gone", str(folder))
+        raise FileNotFoundError(errno.ENOENT, "the array was deleted", str(folder))
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""
@@ -113,7 +113,7 @@ class MemoryTables:
     """Tables of an AnnData in memory."""
 
     def __init__(self, obs: pd.DataFrame, var: pd.DataFrame) -> None:
-        # plain frames: those of a view carry their AnnData along when pickled
+        # converted to plain frames, because those of a view are pickled together with their AnnData
         self._obs, self.var = pd.DataFrame(obs), pd.DataFrame(var)
         self.obs_names, self.obs_columns = self._obs.index, list(self._obs.columns)
 
@@ -123,7 +123,7 @@ class MemoryTables:
 
 
 class FileTables:
-    """Tables of an opened file. Columns of ``obs`` are read when asked for: names alone take 70 MB a million cells."""
+    """Tables of an opened file. ``obs`` is read when needed, because names take 70 MB for a million cells."""
 
     def __init__(self, file: AnnDataFile, *, var: str = "var") -> None:
         self._file = file
@@ -147,7 +147,7 @@ class FileTables:
 
 
 def _column(node: Any) -> Any:
-    """A column of ``obs``; in an ``.h5ad``, anndata 0.7 wrote its categories elsewhere."""
+    """Read a column of ``obs``; anndata 0.7 wrote its categories to another place in an ``.h5ad``."""
     if not isinstance(node, h5py.Dataset) or "categories" not in node.attrs:
         return read_elem(node)
     categories = node.file[node.attrs["categories"]]
@@ -162,7 +162,7 @@ def is_array(node: Any) -> bool:
 
 @contextmanager
 def naming(path: Path, rows: IntArray) -> Iterator[None]:
-    """Turn whatever goes wrong while reading into an ``OSError`` that names the file and the rows."""
+    """Turn any error while reading into an ``OSError`` that names the file and the rows."""
     try:
         yield
     except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -174,14 +174,14 @@ def naming(path: Path, rows: IntArray) -> Iterator[None]:
 
 
 def stamp(path: Path) -> str:
-    """When and how large a file, or each file of a folder, was written last, in one line; to key caches only."""
+    """Hash size and modification times of a file, or of each file in a folder, as a key for caches."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found = [(str(file), *_times(file)) for file in files]
     return hashlib.blake2b(repr((str(path.absolute()), found)).encode(), digest_size=8).hexdigest()
 
 
 def _times(file: Path) -> tuple[int, int, int]:
-    """Size and both times: one of them changes where a copy was given the time of its original."""
+    """Return size and both times: one of the times changes even if a copy was given the time of its original."""
     found = file.stat()
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 

@@ -1,4 +1,4 @@
-"""Is this matrix what the model needs? Asked once, before anything long starts."""
+"""Checking once, before anything that takes long, that a matrix is what the model needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scllm.data.value_kind import JUDGED_CELLS, as_counts, is_near_integer, valu
 __all__ = ["check_source", "check_values", "layer_with_counts", "read_checked", "warn_of_empty_cells"]
 
 _SAMPLED_ROWS = 2_048
-_BLOCK = 256  # rows copied at a time
+_BLOCK = 256  # number of rows copied at a time
 _LOOKS_LIKE = {
     "scaled": "They look like normalised or scaled counts",
     "other": "They may be denoised or ambient-corrected counts",
@@ -27,17 +27,18 @@ _LOOKS_LIKE = {
 def check_source(
     source: CellSource, *, needs_counts: bool, layer: str | None, hint: Callable[[], str] | None = None
 ) -> None:
-    """Raise ``ValueError`` on negative, non-finite, all-zero or (where counts are needed) logged values.
+    """Raise ``ValueError`` on negative, non-finite or all-zero values, or on logarithms if counts are needed.
 
-    In memory every value is looked at; on disk rows spread over the file are, and the rest when it is read. Other
-    values that are not integers are counted in a warning. ``hint`` is asked for advice only where there are some.
+    In memory, every value is checked. On disk, only rows spread over the file are; the others are checked when they are
+    read. Other values that are not integers are counted in a warning. ``hint`` returns advice for the message and is
+    called only if there are such values.
     """
     if source.n_obs == 0 or len(source.genes) == 0:
         raise ValueError(
             f"Expected at least one cell and one gene, got {source.n_obs} cells and {len(source.genes)} genes. "
             "Check the filters that came before."
         )
-    # a folder of token sequences passed this check when it was written, and holds no counts any more
+    # a folder of token sequences passed this check when it was written, and no longer holds counts
     needs_counts = needs_counts and not hasattr(source, "medians")
     step = max(1, source.n_obs // _SAMPLED_ROWS) if source.chunked else 1
     rows = np.arange(0, source.n_obs, step)
@@ -78,7 +79,7 @@ def check_source(
 
 
 def check_values(counts: CSR, source: CellSource, rows: IntArray, *, layer: str | None) -> None:
-    """Raise ``ValueError`` at the first negative or non-finite value of what was read from ``rows`` of a source."""
+    """Raise ``ValueError`` at the first negative or non-finite value in ``counts``, read from ``rows`` of a source."""
     data = counts.data
     if not len(data):
         return
@@ -95,7 +96,7 @@ def check_values(counts: CSR, source: CellSource, rows: IntArray, *, layer: str 
 
 
 def read_checked(source: CellSource, rows: IntArray) -> CSR:
-    """Rows of a source, counts without floating-point noise; what :func:`check_source` only sampled is checked now."""
+    """Read rows of a source, remove floating-point noise, and check values that :func:`check_source` only sampled."""
     counts = source.read(rows)
     if source.chunked:
         check_values(counts, source, rows, layer=source.layer)
@@ -103,18 +104,18 @@ def read_checked(source: CellSource, rows: IntArray) -> CSR:
 
 
 def layer_with_counts(data: object, layer: str | None = None, *, into_x: bool = False) -> str:
-    """Where in the data counts are, as advice, if not in ``layer``; nothing if nowhere.
+    """Write advice on where the data hold counts other than in ``layer``; empty if they do not.
 
-    ``into_x`` is for verbs that read nothing but X.
+    ``into_x`` is for verbs that only read X.
     """
     for name in layer_names(data):
         if name == layer or name in _written(data):
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # of non-integers: they are no counts
+                warnings.simplefilter("error")  # the warning of non-integers: such a layer does not hold counts
                 check_source(open_source(data, layer=name), needs_counts=True, layer=name)
-        except (ValueError, TypeError, KeyError, UserWarning):  # or it cannot be read at all
+        except (ValueError, TypeError, KeyError, UserWarning):  # includes layers that cannot be read
             continue
         if name is None:
             return "X holds counts: leave `layer=` out."
@@ -129,20 +130,20 @@ def _into_x(where: str, name: str) -> str:
 
 
 def _written(data: object) -> set[str | None]:
-    """Layers of bins and ranks: integers, and no counts."""
+    """Name the layers of bins and ranks, which are integers but not counts."""
     verbs = data.uns.get(_keys.UNS, {}) if isinstance(data, AnnData) else {}
     keys = (verbs.get(verb, {}).get("params", {}).get("key_added") for verb in ("bin_expression", "rank_expression"))
     return {_keys.BINNED, _keys.RANKED, *(str(key) for key in keys if key is not None)}
 
 
 def _place(counts: CSR, source: CellSource, rows: IntArray, at: int) -> str:
-    """Value, gene and cell of one entry. Names of cells are read from the file: only where one is needed."""
+    """Describe one entry by value, gene and cell; this reads the names of the cells from the file."""
     cell = source.obs_names[rows[int(np.searchsorted(counts.indptr, at, side="right")) - 1]]
     return f"{counts.data[at]:.4g}, gene {source.genes[counts.indices[at]]!r} in cell {cell!r}"
 
 
 def warn_of_empty_cells(n_empty: int, n_cells: int) -> None:
-    """Count the cells that express no gene of the vocabulary: they get ``<cls>`` alone."""
+    """Warn of cells that express no gene of the vocabulary, whose only token is ``<cls>``."""
     if n_empty:
         warn(
             f"{n_empty} of {n_cells} cells express no gene in the model's vocabulary and will be read as empty cells, "

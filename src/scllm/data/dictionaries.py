@@ -1,4 +1,4 @@
-"""Published dictionaries of tokens, medians and ids: JSON, or pickles that are read without running anything."""
+"""Published dictionaries of tokens, medians and ids: JSON, or pickles that are read without executing code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["read_dictionary", "read_whole"]
 
-# what a pickled dictionary of strings and numbers may be made of, numpy's numbers included
+# the only classes that a pickled dictionary of strings and numbers needs, including those of numpy's numbers
 _PLAIN = {
     ("collections", "OrderedDict"),
     ("numpy", "dtype"),
@@ -24,16 +24,16 @@ _PLAIN = {
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Admit what holds strings and numbers; containers themselves need no class."""
+        """Allow only the classes of strings and numbers; built-in containers need no class."""
         if (module, name) not in _PLAIN:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
 
 
 def read_dictionary(path: str | PathLike[str]) -> dict[str, Any]:
-    """Read a dictionary of strings and numbers from JSON or a pickle, compressed by gzip or not.
+    """Read a dictionary of strings and numbers from JSON or a pickle, which may be compressed with gzip.
 
-    A pickle that holds anything else is a ``ValueError``; nothing in it is executed.
+    Raises ``ValueError`` if a pickle contains anything else. No code in it is executed.
     """
     path = Path(path)
     raw = read_whole(path, "a dictionary (.json, .json.gz, .pkl)")
@@ -53,7 +53,7 @@ def read_dictionary(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def read_whole(path: Path, what: str) -> bytes:
-    """The bytes of a file, unpacked where gzip packed them; an error where they are none of ``what`` was published."""
+    """Read the bytes of a file, decompressed if it is a gzip file; ``what`` describes the file in messages."""
     if not path.is_file():
         raise FileNotFoundError(f"Expected {what} at {path}, but there is no such file. Check the path.")
     raw = path.read_bytes()

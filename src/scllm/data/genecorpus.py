@@ -1,8 +1,8 @@
-"""Folders of rank sentences as Geneformer trains on them: Hugging Face ``datasets`` with ``input_ids`` and ``length``.
+"""Folders of rank-ordered token sequences for Geneformer: Hugging Face ``datasets`` with ``input_ids`` and ``length``.
 
-A sentence says in which order genes stand, not how high they are. As a source it reads as values that give this order
-again: the rank from the end times the gene's median. The dictionaries that say which gene a token is, and its median,
-lie in the folder.
+A token sequence has the order of genes, but not their expression. As a source of cells, the folder therefore gives
+values that reproduce this order: the rank from the end times the gene's median. The folder also holds the dictionaries
+of tokens and of gene medians.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _COLUMNS = ("input_ids", "length")
 
 
 class RankedCells:
-    """A folder of rank sentences as a source of cells."""
+    """A folder of rank-ordered token sequences as a source of cells."""
 
     layer: str | None = None
     chunked = True
@@ -55,28 +55,28 @@ class RankedCells:
 
     @cached_property
     def _column(self) -> np.ndarray:
-        """The column of each token, -1 for specials."""
+        """Column of each token, -1 for special tokens."""
         column = np.full(len(self.vocab), -1, np.int32)
         column[self.vocab.gene_ids] = np.arange(len(self.vocab.genes))
         return column
 
     @cached_property
     def lengths(self) -> IntArray | None:
-        """Genes of each cell, if its tokens are counted: the same specials stand in every sentence."""
+        """Number of genes of each cell, if the folder has ``length``; every cell has the same special tokens."""
         if "length" not in self._sequences.column_names or not self.n_obs:
             return None
         found = self._sequences.select_columns(["length"])[:]["length"].to_numpy()
         return found - (found[0] - self.read(slice(0, 1)).nnz)
 
     def read(self, rows: Rows) -> CSR:
-        """Read rows in the order asked for."""
+        """Read rows in the given order."""
         rows = np.arange(self.n_obs)[rows]
         if not len(rows):
             return sparse.csr_matrix((0, len(self.genes)), dtype=np.float64)
         lists = self._sequences[rows]["input_ids"].combine_chunks()
         lengths = np.diff(lists.offsets.to_numpy())
         tokens = lists.flatten().to_numpy()
-        # the first gene is the highest; a special that is left out leaves a gap in the values, not in their order
+        # the first gene is the highest; dropping special tokens leaves gaps in the values but keeps their order
         from_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(tokens))
         cell, is_gene = np.repeat(np.arange(len(rows)), lengths), self._column[tokens] >= 0
         values = (from_end * self.medians[tokens])[is_gene]
@@ -87,12 +87,12 @@ class RankedCells:
 
     @property
     def obs_names(self) -> pd.Index:
-        """Numbers: the folder names no cells."""
+        """Numbers of the cells, because the folder has no names for them."""
         return pd.RangeIndex(self.n_obs).astype(str)
 
     @property
     def obs_columns(self) -> list[str]:
-        """What the folder says of each cell beside its sentence."""
+        """Names of the columns beside the token sequence of each cell."""
         return [name for name in self._sequences.column_names if name not in _COLUMNS]
 
     def obs(self, columns: Sequence[str]) -> pd.DataFrame:
@@ -112,22 +112,22 @@ def is_genecorpus(path: Path) -> bool:
 
 
 def write_genecorpus(
-    sentences: Iterator[Tokens], path: Path, *, vocab: Vocab, medians: FloatArray, obs: pd.DataFrame
+    sequences: Iterator[Tokens], path: Path, *, vocab: Vocab, medians: FloatArray, obs: pd.DataFrame
 ) -> None:
-    """Write sentences as a ``datasets`` folder, with the dictionaries that belong to them.
+    """Write token sequences as a ``datasets`` folder, with the dictionaries that belong to them.
 
     Parameters
     ----------
-    sentences
-        Cells in the order of ``obs``; one part is held in memory at a time.
+    sequences
+        Token sequences of the cells in the order of ``obs``; one part is held in memory at a time.
     path
-        Folder to make.
+        Folder to create.
     vocab
-        Which gene a token is.
+        Vocabulary of the tokens.
     medians
-        Of each token, NaN where there is none.
+        Median of each token, NaN if it has none.
     obs
-        Columns to keep beside each sentence.
+        Columns to store beside the token sequence of each cell.
     """
     import pyarrow as pa
 
@@ -137,8 +137,8 @@ def write_genecorpus(
     plain = {name: _plain(column) if column.dtype == "category" else column for name, column in obs.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".genecorpus.", dir=path.parent) as folder:
-        file, row, writer = Path(folder) / "sentences.arrow", 0, None
-        for part in sentences:
+        file, row, writer = Path(folder) / "sequences.arrow", 0, None
+        for part in sequences:
             rows = slice(row, row + len(part))
             ids = pa.ListArray.from_arrays(pa.array(part.indptr, pa.int32()), pa.array(part.genes, pa.int32()))
             columns: dict[str, Any] = {"input_ids": ids, "length": pa.array(part.lengths, pa.int64())}
@@ -158,7 +158,7 @@ def write_genecorpus(
 
 @contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """Without the progress bars of datasets, which it also draws where there is no terminal."""
+    """Disable the progress bars of datasets, which are drawn even without a terminal."""
     was_quiet = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -190,5 +190,5 @@ def _datasets() -> Any:
 
 
 def _plain(column: pd.Series) -> pd.Series:
-    """Names of categories; a missing one stays missing."""
+    """Convert categories to strings; missing values stay missing."""
     return column.astype(object).map(str, na_action="ignore").where(column.notna(), None)

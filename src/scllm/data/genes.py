@@ -1,4 +1,4 @@
-"""Which names a data set uses for its genes, and which token each of them is."""
+"""Matching the genes of a data set to the tokens of a vocabulary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from scllm.kernels.ragged import restrict, restrict_in_order, sum_repeats
 
 __all__ = ["USUAL_COLUMNS", "GeneMatch", "check_unique", "id_type", "match", "name_columns", "strip_version"]
 
-# least share of genes that a column which is none of the usual ones must match to be taken without being named
+# a column that is not one of the usual ones must match at least this share of genes to be used without being named
 _TAKEN = 0.3
 
 # columns in which AnnData files of the usual sources (scanpy, CELLxGENE, 10x, Seurat exports) keep the other names
@@ -32,25 +32,25 @@ USUAL_COLUMNS = (
 
 @dataclass(frozen=True)
 class GeneMatch:
-    """How the genes of a data set map into a vocabulary.
+    """Tokens of the genes of a data set in a vocabulary.
 
     Parameters
     ----------
     token_ids
-        Token of each gene of the data, ``(n_genes,)`` int32, -1 where the vocabulary does not have it.
+        Token of each gene of the data, ``(n_genes,)`` int32, -1 if it is not in the vocabulary.
     column
         Where the names were found: ``"var_names"`` or a column of ``var``.
     id_type
-        What the names are: ``"symbol"`` or ``"ensembl"``.
+        Kind of the names: ``"symbol"`` or ``"ensembl"``.
     n_vocab
-        Genes in the vocabulary.
+        Number of genes in the vocabulary.
     files
-        Where files with different genes are read together: how the genes of each file match, over the same columns;
-        a gene that a file did not measure is -1 there.
+        The match of each file, if files with different genes are read together. All of them have the same columns; a
+        gene that a file did not measure is -1 there.
     file_of
-        Which of ``files`` each cell of the source is from.
+        Index into ``files`` for each cell of the source.
     mended
-        Which names were spelt otherwise than in the vocabulary.
+        Names whose spelling was corrected.
     """
 
     token_ids: IntArray
@@ -63,36 +63,36 @@ class GeneMatch:
 
     @cached_property
     def n_matched(self) -> int:
-        """Distinct genes of the vocabulary that the data have."""
+        """Number of distinct genes of the vocabulary that are in the data."""
         return len(np.unique(self.token_ids[self.token_ids >= 0]))
 
     @property
     def coverage(self) -> float:
-        """Matched genes as a share of the smaller of (genes in the data, genes in the vocabulary)."""
+        """Number of matched genes, divided by the genes in the data or in the vocabulary, whichever are fewer."""
         return self.n_matched / max(1, min(len(self.token_ids), self.n_vocab))
 
     @cached_property
     def measured(self) -> IntArray:
-        """Tokens of the genes that the data (any of the files) have, each once, in rising order."""
+        """Tokens of the genes in the data (in any of the files), each once, in ascending order."""
         if self.files:
             return np.unique(np.concatenate([file.measured for file in self.files]))
         return np.unique(self.token_ids[self.token_ids >= 0])
 
     def by_file(self, rows: IntArray) -> list[tuple[GeneMatch, IntArray]]:
-        """How the genes of some cells of the source match, file by file, and the places of its cells in ``rows``."""
+        """Group cells of the source by file: the match of each file, and the positions of its cells in ``rows``."""
         if self.file_of is None:
             return [(self, np.arange(len(rows)))]
         file = self.file_of[rows]
         return [(self.files[i], np.flatnonzero(file == i)) for i in np.unique(file)]
 
     def of_genes(self, genes: pd.Index, wanted: pd.Index) -> IntArray:
-        """Token of each wanted gene, -1 for those that are not among ``genes``, the genes of the data."""
+        """Find the token of each wanted gene, -1 if it is not among ``genes``, the genes of the data."""
         place = genes.get_indexer(wanted)
         return np.where(place < 0, -1, self.token_ids[place])
 
     @cached_property
     def _order(self) -> tuple[IntArray, IntArray]:
-        """Place of each column among the known ones in the order of their tokens, -1 for others; tokens by place."""
+        """Position of each matched column in the order of tokens (-1 for others), and the tokens in that order."""
         known = np.flatnonzero(self.token_ids >= 0)
         known = known[np.argsort(self.token_ids[known], kind="stable")]
         place = np.full(len(self.token_ids), -1, np.int32)
@@ -101,22 +101,22 @@ class GeneMatch:
 
     @cached_property
     def _is_in_order(self) -> bool:
-        """Whether the known columns stand in the order of their tokens, no token twice."""
+        """Whether the matched columns are already in the order of their tokens, without repeated tokens."""
         return bool((np.diff(self.token_ids[self.token_ids >= 0]) > 0).all())
 
     def tokens(self, counts: CSR, rows: IntArray | None = None) -> Tokens:
-        """Counts as ragged rows over the vocabulary, each row in the order of its token ids.
+        """Convert counts to ragged rows over the vocabulary, each row in the order of its token ids.
 
-        Zeros and genes that are not in the vocabulary are dropped. Counts of columns that share a token are summed, in
-        float64 and from the lowest to the highest. So a cell's tokens depend on its genes and their counts, and not on
-        the order of the columns, and whatever breaks a tie later by position breaks it by token id.
+        Zeros and genes that are not in the vocabulary are dropped. Counts of columns that share a token are summed in
+        float64, from the lowest to the highest. Therefore the tokens of a cell depend on its genes and their counts,
+        but not on the order of columns. Ties that are broken by position later are thus broken by token id.
 
         Parameters
         ----------
         counts
-            CSR, its columns sorted and free of duplicates, as sources read it.
+            CSR matrix with sorted columns and without duplicates, as sources return it.
         rows
-            Which cells of the source these are; needed where its files hold different genes.
+            Positions of these cells in the source; needed if its files hold different genes.
         """
         if getattr(counts, "format", None) != "csr":
             kind = getattr(counts, "format", type(counts).__name__)
@@ -138,7 +138,7 @@ class GeneMatch:
             indptr, genes, values = restrict_in_order(counts.indptr, counts.indices, counts.data, place, token)
             if len(token) > self.n_matched:
                 indptr, genes, values = sum_repeats(indptr, genes, values)
-        # one type whatever the file's: quantiles round differently in float32 and float64
+        # always float32, because quantiles round differently in float32 and float64
         return Tokens(indptr, genes, values.astype(np.float32, copy=False))
 
 
@@ -150,14 +150,14 @@ def match(
     gene_key: str | None = None,
     min_coverage: float = 0.3,
 ) -> GeneMatch:
-    """Find the column of gene names that fits a vocabulary best, and the token of each gene.
+    """Find the column of gene names that matches a vocabulary best, and the token of each gene.
 
-    Ensembl version suffixes are stripped, on both sides, and the vocabulary's aliases count as its names. Without
-    ``gene_key``, ``names`` and the usual columns of ``var`` are tried and the one with most matches is taken; one with
-    names of the vocabulary's own kind goes before one that is known by aliases. Where all of these match too little,
-    the other columns of text are tried: the best one is taken if it matches 30 % and twice as much as ``names``. Names
-    that are spelt otherwise are mended where they can mean one gene only, see :func:`scllm.data.spelling.mend`. Raises
-    ``ValueError`` where names are duplicated or coverage is too low.
+    Ensembl version suffixes are stripped in the data and in the vocabulary, and aliases of the vocabulary match too.
+    Without ``gene_key``, ``names`` and the usual columns of ``var`` are tried, and the one with most matches is used. A
+    column with names of the vocabulary's own kind is preferred to one that matches by aliases. If all of these match
+    too few genes, the other columns of text are tried; the best one is used if it matches at least 30 % and twice as
+    many genes as ``names``. Spelling is corrected if only one gene can be meant, see
+    :func:`scllm.data.spelling.mend`. Raises ``ValueError`` if names are duplicated or coverage is too low.
     """
     names = pd.Index(names)
     check_unique(names)
@@ -192,7 +192,7 @@ def match(
 
 
 def name_columns(names: pd.Index, var: pd.DataFrame | None = None, gene_key: str | None = None) -> dict[str, list[str]]:
-    """Where the names of genes may stand: ``names`` themselves and the usual columns of ``var``, or ``gene_key``."""
+    """Collect the columns that may name the genes: ``names`` and the usual columns of ``var``, or only ``gene_key``."""
     if gene_key is not None and gene_key != "var_names":
         if var is None or gene_key not in var:
             raise missing_key(gene_key, [] if var is None else var.columns, "a column of adata.var")
@@ -204,7 +204,7 @@ def name_columns(names: pd.Index, var: pd.DataFrame | None = None, gene_key: str
 
 
 def check_unique(names: pd.Index) -> None:
-    """Raise ``ValueError`` where a gene name is there more than once."""
+    """Raise ``ValueError`` if a gene name occurs more than once."""
     if not names.is_unique:
         repeated = names[names.duplicated()].unique()
         raise ValueError(
@@ -214,14 +214,14 @@ def check_unique(names: pd.Index) -> None:
 
 
 def id_type(names: Iterable[str]) -> Literal["symbol", "ensembl"]:
-    """Whether names are Ensembl ids (more than half look like one) or symbols."""
+    """Tell whether names are Ensembl ids (more than half of them look like one) or symbols."""
     names = [str(name) for name in names]
     n_ensembl = sum(ENSEMBL.match(name) is not None for name in names)
     return "ensembl" if 2 * n_ensembl > len(names) else "symbol"
 
 
 def _other_columns(var: pd.DataFrame | None) -> dict[str, list[str]]:
-    """All columns of ``var`` that hold text and are none of the usual ones."""
+    """Collect all columns of ``var`` that hold text and are not among the usual ones."""
     if var is None:
         return {}
     unusual = [name for name in var if str(name) not in USUAL_COLUMNS and isinstance(var[name], pd.Series)]
@@ -235,39 +235,39 @@ def _holds_text(column: pd.Series) -> bool:
 
 
 class _Finder:
-    """How names are looked up in one vocabulary."""
+    """Looks up names in one vocabulary."""
 
     def __init__(self, vocab: Vocab, min_coverage: float) -> None:
         self.vocab, self.min_coverage, self.kind = vocab, min_coverage, id_type(vocab.genes)
-        # a vocabulary may hold versions too; of several of one gene the first is taken
+        # a vocabulary may hold versioned ids too; the first version of a gene is used
         id_of = {token: i for i, token in reversed(list(enumerate(strip_version(vocab.tokens))))}
         self.id_of = id_of | {alias: id_of[token] for alias, token in vocab.aliases.items() if token in id_of}
 
     def matched(self, column: str, names: list[str]) -> GeneMatch:
-        """Names that are in the vocabulary as they stand."""
+        """Match names as they are spelt."""
         ids = np.fromiter((self.id_of.get(name, -1) for name in strip_version(names)), np.int32)
         return GeneMatch(ids, column, id_type(names), len(self.vocab.genes))
 
     def mended(self, found: GeneMatch, names: list[str]) -> GeneMatch:
-        """With the tokens of names that are spelt otherwise."""
+        """Add the tokens of names whose spelling can be corrected."""
         mended = mend(strip_version(names), found.token_ids, self.id_of)
         return GeneMatch(mended.token_ids, found.column, found.id_type, found.n_vocab, mended=mended)
 
     def looked_up(self, column: str, names: list[str]) -> GeneMatch:
-        """Names as they stand, or spelt otherwise."""
+        """Match names as they are spelt, and after correcting their spelling."""
         return self.mended(self.matched(column, names), names)
 
     def is_enough(self, found: GeneMatch) -> bool:
-        """Whether coverage is at least what is asked for."""
+        """Whether coverage is at least ``min_coverage``."""
         return found.n_matched > 0 and found.coverage >= self.min_coverage
 
     def best(self, matches: list[GeneMatch]) -> GeneMatch:
-        """The column with most matches; an Ensembl id says more surely which gene it is than a symbol's alias."""
+        """Choose the column with most matches, preferring the vocabulary's own kind of names to aliases."""
         enough = [one for one in matches if self.is_enough(one)]
         return max(enough or matches, key=lambda one: (bool(enough) and one.id_type == self.kind, one.n_matched))
 
     def too_few(self, found: GeneMatch, names: list[str], other: GeneMatch) -> str:
-        """What was seen on both sides, and what to do."""
+        """Write the message for too few matches: the names in the data and in the vocabulary, and what to do."""
         genes, what = self.vocab.genes, {"symbol": "symbols", "ensembl": "Ensembl ids"}
         message = (
             f"Only {found.n_matched} of {min(len(names), len(genes))} genes ({100 * found.coverage:.3g} %) are in the "
@@ -290,7 +290,7 @@ class _Finder:
 
 
 def _spelling_advice(found: GeneMatch) -> str:
-    """What names are like that match no gene surely."""
+    """Write advice on names that resemble genes of the vocabulary without matching one unambiguously."""
     assert found.mended is not None
     if found.mended.other_case and len(found.mended.other_case) >= found.n_matched:
         name, gene = found.mended.other_case[0]

@@ -1,4 +1,4 @@
-"""CSR arrays in a folder, mapped into memory: written from any source, or from a matrix stored by columns."""
+"""Memory-mapped CSR arrays in a folder, written from any source or from a matrix that is stored by columns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _rewriting = threading.Lock()
 class MappedRows:
     """CSR arrays in a folder (``indptr.npy``, ``indices.npy``, ``data.npy``), mapped into memory.
 
-    Processes on one machine share one copy, and random rows are as cheap as in memory.
+    Processes on one machine share one copy, and reading random rows is as fast as in memory.
     """
 
     chunked = False
@@ -41,9 +41,9 @@ class MappedRows:
         self.dtype = self._data.dtype
 
     def read(self, rows: IntArray) -> CSR:
-        """Read rows in the order asked for."""
+        """Read rows in the given order."""
         with naming(self.folder, rows):
-            # touching pages beyond the end of a file kills the process, so a shortened file has to be noticed before
+            # reading pages beyond the end of a file kills the process, so a truncated file must be noticed before
             for array in (self._indices, self._data):
                 if array.base.size() < array.offset + array.nbytes:
                     raise OSError(errno.EIO, "the file is shorter than when it was opened", str(array.filename))
@@ -63,9 +63,9 @@ class MappedRows:
 
 
 class TransposedRows:
-    """A CSC group of an ``.h5ad`` or ``.zarr``, rewritten by rows when first read.
+    """A CSC group of an ``.h5ad`` or ``.zarr``, rewritten by rows on the first read.
 
-    Columns are streamed, so memory stays small. The copy is temporary: it is written once for all processes and for
+    Columns are streamed, so little memory is needed. The copy is temporary: it is written once for all processes and
     all sources that read the file, and removed when the last of these processes ends.
     """
 
@@ -81,7 +81,7 @@ class TransposedRows:
         self._rows: MappedRows | None = None
 
     def read(self, rows: IntArray) -> CSR:
-        """Read rows in the order asked for."""
+        """Read rows in the given order."""
         if not len(rows):
             return sparse.csr_matrix((0, self.shape[1]), dtype=self.dtype)
         with _rewriting:
@@ -97,7 +97,7 @@ class TransposedRows:
     def _write(self, folder: Path) -> None:
         group = self.file.root[self.key]
         n_values, size = group["data"].shape[0], 4 + self.dtype.itemsize
-        # mapped files are sparse: a full disk would kill the process instead of raising
+        # mapped files are allocated lazily, so a full disk would kill the process instead of raising an error
         if (free := shutil.disk_usage(folder).free) < n_values * size:
             raise OSError(
                 f"Expected {n_values * size / 1e9:.1f} GB of free space in '{folder.parent}' to rewrite "
@@ -129,7 +129,7 @@ def write_rows(blocks: Iterator[CSR], folder: Path) -> None:
             data.write(block.data.astype(dtype, copy=False).data)
         indptr = np.cumsum(np.concatenate(lengths))
         assert dtype is not None
-        # numpy leaves room in the header for a longer first axis
+        # numpy leaves room in the header for a longer first axis, so it can be rewritten in place
         _write_header(indices, np.dtype(np.int32), indptr[-1])
         _write_header(data, dtype, indptr[-1])
     np.save(folder / "indptr.npy", indptr)
@@ -151,7 +151,7 @@ def _write_header(file: Any, dtype: np.dtype, length: int) -> None:
 
 
 def _transpose(group: Any, folder: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
-    """Write the rows of a CSC group, streaming its columns twice: to count, then to place."""
+    """Write the rows of a CSC group, streaming its columns twice: first to count values, then to place them."""
     n_values = group["data"].shape[0]
     counts = np.zeros(shape[0], np.int64)
     for start in range(0, n_values, BLOCK):
@@ -160,7 +160,7 @@ def _transpose(group: Any, folder: Path, shape: tuple[int, int], dtype: np.dtype
     np.save(folder / "indptr.npy", indptr)
     indices = np.lib.format.open_memmap(folder / "indices.npy", mode="w+", dtype=np.int32, shape=(n_values,))
     data = np.lib.format.open_memmap(folder / "data.npy", mode="w+", dtype=dtype, shape=(n_values,))
-    free = indptr[:-1].copy()  # (n_rows,) where the row's next value goes
+    free = indptr[:-1].copy()  # (n_rows,) position of each row's next value
     starts = group["indptr"][:].astype(np.int64)
     for first, last in runs(starts[:-1], starts[1:], bridge=0):
         span = slice(int(starts[first]), int(starts[last]))

@@ -1,4 +1,4 @@
-"""Which token each gene of a source is, file by file."""
+"""Matching the genes of a source to a vocabulary, file by file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def match_source(
 ) -> GeneMatch:
     """Find the token of each gene of a source, as :func:`scllm.data.genes.match` does.
 
-    Where a source is made of files with different genes or gene tables, each file is matched as if it were alone: what
-    a cell is read as does not depend on which other files came along.
+    If a source consists of files with different genes or gene tables, each file is matched on its own. Therefore the
+    tokens of a cell do not depend on which other files are read with it.
     """
     tables = gene_tables(source)
     if len(tables.tables) == 1:
@@ -34,7 +34,7 @@ def match_source(
         token_ids = np.full(len(source.genes), -1, np.int32)
         token_ids[source.genes.get_indexer(var.index)] = found.token_ids
         files.append(replace(found, token_ids=token_ids))
-    # other tables may well say the same of the genes
+    # different tables may still give the same tokens
     _, first, kind = np.unique([file.token_ids for file in files], axis=0, return_index=True, return_inverse=True)
     if len(first) == 1:
         return files[0]

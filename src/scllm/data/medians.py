@@ -1,4 +1,4 @@
-"""Non-zero median of each gene's normalised counts: what rank sentences are scaled by (Theodoris et al. 2023)."""
+"""Non-zero median of each gene's normalised counts, relative to which genes are ranked (Theodoris et al. 2023)."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _ROWS = 4096
 
 
 class MedianSketch:
-    """Medians of many genes from one pass, to within 1/128 of their value.
+    """Compute medians of many genes in one pass, to within 1/128 of their value.
 
-    Values are counted in bins whose width is a fixed share of the value (as in DDSketch, Masson et al. 2019), so
-    sketches of parts of the data add up to that of the whole. Takes 7 kB a gene, however many cells there are.
+    Values are counted in bins whose width is a fixed fraction of the value (as in DDSketch, Masson et al. 2019).
+    Sketches of parts of the data can therefore be added up. A sketch takes 7 kB per gene for any number of cells.
     """
 
     def __init__(self, n_genes: int) -> None:
         self.tally = np.zeros((n_genes, len(BIN_CENTRES)), np.uint32)
 
     def add(self, genes: IntArray, values: FloatArray) -> None:
-        """Count positive values of genes; normalised to 10,000 they lie inside the bins."""
+        """Count positive values of genes; values normalised to 10,000 counts are within the range of the bins."""
         add_to_tally(genes, values, self.tally)
 
     def merge(self, other: MedianSketch) -> None:
-        """Add what another sketch of the same genes has counted."""
+        """Add the counts of another sketch of the same genes."""
         self.tally += other.tally
 
     def medians(self) -> FloatArray:
-        """Median of each gene, NaN where nothing was counted; of two middle values their mean."""
+        """Return the median of each gene (the mean of two middle values), NaN if nothing was counted."""
         cumulative = np.cumsum(self.tally, axis=1, dtype=np.int64)
         n = cumulative[:, -1]
         lower, upper = ((cumulative <= middle[:, None]).sum(1) for middle in ((n - 1) // 2, n // 2))
@@ -50,9 +50,9 @@ class MedianSketch:
 def exact_medians(
     counts: CSR, *, target_sum: float, match: GeneMatch | None = None, n_tokens: int | None = None
 ) -> FloatArray:
-    """Median of each column's non-zero values, each row scaled to ``target_sum``; NaN for empty columns.
+    """Compute the median of each column's non-zero values, each row scaled to ``target_sum``; NaN for empty columns.
 
-    With ``match`` that of each of ``n_tokens`` tokens, columns of one token summed.
+    With ``match``, compute the median of each of ``n_tokens`` tokens; columns with the same token are summed.
     """
     normalised = sparse.csr_matrix((_normalised(counts, target_sum), counts.indices, counts.indptr), shape=counts.shape)
     if match is not None:
@@ -68,7 +68,7 @@ def exact_medians(
 
 
 def streamed_medians(source: CellSource, *, target_sum: float) -> FloatArray:
-    """Median of each gene of a source from one pass over its cells, to within 1/128."""
+    """Compute the median of each gene of a source in one pass over its cells, to within 1/128."""
     sketch = MedianSketch(len(source.genes))
     for counts in _blocks(source, np.arange(source.n_obs)):
         values = _normalised(counts, 1e4)
@@ -78,7 +78,10 @@ def streamed_medians(source: CellSource, *, target_sum: float) -> FloatArray:
 
 
 def token_medians(source: CellSource, match: GeneMatch, rows: IntArray, n_tokens: int) -> FloatArray:
-    """Median of each token over some cells of a source, scaled to 10,000 counts of all genes; NaN where not seen."""
+    """Compute the median of each token over some cells of a source, NaN for tokens that no cell has.
+
+    Cells are scaled to 10,000 counts over all genes.
+    """
     sketch = MedianSketch(n_tokens)
     rows = np.sort(rows)
     for start, counts in zip(range(0, len(rows), _ROWS), _blocks(source, rows), strict=True):
@@ -89,13 +92,13 @@ def token_medians(source: CellSource, match: GeneMatch, rows: IntArray, n_tokens
 
 
 def _normalised(counts: CSR, target_sum: float) -> FloatArray:
-    """Values with every row scaled to the same sum."""
+    """Scale every row to the same sum, and return the values."""
     totals = _totals(counts)
     return counts.data / np.repeat(np.where(totals > 0, totals, 1), np.diff(counts.indptr)) * target_sum
 
 
 def _totals(counts: CSR) -> FloatArray:
-    """Sum of each row, in float64: sums of float32 counts would depend on the order of the columns."""
+    """Sum each row in float64, because sums of float32 counts would depend on the order of the columns."""
     return np.asarray(counts.astype(np.float64).sum(1)).ravel()
 
 

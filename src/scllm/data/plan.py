@@ -1,4 +1,4 @@
-"""Which rows are read, in which order, on which rank. Order is a function of (seed, epoch), not a state."""
+"""The rows that each rank reads, and their order, which is computed from the seed and the epoch without any state."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from scllm._typing import FloatArray, IntArray
 
 __all__ = ["Read", "n_batches", "plan"]
 
-# chunks whose rows are mixed with each other: enough for a batch to see cells from all over the file
+# number of chunks whose rows are shuffled together: enough for a batch to have cells from all over the file
 _CHUNKS_A_BLOCK = 64
 
 
 @dataclass(frozen=True)
 class Read:
-    """Rows to read at once, and how many of them, one after the other, make each batch."""
+    """Rows to read at once, and the sizes of the consecutive batches that they are divided into."""
 
     rows: IntArray
     sizes: tuple[int, ...]
 
 
 def n_batches(n_obs: int, batch_size: int) -> int:
-    """Batches of one epoch, the same on every rank and wherever the cells are stored."""
+    """Count the batches of one epoch, which are the same on every rank and for every kind of storage."""
     return -(-n_obs // batch_size)
 
 
@@ -40,30 +40,30 @@ def plan(
     chunk: int = 1,
     weights: FloatArray | None = None,
 ) -> Iterator[Read]:
-    """Rows of every batch of one epoch, for one rank.
+    """Plan which rows one rank reads for every batch of one epoch.
 
     Parameters
     ----------
     n_obs
-        Cells in the source.
+        Number of cells in the source.
     batch_size
-        Cells of one step over all ranks.
+        Number of cells of one step, over all ranks.
     seed, epoch
-        What the order is a function of.
+        Random seed and number of the epoch, which together determine the order.
     rank, world
-        This process and the number of processes. With ``chunk=1`` the union over ranks does not depend on ``world``.
+        This process and the number of processes. With ``chunk=1``, the union over ranks does not depend on ``world``.
     chunk
-        Neighbouring rows that are read together: 1 in memory, the storage's own granularity out of core.
+        Number of consecutive rows that are read together: 1 in memory, ``chunk_rows`` of the source on disk.
     weights
-        Probability of drawing each row, up to a factor: rows are drawn with replacement (upsampling).
+        Probability of drawing each row, up to a factor. Rows are then drawn with replacement (upsampling).
 
     Yields
     ------
-    One :class:`Read` a batch in memory, one a block of at least 64 chunks out of core.
+    One :class:`Read` per batch in memory, or one per block of at least 64 chunks on disk.
     """
     rng = np.random.default_rng((seed, epoch))
     if weights is not None:
-        # drawn rows are read in memory order where the storage prefers that, the batches stay as drawn
+        # the storage may read the drawn rows in its own order; that does not change the batches
         order = rng.choice(n_obs, size=n_obs, p=weights / weights.sum())
         yield from _deal(order, batch_size, rank, world)
     elif chunk == 1:
@@ -83,9 +83,9 @@ def _deal_chunks(
 ) -> Iterator[Read]:
     chunks = rng.permutation(-(-n_obs // chunk))
     ends = np.cumsum(np.minimum(chunk, n_obs - chunks * chunk))
-    # every rank mixes with its own numbers, drawn after the permutation that all share
+    # every rank shuffles with its own generator, seeded after the permutation that all ranks share
     mixing = np.random.default_rng((int(rng.integers(2**63)), rank))
-    # the shuffled chunks, one after the other, are cut into one part a rank, as long as its shares of all batches
+    # the sequence of shuffled chunks is cut into one part per rank, as long as the rank's shares of all batches
     start = sum(sum(_shares(n_obs, batch_size, before, world)) for before in range(rank))
     sizes = _shares(n_obs, batch_size, rank, world)
     n_blocks = max(1, sum(sizes) // (_CHUNKS_A_BLOCK * chunk))
@@ -98,14 +98,14 @@ def _deal_chunks(
 
 
 def _shares(n_obs: int, batch_size: int, rank: int, world: int) -> list[int]:
-    """Cells of each batch that fall on a rank, as when a batch in memory is dealt out."""
+    """Count the cells of each batch that a rank gets, as in ``_deal``."""
     n_whole, rest = divmod(n_obs, batch_size)
     shares = [len(range(rank, n_cells, world)) for n_cells in (batch_size, rest)]
     return [shares[0]] * n_whole + [shares[1]] * (rest > 0)
 
 
 def _rows_between(start: int, stop: int, chunks: IntArray, ends: IntArray, chunk: int) -> IntArray:
-    """Rows ``start`` to ``stop`` of the chunks laid one after the other; ``ends`` says where each of them ends."""
+    """Return rows ``start`` to ``stop`` of the concatenated chunks; ``ends`` holds the end of each chunk."""
     if start == stop:
         return np.empty(0, np.int64)
     first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left")

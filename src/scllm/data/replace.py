@@ -1,4 +1,4 @@
-"""Writing a file or folder beside its place, and renaming it there when it is whole."""
+"""Writing a file or folder to a temporary place first, and renaming it once it is complete."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ __all__ = ["replaced_when_whole"]
 
 @contextmanager
 def replaced_when_whole(path: Path) -> Iterator[Path]:
-    """A path to write to in a hidden folder; what is there afterwards takes the place of ``path`` by a rename.
+    """Yield a path in a hidden folder to write to, and rename the result to ``path`` afterwards.
 
-    What was at ``path`` stays until then, and for good where an error is raised. A link is followed, not replaced.
+    The old content of ``path`` is kept until then, and is kept for good if an error is raised. If ``path`` is a link,
+    its target is replaced.
     """
     path = Path(os.path.realpath(path))
     hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -24,7 +25,7 @@ def replaced_when_whole(path: Path) -> Iterator[Path]:
     try:
         yield fresh
         if fresh.is_dir() and path.exists():
-            # a folder cannot be renamed over another
+            # a folder cannot be renamed to the path of another one
             path.rename(old)
             try:
                 fresh.rename(path)

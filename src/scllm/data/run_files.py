@@ -1,4 +1,4 @@
-"""The torch-free part of run and model directories: JSON written atomically, history lines."""
+"""Files of run and model directories that need no torch: JSON, written atomically, and the training history."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = [
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside the target, flush, rename over it: the file is whole or the old one."""
+    """Write a text file atomically: a reader finds either the old file or the complete new one."""
     fresh = path.with_name(f".{path.name}.new")
     with fresh.open("w") as handle:
         handle.write(text)
@@ -36,20 +36,20 @@ def read_json(path: Path) -> Any:
 
 
 def append_history(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Add one JSON object a line."""
+    """Append lines to a history file, one JSON object per line."""
     with path.open("a") as handle:
         handle.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def cut_history(path: Path, step: int) -> None:
-    """Drop lines after a step, so that a resumed run logs none twice."""
+    """Drop the lines after a step, so that a resumed run logs no step twice."""
     if path.is_file():
         kept = [line for line in _whole_lines(path) if line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_history(path: Path) -> pd.DataFrame | None:
-    """History as a table, one row a logged step; ``None`` where there is none."""
+    """Read the history as a table with one row per logged step; ``None`` if there is no history."""
     if not path.is_file():
         return None
     lines = _whole_lines(path)
@@ -57,13 +57,13 @@ def read_history(path: Path) -> pd.DataFrame | None:
 
 
 def write_report(path: Path, report: pd.DataFrame) -> None:
-    """Write what compression did to a model; what was not measured is ``null``."""
+    """Write the report of a compression; figures that were not measured become ``null``."""
     rows = report.astype(object).where(report.notna(), None)
     write_json(path, rows.to_dict("index"))
 
 
 def read_report(path: Path) -> pd.DataFrame | None:
-    """What compression did to a model, one row before and one after; ``None`` where nothing says so."""
+    """Read the report of a compression, with one row before and one after it; ``None`` if there is no report."""
     if not path.is_file():
         return None
     report = pd.DataFrame.from_dict(read_json(path), orient="index")
@@ -71,7 +71,7 @@ def read_report(path: Path) -> pd.DataFrame | None:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    # a killed process may leave half a line at the end
+    # a process that was killed may leave an incomplete last line
     lines = []
     for line in path.read_text().splitlines():
         try:

@@ -1,4 +1,4 @@
-"""Temporary folders that all processes of one user on one machine share: the first writes one, the last removes it."""
+"""Temporary folders shared by all processes of a user on one machine: the first writes one, the last removes it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import IO
 
 __all__ = ["shared_folder"]
 
-# folders that this process uses, each with the lock that says so, by process: a fork must not remove them
+# The folders in use and their locks. The key includes the process, because a forked process must not remove them.
 _used: dict[tuple[int, Path], IO[str]] = {}
 
 
 def shared_folder(name: str, write: Callable[[Path], None]) -> Path:
-    """Find the folder of this name, or write it.
+    """Return the folder of this name, writing it if it does not exist.
 
-    It stays until every process that asked for it has ended. Whatever killed processes left is removed as well.
+    It is kept until every process that uses it has ended. Folders left behind by killed processes are removed too.
 
     Parameters
     ----------
     name
-        What the folder is called. It has to say all that its content depends on.
+        Name of the folder. It must identify everything that the content depends on.
     write
-        Fills an empty folder. Other processes that ask for the same name wait until it is whole.
+        Function that fills an empty folder. Other processes that ask for the same name wait until it is complete.
 
     Returns
     -------
-    The folder, to be read only.
+    The folder, which must not be changed.
     """
     folder = _parent() / name
     if (os.getpid(), folder) in _used:
@@ -54,7 +54,7 @@ def shared_folder(name: str, write: Callable[[Path], None]) -> Path:
 
 
 def _parent() -> Path:
-    """The folder of all of them, which belongs to this user alone."""
+    """Return the parent of these folders, which only this user can access."""
     parent = Path(tempfile.gettempdir()) / f"scllm-{os.getuid()}"
     parent.mkdir(mode=0o700, exist_ok=True)
     if parent.stat().st_uid != os.getuid():
@@ -67,12 +67,12 @@ def _lock_of(folder: Path) -> Path:
 
 
 def _locked(file: Path, kind: int) -> IO[str]:
-    """The file, open and locked; waits for its turn, or raises ``BlockingIOError`` with ``LOCK_NB``."""
+    """Open and lock a file; waits for the lock, or raises ``BlockingIOError`` with ``LOCK_NB``."""
     while True:
         handle = file.open("w")
         try:
             fcntl.flock(handle, kind)
-            # the process that had it before may have removed it
+            # the previous holder of the lock may have removed the file
             if os.path.samestat(file.stat(), os.fstat(handle.fileno())):
                 return handle
         except FileNotFoundError:
@@ -96,7 +96,7 @@ def _write(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _release(process: int) -> None:
-    """Remove the folders of this process that no other one uses."""
+    """Remove the folders of this process that no other process uses."""
     for owner, folder in [*_used]:
         if owner == process == os.getpid():
             _used.pop((owner, folder)).close()

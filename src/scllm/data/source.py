@@ -1,4 +1,4 @@
-"""Rows of a count matrix, wherever they live: in memory, in ``.h5ad`` or ``.zarr``, in memory-mapped arrays."""
+"""Reading rows of a count matrix from memory, ``.h5ad``, ``.zarr`` or memory-mapped arrays."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ __all__ = [
 RAW = "raw"
 _RAW_X, _RAW_VAR = "raw/X", "raw/var"
 
-# the last file of a folder of memory-mapped arrays to be written: with it the folder is whole
+# this file of a folder of memory-mapped arrays is written last: if it exists, the folder is complete
 _TABLES = "cells.h5ad"
 
 
 @runtime_checkable
 class CellSource(Protocol):
-    """Rows of a count matrix, wherever they live.
+    """Rows of a count matrix that may be in memory or on disk.
 
-    ``chunked`` says that single random rows are slow to read: draw chunks of about ``chunk_rows`` neighbours then. A
-    source of files with different genes has ``gene_tables`` too, see :func:`gene_tables`.
+    ``chunked`` says whether single random rows are slow to read; chunks of about ``chunk_rows`` consecutive rows should
+    be drawn then. A source of files with different genes also has ``gene_tables``, see :func:`gene_tables`.
     """
 
     n_obs: int
@@ -61,13 +61,13 @@ class CellSource(Protocol):
 
     @property
     def obs_columns(self) -> list[str]:
-        """Names of the columns that :meth:`obs` can read."""
+        """Names of the columns of ``obs`` that :meth:`obs` can read."""
         ...
 
     def read(self, rows: Rows) -> CSR:
-        """Read rows in the order asked for: positions with or without repeats, a slice or a mask.
+        """Read rows in the given order: positions (repeats are allowed), a slice or a mask.
 
-        Values have the stored type; columns are sorted and free of duplicates, stored zeros stay.
+        Values have the stored type. Columns are sorted and free of duplicates; stored zeros are kept.
         """
         ...
 
@@ -83,11 +83,11 @@ class GeneTables:
     Parameters
     ----------
     names
-        What the files are called in messages.
+        Name of the file of each table, for messages.
     tables
-        ``var`` of each file, indexed by its genes. Files whose tables are equal share one.
+        ``var`` of each file, indexed by its genes. Files with equal tables share one.
     of_cell
-        Which of the tables each cell belongs to, ``(n_obs,)``.
+        Index of the table of each cell, ``(n_obs,)``.
     """
 
     names: tuple[str, ...]
@@ -96,28 +96,32 @@ class GeneTables:
 
 
 def gene_tables(source: CellSource) -> GeneTables:
-    """Which genes each cell's file measured; one table, unless files with different ones are read together."""
+    """Return the genes that each cell's file measured: one table, unless files with different tables are read."""
     found = getattr(source, "gene_tables", None)
     return found or GeneTables((_name(source),), (source.var,), np.zeros(source.n_obs, np.int32))
 
 
 def open_source(data: AnnData | str | os.PathLike | Sequence | CellSource, *, layer: str | None = None) -> CellSource:
-    """Open whatever holds cells by genes as rows to read, without loading what is on disk.
+    """Open a matrix of cells by genes for reading by rows, without loading data on disk.
 
     Parameters
     ----------
     data
-        An ``AnnData`` (also backed, also a view); a path to ``.h5ad`` or ``.zarr``; a folder of such files, taken in
-        the order of their names; a folder from :func:`write_arrays` or of rank sentences (``scllm genecorpus``); a list
-        of any of these, whose genes are united in the order in which they first appear; a gene that a file did not
-        measure is no zero of its cells (:func:`gene_tables`). A source is handed back as it is.
+        One of the following:
+
+        - an ``AnnData``, which may be backed or a view;
+        - a path to ``.h5ad`` or ``.zarr``, or a folder of such files, which are read in the order of their names;
+        - a folder from :func:`write_arrays`, or of rank-ordered token sequences (``scllm genecorpus``);
+        - a list of any of these. The source has the union of their genes, in the order in which they first appear. A
+          gene that a file did not measure does not count as zero in its cells (:func:`gene_tables`);
+        - a source, which is returned unchanged.
     layer
         Layer that holds the matrix; ``None`` is ``X``. ``"raw"`` is ``raw.X`` with the genes of ``raw.var``, unless
         there is a layer of that name.
 
     Returns
     -------
-    The source. Files stay open as long as it lives.
+    The source. Its files stay open until it is deleted.
 
     Examples
     --------
@@ -156,26 +160,26 @@ def write_arrays(
     rows: Rows | None = None,
     chunk: int = 4096,
 ) -> Path:
-    """Write a source as memory-mapped arrays, which many processes share and read in any order.
+    """Write a source as memory-mapped arrays, which many processes can share and read in any order.
 
     Parameters
     ----------
     source
         What to write.
     path
-        Folder to make. One that already holds a whole copy is an error.
+        Folder to create. It is an error if it already holds a complete copy.
     obs
-        Columns of ``obs`` to keep. The names of cells and genes are kept as plain strings.
+        Columns of ``obs`` to keep. The names of cells and genes are always kept, as plain strings.
     gene_key
-        Column of ``var`` to keep whatever its type; columns of text, which may name the genes, are kept anyway.
+        Column of ``var`` to keep, whatever its type. Columns of text are always kept, as they may name the genes.
     rows
-        Cells to write, in this order; ``None`` are all.
+        Cells to write, in this order; ``None`` writes all.
     chunk
-        Cells held in memory at a time.
+        Number of cells held in memory at a time.
 
     Returns
     -------
-    The folder, for :func:`open_source`. It keeps the name of the layer.
+    The folder, for :func:`open_source`. It records the name of the layer.
     """
     folder = Path(path)
     if (folder / _TABLES).exists():
@@ -204,7 +208,7 @@ def _is_text(column: pd.Series) -> bool:
 
 
 def _write_gene_tables(file: h5py.File, found: GeneTables, cells: IntArray, gene_key: str | None) -> None:
-    """Keep which genes each cell's file measured, where files differ in that."""
+    """Store which genes each cell's file measured, if files differ in that."""
     if len(found.tables) == 1:
         return
     group = file.create_group("gene_tables")
@@ -221,7 +225,7 @@ def _read_gene_tables(group: h5py.Group) -> GeneTables:
 
 
 class StoredCells:
-    """One matrix beside the tables that describe its cells and genes."""
+    """One matrix, with the tables that describe its cells and genes."""
 
     def __init__(
         self, store: RowStore, tables: Tables, *, name: str, layer: str | None, genes: GeneTables | None = None
@@ -232,7 +236,7 @@ class StoredCells:
         self.genes = self.var.index
 
     def read(self, rows: Rows) -> CSR:
-        """Read rows in the order asked for."""
+        """Read rows in the given order."""
         return self._store.read(positions(rows, self.n_obs))
 
     @property
@@ -242,7 +246,7 @@ class StoredCells:
 
     @property
     def lengths(self) -> IntArray | None:
-        """Values stored for each cell; ``None`` where only reading them tells."""
+        """Number of values stored for each cell; ``None`` if it is not known without reading them."""
         return getattr(self._store, "lengths", None)
 
     @property
@@ -270,7 +274,7 @@ class StoredCells:
 
 
 class ConcatenatedCells:
-    """Several sources one below the other, over the union of their genes."""
+    """Several sources concatenated along the cells, over the union of their genes."""
 
     def __init__(self, parts: Sequence[CellSource]) -> None:
         self.parts = list(parts)
@@ -301,7 +305,7 @@ class ConcatenatedCells:
         self._dtype = np.result_type(*(part.read(slice(0, 0)).dtype for part in self.parts))
 
     def read(self, rows: Rows) -> CSR:
-        """Read rows in the order asked for."""
+        """Read rows in the given order."""
         cells = positions(rows, self.n_obs)
         owner = np.searchsorted(self._ends, cells, side="right")
         asked = [np.flatnonzero(owner == i) for i in range(len(self.parts))]
@@ -324,18 +328,18 @@ class ConcatenatedCells:
 
     @property
     def obs_names(self) -> pd.Index:
-        """Names of the cells, as they are in the parts."""
+        """Names of the cells, which are not made unique across the parts."""
         names = self.parts[0].obs_names
         return names.append([part.obs_names for part in self.parts[1:]])
 
     @property
     def obs_columns(self) -> list[str]:
-        """Names of the columns of ``obs`` that all parts have."""
+        """Names of the columns of ``obs`` that are in all parts."""
         others = [set(part.obs_columns) for part in self.parts[1:]]
         return [column for column in self.parts[0].obs_columns if all(column in other for other in others)]
 
     def obs(self, columns: Sequence[str]) -> pd.DataFrame:
-        """Read columns of ``obs``; categories are united."""
+        """Read columns of ``obs``; categorical columns get the union of the categories."""
         tables = [part.obs(columns) for part in self.parts]
         united = {column: _united([table[column] for table in tables]) for column in columns}
         return pd.DataFrame(united, index=tables[0].index.append([table.index for table in tables[1:]]))
@@ -348,9 +352,9 @@ class ConcatenatedCells:
 
 
 def layer_names(data: object) -> list[str | None]:
-    """What ``open_source(data, layer=...)`` takes: ``None`` for X, layers, and ``"raw"`` for ``.raw``.
+    """List the values of ``layer`` that ``open_source`` accepts: ``None`` for X, layers, and ``"raw"`` for ``.raw``.
 
-    Of several files or AnnData those that all have; of other data ``None`` alone.
+    For several files or AnnData, list those that all of them have; for other data, only ``None``.
     """
     match data:
         case AnnData():
@@ -365,14 +369,15 @@ def layer_names(data: object) -> list[str | None]:
 
 
 def has_layer(data: object, layer: str) -> bool:
-    """Whether an AnnData has a layer of this name, to tell it from what the name stands for otherwise."""
+    """Whether an AnnData has a layer of this name; otherwise ``"raw"`` stands for ``.raw``."""
     return isinstance(data, AnnData) and layer in data.layers
 
 
 def places_in_source(adata: AnnData, source: CellSource) -> IntArray | None:
-    """Column of the source for each gene of ``adata``, to write a layer; ``None`` where they are the same genes.
+    """Find the column of the source for each gene of ``adata``, to write a layer; ``None`` if the genes are the same.
 
-    They differ where ``.raw`` is read. A gene that it lacks was not measured: an error, since a layer would say zero.
+    They differ if ``.raw`` is read. A gene that is missing from ``.raw`` is an error: a layer would say that it was
+    measured as zero.
     """
     if source.genes.equals(adata.var_names):
         return None
@@ -387,11 +392,11 @@ def places_in_source(adata: AnnData, source: CellSource) -> IntArray | None:
 
 
 def _open_adata(adata: AnnData, layer: str | None) -> StoredCells:
-    """An AnnData; of a view the parent's matrix is read, not a copy."""
+    """Open an AnnData; for a view, the matrix of the parent is read instead of copying the view."""
     parent = adata._adata_ref if adata.is_view else adata
     rows = np.arange(parent.n_obs)[adata._oidx] if adata.is_view else None
     if _reads_raw(parent, layer):
-        # its genes are those of the parent, also in a view of some genes
+        # .raw always has the genes of the parent, even in a view of some genes
         raw = parent.raw
         store = _open_rows(AnnDataFile(Path(adata.filename)), _RAW_X) if adata.isbacked else MemoryRows(_by_rows(raw.X))
         store = store if rows is None else SelectedRows(store, rows, None)
@@ -406,7 +411,7 @@ def _open_adata(adata: AnnData, layer: str | None) -> StoredCells:
     else:
         matrix = parent.X if layer is None else parent.layers[layer]
         if adata.is_view and sparse.issparse(matrix) and matrix.format != "csr":
-            # its rows cannot be read as they stand: the copy of the view is the smaller one
+            # its rows cannot be read without conversion, and copying the view takes less than converting the parent
             matrix, rows, columns = (adata.X if layer is None else adata.layers[layer]), None, None
         store = MemoryRows(_by_rows(matrix))
     if rows is not None:
@@ -415,11 +420,11 @@ def _open_adata(adata: AnnData, layer: str | None) -> StoredCells:
 
 
 def _reads_raw(adata: AnnData, layer: str | None) -> bool:
-    """Whether the layer asked for is ``.raw``; a layer that is really called so goes before it."""
+    """Whether ``layer`` stands for ``.raw``; a layer that is really called "raw" takes precedence."""
     if layer != RAW or adata.raw is None:
         return False
     if RAW in adata.layers:
-        log.info("reading the layer 'raw', and not adata.raw")
+        log.info("reading the layer 'raw' instead of adata.raw")
     return RAW not in adata.layers
 
 
@@ -492,13 +497,13 @@ def _open_arrays(folder: Path, layer: str | None) -> StoredCells:
 
 
 def _key(file: AnnDataFile, layer: str | None) -> str:
-    """Where in the file a layer is."""
+    """Find the path of a layer within the file."""
     if layer is None:
         return "X"
     names = _matrices_in(file)
     if layer in _layers_in(file):
         if layer == RAW and _RAW_X in file.root:
-            log.info("reading the layer 'raw' of '%s', and not its .raw", file.path)
+            log.info("reading the layer 'raw' of '%s' instead of its .raw", file.path)
         return f"layers/{layer}"
     if layer not in names:
         raise KeyError(_no_layer(layer, names, f"'{file.path}'"))
@@ -510,7 +515,7 @@ def _layers_in(file: AnnDataFile) -> list[str]:
 
 
 def _matrices_in(file: AnnDataFile) -> list[str | None]:
-    """X, if there is one, the layers, and ``"raw"`` where it stands for ``.raw``."""
+    """List X (``None``) if there is one, the layers, and ``"raw"`` if it stands for ``.raw``."""
     layers = _layers_in(file)
     has_x = "X" in file.root and file.root["X"].attrs.get("encoding-type") != "null"
     return [*([None] if has_x else []), *layers, *_raw_of(_RAW_X in file.root, layers)]
@@ -528,7 +533,7 @@ def _open_rows(file: AnnDataFile, key: str) -> RowStore:
             return SparseRows(file, key)
         case "csc_matrix":
             return TransposedRows(file, key)
-        case "array" | None if is_array(node):  # anndata 0.7 wrote no kind beside dense matrices
+        case "array" | None if is_array(node):  # anndata 0.7 did not store the type of dense matrices
             return DenseRows(file, key)
         case "null" if key == "X":
             raise KeyError(
@@ -542,7 +547,7 @@ def _open_rows(file: AnnDataFile, key: str) -> RowStore:
 
 
 def _files(path: Path) -> list[Path]:
-    """The AnnData files that a path stands for: itself, or those in a folder."""
+    """List the AnnData files of a path: the path itself, or the files in a folder."""
     if path.is_file() or (path / "zarr.json").exists() or (path / ".zgroup").exists():
         return [path]
     return sorted(file for file in path.iterdir() if file.suffix in (".h5ad", ".zarr")) if path.is_dir() else []
@@ -561,7 +566,7 @@ def _listed(names: Sequence[str | None]) -> str:
 
 
 def _united_tables(parts: list[GeneTables]) -> GeneTables:
-    """The tables of several sources, equal ones once."""
+    """Join the gene tables of several sources, keeping equal tables only once."""
     names: list[str] = []
     tables: list[pd.DataFrame] = []
     of_cell = []
@@ -578,7 +583,7 @@ def _united_tables(parts: list[GeneTables]) -> GeneTables:
 
 
 def _united(columns: list[pd.Series]) -> Any:
-    """One column out of several; categorical if all are."""
+    """Concatenate columns; the result is categorical if all of them are."""
     if all(isinstance(column.dtype, pd.CategoricalDtype) for column in columns):
         if len({column.cat.categories.dtype for column in columns}) > 1:
             columns = [column.cat.rename_categories(column.cat.categories.map(str)) for column in columns]

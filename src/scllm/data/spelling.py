@@ -1,4 +1,4 @@
-"""Gene names that are spelt otherwise than in a vocabulary: what they can only mean, and what is left to the user."""
+"""Correcting gene names that are spelt differently from a vocabulary, where only one gene can be meant."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from scllm._typing import IntArray
 __all__ = ["ENSEMBL", "Mended", "mend", "strip_version"]
 
 ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{11}(\.\d+)?$", re.IGNORECASE)
-# 10x puts the assembly before names of a reference of two species
+# 10x prefixes names with the assembly if the reference has two species
 _ASSEMBLY = re.compile(r"^(?:GRC[a-z]\d+|hg\d+|mm\d+|rn\d+)[-_.]+(?=.)", re.IGNORECASE)
 _ID_FIRST = re.compile(r"^(ENS[A-Z]*G\d{11})(?:\.\d+)?[|_:;,/ -]+(.+)$")
 _ID_LAST = re.compile(r"^(.+?)[|_:;,/ -]+(ENS[A-Z]*G\d{11})(?:\.\d+)?$")
 # anndata appends -1, pandas and R .1
 _REPEAT = re.compile(r"[-.]\d{1,2}$")
-# the only human symbols with small letters
+# the only human symbols with lower-case letters
 _HUMAN_ORF = re.compile(r"^C(\d+|X|Y)orf\d")
-# R's make.names and Seurat change these
+# characters that R's make.names and Seurat replace
 _PUNCTUATION = str.maketrans(dict.fromkeys("-_/ :()+@|", "."))
 
 
 @dataclass(frozen=True)
 class Mended:
-    """Which tokens names that are no tokens must mean.
+    """Tokens of gene names after correcting their spelling.
 
     Parameters
     ----------
     token_ids
-        Token of each name, as given or mended, ``(n_genes,)``; -1 where there is none.
+        Token of each name, as given or corrected, ``(n_genes,)``; -1 if there is none.
     kinds
-        How many names were mended for each reason.
+        Number of names corrected for each reason.
     examples
-        The first of each: the name, and the name that it is read as.
+        The first corrected name for each reason, with the name that it is read as.
     unclear
-        Names that may be one of several genes, or one that is there already, with what they are like.
+        Names that may stand for several genes, or for a gene that is already among the names, each with a gene that
+        resembles it.
     other_case
-        Names that differ only in case from a gene and may be those of another species, with that gene.
+        Names that differ only in case from a gene and may belong to another species, each with that gene.
     """
 
     token_ids: IntArray
@@ -52,7 +53,7 @@ class Mended:
 
     @property
     def n(self) -> int:
-        """Names that were mended."""
+        """Number of names that were corrected."""
         return sum(self.kinds.values())
 
     def __str__(self) -> str:
@@ -63,12 +64,12 @@ class Mended:
 
 
 def mend(names: Sequence[str], token_ids: IntArray, id_of: Mapping[str, int]) -> Mended:
-    """Find the token of names that have none (-1), where they can mean one gene only.
+    """Find the tokens of names that have none (-1) by correcting their spelling, where that is unambiguous.
 
-    Surrounding blanks, the prefix of an assembly, an Ensembl id beside the symbol, the number that makes repeated names
-    unique, and punctuation that R changes are looked through. A token goes to one name at most, and never to a second
-    one. Case is mended where most names are spelt as in the vocabulary, and never where the name and the gene are
-    written as two species write them (``Actb`` and ``ACTB``).
+    The following are ignored: surrounding blanks, an assembly prefix, an Ensembl id next to the symbol, the number that
+    makes repeated names unique, and punctuation that R changes. A token is given only if no other name has or would get
+    it. Case is corrected if most names are spelt as in the vocabulary, but not between the spellings of two species
+    (``Actb`` and ``ACTB``).
     """
     if (token_ids >= 0).all():
         return Mended(token_ids, {}, {}, (), ())
@@ -83,7 +84,7 @@ def mend(names: Sequence[str], token_ids: IntArray, id_of: Mapping[str, int]) ->
     n_known = int((token_ids >= 0).sum()) + len(found)
     if n_known >= len(other_case):
         same = {place: hit for place, hit in other_case.items() if not _of_two_species(hit[1], hit[0])}
-        found |= {place: ("in other case", token, i) for place, (_, token, i) in same.items()}
+        found |= {place: ("with different case", token, i) for place, (_, token, i) in same.items()}
         other_case = {place: hit for place, hit in other_case.items() if place not in same}
     taken = Counter(token_ids[token_ids >= 0].tolist())
     taken.update(token for _, _, token in found.values())
@@ -102,18 +103,18 @@ def mend(names: Sequence[str], token_ids: IntArray, id_of: Mapping[str, int]) ->
 
 
 def strip_version(names: Iterable[str]) -> list[str]:
-    """Names as strings, Ensembl ids in capitals and without version (``ENSG00000141510.17``: ``ENSG00000141510``)."""
+    """Convert names to strings, and Ensembl ids to upper case without version (``ENSG00000141510.17``: no ``.17``)."""
     names = [str(name) for name in names]
     return [name.split(".")[0].upper() if ENSEMBL.match(name) else name for name in names]
 
 
 def _meant(name: str, id_of: Mapping[str, int], alike: Mapping[str, tuple[str, int]]) -> tuple[str, str, int] | None:
-    """Kind of change, the name it is read as and its token; ``None`` where no change gives a gene."""
+    """Return the kind of correction, the corrected name and its token; ``None`` if no correction gives a gene."""
     forms = list(_forms(name))
     for kind, form in forms:
         if form in id_of:
             return kind, form, id_of[form]
-    for kind, form in [("with other punctuation", name), *forms]:
+    for kind, form in [("with different punctuation", name), *forms]:
         for loose in (_loose(form), _loose(form[1:]) if re.match(r"X\d", form) else ""):
             if loose in alike:
                 return kind, *alike[loose]
@@ -121,21 +122,21 @@ def _meant(name: str, id_of: Mapping[str, int], alike: Mapping[str, tuple[str, i
         base = _REPEAT.sub("", form)
         if base != form and (base in id_of or _loose(base) in alike):
             meant = (base, id_of[base]) if base in id_of else alike[_loose(base)]
-            return "with the number of a repeat", *meant
+            return "numbered as repeats", *meant
     return None
 
 
 def _forms(name: str) -> Iterator[tuple[str, str]]:
-    """Parts of a name that may be the gene, the surest first."""
+    """Yield the parts of a name that may be the gene, the most certain first."""
     bare = name.strip()
     if bare != name:
-        yield "with blanks around", strip_version([bare])[0]
+        yield "with surrounding blanks", strip_version([bare])[0]
     rest = _ASSEMBLY.sub("", bare)
     if rest != bare:
-        yield "with the prefix of an assembly", strip_version([rest])[0]
+        yield "with an assembly prefix", strip_version([rest])[0]
     if (pair := _ID_FIRST.match(rest) or _ID_LAST.match(rest)) is not None:
         for part in sorted(pair.groups(), key=lambda part: ENSEMBL.match(part) is None):
-            yield "of an Ensembl id and a symbol", part
+            yield "with an Ensembl id and a symbol", part
 
 
 def _in_other_case(name: str, folded: Mapping[str, tuple[str, int]]) -> tuple[str, str, int] | None:
@@ -147,14 +148,14 @@ def _in_other_case(name: str, folded: Mapping[str, tuple[str, int]]) -> tuple[st
 
 
 def _of_two_species(gene: str, name: str) -> bool:
-    """Whether one is written as in human (``ACTB``) and the other as in mouse or zebrafish (``Actb``, ``actb``)."""
+    """Whether one name is spelt as in human (``ACTB``) and the other as in mouse or zebrafish (``Actb``, ``actb``)."""
     upper, other = (gene, name) if gene.isupper() else (name, gene)
     is_human = not upper.isupper() or _HUMAN_ORF.match(other) is not None
     return not is_human and other in (other.capitalize(), other.lower())
 
 
 def _unique(id_of: Mapping[str, int], change: object) -> dict[str, tuple[str, int]]:
-    """Changed names that can mean one token only, with that token's name and id; special tokens are no genes."""
+    """Map changed names that belong to only one token to its name and id; special tokens are skipped."""
     found: dict[str, tuple[str, int]] = {}
     twice = set()
     for name, token in id_of.items():

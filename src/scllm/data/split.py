@@ -1,4 +1,4 @@
-"""Dividing cells into parts, by cell or by whole groups."""
+"""Splitting cells into train, validation and test, by cell or by group."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def split_cells(
     stratify: pd.Series | None = None,
     random_state: int = 0,
 ) -> IntArray:
-    """Which part each cell belongs to, ``(n_cells,)``: an index into ``fractions``.
+    """Assign each cell to a part of the split, ``(n_cells,)``: an index into ``fractions``.
 
     Parameters
     ----------
     n_cells
         Number of cells.
     fractions
-        Share of each part; they add up to one.
+        Fraction of cells in each part; they add up to one.
     groups
-        Cells of one group stay together; shares are met as closely as whole groups allow.
+        Group of each cell. The cells of a group stay in the same part; fractions are met as closely as that allows.
     stratify
-        Every label is divided by the same shares, and the first part has a cell of each where another label can give
-        one in exchange; missing labels count as one more.
+        Label of each cell. Every label is split by the same fractions. The first part gets at least one cell of every
+        label, as long as another label can give up a cell in exchange. Missing labels count as one more label.
     random_state
-        Seed.
+        Random seed.
     """
     check_fractions(fractions)
     rng = np.random.default_rng(random_state)
@@ -49,9 +49,9 @@ def split_cells(
     strata = [np.flatnonzero(codes == code) for code in range(codes.max(initial=-1) + 1)]
     rounded = np.zeros(len(fractions) - 1)
     for cells in strata:
-        # what rounding took from one label is given to the next: parts have their size even where all labels are rare
+        # rounding errors are carried over to the next label, so that parts have their size even if all labels are rare
         exact = np.cumsum(fractions)[:-1] * len(cells) + rounded
-        # what is carried differs between edges: of rare labels a later one could fall before an earlier one
+        # the carried errors differ between edges, so for a rare label a later edge could come before an earlier one
         edges = np.maximum.accumulate(np.clip(np.rint(exact), 0, len(cells)).astype(int))
         rounded = exact - edges
         for number, chosen in enumerate(np.split(rng.permutation(cells), edges)):
@@ -61,7 +61,7 @@ def split_cells(
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
-    """Raise unless there are two or three positive shares that add up to one."""
+    """Raise ``ValueError`` unless there are two or three positive fractions that add up to one."""
     shares = np.atleast_1d(fractions)
     if len(shares) not in (2, 3) or min(shares) <= 0 or not abs(sum(shares) - 1) <= 1e-6:
         raise ValueError(
@@ -71,7 +71,7 @@ def check_fractions(fractions: Sequence[float]) -> None:
 
 
 def _keep_in_first(part: IntArray, codes: IntArray, rng: np.random.Generator) -> None:
-    """Swap cells until the first part, which is trained on, has every label; parts keep their sizes."""
+    """Swap cells until the first part, the training cells, has every label; the sizes of parts do not change."""
     counts = np.bincount(codes[part == 0], minlength=codes.max(initial=-1) + 1)
     for lacking in np.flatnonzero(counts == 0):
         giving = counts.argmax()
@@ -94,7 +94,7 @@ def _by_group(groups: pd.Series, fractions: Sequence[float], rng: np.random.Gene
     sizes = np.bincount(codes)
     part_of = np.empty(len(names), np.int64)
     missing = np.array(fractions) * len(codes)
-    # largest first, each to the part that lacks most; equal sizes in random order
+    # the largest group first, each to the part that is furthest below its size; groups of equal size in random order
     order = np.lexsort((rng.permutation(len(names)), -sizes))
     used: set[int] = set()
     for place, group in enumerate(order):

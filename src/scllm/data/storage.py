@@ -1,4 +1,4 @@
-"""Count matrices that hand out rows as CSR, wherever they are stored."""
+"""Count matrices in memory or on disk, read by rows as CSR."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ __all__ = [
     "stored_dtype",
 ]
 
-# what is held beside the result while reading or rewriting: 4 million values, 32 MB with their columns
+# values held in memory beside the result while reading or rewriting: 4 million, 32 MB with their columns
 BLOCK = 1 << 22
-# a call to HDF5 costs as much as copying about this many values out of its chunk cache
+# one call to HDF5 takes as long as copying about this many values from its chunk cache
 _BRIDGE = 4096
 
 
 class RowStore(Protocol):
     """A matrix that is read by rows.
 
-    ``chunked`` says that single random rows are slow, ``chunk_rows`` how many neighbours are best read together.
+    ``chunked`` says whether reading single random rows is slow; ``chunk_rows`` is the number of consecutive rows that
+    are best read together.
     """
 
     shape: tuple[int, int]
@@ -45,12 +46,12 @@ class RowStore(Protocol):
     chunk_rows: int
 
     def read(self, rows: IntArray) -> CSR:
-        """Read the rows in the order asked for; ``rows`` holds positions from 0 to ``shape[0] - 1``."""
+        """Read the rows in the given order; ``rows`` holds positions from 0 to ``shape[0] - 1``."""
         ...
 
 
 class MemoryRows:
-    """A CSR or dense matrix in memory. Nothing of it is copied but the rows that are read."""
+    """A CSR or dense matrix in memory. Only the rows that are read are copied."""
 
     chunked = False
     chunk_rows = 1
@@ -61,7 +62,7 @@ class MemoryRows:
         self._is_canonical = bool(getattr(matrix, "has_canonical_format", True))
 
     def read(self, rows: IntArray) -> CSR:
-        """Read rows in the order asked for."""
+        """Read rows in the given order."""
         matrix = self._matrix
         if not sparse.issparse(matrix):
             step = _dense_rows(self)
@@ -73,8 +74,8 @@ class MemoryRows:
 class SparseRows:
     """A CSR group of an ``.h5ad`` or ``.zarr``.
 
-    The rows asked for are read in the file's order, neighbours in one slice, so that each compressed chunk is
-    decompressed once; the asked order is restored in memory. ``indptr`` is held in memory.
+    Rows are read in the order of the file, consecutive ones in one slice, so that each compressed chunk is decompressed
+    only once. The requested order is restored in memory. ``indptr`` is kept in memory.
     """
 
     chunked = True
@@ -87,18 +88,18 @@ class SparseRows:
         self.dtype = stored_dtype(group["data"].dtype)
         chunk = _chunk_length(group["data"])
         per_row = max(1, self.indptr[-1] // max(1, self.shape[0]))
-        # six storage chunks a read: at the ends a sixth as much again is decompressed
+        # six storage chunks per read: the partly used chunks at both ends add about a sixth to what is decompressed
         self.chunk_rows = int(np.clip(6 * chunk // per_row, 64, 256))
-        # zarr keeps no decompressed chunks, so two slices of one chunk would decompress it twice
+        # zarr does not cache decompressed chunks, so two slices of one chunk would decompress it twice
         self._bridge = _BRIDGE if isinstance(group["data"], h5py.Dataset) else max(chunk, _BRIDGE)
 
     @property
     def lengths(self) -> IntArray:
-        """Values stored in each row."""
+        """Number of values stored in each row."""
         return np.diff(self.indptr)
 
     def read(self, rows: IntArray) -> CSR:
-        """Read rows in the order asked for."""
+        """Read rows in the given order."""
         with naming(self.file.path, rows):
             indptr, indices, data = _in_order(self._read_ascending, rows)
         return csr(indptr, indices, data, self, is_canonical=False)
@@ -109,7 +110,7 @@ class SparseRows:
         indices, data = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], self.dtype)
         for first, last in runs(starts, ends, self._bridge):
             out = slice(indptr[first], indptr[last])
-            # the gaps between the rows become rows as well: every second one is wanted
+            # the gaps between rows are treated as rows too, and only every second one is taken
             bounds = np.stack([starts[first:last], ends[first:last]], axis=1).ravel() - starts[first]
             for name, target in (("indices", indices), ("data", data)):
                 values = self._slice(name, starts[first], ends[last - 1])
@@ -130,7 +131,7 @@ class SparseRows:
 
 
 class DenseRows:
-    """A dense array of an ``.h5ad`` or ``.zarr``, turned into CSR a few rows at a time."""
+    """A dense array of an ``.h5ad`` or ``.zarr``, converted to CSR a few rows at a time."""
 
     chunked = True
 
@@ -140,12 +141,12 @@ class DenseRows:
         self.shape, self.dtype = array.shape, stored_dtype(array.dtype)
         height = array.chunks[0] if array.chunks else 1
         self.chunk_rows = int(np.clip(height, 64, 256))
-        # one band of chunks, so that the next slice of the same rows finds it decompressed
+        # room for one band of chunks, so that the next slice of the same rows need not decompress them again
         self._cache = min(2 * height * self.shape[1] * array.dtype.itemsize, 1 << 28)
         self._bridge = 0 if isinstance(array, h5py.Dataset) else height
 
     def read(self, rows: IntArray) -> CSR:
-        """Read rows in the order asked for."""
+        """Read rows in the given order."""
         with naming(self.file.path, rows):
             indptr, indices, data = _in_order(self._read_ascending, rows)
         return csr(indptr, indices, data, self, is_canonical=True)
@@ -162,7 +163,7 @@ class DenseRows:
 
 
 class SelectedRows:
-    """Some rows and columns of another store: a view."""
+    """A view of some rows and columns of another store."""
 
     def __init__(self, store: RowStore, rows: IntArray | None, columns: IntArray | None) -> None:
         self._store, self._rows, self._columns = store, rows, columns
@@ -171,7 +172,7 @@ class SelectedRows:
         self.dtype, self.chunked, self.chunk_rows = store.dtype, store.chunked, store.chunk_rows
 
     def read(self, rows: IntArray) -> CSR:
-        """Read rows in the order asked for."""
+        """Read rows in the given order."""
         block = self._store.read(rows if self._rows is None else self._rows[rows])
         if self._columns is None:
             return block
@@ -181,14 +182,14 @@ class SelectedRows:
 
 
 def stored_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype that rows are handed out in: as stored, in the machine's byte order, half precision as float32."""
+    """Return the dtype of rows that are read: as stored, in native byte order; half precision becomes float32."""
     if dtype.kind not in "biuf":
         raise TypeError(f"Expected a matrix of numbers, got {dtype}. Store counts as integers or floats.")
     return np.dtype(np.float32) if dtype == np.float16 else dtype.newbyteorder("=")
 
 
 def positions(rows: Rows, n_obs: int) -> IntArray:
-    """Positions from 0 to ``n_obs - 1`` for whatever numpy would take as an index."""
+    """Convert any numpy index of rows to positions from 0 to ``n_obs - 1``."""
     if isinstance(rows, slice):
         return np.arange(*rows.indices(n_obs))
     cells = np.asarray(rows)
@@ -211,7 +212,7 @@ def positions(rows: Rows, n_obs: int) -> IntArray:
 
 
 def csr(indptr: IntArray, indices: IntArray, data: np.ndarray, store: RowStore, *, is_canonical: bool) -> CSR:
-    """CSR of the rows read, put into canonical form if the store does not vouch for it."""
+    """Make a CSR matrix of the rows read, and bring it into canonical form unless the store guarantees it."""
     if indptr[-1] < np.iinfo(np.int32).max:
         indptr, indices = indptr.astype(np.int32, copy=False), indices.astype(np.int32, copy=False)
     data = data.astype(store.dtype, copy=False)
@@ -224,19 +225,19 @@ def csr(indptr: IntArray, indices: IntArray, data: np.ndarray, store: RowStore, 
 
 
 def _dense_rows(store: RowStore) -> int:
-    """How many rows are dense at a time."""
+    """Number of rows that are held as a dense block at a time."""
     return max(1, BLOCK // max(1, store.shape[1]))
 
 
 def _stack(blocks: Iterable[np.ndarray], store: RowStore) -> CSR:
-    """CSR of dense blocks of rows that are made one after the other."""
+    """Convert dense blocks of rows to CSR, one block after the other."""
     parts = [sparse.csr_matrix(np.asarray(block).astype(store.dtype, copy=False)) for block in blocks]
     empty = sparse.csr_matrix((0, store.shape[1]), dtype=store.dtype)
     return parts[0] if len(parts) == 1 else sparse.vstack([empty, *parts], format="csr")
 
 
 def _in_order(read_ascending: Callable[[IntArray], tuple], rows: IntArray) -> tuple:
-    """Read each row once in ascending order, then repeat and reorder in memory as asked."""
+    """Read each row once in ascending order, then repeat and reorder rows in memory as requested."""
     if (np.diff(rows) > 0).all():
         return read_ascending(rows)
     ascending, asked = np.unique(rows, return_inverse=True)
@@ -245,7 +246,10 @@ def _in_order(read_ascending: Callable[[IntArray], tuple], rows: IntArray) -> tu
 
 
 def runs(starts: IntArray, ends: IntArray, bridge: int, block: int = BLOCK) -> Iterator[tuple[int, int]]:
-    """First and one past the last of what is read in one slice: gaps of ``bridge`` at most, within one ``block``."""
+    """Group rows to read in one slice, as (first, one past the last).
+
+    Gaps between the rows of a group are at most ``bridge`` values, and all of them start in the same ``block``.
+    """
     is_cut = (starts[1:] - ends[:-1] > bridge) | (np.diff(starts // block) > 0)
     cuts = [0, *(np.flatnonzero(is_cut) + 1).tolist(), len(starts)]
     return ((first, last) for first, last in pairwise(cuts) if first < last)

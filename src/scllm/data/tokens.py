@@ -1,4 +1,4 @@
-"""Cells as sentences of gene tokens, stored as ragged rows."""
+"""Cells as sequences of gene tokens, stored as ragged rows."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Tokens:
     Parameters
     ----------
     indptr
-        Where each cell begins, ``(n_cells + 1,)`` int64.
+        Position of each cell's first token, ``(n_cells + 1,)`` int64.
     genes
         Token ids, ``(n_tokens,)`` int32.
     values
-        What stands beside each token: bins, counts, normalised expression, or nothing in a rank sentence.
+        Value of each token: a bin, a count or normalised expression; ``None`` for rank-ordered token sequences.
     """
 
     indptr: IntArray
@@ -38,11 +38,11 @@ class Tokens:
 
     @property
     def lengths(self) -> IntArray:
-        """Tokens of each cell."""
+        """Number of tokens of each cell."""
         return np.diff(self.indptr)
 
     def take(self, cells: Rows) -> Tokens:
-        """The sentences of some cells, in the order asked for."""
+        """Take the token sequences of some cells, in the given order."""
         rows = np.arange(len(self))[cells]
         if self.values is None:
             indptr, genes = take_rows(self.indptr, rows, self.genes)
@@ -52,7 +52,10 @@ class Tokens:
 
     @classmethod
     def stacked(cls, parts: Sequence[Tokens], places: Sequence[IntArray] | None = None) -> Tokens:
-        """The cells of several parts as one: part after part, or each cell in its place (rising within a part)."""
+        """Join the cells of several parts, one part after the other.
+
+        With ``places``, each cell goes to its place in the result; places are ascending within a part.
+        """
         if len(parts) == 1:
             return parts[0]
         indptr = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))])
@@ -61,15 +64,16 @@ class Tokens:
         return whole if places is None else whole.take(np.argsort(np.concatenate(places)))
 
     def slice(self, start: int, stop: int) -> Tokens:
-        """Neighbouring cells, without a copy of their tokens."""
+        """Take consecutive cells without copying their tokens."""
         first, last = self.indptr[start], self.indptr[stop]
         values = None if self.values is None else self.values[first:last]
         return Tokens(self.indptr[start : stop + 1] - first, self.genes[first:last], values)
 
     def crop(self, max_len: int, rng: Generator | None = None) -> Tokens:
-        """Keep at most ``max_len`` tokens a cell: a random subset, or without ``rng`` the highest values.
+        """Truncate each cell to ``max_len`` tokens: a random subset, or without ``rng`` those with the highest values.
 
-        Kept tokens stay in their order. Rank sentences have no values; without ``rng`` their first tokens stay.
+        The order of tokens does not change. Rank-ordered sequences have no values; without ``rng`` they keep their
+        first tokens.
         """
         if not len(self) or self.lengths.max() <= max_len:
             return self
@@ -83,8 +87,8 @@ class Tokens:
     def padded(
         self, *, pad_id: int, pad_value: float = -2, length: int | None = None
     ) -> tuple[IntArray, NDArray[np.generic] | None]:
-        """Rectangular arrays ``(n_cells, length)``, cells cut or filled up at the end."""
+        """Make rectangular arrays ``(n_cells, length)``, truncating or padding cells at the end."""
         width = int(length if length is not None else self.lengths.max(initial=0))
-        indptr, kept = crop_top(self.indptr, np.zeros(len(self.genes), np.float32), width)  # all alike: the first stay
+        indptr, kept = crop_top(self.indptr, np.zeros(len(self.genes), np.float32), width)  # keeps the first
         genes = pad_rows(indptr, self.genes[kept], width, pad_id)
         return genes, None if self.values is None else pad_rows(indptr, self.values[kept], width, pad_value)

@@ -1,4 +1,4 @@
-"""What the values of a matrix are: counts, scaled counts, logarithms of either, or something else."""
+"""Recognising whether a matrix holds counts, scaled counts, logarithms of either, or something else."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ __all__ = ["JUDGED_CELLS", "ValueKind", "as_counts", "is_log_like", "is_near_int
 
 ValueKind = Literal["counts", "scaled", "logged", "other"]
 
-# cells whose shape is looked at: more do not change the answer
+# number of cells that are judged: more of them do not change the answer
 JUDGED_CELLS = 512
 _READ_CELLS = 4_096
 
-# the natural logarithm of a count normalised to a million is below 13.9
+# the natural logarithm of a count normalised to one million is below 13.9
 _LOGGED_BELOW = 14.0
 _BASES = {"e": 1.0, "2": np.log(2), "10": np.log(10)}
-# multiples of the unit that are tested. Logarithms kept to 3 decimals are off by 0.06 at 20, those of real data less
+# Highest multiple of the unit to test. Logarithms rounded to 3 decimals are off by 0.06 at 20, those of real data less.
 _HIGHEST_MULTIPLE, _TOLERANCE = 20.5, 0.1
-# a cell of a few genes may have no count of 1: its lowest value is then 2 or 3 units
+# a cell with few genes may have no count of 1; its lowest value is then 2 or 3 units
 _UNITS = (1, 2, 3)
 _FEWEST_TESTS = 5
-# of values that are no multiples a fifth to a half pass, of real multiples nearly all
+# share of values that must pass: of real multiples nearly all do, of other values a fifth to a half
 _PASSES = 0.8
 
 
 def is_near_integer(values: NDArray) -> NDArray[np.bool_]:
-    """Whether values are integers but for floating-point noise: within 1e-3, from 10 on within 1e-4 of the value."""
+    """Whether values are integers up to floating-point noise: within 1e-3, or from 10 on within 1e-4 of the value."""
     if values.dtype.kind in "biu":
         return np.ones(values.shape, bool)
     return np.abs(values - np.rint(values)) <= np.maximum(1e-3, 1e-4 * np.abs(values))
 
 
 def as_counts(matrix: CSR) -> CSR:
-    """The matrix with floating-point noise taken off the cells that hold counts; the matrix itself where there is none.
+    """Remove floating-point noise from the cells that hold counts; without noise, the matrix itself is returned.
 
-    A cell holds counts if all its values are near integers. Cells are judged one by one, so that what is read of a cell
-    does not depend on the others.
+    A cell holds counts if all its values are near integers. Each cell is judged on its own, so that its values do not
+    depend on the other cells.
     """
     if matrix.dtype.kind in "biu":
         return matrix
@@ -57,11 +57,11 @@ def as_counts(matrix: CSR) -> CSR:
 
 
 def value_kind(matrix: CSR) -> ValueKind:
-    """What non-negative values are, judged by the shape of each of up to 512 cells spread over the matrix.
+    """Classify non-negative values by the values within each of up to 512 cells spread over the matrix.
 
-    Within one cell, scaled counts (normalised, or 0.93 times the counts) are multiples of a unit, the value of a single
-    count, and logarithms are so after ``expm1`` (or its like to the base 2 or 10). Cells of counts decide only where
-    there are no others.
+    Within a cell, scaled counts (normalised, or 0.93 times the counts) are multiples of a unit, the value of a single
+    count. Logarithms become such multiples after ``expm1`` (or its equivalent for base 2 or 10). Cells that hold counts
+    are ignored, unless all cells do.
     """
     far = np.concatenate([[0], np.cumsum(~is_near_integer(matrix.data))])
     odd = np.flatnonzero(np.diff(far[matrix.indptr]))
@@ -77,9 +77,9 @@ def value_kind(matrix: CSR) -> ValueKind:
 
 
 def is_log_like(matrix: Any) -> bool:
-    """Whether values should not be logged again: they are logarithms, or were centred, or may be denoised logarithms.
+    """Whether values should not be log-transformed again: they are logarithms, were centred, or may be denoised ones.
 
-    Takes a dense or sparse matrix of any sign, and looks at up to 4,096 cells spread over it.
+    The matrix may be dense or sparse and may hold negative values. Up to 4,096 cells spread over it are read.
     """
     rows = np.linspace(0, matrix.shape[0] - 1, min(_READ_CELLS, matrix.shape[0])).astype(int)
     part = sparse.csr_matrix(matrix[rows])
@@ -90,7 +90,10 @@ def is_log_like(matrix: Any) -> bool:
 
 
 def _tests(values: FloatArray) -> list[tuple[int, int]]:
-    """How many distinct values of a cell are multiples of the unit, of how many: as they are, and after each power."""
+    """Count the distinct values of a cell that are multiples of the unit and those tested, for each possible form.
+
+    The forms are the values themselves and their inverse logarithms to each base.
+    """
     distinct = np.unique(values[values > 0].astype(np.float64))
     forms = [distinct, *(np.expm1(np.minimum(distinct * base, 50)) for base in _BASES.values())]
     limits = [np.inf, *(_LOGGED_BELOW / base for base in _BASES.values())]
@@ -99,11 +102,11 @@ def _tests(values: FloatArray) -> list[tuple[int, int]]:
 
 
 def _multiples(values: FloatArray) -> tuple[int, int]:
-    """How many of the ascending values are multiples of the best unit, and how many were tested."""
+    """Count how many of the ascending values are multiples of the best unit, and how many were tested."""
     best = (0, 0)
     for unit in _UNITS:
         multiple = values[1:] / values[0] * unit
-        # values beside the lowest are the same count, and would pass in any form
+        # values close to the lowest are the same count as it, and would pass in any form
         multiple = multiple[(multiple > unit + _TOLERANCE) & (multiple < _HIGHEST_MULTIPLE)]
         passed = int((np.abs(multiple - np.rint(multiple)) <= _TOLERANCE).sum())
         if passed * best[1] > best[0] * len(multiple) or not best[1]:

@@ -1,4 +1,4 @@
-"""The vocabulary: which token has which id."""
+"""The vocabulary, which gives each token its id."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ __all__ = ["Vocab", "read_tokens"]
 
 @dataclass(frozen=True)
 class Vocab:
-    """Tokens in id order: ``tokens[i]`` has id ``i``. Foreign vocabularies keep their own ids.
+    """Tokens in the order of their ids: ``tokens[i]`` has id ``i``. Published vocabularies keep their own ids.
 
     Parameters
     ----------
     tokens
         Gene names and special tokens (in angle brackets) in the order of their ids.
     pad, mask, cls, eos
-        Names of the special tokens; ``None`` where the vocabulary has no such token.
+        Names of the special tokens; ``None`` if the vocabulary has no such token.
     aliases
-        Other names of tokens, such as old Ensembl ids, or symbols of genes that are named by those; they count before
-        the tokens themselves.
+        Other names of tokens, such as old Ensembl ids, or the symbols of genes that are named by Ensembl ids. An alias
+        takes precedence over a token of the same name.
 
     Examples
     --------
@@ -63,7 +63,7 @@ class Vocab:
 
     @classmethod
     def from_genes(cls, genes: Iterable[str]) -> Vocab:
-        """Genes get 0 ... G-1 in the order given, then ``<cls>``, ``<pad>`` and ``<mask>`` follow."""
+        """Give genes the ids 0 to G-1 in the order given, followed by ``<cls>``, ``<pad>`` and ``<mask>``."""
         if isinstance(genes, str):
             raise TypeError(f"Expected genes as a list of gene names, got the string {genes!r}. Pass [{genes!r}].")
         return cls((*map(str, genes), "<cls>", "<pad>", "<mask>"))
@@ -85,7 +85,7 @@ class Vocab:
 
     @cached_property
     def specials(self) -> tuple[str, ...]:
-        """Tokens that are no genes: those in angle brackets."""
+        """Tokens that are not genes: those in angle brackets."""
         return tuple(token for token in self.tokens if token.startswith("<") and token.endswith(">"))
 
     @cached_property
@@ -121,7 +121,7 @@ class Vocab:
 
     @property
     def eos_id(self) -> int:
-        """Id of the token that ends a sentence."""
+        """Id of the token that ends a token sequence."""
         return self._special_id("eos")
 
     def _special_id(self, role: str) -> int:
@@ -135,16 +135,16 @@ class Vocab:
         return self._id_of[token]
 
     def ids(self, names: Iterable[str]) -> IntArray:
-        """Ids of tokens, -1 where a name is not in the vocabulary."""
+        """Look up the ids of tokens, -1 for names that are not in the vocabulary."""
         id_of = self._id_of
         return np.fromiter((id_of.get(name, -1) for name in names), dtype=np.int32)
 
     def names(self, ids: Iterable[int]) -> list[str]:
-        """Tokens of ids."""
+        """Look up the tokens of ids."""
         return [self.tokens[i] for i in ids]
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``vocab.json`` holds."""
+        """Return the content of ``vocab.json``."""
         saved = {"tokens": list(self.tokens), "pad": self.pad, "mask": self.mask, "cls": self.cls, "eos": self.eos}
         return {**saved, "aliases": dict(self.aliases)} if self.aliases else saved
 
@@ -156,7 +156,7 @@ class Vocab:
 
     @classmethod
     def from_tokens(cls, tokens: Iterable[str]) -> Vocab:
-        """A vocabulary with exactly these tokens; specials are those of the usual names that are there."""
+        """Make a vocabulary of exactly these tokens; those with the usual names become its special tokens."""
         tokens = tuple(map(str, tokens))
         there = set(tokens)
         pad, mask, first, last = (token if token in there else None for token in ("<pad>", "<mask>", "<cls>", "<eos>"))
@@ -164,14 +164,17 @@ class Vocab:
 
     @classmethod
     def read(cls, path: str | PathLike[str]) -> Vocab:
-        """Read a vocabulary file: ours, ``{token: id}`` (also pickled), a JSON list, or a name a line; ``.gz`` too."""
+        """Read ``vocab.json``, a dictionary ``{token: id}`` (JSON or pickle), a JSON list, or one name per line.
+
+        Each of them may be compressed (``.gz``).
+        """
         path = Path(path)
         content = read_tokens(path)
         return cls.from_dict(content) if isinstance(content, dict) else cls.from_tokens(content)
 
 
 def read_tokens(path: Path) -> list[str] | dict[str, Any]:
-    """The tokens of a vocabulary file in id order, or the dict of a file that scllm wrote."""
+    """Read the tokens of a vocabulary file in the order of their ids, or the dict of a file that scllm wrote."""
     raw = read_whole(path, "a vocabulary")
     if raw[:1] == b"\x80":
         return _in_order(read_dictionary(path), path)
@@ -193,7 +196,7 @@ def read_tokens(path: Path) -> list[str] | dict[str, Any]:
 
 
 def _in_order(content: Mapping[str, int], path: Path) -> list[str]:
-    """The tokens of a ``{token: id}`` dictionary in the order of their ids, which have no gaps."""
+    """Sort the tokens of a ``{token: id}`` dictionary by their ids, which must have no gaps."""
     odd = next((token for token, found in content.items() if not isinstance(found, int)), None)
     if odd is not None:
         raise ValueError(

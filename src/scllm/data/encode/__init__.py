@@ -1,4 +1,4 @@
-"""Encoders: counts of a cell become the sentence a model reads. They are saved with the model."""
+"""Encoders, which turn the counts of a cell into the token sequence that a model reads. They are saved with it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def encoder_to_dict(encoder: Encoder) -> dict[str, Any]:
-    """Plain settings of an encoder; of its arrays a hash, so that other arrays are other settings."""
+    """Convert an encoder to plain settings, with a hash of each of its arrays, so that different arrays differ."""
     settings = {"kind": type(encoder).__name__, **asdict(encoder)}  # type: ignore[call-overload]
     for name, array in encoder.arrays.items():
         settings[name] = hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=8).hexdigest()
@@ -33,7 +33,7 @@ def encoder_to_dict(encoder: Encoder) -> dict[str, Any]:
 
 
 def encoder_from_dict(saved: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None) -> Encoder:
-    """The encoder that :func:`encoder_to_dict` described, with its arrays."""
+    """Make the encoder that :func:`encoder_to_dict` described, with its arrays."""
     kinds = {kind.__name__: kind for kind in (BinEncoder, DepthEncoder, LevelEncoder, RankEncoder, ValueEncoder)}
     settings = {**saved, **(arrays or {})}
     kind = kinds.get(settings.pop("kind", ""))

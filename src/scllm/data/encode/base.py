@@ -1,4 +1,4 @@
-"""What encoders have in common: the protocol, cropping, zeros and specials of a sentence."""
+"""What encoders share: the protocol, and truncation, zeros and special tokens of a token sequence."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from scllm.data.vocab import Vocab
 from scllm.kernels.draws import uniform_entries
 from scllm.kernels.ragged import crop_random, crop_top, prepend
 
-__all__ = ["CROP", "TIES", "Encoder", "check_max_len", "sentence"]
+__all__ = ["CROP", "TIES", "Encoder", "check_max_len", "token_sequence"]
 
-# each kind of draw has its own salt, so that ties and crops of one cell are independent
+# each kind of random draw has its own salt, so that ties and the truncation of a cell are independent
 CROP, TIES = 1, 2
 
 
 class Encoder(Protocol):
-    """Turns the counts of cells, restricted to a vocabulary and in the order of its ids, into sentences."""
+    """Encodes the counts of cells as token sequences; genes are those of a vocabulary, in the order of its ids."""
 
     @property
     def max_len(self) -> int:
-        """Longest sentence, specials included."""
+        """Longest token sequence, special tokens included."""
         ...
 
     @property
     def n_specials(self) -> int:
-        """Special tokens that every sentence has."""
+        """Number of special tokens in every token sequence."""
         ...
 
     @property
     def needs_counts(self) -> bool:
-        """Whether the encoder reads raw counts only."""
+        """Whether the encoder needs raw counts."""
         ...
 
     @property
@@ -45,23 +45,23 @@ class Encoder(Protocol):
     def __call__(
         self, counts: Tokens, vocab: Vocab, keys: IntArray | None = None, *, measured: IntArray, random_state: int = 0
     ) -> Tokens:
-        """Encode. With ``keys`` (one a cell) this is training and draws are a function of the key.
+        """Encode cells. ``keys`` (one per cell) are given in training, and seed the random draws of each cell.
 
-        ``measured`` holds the tokens of the genes that the cells' file has, in rising order: a gene that was not
-        measured is not zero.
+        ``measured`` holds the tokens of the genes that the cells' file measured, in ascending order, because a gene
+        that was not measured is not zero.
         """
         ...
 
 
 def check_max_len(max_len: int) -> None:
-    """Raise unless there is room for `<cls>` and a gene."""
+    """Raise ``ValueError`` unless there is room for `<cls>` and one gene."""
     if max_len < 2:
         raise ValueError(
             f"Expected max_len of at least 2 (`<cls>` and one gene), got {max_len}. Pass a larger max_len."
         )
 
 
-def sentence(
+def token_sequence(
     counts: Tokens,
     values: NDArray[np.float32],
     vocab: Vocab,
@@ -70,40 +70,40 @@ def sentence(
     cls_value: float | None,
     zeros_of: IntArray | None,
 ) -> Tokens:
-    """Add zeros, crop by the counts (inference) or at random (training), put ``<cls>`` first.
+    """Add zeros, truncate by the counts (inference) or at random (training), and put ``<cls>`` first.
 
-    Tokens rise within a cell, as :meth:`scllm.data.genes.GeneMatch.tokens` hands them out, and stay in that order: of
-    equal counts at the edge of a crop those with the lowest token ids are kept. The original scGPT draws which genes
-    are kept, so no rule of its own is lost.
+    Token ids are ascending within a cell, as :meth:`scllm.data.genes.GeneMatch.tokens` returns them, and stay so. If
+    truncation has to choose among equal counts, it keeps the lowest token ids. The original scGPT always keeps a random
+    subset, so there is no original rule to follow.
     """
     order = np.asarray(counts.values)
-    sentence = Tokens(counts.indptr, counts.genes, values)
+    sequence = Tokens(counts.indptr, counts.genes, values)
     if zeros_of is not None:
-        sentence, order = _with_zeros(sentence, order, zeros_of)
+        sequence, order = _with_zeros(sequence, order, zeros_of)
     room = max_len - (cls_value is not None)
-    if len(sentence) and sentence.lengths.max() > room:
+    if len(sequence) and sequence.lengths.max() > room:
         if keys is None:
-            indptr, kept = crop_top(sentence.indptr, order, room)
+            indptr, kept = crop_top(sequence.indptr, order, room)
         else:
             indptr, kept = crop_random(
-                sentence.indptr, room, uniform_entries(sentence.indptr, sentence.genes, keys, CROP)
+                sequence.indptr, room, uniform_entries(sequence.indptr, sequence.genes, keys, CROP)
             )
-        sentence = Tokens(indptr, sentence.genes[kept], np.asarray(sentence.values)[kept])
+        sequence = Tokens(indptr, sequence.genes[kept], np.asarray(sequence.values)[kept])
     if cls_value is None:
-        return sentence
-    indptr, genes = prepend(sentence.indptr, sentence.genes, vocab.cls_id)
-    _, with_cls = prepend(sentence.indptr, np.asarray(sentence.values), cls_value)
+        return sequence
+    indptr, genes = prepend(sequence.indptr, sequence.genes, vocab.cls_id)
+    _, with_cls = prepend(sequence.indptr, np.asarray(sequence.values), cls_value)
     return Tokens(indptr, genes, with_cls)
 
 
-def _with_zeros(sentence: Tokens, order: NDArray[Any], measured: IntArray) -> tuple[Tokens, NDArray[Any]]:
-    """Every measured gene in each cell; dense over those genes, for the cells of one read only."""
+def _with_zeros(sequence: Tokens, order: NDArray[Any], measured: IntArray) -> tuple[Tokens, NDArray[Any]]:
+    """Add every measured gene to each cell; this is dense over those genes, but only for the cells of one read."""
     place = np.empty(int(measured.max(initial=-1)) + 1, np.int64)
     place[measured] = np.arange(len(measured))
-    at = np.repeat(np.arange(len(sentence)), sentence.lengths) * len(measured) + place[sentence.genes]
-    values = np.zeros(len(sentence) * len(measured), np.float32)
-    values[at] = sentence.values
+    at = np.repeat(np.arange(len(sequence)), sequence.lengths) * len(measured) + place[sequence.genes]
+    values = np.zeros(len(sequence) * len(measured), np.float32)
+    values[at] = sequence.values
     full_order = np.zeros(len(values), order.dtype)
     full_order[at] = order
-    indptr = np.arange(len(sentence) + 1, dtype=np.int64) * len(measured)
-    return Tokens(indptr, np.tile(measured, len(sentence)), values), full_order
+    indptr = np.arange(len(sequence) + 1, dtype=np.int64) * len(measured)
+    return Tokens(indptr, np.tile(measured, len(sequence)), values), full_order

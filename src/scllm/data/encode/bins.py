@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scllm._typing import IntArray
-from scllm.data.encode.base import TIES, check_max_len, sentence
+from scllm.data.encode.base import TIES, check_max_len, token_sequence
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
 from scllm.kernels.binning import bin_rows
@@ -29,13 +29,14 @@ class BinEncoder:
     n_bins
         Number of bins, the zero bin included.
     max_len
-        Longest sentence, ``<cls>`` included. Longer cells keep their highest values, in training a random subset.
+        Longest token sequence, ``<cls>`` included. Longer cells are truncated to their highest values, or to a random
+        subset of genes in training.
     ties
         Which of several possible bins a value gets, see :func:`scllm.pp.bin_expression`.
     cls_value
-        Value that stands beside ``<cls>``.
+        Value of the token ``<cls>``.
     include_zeros
-        Whether genes without a count are part of the sentence (bin 0).
+        Whether measured genes without a count are part of the token sequence (bin 0).
     """
 
     n_bins: int = 51
@@ -56,7 +57,7 @@ class BinEncoder:
 
     @property
     def needs_counts(self) -> bool:
-        """Bins of counts, normalised and logged values are the same."""
+        """Counts, normalised and log-transformed values give the same bins."""
         return False
 
     @property
@@ -67,18 +68,18 @@ class BinEncoder:
     def __call__(
         self, counts: Tokens, vocab: Vocab, keys: IntArray | None = None, *, measured: IntArray, random_state: int = 0
     ) -> Tokens:
-        """Bin over all genes of the vocabulary, crop, and put ``<cls>`` first."""
+        """Bin over all genes of the vocabulary, truncate, and put ``<cls>`` first."""
         draws = tie_draws(counts, keys, random_state) if self.ties == "random" else None
         dtype = np.uint8 if self.n_bins <= 256 else np.uint16
         bins = bin_rows(
             counts.indptr, np.asarray(counts.values), n_bins=self.n_bins, ties=self.ties, draws=draws, dtype=dtype
         ).astype(np.float32)
         zeros_of = measured if self.include_zeros else None
-        return sentence(counts, bins, vocab, keys, self.max_len, self.cls_value, zeros_of)
+        return token_sequence(counts, bins, vocab, keys, self.max_len, self.cls_value, zeros_of)
 
 
 def check_n_bins(n_bins: int) -> None:
-    """Raise unless there is room for the zero bin and at least one more."""
+    """Raise unless ``n_bins`` is an integer that allows the zero bin and at least one more."""
     if not isinstance(n_bins, (int, np.integer)):
         raise TypeError(f"Expected n_bins to be an integer, got {n_bins!r}. scGPT uses n_bins=51.")
     if not 2 <= n_bins <= 65_536:
@@ -95,7 +96,7 @@ def check_ties(ties: str) -> None:
 
 
 def tie_draws(counts: Tokens, keys: IntArray | None, random_state: int) -> NDArray[np.float64]:
-    """One uniform draw a token; at inference keyed by the seed and the set of genes that the cell expresses."""
+    """Draw a uniform number per token; at inference it depends on the seed and on which genes the cell expresses."""
     if keys is None:
         keys = row_keys(counts.indptr, counts.genes, random_state)
     return uniform_entries(counts.indptr, counts.genes, keys, TIES)

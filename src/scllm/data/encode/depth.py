@@ -1,4 +1,4 @@
-"""Expressed genes with their normalised values, then the depth to predict and the depth that was sequenced."""
+"""Normalised values of expressed genes, followed by the depth to predict at and the sequenced depth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scllm._typing import FloatArray, IntArray
-from scllm.data.encode.base import sentence
+from scllm.data.encode.base import token_sequence
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
 
@@ -23,20 +23,20 @@ _TARGET_SUM = 1e4
 class DepthEncoder:
     """``log1p(count / total * 1e4)`` of each expressed gene, then ``<T>`` and ``<S>`` (scFoundation, Hao et al. 2024).
 
-    ``<S>`` is the logarithm (base 10) of the cell's total count, ``<T>`` that of the depth at which expression is
-    asked for. Both tokens are always there.
+    ``<S>`` is the logarithm (base 10) of the cell's total count, ``<T>`` that of the depth at which expression is to
+    be predicted. Every token sequence has both tokens.
 
     Parameters
     ----------
     target
-        What ``<T>`` says: ``"t4"`` is 4 for every cell (10,000 counts), ``"f2"`` twice the cell's own total, ``"a1"``
-        one more than ``<S>`` (ten times the total).
+        Value of ``<T>``: ``"t4"`` is 4 for every cell (10,000 counts), ``"f2"`` means twice the cell's own total, and
+        ``"a1"`` is one more than ``<S>`` (ten times the total).
     max_len
-        Longest sentence, both depths included. Longer cells keep their highest values, in training a random subset;
-        totals are those of the whole cell.
+        Longest token sequence, both depths included. Longer cells are truncated to their highest values, or to a random
+        subset of genes in training; totals are those of the whole cell.
     normalised
-        Whether the data hold ``log1p`` of normalised values already, as bulk profiles often do: values are then read as
-        they are, and the total is their sum.
+        Whether the data already hold ``log1p`` of normalised values, as bulk profiles often do. Values are then read
+        unchanged, and the total is their sum.
     """
 
     target: str = "t4"
@@ -76,7 +76,7 @@ class DepthEncoder:
     def __call__(
         self, counts: Tokens, vocab: Vocab, keys: IntArray | None = None, *, measured: IntArray, random_state: int = 0
     ) -> Tokens:
-        """Normalise, crop, and put both depths at the end."""
+        """Normalise, truncate, and put both depths at the end."""
         depth_ids = vocab.ids([TARGET, SOURCE])
         if (depth_ids < 0).any():
             raise ValueError(
@@ -89,7 +89,7 @@ class DepthEncoder:
         totals = np.bincount(cell, weights=values, minlength=len(counts))
         if not self.normalised:
             values = np.log1p(values / totals[cell] * _TARGET_SUM)
-        read = sentence(counts, values.astype(np.float32), vocab, keys, self.max_len - 2, None, None)
+        read = token_sequence(counts, values.astype(np.float32), vocab, keys, self.max_len - 2, None, None)
         ends = np.repeat(read.indptr[1:], 2)
         depths = np.stack(self._depths(totals), axis=1).ravel()
         return Tokens(
@@ -99,7 +99,7 @@ class DepthEncoder:
         )
 
     def _depths(self, totals: NDArray[Any]) -> tuple[FloatArray, FloatArray]:
-        """``<T>`` and ``<S>`` of each cell; a cell without counts counts as one of a single count."""
+        """Compute ``<T>`` and ``<S>`` of each cell; an empty cell is treated like a cell with one count."""
         source, number = np.log10(np.where(totals > 0, totals, 1)), float(self.target[1:])
         match self.target[0]:
             case "t":

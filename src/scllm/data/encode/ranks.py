@@ -1,4 +1,4 @@
-"""Genes of a cell by falling expression, relative to each gene's median."""
+"""Genes of a cell in descending order of expression, relative to each gene's median."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ __all__ = ["RankEncoder"]
 
 @dataclass(frozen=True)
 class RankEncoder:
-    """A cell's expressed genes by falling ``count / median``, as Geneformer reads them (Theodoris et al. 2023).
+    """Expressed genes in descending order of ``count / median``, as Geneformer reads them (Theodoris et al. 2023).
 
-    The depth of a cell does not change its order, so counts are not normalised. Equal values stand in the order of
-    their token ids. The original has no rule of its own: it sorts the columns of the file with numpy's unstable sort,
-    whose order within a tie depends on the columns and on the processor.
+    The depth of a cell does not change the order, so counts are not normalised. Ties are ordered by token id. The
+    original has no rule for ties: it sorts the columns of the file with numpy's unstable sort, whose order within a tie
+    depends on the columns and on the processor.
 
     Parameters
     ----------
     max_len
-        Longest sentence, specials included. Longer cells keep their first genes, in training a random subset.
+        Longest token sequence, special tokens included. Longer cells are truncated to their first genes, or to a random
+        subset of genes in training.
     cls, eos
-        Whether ``<cls>`` stands first and ``<eos>`` last (Geneformer V2; V1 has neither).
+        Whether token sequences begin with ``<cls>`` and end with ``<eos>`` (Geneformer V2; V1 has neither).
     medians
-        Non-zero median of each token's normalised counts, ``(n_tokens,)``; ``None`` ranks by counts alone. Genes
-        without a median (NaN) are left out.
+        Non-zero median of each token's normalised counts, ``(n_tokens,)``; ``None`` ranks by the counts themselves.
+        Genes without a median (NaN) are dropped.
     """
 
     max_len: int = 2048
@@ -56,12 +57,12 @@ class RankEncoder:
 
     @property
     def n_specials(self) -> int:
-        """``<cls>`` and ``<eos>``, where they are."""
+        """``<cls>`` and ``<eos>``, if they are used."""
         return int(self.cls) + int(self.eos)
 
     @property
     def needs_counts(self) -> bool:
-        """Medians are those of counts."""
+        """The medians are medians of counts."""
         return True
 
     @property
@@ -72,7 +73,7 @@ class RankEncoder:
     def __call__(
         self, counts: Tokens, vocab: Vocab, keys: IntArray | None = None, *, measured: IntArray, random_state: int = 0
     ) -> Tokens:
-        """Order, crop, and put specials around."""
+        """Order, truncate, and add the special tokens."""
         del measured, random_state  # a gene that is not expressed has no rank, and nothing is drawn at inference
         indptr, genes, strength = counts.indptr, counts.genes, np.asarray(counts.values)
         if self.medians is not None:
@@ -87,9 +88,9 @@ class RankEncoder:
                 indptr = np.concatenate([[0], np.cumsum(known)])[indptr]
                 strength, genes = strength[known], genes[known]
         room = self.max_len - self.n_specials
-        # tokens rise within a cell and the sort is stable: ties stand by token id
+        # token ids are ascending within a cell and the sort is stable, so ties are ordered by token id
         if keys is not None:
-            # before the order: a part keeps it
+            # the random subset can be drawn before sorting, because a subset is sorted in the same order
             indptr, kept = crop_random(indptr, room, uniform_entries(indptr, genes, keys, CROP))
             strength, genes = strength[kept], genes[kept]
         indptr, genes = top_rows(indptr, strength, genes, room)
@@ -97,7 +98,7 @@ class RankEncoder:
 
 
 def _with_specials(indptr: IntArray, genes: IntArray, vocab: Vocab, *, cls: bool, eos: bool) -> Tokens:
-    """``<cls>`` before and ``<eos>`` after each sentence, where wanted."""
+    """Put ``<cls>`` before and ``<eos>`` after each token sequence, if wanted."""
     if not cls and not eos:
         return Tokens(indptr, genes, None)
     n_cells = len(indptr) - 1

@@ -1,4 +1,4 @@
-"""Normalised expression, uncut by bins or ranks."""
+"""Normalised expression, without bins or ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scllm._typing import IntArray
-from scllm.data.encode.base import check_max_len, sentence
+from scllm.data.encode.base import check_max_len, token_sequence
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
 
@@ -23,13 +23,14 @@ class ValueEncoder:
     Parameters
     ----------
     max_len
-        Longest sentence, specials included. Longer cells keep their highest values, in training a random subset.
+        Longest token sequence, special tokens included. Longer cells are truncated to their highest values, or to a
+        random subset of genes in training.
     target_sum
-        Counts that each cell is scaled to; ``None`` leaves the counts as they are, without logarithm.
+        Total count that each cell is scaled to; ``None`` keeps the counts unchanged, without logarithm.
     cls_value
-        Value that stands beside ``<cls>``; ``None`` for sentences without ``<cls>``.
+        Value of the token ``<cls>``; ``None`` for token sequences without ``<cls>``.
     include_zeros
-        Whether genes without a count are part of the sentence.
+        Whether measured genes without a count are part of the token sequence.
     """
 
     max_len: int = 20_000
@@ -42,7 +43,7 @@ class ValueEncoder:
 
     @property
     def n_specials(self) -> int:
-        """``<cls>``, where there is one."""
+        """``<cls>``, if there is one."""
         return int(self.cls_value is not None)
 
     @property
@@ -58,7 +59,7 @@ class ValueEncoder:
     def __call__(
         self, counts: Tokens, vocab: Vocab, keys: IntArray | None = None, *, measured: IntArray, random_state: int = 0
     ) -> Tokens:
-        """Normalise, crop, and put ``<cls>`` first."""
+        """Normalise, truncate, and put ``<cls>`` first."""
         del random_state  # nothing is drawn at inference
         values = np.asarray(counts.values, np.float32)
         if self.target_sum is not None:
@@ -66,4 +67,4 @@ class ValueEncoder:
             totals = np.bincount(cell, weights=values, minlength=len(counts))
             values = np.log1p(values * (self.target_sum / totals[cell])).astype(np.float32)
         zeros_of = measured if self.include_zeros else None
-        return sentence(counts, values, vocab, keys, self.max_len, self.cls_value, zeros_of)
+        return token_sequence(counts, values, vocab, keys, self.max_len, self.cls_value, zeros_of)
