@@ -1,7 +1,7 @@
-"""The library's logger, warnings and progress bars, all under ``settings.verbosity``.
+"""The library's logger, warnings and progress bars, which all follow ``settings.verbosity``.
 
-Nothing is configured on import: the first line that a verb logs puts a handler on the logger, unless the application
-has one that shows the line. Only the first rank speaks.
+Nothing is configured on import. The first line that is logged adds a handler to the logger, unless a handler of the
+application shows the line. Only the first rank logs.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ __all__ = ["details", "is_first_rank", "log", "progress", "quiet_imports", "show
 
 T = TypeVar("T")
 _PACKAGE = f"{Path(__file__).parent}{os.sep}"
-# the lowest level that is shown, by verbosity
+# the lowest level that is shown for each verbosity
 _LOWEST = (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
 _in_details: ContextVar[bool] = ContextVar("in_details", default=False)
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that speaks (``RANK`` is set by torchrun)."""
+    """Whether this process is the one that logs (``RANK`` is set by torchrun)."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _verbosity() -> int:
-    """``settings.verbosity``; an error where it is no number."""
+    """Return ``settings.verbosity``; raise ``TypeError`` if it is not a number."""
     value: Any = settings.verbosity
     if not isinstance(value, Integral):
         raise TypeError(f"Expected scllm.settings.verbosity of 0, 1, 2 or 3, got {value!r}. Set it to one of those.")
@@ -47,28 +47,28 @@ class _Log(logging.LoggerAdapter[logging.Logger]):
     """The logger ``scllm``, set up when its first line is logged."""
 
     def isEnabledFor(self, level: int) -> bool:
-        """Whether a line of this level is wanted now."""
+        """Whether a line of this level is to be shown, with the verbosity as it is now."""
         if level < _LOWEST[_verbosity()] or (level < logging.ERROR and not is_first_rank()):
             return False
         if self.logger.level == logging.NOTSET:
-            self.logger.setLevel(logging.DEBUG)  # verbosity decides
+            self.logger.setLevel(logging.DEBUG)  # the level is left to verbosity
         if not _is_shown(self.logger, level):
             self.logger.addHandler(_plain)
         return self.logger.isEnabledFor(level)
 
     def info(self, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log what the user should know; under :func:`details` only with verbosity 3."""
+        """Log information for the user; within :func:`details` only with verbosity 3."""
         self.log(logging.DEBUG if _in_details.get() else logging.INFO, msg, *args, **kwargs)
 
 
 class _PlainLines(logging.Handler):
-    """Messages as they are, between progress bars, for as long as no other handler shows them."""
+    """Prints messages unformatted and without breaking progress bars, unless another handler shows them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if _is_shown(log.logger, record.levelno, by_others=True):
             return
         prefix = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
-        # looked up each time: pytest and notebooks replace them
+        # looked up each time, because pytest and notebooks replace these streams
         tqdm.write(prefix + record.getMessage(), file=sys.stdout if _in_notebook() else sys.stderr)
 
 
@@ -77,7 +77,7 @@ log = _Log(logging.getLogger("scllm"))
 
 
 def _is_shown(logger: logging.Logger | None, level: int, by_others: bool = False) -> bool:
-    """Whether a handler of the logger, or of those that it hands its lines to, shows a level."""
+    """Whether a handler of the logger, or of a parent that it propagates to, shows a level."""
     while logger is not None:
         if any(level >= handler.level and not (by_others and handler is _plain) for handler in logger.handlers):
             return True
@@ -87,7 +87,7 @@ def _is_shown(logger: logging.Logger | None, level: int, by_others: bool = False
 
 @contextmanager
 def details() -> Iterator[None]:
-    """What verbs log in here are details of another verb, which has told the user what matters."""
+    """Log information as details, within a function that has already logged what the user needs to know."""
     token = _in_details.set(True)
     try:
         yield
@@ -97,9 +97,9 @@ def details() -> Iterator[None]:
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Import what brings in packages that the user never asked for, without their log lines and warnings.
+    """Silence log lines and warnings during imports of packages that import others by themselves.
 
-    transformers and peft import torchao wherever it is installed, which warns of kernels that it cannot load.
+    transformers and peft import torchao if it is installed, and torchao warns of kernels that it cannot load.
     """
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
@@ -112,7 +112,7 @@ def quiet_imports() -> Iterator[None]:
 
 
 def show_progress() -> bool:
-    """Whether progress bars are drawn: in terminals and notebooks, on the first rank, unless switched off."""
+    """Whether progress bars are shown: in terminals and notebooks, on the first rank, unless verbosity is 0."""
     return _verbosity() > 0 and is_first_rank() and (_in_notebook() or sys.stderr.isatty())
 
 
@@ -121,13 +121,13 @@ def _in_notebook() -> bool:
 
 
 def progress(items: Iterable[T], *, desc: str, total: int | None = None, unit: str = "it") -> Generator[T, None, None]:
-    """Iterate with a progress bar where :func:`show_progress` allows one."""
+    """Iterate with a progress bar, if :func:`show_progress` allows it."""
     with tqdm(items, desc=desc, total=total, unit=unit, disable=not show_progress(), leave=False) as bar:
         yield from bar
 
 
 def warn(message: str) -> None:
-    """A ``UserWarning`` that points at the line outside of this package from which the way leads here."""
+    """Issue a ``UserWarning`` that points to the line outside this package that led to it."""
     if _verbosity() == 0:
         return
     frame, level = sys._getframe(1), 2

@@ -1,4 +1,4 @@
-"""Settings for the whole session, such as ``scllm.settings.verbosity = 0``."""
+"""Global settings, for example ``scllm.settings.verbosity = 0``."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from platformdirs import user_cache_path
 __all__ = ["cache_dir", "run_dir", "verbosity"]
 
 verbosity: int = 2
-"""How much scllm says, with the levels of scanpy. It may be changed at any time.
+"""How much scllm prints, with the same levels as scanpy. It can be changed at any time.
 
-0: errors only. Progress bars, log lines and the warnings of scllm are off.
-1: warnings too, and progress bars in terminals and notebooks.
-2: info too: what a verb is about to do (cells, matrix, matched genes, tokens a cell, device, precision, expected time).
-3: hints too: details, such as the loss of each epoch and what each fold of a cross-validation does.
+0: only errors. Progress bars, log lines and warnings of scllm are off.
+1: also warnings, and progress bars in terminals and notebooks.
+2: also info: what a function is about to do (cells, matrix, matched genes, tokens per cell, device, precision,
+   expected time).
+3: also hints: details, such as the loss of each epoch and the steps of each fold of a cross-validation.
 
-Log lines go to Python's logger ``scllm``. They are shown by the handlers of the application, if it has any that show
-them, and otherwise as plain lines: on stdout in a notebook, as those of scanpy, else on stderr.
+Log lines go to Python's logger ``scllm``. They are shown by the handlers of the application, if any of them does so,
+and otherwise as plain lines: on stdout in a notebook, as scanpy does, and on stderr elsewhere.
 """
 
 run_dir: Path = Path("scllm_runs")
-"""Where training runs without a ``run_dir`` of their own are written."""
+"""Directory for training runs that are given no ``run_dir``."""
 
 cache_dir: Path = user_cache_path("scllm")
-"""Where downloads that the user asked for are kept: the platform's cache directory."""
+"""Directory for downloaded files, by default in the platform's cache directory."""

@@ -1,4 +1,4 @@
-"""Files from their public source: checked, kept in the cache, whole or not there."""
+"""Downloading files from their public source into the cache, with a check of their content."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ _TIMEOUT = 60
 
 
 def cached(name: str) -> Path:
-    """Where a downloaded file is kept."""
+    """Return the path of a file in the cache."""
     return Path(settings.cache_dir) / name
 
 
 def fetch(name: str, url: str, digest: str | Callable[[], str], *, advice: str) -> Path:
-    """Return a file from the cache, or download it into the cache.
+    """Return a file from the cache, downloading it first if it is not there yet.
 
     Parameters
     ----------
     name
-        Of the file in the cache.
+        Name of the file in the cache.
     url
-        Where it is, https only.
+        Address to download it from, which must be https.
     digest
-        Algorithm and hexadecimal checksum, ``"sha256:..."``; a function is asked for it when the file is downloaded.
+        Algorithm and hexadecimal checksum, ``"sha256:..."``, or a function that returns it, which is only called to
+        download the file.
     advice
-        What to do if the source cannot be reached.
+        Part of the message that says what to do if the download fails.
     """
     path = cached(name)
     if path.is_file() and callable(digest):
         return path
     try:
         digest = digest() if callable(digest) else digest
-        pooch.get_logger().setLevel("WARNING")  # scllm's own logger says it
+        pooch.get_logger().setLevel("WARNING")  # scllm logs the download itself
         if not path.is_file():
             log.info("downloading %s", url)
         pooch.retrieve(url, digest, path.name, path.parent, downloader=_https(url))
@@ -51,14 +52,14 @@ def fetch(name: str, url: str, digest: str | Callable[[], str], *, advice: str) 
         raise FileNotFoundError(f"Expected to download {url}, got no answer ({error}). {advice}") from error
     except ValueError as error:
         raise ValueError(
-            f"Expected the file at {url} to have checksum {digest}, got another one: {error} It has changed, or was "
-            f"damaged on the way. Try again; if it stays so, {advice[0].lower()}{advice[1:]}"
+            f"Expected the file at {url} to have checksum {digest}, got another one: {error} The file has changed, or "
+            f"was damaged during the download. Try again; if that does not help, {advice[0].lower()}{advice[1:]}"
         ) from error
     return path
 
 
 def figshare_md5(article: int, file: int) -> str:
-    """The checksum that figshare states for a file of an article."""
+    """Look up the checksum that figshare gives for a file of an article."""
     url = f"https://api.figshare.com/v2/articles/{article}/files?page_size=100"
     answer = io.BytesIO()
     _https(url)(url, answer, None)
@@ -69,7 +70,7 @@ def figshare_md5(article: int, file: int) -> str:
 
 
 def _https(url: str) -> pooch.HTTPDownloader:
-    """Downloads over https only, with a progress bar where one may be drawn."""
+    """Make a downloader that only uses https, with a progress bar if :func:`scllm._log.show_progress` allows it."""
     _check_scheme(url)
     return pooch.HTTPDownloader(progressbar=show_progress(), timeout=_TIMEOUT, hooks={"response": _check_redirection})
 

@@ -1,8 +1,8 @@
-"""The one place where numba options are set.
+"""The numba options of all kernels.
 
-Compiled code is kept between processes: in the directory that ``NUMBA_CACHE_DIR`` names, else beside the source, else
-(where the package may not be written) in the user's cache directory. It is renewed when the file of the kernel changes.
-A kernel that calls another file's is not renewed by a change there: delete ``kernels/__pycache__`` after editing.
+Compiled code is kept between processes: in the directory that ``NUMBA_CACHE_DIR`` names, or beside the source, or (if
+the package directory is not writable) in the user's cache directory. A kernel is compiled again when its file changes,
+but not when a kernel that it calls changes in another file: delete ``kernels/__pycache__`` after editing.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from scllm._log import log
 
 __all__ = ["RowKernel", "jit", "row_kernel"]
 
-# fastmath stays off: bins and ranks must be those of numpy to the last bit
+# fastmath stays off, because bins and ranks must equal those of numpy to the last bit
 _OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": False, "error_model": "numpy"}
 
-# below this many entries starting threads costs more than they save
+# with fewer entries than this, starting threads takes longer than they save
 _ENTRIES_FOR_THREADS = 200_000
 
 
@@ -33,17 +33,17 @@ def jit(function: Callable) -> Callable:
 
 
 def _compiled(function: Callable, **options: Any) -> Any:
-    """Compile when first called, and keep the result where numba finds a directory to write."""
+    """Compile on the first call, and cache the result if numba finds a directory that is writable."""
     kernel = numba.njit(**_OPTIONS, **options)(function)
     try:
         kernel.enable_caching()
-    except RuntimeError:  # neither the package nor the user's cache directory may be written
+    except RuntimeError:  # neither the package nor the user's cache directory is writable
         _SayOnce.advice = "in every process: set NUMBA_CACHE_DIR to a directory where they can be kept"
     return kernel
 
 
 class _SayOnce(event.Listener):
-    """Explains why the first call takes long, where it does."""
+    """Logs once that kernels are being compiled, which makes the first call slow."""
 
     advice: ClassVar[str] = "once"
 
@@ -51,15 +51,15 @@ class _SayOnce(event.Listener):
         self.said = False
 
     def on_start(self, event: event.Event) -> None:
-        """A kernel is compiled, and not read from the cache; other packages' kernels say nothing."""
+        """Log that a kernel of scllm is compiled instead of read from the cache."""
         module = event.data["dispatcher"].py_func.__module__
         if not self.said and module.startswith("scllm."):
             self.said = True
-            # not as a detail: whichever verb calls first takes that long
+            # never logged as a detail, because the first function that is called takes this long
             log.log(logging.INFO, "compiling numba kernels for this machine (about 20 s), %s", self.advice)
 
     def on_end(self, event: event.Event) -> None:
-        """Nothing is left to say."""
+        """Log nothing when compilation ends."""
 
 
 event.register("numba:compile", _SayOnce())
@@ -68,10 +68,10 @@ event.register("numba:compile", _SayOnce())
 class RowKernel:
     """A kernel over ragged rows, compiled with and without threads.
 
-    The first argument is ``indptr``; the outer loop is a ``numba.prange`` whose turns do not depend on each other, so
-    that both variants and any number of threads give the same result. Threads are used on large inputs and from the
-    main thread only: numba's built-in thread pool aborts the process when two threads enter it, and a loader thread
-    should not compete with the model for the cores. ``numba.set_num_threads`` and ``NUMBA_NUM_THREADS`` limit them.
+    The first argument is ``indptr``. The outer loop is a ``numba.prange`` whose iterations are independent, so that
+    both variants and any number of threads give the same result. Threads are used only for large inputs and from the
+    main thread: numba's built-in thread pool aborts the process when two threads enter it, and a loader thread should
+    not compete with the model for the cores. ``numba.set_num_threads`` and ``NUMBA_NUM_THREADS`` limit the threads.
     """
 
     def __init__(self, function: Callable) -> None:
@@ -87,12 +87,12 @@ class RowKernel:
 
 
 def row_kernel(function: Callable) -> RowKernel:
-    """Compile a loop over ragged rows (first argument ``indptr``), with threads where they pay."""
+    """Compile a loop over ragged rows (first argument ``indptr``), which uses threads for large inputs."""
     return RowKernel(function)
 
 
 def _renamed(function: Callable, variant: str) -> FunctionType:
-    # numba's cache is keyed by name and source, not by options: without this one variant loads the other's code
+    # numba's cache is keyed by name and source but not by options, so the variants would load each other's code
     function = cast(FunctionType, function)
     copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
     copy.__module__ = function.__module__

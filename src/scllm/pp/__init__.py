@@ -1,4 +1,4 @@
-"""Preprocessing: genes, bins, tokens, splits. Imports no torch."""
+"""Preprocessing: matching genes, binning, ranking, tokenising and splitting. Does not import torch."""
 
 from __future__ import annotations
 

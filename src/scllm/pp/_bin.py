@@ -1,4 +1,4 @@
-"""Quantile bins of each cell's expressed genes."""
+"""Binning each cell's expressed genes by quantiles."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ def bin_expression(
 ) -> AnnData | None:
     """Sort each cell's expressed genes into bins of equal size, as scGPT does (doi:10.1038/s41592-024-02201-0).
 
-    Bins are relative to the cell, so they compare across sequencing depths. Zeros stay zero and are not stored;
-    expressed genes get 1 to ``n_bins - 1``. Counts take few values, so most of them span several bins: ``ties`` says
-    which one they get.
+    Bins are relative to the cell, so they are comparable across sequencing depths. Zeros stay zero and are not stored;
+    expressed genes get 1 to ``n_bins - 1``. Counts take few distinct values, so most of them span several bins;
+    ``ties`` decides which of these they get.
 
     Parameters
     ----------
     adata
-        Cells by genes; counts, normalised and log values give the same bins.
+        Cells by genes; counts, normalised and log-transformed values give the same bins.
     n_bins
         Number of bins, the zero bin included. More bins keep more of the dynamic range but need more data.
     layer
-        Layer to bin; ``None`` is ``X``. Of ``"raw"`` (``adata.raw``) the genes of ``adata`` are binned.
+        Layer to bin; ``None`` is ``X``. For ``"raw"`` (``adata.raw``), only the genes of ``adata`` are binned.
     ties
-        Bin of a value that spans several: their ``"middle"``, the lowest (``"left"``), the highest (``"right"``), or
+        Bin of a value that spans several: the ``"middle"`` one, the lowest (``"left"``), the highest (``"right"``), or
         one drawn at ``"random"`` as in scGPT. Random ties add noise that no model can predict.
     key_added
         Layer to write.
     random_state
-        Seed of random ties; they also depend on which genes the cell expresses, not on its place.
+        Random seed for random ties. They also depend on which genes the cell expresses, but not on its position.
     copy
-        Return a changed copy in place of changing ``adata``.
+        Return a changed copy instead of changing ``adata``.
 
     Writes
     ------
     ``adata.layers[key_added]``
-        Bins (CSR, uint8 up to 256 bins, else uint16). The layer has arrays of its own, so that later changes of the
-        input, such as :func:`scanpy.pp.downsample_counts`, leave it as it is.
+        Bins (CSR, uint8 for up to 256 bins, otherwise uint16). The layer shares no arrays with its input, so changing
+        the input later, for example with :func:`scanpy.pp.downsample_counts`, does not change it.
 
     Examples
     --------
@@ -84,7 +84,7 @@ def bin_expression(
         draws = tie_draws(Tokens(matrix.indptr, matrix.indices, matrix.data), None, random_state)
     dtype = np.uint8 if n_bins <= 256 else np.uint16
     bins = bin_rows(matrix.indptr, matrix.data, n_bins=n_bins, ties=ties, draws=draws, dtype=dtype)
-    # its own row structure: a change of X in place must not reach the layer
+    # the layer gets its own indices and indptr, so that changing X in place does not change it
     structure = matrix.indices.copy(), matrix.indptr.copy()
     adata.layers[key] = sparse.csr_matrix((bins, *structure), shape=matrix.shape)
     params = {"n_bins": n_bins, "layer": layer, "ties": ties, "key_added": key, "random_state": random_state}

@@ -1,4 +1,4 @@
-"""Aligning genes to a vocabulary."""
+"""Matching genes to a vocabulary."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOST_SHOWN = 50
 
 
 class HasVocab(Protocol):
-    """A model: only its vocabulary is read."""
+    """A model, of which only the vocabulary is used."""
 
     vocab: Vocab
 
@@ -37,14 +37,15 @@ def match_genes(
     min_coverage: float = 0.3,
     copy: bool = False,
 ) -> AnnData | None:
-    """Align genes to a vocabulary, and say how much of the data it covers.
+    """Match genes to a vocabulary, and report how many of them it covers.
 
-    Finds out whether names are symbols or Ensembl ids, strips version suffixes, and looks in the usual columns of
-    ``var``, then in all others that hold text. Names that are spelt otherwise (``GRCh38_TP53``, ``ENSG...|TP53``,
-    ``HLA.A``, blanks) are mended where they can mean one gene only, and the log says how many were.
-    Symbols are found among Ensembl ids if the vocabulary has them as aliases, as a Geneformer model has that was loaded
-    with its dictionary of symbols. Verbs that take a model do the same by themselves; call this to look at the result,
-    or to choose ``gene_key`` and ``min_coverage``, which later verbs take over.
+    Recognises symbols and Ensembl ids, strips version suffixes, and searches the usual columns of ``var``, then all
+    other columns that hold text. Names that are spelt differently (``GRCh38_TP53``, ``ENSG...|TP53``, ``HLA.A``,
+    blanks) are corrected if only one gene can be meant, and the number of corrections is logged. Symbols match Ensembl
+    ids if the vocabulary has them as aliases; a Geneformer model that was loaded with its dictionary of symbols does.
+
+    Functions that take a model match genes by themselves. Call this function to inspect the result, or to choose
+    ``gene_key`` and ``min_coverage``, which later calls then use.
 
     Parameters
     ----------
@@ -53,24 +54,25 @@ def match_genes(
     vocab
         A vocabulary, a model, a list of names, or a file or model folder that holds a vocabulary.
     gene_key
-        Column of ``adata.var`` with gene names, or ``"var_names"``; ``None`` takes the one that fits best.
+        Column of ``adata.var`` with gene names, or ``"var_names"``; ``None`` uses the column that matches best.
     min_coverage
-        Least share of matched genes, of the smaller of (genes in the data, genes in the vocabulary).
+        Smallest coverage that is accepted: the number of matched genes, divided by the number of genes in the data or
+        in the vocabulary, whichever is smaller.
     copy
-        Return a changed copy in place of changing ``adata``.
+        Return a changed copy instead of changing ``adata``.
 
     Writes
     ------
     ``adata.var["token_id"]``
-        Token of each gene, -1 where there is none.
+        Token of each gene, -1 if it has none.
     ``adata.uns["scllm"]["match_genes"]``
-        ``column`` and ``id_type`` of the names, ``n_matched``, ``n_data``, ``n_vocab`` and ``coverage``; ``n_mended``
-        names that were spelt otherwise; ``table`` with the most expressed genes lost.
+        ``column`` and ``id_type`` of the names, ``n_matched``, ``n_data``, ``n_vocab`` and ``coverage``; ``n_mended``,
+        the number of names whose spelling was corrected; ``table``, the most expressed genes without a token.
 
     Raises
     ------
     ValueError
-        Below ``min_coverage``, or with duplicated ``var_names``.
+        If coverage is below ``min_coverage``, or if ``var_names`` are duplicated.
 
     Examples
     --------
@@ -117,7 +119,7 @@ def _read(path: Path) -> Vocab:
 
 
 def _lost(adata: AnnData, token_ids: np.ndarray) -> pd.DataFrame:
-    """The most expressed genes that the vocabulary does not have; names are enough, expression need not be there."""
+    """List the most expressed genes that are not in the vocabulary; works without X too, as only names are needed."""
     total = np.full(adata.n_vars, np.nan)
     if adata.X is not None:
         source, total = open_source(adata), np.zeros(adata.n_vars)

@@ -1,4 +1,4 @@
-"""Non-zero medians of genes."""
+"""Computing non-zero medians of genes."""
 
 from __future__ import annotations
 
@@ -34,39 +34,40 @@ def gene_medians(
     key_added: str = _keys.MEDIANS,
     copy: bool = False,
 ) -> AnnData | pd.Series | None:
-    """Median of each gene's normalised counts over the cells that express it.
+    """Compute the median of each gene's normalised counts over the cells that express it.
 
-    What Geneformer ranks genes relative to. Cells are scaled to the same total first. An AnnData in memory gets exact
-    medians; data on disk (a path, or backed) are read once, in row chunks, and get medians right to within 1/128.
+    Geneformer ranks genes relative to these medians. Cells are first scaled to the same total count. Medians are exact
+    for an AnnData in memory. Data on disk (a path, or backed) are read once, in row chunks, and their medians are
+    accurate to within 1/128.
 
     Parameters
     ----------
     data
-        An AnnData; a path to ``.h5ad`` or ``.zarr``, or a list of those.
+        An AnnData, a path to ``.h5ad`` or ``.zarr``, or a list of paths.
     layer
         Layer to read; ``None`` is ``X``.
     gene_key
-        Column of ``var`` with gene names. Rows that share a name are one gene, whose counts are summed. ``None`` is
-        that of an earlier :func:`match_genes`, else ``"var_names"``.
+        Column of ``var`` with gene names. Rows of ``var`` that share a name are treated as one gene, and their counts
+        are summed. ``None`` uses that of an earlier :func:`match_genes`, otherwise ``"var_names"``.
     min_coverage
-        Least share of genes that must have a name in ``gene_key``; ``None`` is that of an earlier
-        :func:`match_genes`, else 0.3.
+        Smallest fraction of genes that must have a name in ``gene_key``. ``None`` uses that of an earlier
+        :func:`match_genes`, otherwise 0.3.
     target_sum
-        Counts that each cell is scaled to, over all its genes.
+        Total count that each cell is scaled to, over all its genes.
     key_added
         Column of ``var`` to write.
     copy
-        Return a changed copy in place of changing ``data``.
+        Return a changed copy instead of changing ``data``.
 
     Returns
     -------
-    For data given as a path a Series by gene (by its name in ``gene_key``), NaN where no cell expresses it; else
-    ``None`` or the changed copy.
+    For data given as a path, a Series of medians indexed by gene (by its name in ``gene_key``), NaN if no cell
+    expresses the gene. Otherwise ``None`` or the changed copy.
 
     Writes
     ------
     ``adata.var[key_added]``
-        Medians, NaN where no cell expresses the gene.
+        Medians, NaN if no cell expresses the gene.
 
     Examples
     --------
@@ -100,9 +101,9 @@ def gene_medians(
         matrix = stored_rows(adata, source, layer)
         medians = exact_medians(matrix, target_sum=target_sum, match=match, n_tokens=len(named))
     if match is not None:
-        medians = np.append(medians, np.nan)[match.token_ids]  # -1, a row without a name, is the NaN
+        medians = np.append(medians, np.nan)[match.token_ids]  # rows without a name are -1, which is the NaN
     key = _keys.safe(key_added)
-    # .raw has genes of its own
+    # the genes of .raw can differ from those of adata
     adata.var[key] = pd.Series(medians, source.genes).reindex(adata.var_names).to_numpy()
     record_name(adata, "var", key_added)
     record(
@@ -114,7 +115,7 @@ def gene_medians(
 
 
 def _genes(source: CellSource, gene_key: str | None, min_coverage: float) -> tuple[pd.Index, GeneMatch | None]:
-    """Names of the genes, and which gene each row is; ``None`` where every row is a gene of its own."""
+    """Find the names of the genes and the gene of each row of ``var``; ``None`` if every row is a separate gene."""
     if gene_key in (None, "var_names"):
         return source.genes, None
     (names,) = name_columns(source.genes, source.var, gene_key).values()

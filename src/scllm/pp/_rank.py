@@ -1,4 +1,4 @@
-"""Ranks of each cell's expressed genes."""
+"""Ranking each cell's expressed genes."""
 
 from __future__ import annotations
 
@@ -31,29 +31,32 @@ def rank_expression(
     key_added: str = _keys.RANKED,
     copy: bool = False,
 ) -> AnnData | None:
-    """Rank each cell's expressed genes by count over the gene's median (Theodoris et al. 2023).
+    """Rank each cell's expressed genes by their count divided by the gene's median (Theodoris et al. 2023).
 
-    Dividing by the median moves genes that are high in every cell down, and those that tell cells apart up. The depth
-    of a cell does not change its ranks. Genes that are not expressed have none; equal values rank in gene order.
+    Dividing by the median lowers the rank of genes that are high in every cell, and raises that of genes that
+    distinguish cells. The depth of a cell does not change its ranks. Genes that are not expressed have no rank; equal
+    values are ranked in the order of ``var_names``.
 
     Parameters
     ----------
     adata
         Cells by genes, raw counts.
     medians
-        Non-zero median of each gene's normalised counts, by its name in ``var_names``, or a column of ``var`` with
-        them; ``None`` takes those of this data, see :func:`gene_medians`. Genes without one are left out.
+        Non-zero median of each gene's normalised counts, by its name in ``var_names``, or the name of a column of
+        ``var`` that holds them. ``None`` computes them from these data, see :func:`gene_medians`. Genes without a
+        median get no rank.
     layer
-        Layer to read; ``None`` is ``X``. Of ``"raw"`` (``adata.raw``) the genes of ``adata`` are ranked.
+        Layer to read; ``None`` is ``X``. For ``"raw"`` (``adata.raw``), only the genes of ``adata`` are ranked.
     key_added
         Layer to write.
     copy
-        Return a changed copy in place of changing ``adata``.
+        Return a changed copy instead of changing ``adata``.
 
     Writes
     ------
     ``adata.layers[key_added]``
-        Ranks (CSR, int32): 1 for the gene that stands out most, nothing where a gene is not expressed.
+        Ranks (CSR, int32): 1 for the gene with the highest value relative to its median; genes that are not expressed
+        are not stored.
 
     Examples
     --------
@@ -70,7 +73,7 @@ def rank_expression(
     check_source(source, needs_counts=True, layer=layer, hint=lambda: layer_with_counts(adata, layer))
     adata = adata.copy() if copy else adata
     matrix = stored_rows(adata, source, layer)
-    # medians of all genes that are read: cells are scaled by all their counts
+    # computed on all genes that are read, because cells are scaled by their total count
     scale = exact_medians(matrix, target_sum=1e4) if medians is None else None
     if places is not None:
         matrix = matrix[:, places].sorted_indices()
@@ -82,7 +85,7 @@ def rank_expression(
         matrix.eliminate_zeros()
         matrix.sort_indices()
     ranks = rank_rows(matrix.indptr, scaled(matrix.data, matrix.indices, scale))
-    # its own row structure: a change of X in place must not reach the layer
+    # the layer gets its own indices and indptr, so that changing X in place does not change it
     structure = matrix.indices.copy(), matrix.indptr.copy()
     adata.layers[key] = sparse.csr_matrix((ranks, *structure), shape=matrix.shape)
     record_name(adata, "layers", key_added)
@@ -91,7 +94,7 @@ def rank_expression(
 
 
 def _aligned(medians: Mapping[str, float] | pd.Series | str, adata: AnnData) -> FloatArray:
-    """The median of each gene, NaN where there is none."""
+    """Return the median of each gene of ``adata``, NaN if it has none."""
     names = adata.var_names
     if isinstance(medians, str):
         if medians not in adata.var:

@@ -1,4 +1,4 @@
-"""The preprocessing of scGPT's pretraining in one call."""
+"""Preprocessing as for the pretraining of scGPT."""
 
 from __future__ import annotations
 
@@ -39,36 +39,36 @@ def recipe_scgpt(
     n_bins: int = 51,
     copy: bool = False,
 ) -> AnnData | None:
-    """Filter, choose highly variable genes per sample, normalise, take logarithms and bin.
+    """Filter cells and genes, select highly variable genes per sample, normalise, log-transform and bin.
 
-    scanpy does every step that scanpy has. Models read counts and encode by themselves; this recipe chooses the genes
-    they see and leaves layers to look at.
+    All steps that scanpy has are done by scanpy. Models read counts and encode them by themselves; this recipe selects
+    the genes that they read, and writes layers for inspection.
 
     Parameters
     ----------
     adata
         Cells by genes with raw counts in ``X``.
     n_top_genes
-        Highly variable genes to keep; all that are left after filtering where there are fewer.
+        Number of highly variable genes to keep. If fewer genes are left after filtering, all of them are kept.
     batch_key
-        Column of samples: genes are ranked in each and the ranks combined.
+        Column of samples. Genes are ranked within each sample, and the ranks are combined.
     flavor
         How genes are ranked, see :func:`scanpy.pp.highly_variable_genes`.
     min_gene_counts
         Genes with fewer counts over all cells are dropped.
     min_genes
-        Cells with fewer expressed genes, of those that pass, are dropped; ``None`` keeps all.
+        Cells that express fewer of the remaining genes are dropped; ``None`` keeps all cells.
     target_sum
-        Counts that each cell is normalised to, over the genes kept.
+        Total count that each cell is normalised to, over the genes that are kept.
     n_bins
-        Bins of :func:`bin_expression`.
+        Number of bins, see :func:`bin_expression`.
     copy
-        Return a changed copy in place of changing ``adata``.
+        Return a changed copy instead of changing ``adata``.
 
     Writes
     ------
     ``adata``
-        Subset to the cells and genes kept; ``X`` normalised and logged.
+        Subset to the cells and genes that are kept; ``X`` is normalised and log-transformed.
     ``adata.layers["counts"]``
         Raw counts.
     ``adata.layers["binned"]``
@@ -131,7 +131,7 @@ def _kept(
     min_genes: int | None,
     target_sum: float,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which cells and genes stay, as masks; chosen on a copy, so that a failure changes nothing."""
+    """Return masks of the cells and genes to keep, found on a copy so that an error leaves the data unchanged."""
     import scanpy as sc
 
     part = AnnData(_matrix(adata.X), adata.obs[[] if batch_key is None else [batch_key]])
@@ -152,7 +152,7 @@ def _kept(
         )
         return cells, genes
     part = part[cells][:, genes].copy()
-    if flavor in ("seurat", "cell_ranger"):  # these rank logged values
+    if flavor in ("seurat", "cell_ranger"):  # these rank log-transformed values
         sc.pp.normalize_total(part, target_sum=target_sum)
         sc.pp.log1p(part)
     smallest = _check_samples(part, batch_key, flavor)
@@ -170,7 +170,7 @@ def _kept(
 
 
 def _check_samples(part: AnnData, batch_key: str | None, flavor: Flavor) -> str:
-    """The smallest sample, in words; an error where too few genes vary in one."""
+    """Describe the smallest sample; raise ``ValueError`` if too few genes vary in a sample."""
     if batch_key is None:
         _check_varying(part.X, flavor, "the data")
         return f"{part.n_obs} cells"
@@ -188,7 +188,7 @@ def _check_samples(part: AnnData, batch_key: str | None, flavor: Flavor) -> str:
 
 
 def _check_varying(matrix: Any, flavor: Flavor, name: str) -> None:
-    """Raise where the fit of variances, which is one over genes, has too few: it would end the process."""
+    """Raise ``ValueError`` if too few genes vary for scanpy's fit of variances, which would end the process."""
     if not flavor.startswith("seurat_v3"):
         return
     spread = matrix.max(axis=0) - matrix.min(axis=0)
@@ -201,7 +201,7 @@ def _check_varying(matrix: Any, flavor: Flavor, name: str) -> None:
 
 
 def _matrix(matrix: Any) -> Any:
-    """As scanpy takes it: no sparse array, no entry in two parts, and counts without floating-point noise."""
+    """Prepare a matrix for scanpy: no sparse array, no duplicate entries, and no floating-point noise in counts."""
     if sparse.issparse(matrix) and not isinstance(matrix, sparse.spmatrix):
         matrix = sparse.csr_matrix(matrix)
     if sparse.issparse(matrix) and matrix.format in ("csr", "csc") and not matrix.has_canonical_format:

@@ -1,4 +1,4 @@
-"""Dividing cells into training, validation and test."""
+"""Splitting cells into train, validation and test."""
 
 from __future__ import annotations
 
@@ -25,31 +25,32 @@ def split(
     random_state: int = 0,
     copy: bool = False,
 ) -> AnnData | None:
-    """Divide cells into ``train`` and ``validation``, and with three fractions ``test``.
+    """Split cells into ``train`` and ``validation``, and with three fractions also ``test``.
 
-    Verbs that train take the column with ``validation="split"`` and never touch ``test``.
+    Functions that train a model use the column with ``validation="split"`` and never read ``test``.
 
     Parameters
     ----------
     adata
         Cells by genes; only ``obs`` is read.
     fractions
-        Share of each part, adding up to one.
+        Fraction of cells in each part; they add up to one.
     group_key
-        Column of groups (donors, samples) that stay whole: validation then means "on new donors".
+        Column of groups (donors, samples) that are never divided. Validation is then on groups that are not in the
+        training cells.
     stratify
-        Column whose labels are divided by the same shares.
+        Column of labels; every label is split by the same fractions.
     key_added
         Column to write.
     random_state
-        Seed.
+        Random seed.
     copy
-        Return a changed copy in place of changing ``adata``.
+        Return a changed copy instead of changing ``adata``.
 
     Writes
     ------
     ``adata.obs[key_added]``
-        Categorical of ``train``, ``validation`` and ``test``.
+        Categorical with ``train``, ``validation`` and, with three fractions, ``test``.
 
     Examples
     --------

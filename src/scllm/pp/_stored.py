@@ -1,4 +1,4 @@
-"""The matrix that a verb works on, as rows in order and without stored zeros."""
+"""The matrix to work on, as CSR with sorted columns and without stored zeros."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["stored_rows"]
 
 
 def stored_rows(adata: AnnData, source: CellSource, layer: str | None) -> CSR:
-    """The layer itself where its rows are stored in order and without zeros, else its values read in row chunks.
+    """Return the layer itself if it is canonical CSR without stored zeros, or else read it in row chunks.
 
-    Counts come without floating-point noise.
+    Floating-point noise of counts is removed.
     """
     stored = adata.layers.get(layer) if layer is not None else None if adata.isbacked else adata.X
     if sparse.issparse(stored) and stored.format == "csr" and stored.has_canonical_format and stored.data.all():

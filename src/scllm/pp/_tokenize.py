@@ -1,4 +1,4 @@
-"""The sentences a model would read."""
+"""Writing the token sequences that a model would read."""
 
 from __future__ import annotations
 
@@ -42,35 +42,37 @@ def tokenize(
     random_state: int = 0,
     copy: bool = False,
 ) -> AnnData | None:
-    """Write down what a model would read, for looking at; models encode by themselves.
+    """Write the token sequences that a model would read, for inspection.
+
+    Models encode data by themselves and do not need this.
 
     Parameters
     ----------
     adata
         Cells by genes.
     encoder
-        ``"bins"`` (scGPT), ``"ranks"`` (Geneformer, relative to the medians of these cells), ``"values"``
-        (log-normalised), or an encoder object.
+        ``"bins"`` (scGPT), ``"ranks"`` (Geneformer, relative to the gene medians of these cells), ``"values"``
+        (log-normalised expression), or an encoder object.
     model
-        A model, or the path of one: brings its own encoder and vocabulary, in place of ``encoder`` and ``vocab``.
+        A model, or the path of one, whose encoder and vocabulary are used instead of ``encoder`` and ``vocab``.
     vocab
-        Token ids; ``None`` makes a vocabulary of all genes.
+        Vocabulary; ``None`` makes one from all genes.
     max_len
-        Longest token sequence, specials included; ``None`` is the encoder's own. Longer cells keep their highest
-        values, of equal ones those with the lowest token ids.
+        Longest token sequence, special tokens included; ``None`` uses that of the encoder. Longer cells are truncated
+        to their highest values; of equal values, those with the lowest token ids are kept.
     layer
         Layer to read; ``None`` is ``X``.
     key_added
         Key in ``obsm``.
     random_state
-        Seed of random ties.
+        Random seed for random ties.
     copy
-        Return a changed copy in place of changing ``adata``.
+        Return a changed copy instead of changing ``adata``.
 
     Writes
     ------
     ``adata.obsm[key_added]``, ``adata.obsm[key_added + "_values"]``
-        Token ids and the values beside them (CSR, column = position in the sentence); ranks have no values.
+        Token ids and their values (CSR, with one column per position in the token sequence); ranks have no values.
     ``adata.uns["scllm"]["tokenize"]``
         Vocabulary, special tokens and settings.
 
@@ -113,7 +115,7 @@ def tokenize(
     tokens = Tokens.stacked(blocks)
     adata.obsm[key] = _by_position(tokens, tokens.genes)
     if tokens.values is None:
-        adata.obsm.pop(key + _keys.TOKEN_VALUES, None)  # of an earlier call
+        adata.obsm.pop(key + _keys.TOKEN_VALUES, None)  # left by an earlier call
     else:
         adata.obsm[key + _keys.TOKEN_VALUES] = _by_position(tokens, tokens.values)
     params = {
@@ -151,5 +153,5 @@ def _encoder(named: str | Encoder) -> Encoder:
 def _by_position(tokens: Tokens, content: np.ndarray) -> sparse.csr_matrix:
     positions = np.arange(len(content)) - np.repeat(tokens.indptr[:-1], tokens.lengths)
     shape = (len(tokens), int(tokens.lengths.max(initial=0)))
-    # two matrices are made of the same tokens: each has arrays of its own
+    # copied, because two matrices are made from the same tokens and must not share arrays
     return sparse.csr_matrix((content, positions, tokens.indptr.copy()), shape=shape)
