@@ -1,4 +1,4 @@
-"""What is said of a matrix before anything starts."""
+"""Checks of a matrix before anything starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which names a data set uses, and which token each gene is."""
+"""Matching the genes of a data set to the tokens of a vocabulary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows make a batch, on which rank."""
+"""The rows of each batch on each rank."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_in_memory_the_cells_of_a_step_do_not_depend_on_the_number_of_ranks(n_ob
 
 
 @pytest.mark.parametrize("chunk", [1, 16])
-def test_the_order_is_a_function_of_seed_and_epoch(chunk):
+def test_seed_and_epoch_determine_the_order(chunk):
     def order(seed, epoch):
         return [row for rows in batches(300, 16, seed=seed, epoch=epoch, chunk=chunk) for row in rows]
 

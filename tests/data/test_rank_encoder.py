@@ -54,7 +54,7 @@ def test_genes_fall_by_count_over_median_between_the_specials(data, max_len, cls
 
 @settings(deadline=None, max_examples=40)
 @given(cells())
-def test_training_keeps_a_random_part_of_the_sentence_keyed_by_the_cell(data):
+def test_training_keeps_a_random_subset_of_genes_keyed_by_the_cell(data):
     counts, medians = data
     encoder, keys = RankEncoder(8, True, True, medians), np.array([1, 2, 3, 4])
     whole = RankEncoder(99, True, True, medians)(counts, VOCAB, measured=MEASURED)

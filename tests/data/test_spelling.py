@@ -1,4 +1,4 @@
-"""Gene names that are spelt otherwise than in the vocabulary, and columns in which the right ones are."""
+"""Gene names that are spelt differently from the vocabulary, and other columns that hold matching names."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tokens(names: list[str], vocab: list[str] = HUMAN, **options) -> list[int]:
         lambda gene, i: re.sub(r"^(\d)", r"X\1", gene.replace("-", ".")),
     ],
 )  # fmt: skip
-def test_names_that_can_mean_one_gene_only_are_mended(spelt):
+def test_names_that_can_mean_only_one_gene_are_corrected(spelt):
     assert tokens([spelt(gene, i) for i, gene in enumerate(HUMAN)]) == list(range(10))
 
 
@@ -44,7 +44,7 @@ def test_ids_are_found_in_names_too(spelt):
     assert tokens(names, IDS) == list(range(10))
 
 
-def test_a_mended_name_never_takes_the_token_of_another_gene():
+def test_a_corrected_name_never_takes_the_token_of_another_gene():
     # the first HLA-A is there; one of two that may be HLA-B, TP53 twice over
     assert tokens(["HLA-A", "HLA-A-1", "HLA.A", "HLA.B", "HLA_B", "CD3E", "LYZ"]) == [1, -1, -1, -1, -1, 6, 9]
     assert tokens(["A-B", "C", "A_B"], ["A.B", "A-B", "C"]) == [1, 2, -1]
@@ -56,7 +56,7 @@ def test_names_that_are_right_are_left_alone():
     assert tokens(names) == [7, 3, 8, 6, 9, -1, -1]
 
 
-def test_case_is_mended_within_a_species_only():
+def test_case_is_corrected_only_within_a_species():
     upper = [gene.upper() for gene in HUMAN]
     assert tokens(upper) == list(range(10))  # C1ORF112 among names that are right
     barnyard = [*HUMAN[:5], *MOUSE]
@@ -77,7 +77,7 @@ def test_names_that_stay_unclear_are_counted_in_the_message():
         match(["LYZ-1", "LYZ.1", *(f"x{i}" for i in range(8))], Vocab.from_genes(HUMAN))
 
 
-def test_what_was_mended_is_logged_with_numbers_and_an_example(caplog):
+def test_corrections_are_logged_with_numbers_and_an_example(caplog):
     names = [*(f"GRCh38_{gene}" for gene in HUMAN[:6]), "HLA.B ", *HUMAN[6:]]
     with caplog.at_level(logging.INFO, logger="scllm"):
         match(names, Vocab.from_genes(HUMAN))

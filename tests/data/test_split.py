@@ -1,4 +1,4 @@
-"""Dividing cells, by cell and by whole groups."""
+"""Splitting cells, by cell and by group."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_groups_meet_the_shares_as_closely_as_they_can():
 
 
 @given(st.integers(0, 5))
-def test_every_label_is_divided_alike_and_missing_ones_are_one_more(seed):
+def test_every_label_is_split_alike_and_missing_ones_are_one_more(seed):
     labels = pd.Series(["a"] * 50 + ["b"] * 20 + [None] * 30)
     part = split_cells(100, (0.8, 0.2), stratify=labels, random_state=seed)
     assert [np.bincount(part[rows]).tolist() for rows in (labels == "a", labels == "b", labels.isna())] == [

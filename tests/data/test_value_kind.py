@@ -1,4 +1,4 @@
-"""Whether a matrix holds counts, scaled counts, logarithms or something else, told by the shape of its cells."""
+"""Recognising counts, scaled counts, logarithms and other values from the values within cells."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Aligning genes to a vocabulary."""
+"""Matching genes to a vocabulary."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_sketches_of_parts_add_up_and_keep_their_accuracy(n):
     assert np.isnan(whole.medians()[5])
 
 
-def test_rank_sentences_follow_the_ranks(adata):
+def test_rank_ordered_sequences_follow_the_ranks(adata):
     tokenize(adata, encoder="ranks", max_len=8)
     genes, values = get.tokens(adata)
     assert values is None

@@ -1,4 +1,4 @@
-"""The column of parts."""
+"""The column that pp.split writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_groups_stay_whole(adata):
     assert set(adata.obs["split"]) == {"train", "validation"}
 
 
-def test_labels_are_divided_alike(adata):
+def test_labels_are_split_alike(adata):
     split(adata, fractions=(0.5, 0.5), stratify="cell_type")
     assert (pd.crosstab(adata.obs["cell_type"], adata.obs["split"]) == 15).all(axis=None)
 
@@ -56,7 +56,7 @@ def test_the_column_is_in_the_order_of_the_cells(adata):
     assert len(runs) > 10  # not the first half and the second
 
 
-def test_a_part_without_cells_is_said():
+def test_a_part_without_cells_is_a_warning():
     cells = toy(n_cells=10, n_genes=20)
     with pytest.warns(UserWarning, match=naming("10 cells", "(0.97, 0.03)", "validation")):
         split(cells)
