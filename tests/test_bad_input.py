@@ -212,12 +212,12 @@ CASES = {
         r"adata\.obs\['mixed'\] = adata\.obs\['mixed'\]\.astype\(object\)\.map\(str",
     ),
     "integer labels": Case(
-        label("n", np.arange(60) % 3 + 5), finetune("n"), r"obs\['n'\] holds integers \(first: 5\)",
-        "labels or float values expected", r"\.astype\('category'\)",
+        label("n", np.arange(60) % 3 + 5), finetune("n"), naming("obs['n']", "integers", "first: 5"),
+        "labels or float values", r"\.astype\('category'\)",
     ),
     "numbers as objects": Case(
         label("n", pd.Series([*range(5), None] * 10, dtype=object).to_numpy()), finetune("n"),
-        r"obs\['n'\] holds numbers as objects \(first: 0\)", "labels or float values expected",
+        naming("obs['n']", "numbers as objects", "first: 0"), "labels or float values",
         r"\.astype\('category'\)",
     ),
     "two columns of one name": Case(

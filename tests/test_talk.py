@@ -169,7 +169,7 @@ def test_folds_do_not_repeat_what_the_first_has_said(adata, tiny, tmp_path, capl
 def test_several_processes_speak_once(tmp_path):
     run = f"size='tiny', epochs=1, n_procs=2, device='cpu', run_dir={str(tmp_path / 'run')!r}"
     lines = [line for line in said(f"{EMBED}scllm.tl.pretrain(adata, {run})") if not line.startswith("compiling")]
-    assert [line.split()[0] for line in lines] == ["training", "writing", "on", "trained"]
+    assert [line.split()[0] for line in lines] == ["training", "writing", "to", "trained"]
     assert "on 2 CPU processes" in lines[0]
 
 

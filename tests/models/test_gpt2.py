@@ -165,7 +165,7 @@ def test_dropout_is_that_of_the_configuration(adata):
     bert = BertConfig(**BERT, max_position_embeddings=64, hidden_dropout_prob=0.3)
     model = models.build("gpt2", vocab=adata.var_names, hf_config=bert)
     assert model.config.dropout == 0.3
-    with pytest.raises(TypeError, match=r"dropout=0.1 is given, and the model's hf_config says 0.3"):
+    with pytest.raises(TypeError, match=naming("dropout=0.1", "hf_config", 0.3)):
         pretrain(adata, model, dropout=0.1)
 
 

@@ -215,7 +215,7 @@ def test_requests_on_files_that_cannot_be_met(adata, tiny, tmp_path):
         embed(tmp_path / "a.h5ad", tiny, out=tmp_path / "a.csv")
     with pytest.raises(TypeError, match=naming("copy=True", type(tmp_path).__name__, "out=")):
         embed(tmp_path / "a.h5ad", tiny, copy=True)
-    with pytest.raises(ValueError, match="no model is given"):
+    with pytest.raises(ValueError, match=naming("model", "adata.uns['scllm']['model']")):
         embed(tmp_path / "a.h5ad")
 
 

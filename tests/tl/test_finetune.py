@@ -58,7 +58,7 @@ def test_heads_that_are_replaced_are_named(tune, caplog):
     tuned = tune()
     with caplog.at_level(logging.INFO, logger="scllm"):
         again = tune("batch", model=tuned)
-    assert "fresh heads take the place of those on 'cell_type'" in caplog.messages
+    assert any("replacing" in line and "'cell_type'" in line for line in caplog.messages)
     assert [spec.key for spec in again.head_specs] == ["batch"]
 
 
@@ -112,7 +112,7 @@ def test_cells_without_a_label_are_left_out_with_a_warning(adata, tune, what):
     column = adata.obs["cell_type"].astype(object) if what == "label" else pd.Series(np.arange(60.0), adata.obs_names)
     column.iloc[:7] = np.nan
     adata.obs["label"] = column
-    with pytest.warns(UserWarning, match=rf"7 of 60 cells have no {what} in obs\['label'\]"):
+    with pytest.warns(UserWarning, match=naming("7 of 60 cells", f"no {what}", "obs['label']")):
         tuned = tune("label")
     cells = cells_of(tuned)
     assert sorted([*cells["train"], *cells["validation"]]) == list(range(7, 60))
@@ -120,19 +120,17 @@ def test_cells_without_a_label_are_left_out_with_a_warning(adata, tune, what):
 
 def test_codes_with_a_gap_are_values_and_a_warning_says_so(adata, tune):
     adata.obs["cluster"] = np.where(np.arange(60) < 7, np.nan, np.arange(60) % 3)
-    with pytest.warns(
-        UserWarning, match=r"whole numbers, which are taken as values; if they are labels: (.*)\."
-    ) as said:
+    with pytest.warns(UserWarning, match=naming("obs['cluster']", "whole numbers", ".astype('category')")) as said:
         tuned = tune("cluster")
     assert tuned.head_specs[0].classes is None
     exec(str(said[0].message).split("labels: ")[1].removesuffix("."), {"adata": adata})
-    with pytest.warns(UserWarning, match="7 of 60 cells have no label"):
+    with pytest.warns(UserWarning, match=naming("7 of 60 cells", "no label")):
         assert tune("cluster").head_specs[0].classes == ("0", "1", "2")
 
 
 def test_a_second_call_without_a_model_says_that_it_goes_on_from_the_first(adata, tune):
     tune()
-    with pytest.warns(UserWarning, match="was fine-tuned on 'cell_type' before, a pretrained one expected"):
+    with pytest.warns(UserWarning, match=naming("fine-tuned on 'cell_type'", "model=")):
         tune(model=None)
     tune("batch", model=None)  # of another column nothing is known
     tune("batch")
@@ -154,17 +152,15 @@ def test_a_head_without_a_labelled_validation_cell_is_named(adata, tune):
     adata.obs["few"] = adata.obs["batch"].astype(object).where(is_known)
     adata.obs["few"] = adata.obs["few"].mask(is_known & (np.arange(60) % 2 == 0), "third")
     adata.obs["few depths"] = np.where(is_known, np.arange(60.0), np.nan)
-    with pytest.warns(UserWarning, match=r"none of the 15 validation cells has .* in 'few', 'few depths' of obs"):
+    with pytest.warns(UserWarning, match=naming("15 validation cells", "'few', 'few depths' of obs")):
         tuned = tune(["cell_type", "few", "few depths"], validation="part")
     validation = tuned.history.query("split == 'validation'")
     assert validation["accuracy_cell_type"].notna().all()
     assert "accuracy_few" not in tuned.history or validation["accuracy_few"].isna().all()
-    with pytest.raises(
-        ValueError, match=r"none of the \d+ cells with a label or value is 'validation' in obs\['part'\]"
-    ):
+    with pytest.raises(ValueError, match=naming("'validation'", "obs['part']", "none of")):
         tune("few", validation="part")
     adata.obs.loc[adata.obs_names[[3, 7]], "few"] = "seen nowhere else"
-    with pytest.warns(UserWarning, match=r"none of the 15 validation cells has .* in 'few' of obs"):
+    with pytest.warns(UserWarning, match=naming("15 validation cells", "'few' of obs")):
         tune(["cell_type", "few"], validation="part")
 
 
@@ -183,13 +179,13 @@ def test_a_column_of_parts_may_say_anything_of_cells_without_a_label(adata, tune
 @pytest.mark.parametrize("dtype", [object, float, "Int64", "category", "string"])
 def test_a_column_without_anything_is_an_error(adata, tune, dtype):
     adata.obs["label"] = pd.Series([pd.NA if dtype in ("Int64", "string") else np.nan] * 60, adata.obs_names, dtype)
-    with pytest.raises(ValueError, match=r"obs\['label'\] is missing in all 60 cells, .* some expected. Pass another"):
+    with pytest.raises(ValueError, match=naming("obs['label']", "all 60 cells", "key=")):
         tune("label")
 
 
 def test_to_go_on_needs_a_directory(adata, tiny, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="resume=True is given and run_dir is not, both expected"):
+    with pytest.raises(ValueError, match=naming("run_dir=", "resume=True", None)):
         finetune(adata, tiny, key="cell_type", resume=True)
     assert not list(tmp_path.iterdir())
 
@@ -203,24 +199,22 @@ def test_no_cell_at_all_is_an_error_whatever_the_labels(adata, tiny, label):
 
 def test_a_label_of_one_cell_is_warned_of(adata, tune):
     adata.obs["label"] = ["rare", *["A", "B"] * 29, "A"]
-    with pytest.warns(UserWarning, match=r"1 labels of obs\['label'\] have one cell only \(first: 'rare'\)"):
+    with pytest.warns(UserWarning, match=naming("1 labels of obs['label']", "one cell", "first: 'rare'")):
         tune("label")
 
 
 def test_labels_of_one_cell_that_are_numbers_may_be_values(adata, tune):
     adata.obs["age"] = [f"{min(year, 55) / 10:.1f}" for year in range(60)]
-    said = r"55 labels of obs\['age'\] have one cell only.* If they are values: .*astype\(float\)"
-    with pytest.warns(UserWarning, match="among the validation cells"), pytest.warns(UserWarning, match=said):
+    said = naming("55 labels of obs['age']", "one cell", ".astype(float)")
+    with pytest.warns(UserWarning, match="validation cells"), pytest.warns(UserWarning, match=said):
         tune("age")
 
 
 def test_labels_of_validation_cells_alone_are_warned_of(adata, tune):
     adata.obs["part"] = ["validation"] * 12 + ["train"] * 48
     adata.obs["label"] = ["rare"] * 4 + ["A", "B"] * 28
-    with pytest.warns(
-        UserWarning,
-        match=r"1 labels of obs\['label'\] \(first: 'rare'\) are among the validation .* 4 of 12 .* left out",
-    ):
+    said = naming("1 labels of obs['label']", "first: 'rare'", "4 of 12 validation cells")
+    with pytest.warns(UserWarning, match=said):
         tuned = tune("label", validation="part", class_weight="balanced")
     assert spec_of(tuned)["objective"]["class_weight"]["label"] == [1.0, 1.0, 0.0]
     # the other eight decide: with them alone the losses are the same
@@ -233,17 +227,13 @@ def test_labels_of_validation_cells_alone_are_warned_of(adata, tune):
 def test_validation_cells_of_other_labels_than_the_training_cells_are_an_error(adata, tune):
     adata.obs["part"] = ["validation"] * 6 + ["train"] * 54
     adata.obs["label"] = ["rare"] * 6 + ["A", "B"] * 27
-    with pytest.raises(
-        ValueError, match=r"no label that the validation cells have in obs\['label'\] \(first: 'rare'\)"
-    ):
+    with pytest.raises(ValueError, match=naming("validation cells", "obs['label']", "first: 'rare'")):
         tune("label", validation="part")
 
 
 def test_cells_without_a_group_are_an_error(adata, tune):
     adata.obs["donor"] = pd.Categorical(["a", "b", "c", None] * 15)
-    with pytest.raises(
-        ValueError, match=r"15 of 60 cells have no group in obs\['donor'\], one for every cell expected"
-    ):
+    with pytest.raises(ValueError, match=naming("15 of 60 cells", "group", "obs['donor']")):
         tune(group_key="donor")
 
 
@@ -259,7 +249,7 @@ def test_cells_are_held_out_by_the_first_key_that_has_labels(adata, tune):
 
 def test_a_warning_points_at_the_line_that_called(adata, tiny, tmp_path):
     adata.obs["label"] = ["rare", *["A", "B"] * 29, "A"]
-    with pytest.warns(UserWarning, match="have one cell only") as warned:
+    with pytest.warns(UserWarning, match=naming("obs['label']", "one cell")) as warned:
         finetune(adata, tiny, key="label", epochs=1, run_dir=tmp_path / "run")
     assert warned[0].filename == __file__
 
@@ -291,7 +281,7 @@ def test_rare_labels_weigh_more_where_asked(adata, tune):
     assert given == {"label": [1.0, 3.0]}
     with pytest.raises(KeyError, match=r"'rar' is not a label of obs.*Did you mean 'rare'"):
         tune("label", class_weight={"rar": 3})
-    with pytest.raises(ValueError, match="class_weight is 'equal'"):
+    with pytest.raises(ValueError, match=naming("class_weight", "'balanced'", "'equal'")):
         tune("label", class_weight="equal")
 
 
@@ -351,7 +341,7 @@ def test_epochs_without_validation_cells_have_one_loss_in_the_log(tune, caplog):
 
 
 def test_a_family_without_other_heads_than_the_published_ones_says_so(adata, tune, tmp_path):
-    with pytest.raises(ValueError, match=r"head_reads is 'both', 'published' expected: scbert has no .*Leave it out"):
+    with pytest.raises(ValueError, match=naming("head_reads='published'", "'both'", "scbert")):
         tune(model=models.build("scbert", vocab=adata.var_names, size="tiny"), config=TrainConfig(head_reads="both"))
     assert not list(tmp_path.iterdir())
 
@@ -376,7 +366,7 @@ def test_every_loss_trains(tune, loss):
 @pytest.mark.filterwarnings("ignore:after the first epoch the model gives one label")
 def test_a_column_that_divides_a_group_is_an_error(adata, tune):
     split(adata, fractions=(0.8, 0.2), stratify="cell_type")
-    with pytest.raises(ValueError, match=r"obs\['split'\] has cells of 'first' .* in training and in validation"):
+    with pytest.raises(ValueError, match=naming("obs['split']", "'first'", "obs['batch']", "pp.split(")):
         tune(validation="split", group_key="batch")
     adata.obs["split"] = np.where(adata.obs["batch"] == "first", "train", "validation")
     tune(validation="split", group_key="batch")
@@ -436,40 +426,36 @@ def test_down_sampling_needs_counts(adata, tune):
     [
         ({"key": "celltype"}, KeyError, "'celltype' is not a column of adata.obs. Did you mean 'cell_type'"),
         ({"key": "one"}, ValueError, r"2 classes in obs\['one'\], got 1 \('x'\)"),
-        ({"key": "n"}, ValueError, r"obs\['n'\] holds integers \(first: 4\), labels .*astype\('category'\)"),
-        ({"key": "flat"}, ValueError, r"obs\['flat'\] holds 1 distinct values, at least 2"),
-        (
-            {"key": "text"},
-            ValueError,
-            r"all 60 labels of obs\['text'\] have one cell only .*If they are values: .*float",
-        ),
-        ({"key": "names"}, ValueError, r"all 60 labels of obs\['names'\] have one cell only .*Merge them, or pass"),
-        ({"class_weight": {"A": -1}}, ValueError, r"class_weight of 'A' is -1, a number of 0 or more"),
-        ({"class_weight": {"A": "2"}}, ValueError, r"class_weight of 'A' is '2', a number of 0 or more"),
-        ({"class_weight": {"a": 1}}, KeyError, r"'a' is not a label of obs\['cell_type'\]. .*Mend class_weight"),
-        ({"key": "depth", "class_weight": "balanced"}, TypeError, r"class_weight needs labels, obs\['depth'\] holds"),
+        ({"key": "n"}, ValueError, naming("obs['n']", "integers", "first: 4", ".astype('category')")),
+        ({"key": "flat"}, ValueError, naming("obs['flat']", "distinct values", 2, 1)),
+        ({"key": "text"}, ValueError, naming("all 60 labels of obs['text']", "one cell", ".astype(float)")),
+        ({"key": "names"}, ValueError, naming("all 60 labels of obs['names']", "one cell", "first: 'name 0'", "key=")),
+        ({"class_weight": {"A": -1}}, ValueError, naming("class_weight of 'A'", "-1")),
+        ({"class_weight": {"A": "2"}}, ValueError, naming("class_weight of 'A'", "'2'")),
+        ({"class_weight": {"a": 1}}, KeyError, naming("'a'", "label of obs['cell_type']", "class_weight")),
+        ({"key": "depth", "class_weight": "balanced"}, TypeError, naming("class_weight", "labels", "obs['depth']")),
         ({"loss": {"ce": 1, "dice": -1}}, ValueError, naming("weights of loss", "'dice': -1")),
         ({"loss": {"ce": "1"}}, ValueError, naming("weights of loss", "'ce': '1'")),
-        (
-            {"key": "depth", "loss": "dice"},
-            TypeError,
-            r"^loss='dice' is for labels, and obs\['depth'\] holds values",
-        ),
+        ({"key": "depth", "loss": "dice"}, TypeError, naming("loss='dice'", "labels", "obs['depth']")),
         (
             {"key": "depth", "config": TrainConfig(label_smoothing=0.1)},
             TypeError,
-            r"^label_smoothing=0\.1 is for labels, and obs\['depth'\] holds values",
+            naming("label_smoothing=0.1", "labels", "obs['depth']"),
         ),
         ({"loss": "mse"}, ValueError, naming("loss", "('ce', 'bce', 'dice', 'focal')", "'mse'")),
         ({"loss": {"focl": 1}}, ValueError, naming("loss", "('ce', 'bce', 'dice', 'focal')", "'focl'")),
         ({"freeze": "encodr"}, ValueError, naming("freeze", "'encodr'", "'encoder'")),
-        ({"key": []}, ValueError, r"key is \[\]"),
-        ({"key": ["batch", "batch"]}, ValueError, "Name each once"),
-        ({"key": "depth", "upsample": True}, TypeError, r"upsample=True needs labels, obs\['depth'\] holds values"),
-        ({"key": "batch", "group_key": "batch"}, ValueError, "training cells hold 1 distinct labels"),
+        ({"key": []}, ValueError, naming("key", "[]")),
+        ({"key": ["batch", "batch"]}, ValueError, naming("key", "['batch', 'batch']", "once")),
+        ({"key": "depth", "upsample": True}, TypeError, naming("upsample=True", "labels", "obs['depth']")),
+        ({"key": "batch", "group_key": "batch"}, ValueError, naming(2, "distinct labels", "obs['batch']", "got 1")),
         ({"epochs": 1, "config": TrainConfig(epochs=2)}, TypeError, naming("epochs", "1", "2", "config")),
         ({"config": TrainConfig(max_len=1)}, ValueError, naming("max_len", "got 1", 2)),
-        ({"lora": 4, "config": TrainConfig(head_reads="inputs")}, TypeError, r"with lora=, got 'inputs'"),
+        (
+            {"lora": 4, "config": TrainConfig(head_reads="inputs")},
+            TypeError,
+            naming("head_reads='both'", "lora=", "'inputs'"),
+        ),
         ({"lora": True}, TypeError, naming("lora", "True", "LoraSettings", "LoraConfig")),
         ({"freeze": 1.5}, TypeError, naming("freeze", "1.5", "'encoder'")),
         ({"freeze": ["layers.*", 1]}, TypeError, naming("freeze", "['layers.*', 1]", "'encoder'")),
@@ -485,7 +471,7 @@ def test_down_sampling_needs_counts(adata, tune):
             naming("label_smoothing=0.1", "'ce'", "'dice': 1.0"),
         ),
         ({"loss": ["ce", "dice"]}, TypeError, naming("loss", "['ce', 'dice']", "'focal'")),
-        ({"key": 5}, TypeError, "key is 5, a column of obs or a list of several expected"),
+        ({"key": 5}, TypeError, naming("key", 5)),
         ({"random_state": -1}, ValueError, naming("random_state", "-1")),
         ({"random_state": 1.5}, TypeError, naming("random_state", "1.5", "whole number")),
     ],
@@ -587,9 +573,9 @@ def test_missing_labels_that_became_text_are_warned_of_and_the_advice_mends_them
     known = adata.obs["cell_type"].astype(object)
     text = known.where(np.arange(adata.n_obs) > 9).astype(str)
     adata.obs["text"] = text.astype("category") if is_categorical else text
-    with pytest.warns(UserWarning, match=r"obs\['text'\] holds 'nan', names of labels expected") as caught:
+    with pytest.warns(UserWarning, match=naming("obs['text']", "'nan'")) as caught:
         assert "nan" in find_target(adata.obs, "text").classes
     assert "= adata.obs['text'].mask(adata.obs['text'].isin(['nan']))." in str(caught[0].message)
     adata.obs["text"] = adata.obs["text"].mask(adata.obs["text"].isin(["nan"]))
-    with pytest.warns(UserWarning, match="10 of 60 cells have no label"):
+    with pytest.warns(UserWarning, match=naming("10 of 60 cells", "no label")):
         assert find_target(adata.obs, "text").classes == tuple(sorted(set(known)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from engine.runs import interrupted, pretrain
+from messages import naming
 
 from scllm import models, tl
 from scllm.data.medians import token_medians
@@ -56,8 +57,8 @@ def test_verbs_use_a_model_without_values(trained, adata):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"left_out": 0.2}, TypeError, "left_out=0.2 is given, and geneformer is trained for MaskedGene"),
-        ({"mask_ratio": (0.1, 0.2)}, TypeError, "is given, and geneformer is trained for MaskedGene"),
+        ({"left_out": 0.2}, TypeError, naming("left_out=0.2", "geneformer", "MaskedGene")),
+        ({"mask_ratio": (0.1, 0.2)}, TypeError, naming("mask_ratio=(0.1, 0.2)", "geneformer", "MaskedGene")),
         ({"mask_ratio": 1.5}, ValueError, "p is 1.5"),
     ],
 )

@@ -84,7 +84,8 @@ def say_training(
         time_in_words(cost.seconds),
     )  # fmt: skip
     if n > 1 and cost.device.type == "cuda" and (config.batch_size or 0) < 64 * n:
-        log.info("%d cells a step are few for %d GPUs: batch_size=%d keeps them busy", config.batch_size, n, 64 * n)
+        log.info("training with %d cells a step, which is few for %d GPUs; batch_size=%d would keep them busy",
+                 config.batch_size, n, 64 * n)  # fmt: skip
     log.info("writing the run to %s", path)
 
 

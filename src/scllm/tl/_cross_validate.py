@@ -124,9 +124,9 @@ def cross_validate(
     """
     check_adata(adata)
     if adata.isbacked:
-        raise ValueError("adata is backed by a file, one in memory expected. Pass adata.to_memory().")
+        raise ValueError("Expected adata in memory, but it is backed by a file. Pass adata.to_memory().")
     if not isinstance(key, str):
-        raise TypeError(f"key is {key!r}, the name of one column of obs expected. Call cross_validate for each column.")
+        raise TypeError(f"Expected key to be one column of obs, got {key!r}. Call cross_validate once for each column.")
     target = find_target(adata.obs, key)
     free_key(adata, "obs", key + _keys.CROSS_VALIDATED)
     groups = find_groups(adata.obs, group_key, target)
@@ -139,8 +139,8 @@ def cross_validate(
     chosen = resolve(model, adata)
     if key in chosen.heads_on("cell"):
         warn(
-            f"the model was fine-tuned on a column {key!r} before, one that has not seen the labels of these cells "
-            "expected: if they are the same cells, every score is too high. Pass the pretrained model."
+            f"The model was already fine-tuned on a column {key!r}. If it was trained on the labels of these cells, "
+            "every score is too high. Pass the pretrained model."
         )
     config = options["config"] = options.get("config") or TrainConfig()
     check_layer(cells.source, chosen, layer, adata, downsample=config.downsample or 0.0)
@@ -149,7 +149,7 @@ def cross_validate(
     run_dir = folds_directory("cross_validate", options.pop("run_dir", None), options.pop("resume", "auto"))
     methods = ("model", "baseline") if baseline else ("model",)
     tables, first = [], {method: np.full((adata.n_obs, target.n_outputs), np.nan, np.float32) for method in methods}
-    log.info("cross-validating obs[%r]: a model is trained in each of %d folds", key, n_repeats * n_folds)
+    log.info("cross-validating obs[%r], training one model in each of %d folds", key, n_repeats * n_folds)
     for repeat, fold in np.ndindex(n_repeats, n_folds):
         tested = np.flatnonzero(folds[repeat] == fold)
         training = np.flatnonzero((folds[repeat] >= 0) & (folds[repeat] != fold))
@@ -317,12 +317,12 @@ class _Cells:
             return None
         of_cell = pd.Series(self.groups[training])
         if of_cell.nunique() < 3:
-            log.info("validating on single cells: %d groups are too few to hold one out", of_cell.nunique())
+            log.info("validating on single cells, because %d groups are too few to hold one out", of_cell.nunique())
             return None
         part = split_cells(len(training), (1 - share, share), groups=of_cell, random_state=seed)
         labels = self.target.column[training]
         if self.target.classes is not None and len(np.unique(labels[part == 0])) < len(np.unique(labels)):
-            log.info("validating on single cells: whole groups would take every cell of a label out of training")
+            log.info("validating on single cells, because holding out whole groups would leave a label untrained")
             return None
         n_held_out = of_cell[part == 1].nunique()
         log.info("validating on whole groups: %d of the %d training groups", n_held_out, of_cell.nunique())
@@ -341,14 +341,16 @@ def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     share = options.get("validation", _OPTIONS["validation"].default)
     if isinstance(share, str) or not 0 <= (share or 0) < 1:
         raise ValueError(
-            f"validation is {share!r}, a share from 0 up to below 1 of the training cells expected: folds say which "
-            "cells are tested. Leave it out."
+            f"Expected validation to be a share of the training cells, at least 0 and below 1, got {share!r}. The "
+            "folds determine which cells are tested. Leave validation out."
         )
     config = options.get("config")
     set_there = None if config is None else config.random_state
     seed = options.pop("random_state", 0)
     if set_there is not None and seed:
-        raise TypeError(f"random_state is given twice: {seed} as an argument, {set_there} in config. Give it once.")
+        raise TypeError(
+            f"Expected random_state once, got {seed} as an argument and {set_there} in config. Leave one out."
+        )
     if config is not None:
         options["config"] = replace(config, random_state=None)
         seed = config.random_state or seed

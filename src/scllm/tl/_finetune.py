@@ -222,8 +222,8 @@ def _say_if_tuned_before(begun: CellModel, keys: Sequence[str], given: ModelLike
     before = [key for key in begun.heads_on("cell") if key in keys]
     if given is None and before:
         warn(
-            f"the model recorded on the data was fine-tuned on {before[0]!r} before, a pretrained one expected: its "
-            "validation cells may have been trained on. Pass the model to start from."
+            f"The model recorded on the data was already fine-tuned on {before[0]!r}. It may have been trained on "
+            "cells that now validate it, which makes scores too high. Pass the pretrained model as model=."
         )
 
 
@@ -233,19 +233,21 @@ def _check_is_for_values(loss: LossName | Mapping[LossName, float], label_smooth
         return
     given = f"loss={loss!r}" if loss != "ce" else f"label_smoothing={label_smoothing}"
     raise TypeError(
-        f"{given} is for labels, and obs[{key!r}] holds values, whose loss is the squared error. Leave it out."
+        f"{given} is for labels, but obs[{key!r}] holds values, whose loss is the squared error. Leave it out."
     )
 
 
 def _names(key: str | Sequence[str]) -> list[str]:
     """The columns to predict."""
     if not isinstance(key, (str, Sequence)):
-        raise TypeError(f"key is {key!r}, a column of obs or a list of several expected. Name it.")
+        raise TypeError(f"Expected key to be a column of obs or a list of columns, got {key!r}. Pass their names.")
     keys = [key] if isinstance(key, str) else list(key)
     if not keys or len(set(keys)) < len(keys):
-        raise ValueError(f"key is {keys}, one column of obs or several different ones expected. Name each once.")
+        raise ValueError(f"Expected key to be one or several different columns of obs, got {keys}. Name each once.")
     if len({_keys.safe(str(name)) for name in keys}) < len(keys):
-        raise ValueError(f"Expected keys that differ once '/' is '_', as results are written, got {keys}. Rename one.")
+        raise ValueError(
+            f"Expected keys that still differ when '/' is replaced by '_' in the results, got {keys}. Rename one."
+        )
     return keys
 
 
@@ -253,8 +255,8 @@ def _adapters(lora: Lora | None, reads: HeadSetting | None) -> LoraSettings | No
     """Settings of the adapters, if there shall be any."""
     if lora is not None and reads == "inputs":
         raise TypeError(
-            "Expected head_reads='both' or 'last' with lora=, got 'inputs'. Adapters change the blocks, and heads on "
-            "the inputs read what comes before them. Leave one of the two out."
+            "Expected head_reads='both' or 'last' with lora=, got 'inputs'. Adapters change the blocks, but heads on "
+            "the inputs read only the embeddings before the first block. Leave one of the two out."
         )
     return lora_settings(lora)
 
@@ -266,13 +268,13 @@ def _target(source: CellSource, key: str) -> Target:
         single = np.flatnonzero(target.counts(np.arange(source.n_obs)) == 1)
         if len(single) == len(target.classes):
             raise ValueError(
-                f"all {len(single)} labels of obs[{key!r}] have one cell only (first: {target.classes[0]!r}), labels "
-                f"with several cells expected. {target.advice}"
+                f"Expected labels with several cells each, but all {len(single)} labels of obs[{key!r}] have one cell "
+                f"only (first: {target.classes[0]!r}). {target.advice}"
             )
         if len(single):
             warn(
-                f"{len(single)} labels of obs[{key!r}] have one cell only (first: {target.classes[single[0]]!r}), at "
-                f"least 2 expected: they cannot be validated. {target.advice}"
+                f"{len(single)} labels of obs[{key!r}] have one cell only (first: {target.classes[single[0]]!r}). They "
+                f"cannot be both trained and validated. {target.advice}"
             )
     return target
 
@@ -283,8 +285,8 @@ def _head(target: Target, training: IntArray) -> HeadSpec:
     if len(np.unique(seen)) < 2:
         what = "values" if target.classes is None else "labels"
         raise ValueError(
-            f"the training cells hold {len(np.unique(seen))} distinct {what} of obs[{target.key!r}], at least 2 "
-            "expected. Pass another column, hold out other groups, or a smaller share."
+            f"Expected training cells with at least 2 distinct {what} in obs[{target.key!r}], got "
+            f"{len(np.unique(seen))}. Pass another column, hold out other groups, or hold out fewer cells."
         )
     if target.classes is not None:
         return HeadSpec(target.key, target.classes, categories=target.categories)
@@ -302,14 +304,15 @@ def _to_validate(targets: Sequence[Target], training: IntArray, held_out: IntArr
         lost = next(target for target in targets if target.is_there[held_out].any())
         first = lost.names(lost.column[held_out[lost.is_there[held_out]]])[0]
         raise ValueError(
-            f"no label that the validation cells have in obs[{lost.key!r}] (first: {first!r}) is among the training "
-            "cells, labels of both expected. Hold out other cells or groups."
+            f"Expected validation cells with labels that training cells have too, but the training cells have none of "
+            f"the labels of the validation cells in obs[{lost.key!r}] (first: {first!r}). Hold out other cells or "
+            "groups."
         )
     if missed:
         warn(
-            f"none of the {len(held_out)} validation cells has a label or value to validate in {listed(missed)} of "
-            "obs, some expected: these heads are neither validated nor calibrated. Hold out cells that have one, with "
-            "validation= a column of obs."
+            f"None of the {len(held_out)} validation cells has a label or value to validate in {listed(missed)} of "
+            "obs. These heads are neither validated nor calibrated. To hold out cells that have one, pass a column of "
+            "obs as validation=."
         )
     return known
 
@@ -326,8 +329,8 @@ def _without_unseen(target: Target, training: IntArray, held_out: IntArray) -> T
     if len(lost) < len(asked):  # else there is nothing left to validate, which is said of all columns together
         warn(
             f"{len(unseen)} labels of obs[{target.key!r}] (first: {target.classes[unseen[0]]!r}) are among the "
-            f"validation cells and not among the training cells, training cells of each expected: {len(lost)} of "
-            f"{len(asked)} validation cells are left out. Hold out other cells or groups."
+            f"validation cells but not among the training cells. The {len(lost)} of {len(asked)} validation cells with "
+            "such labels are not used. Hold out other cells or groups to use them."
         )
     column = target.column.copy()
     column[lost] = -1
@@ -338,11 +341,11 @@ def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadSetting, 
     """Fresh heads, a function of the seed."""
     if reads != "published" and model.head_pooling is None:
         raise ValueError(
-            f"head_reads is {reads!r}, 'published' expected: {model.family} has no other heads than those of its "
-            "published checkpoints. Leave it out."
+            f"Expected head_reads='published', got {reads!r}. {model.family} has no other heads than those of its "
+            "published checkpoints. Leave head_reads out."
         )
     if model.head_specs:
-        log.info("fresh heads take the place of those on %s", ", ".join(repr(spec.key) for spec in model.head_specs))
+        log.info("replacing the heads on %s by new ones", ", ".join(repr(spec.key) for spec in model.head_specs))
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)  # of the CPU alone: GPUs keep their state
         if reads == "published":
@@ -357,7 +360,7 @@ def _balancing(targets: Sequence[Target], training: IntArray) -> NDArray[np.floa
     """Probability of drawing each training cell, so that labels come equally often."""
     target = next((one for one in targets if one.classes is not None), None)
     if target is None:
-        raise TypeError(f"upsample=True needs labels, obs[{targets[0].key!r}] holds values. Leave it out.")
+        raise TypeError(f"upsample=True needs labels, but obs[{targets[0].key!r}] holds values. Leave it out.")
     codes, counts = target.column[training], target.counts(training)
     weights = np.where(codes >= 0, 1 / np.maximum(counts[codes], 1), np.nan)
     weights[codes < 0] = np.nanmean(weights)  # cells that are labelled for another head alone
@@ -371,10 +374,12 @@ def _class_weights(
     if given is None:
         return {}
     if given != "balanced" and not isinstance(given, Mapping):
-        raise ValueError(f"class_weight is {given!r}, 'balanced' or a weight for each label expected. Leave it out.")
+        raise ValueError(
+            f"Expected class_weight to be 'balanced' or a mapping of labels to weights, got {given!r}. Pass either."
+        )
     labelled = [target for target in targets if target.classes is not None]
     if not labelled:
-        raise TypeError(f"class_weight needs labels, obs[{targets[0].key!r}] holds values. Leave it out.")
+        raise TypeError(f"class_weight needs labels, but obs[{targets[0].key!r}] holds values. Leave it out.")
     given = given if isinstance(given, str) else {str(name): weight for name, weight in given.items()}
     if isinstance(given, Mapping):
         check_class_weight(given, labelled)
@@ -387,7 +392,7 @@ def check_class_weight(given: Mapping[str, float], labelled: Sequence[Target]) -
     unknown = sorted({str(name) for name in given} - known)
     if unknown:
         where = " or ".join(f"obs[{target.key!r}]" for target in labelled)
-        raise missing_key(unknown[0], sorted(known), f"a label of {where}", "Mend class_weight.")
+        raise missing_key(unknown[0], sorted(known), f"a label of {where}", "Correct class_weight.")
 
 
 def _weights_of(
@@ -401,6 +406,7 @@ def _weights_of(
     for name, weight in given.items():
         if not (isinstance(weight, Real) and 0 <= weight < np.inf):
             raise ValueError(
-                f"class_weight of {name!r} is {weight!r}, a number of 0 or more expected. 1 is the weight of the rest."
+                f"Expected class_weight of {name!r} to be a number of at least 0, got {weight!r}. Labels that "
+                "class_weight does not name have weight 1."
             )
     return tuple(float(given.get(name, 1.0)) for name in target.classes)

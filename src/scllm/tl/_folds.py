@@ -83,10 +83,13 @@ def folds_directory(verb: str, given: Any, resume: Any) -> Path:
     path = Path(given)
     begun = (path / "fold-0").exists()
     if resume is True and not begun:
-        raise ValueError(f"{path} holds no fold to continue, one expected with resume=True. Pass resume='auto'.")
+        raise ValueError(
+            f"Expected folds to resume in {path} (resume=True), but there are none. Pass resume='auto' to start them."
+        )
     if resume is False and begun:
         raise ValueError(
-            f"{path} holds folds already, an empty directory expected with resume=False. Pass another one."
+            f"Expected an empty run directory (resume=False), but {path} already holds folds. Pass another run_dir, or "
+            "resume='auto' to resume them."
         )
     return path
 
@@ -99,7 +102,7 @@ def kept_predictions(run_dir: Path, spec: Mapping[str, Any], *, keep_models: boo
     predictions.check(spec)
     if keep_models and not Run(run_dir).model.exists():
         raise ValueError(
-            f"Expected the model of the finished fold in '{run_dir}', got its predictions alone: an earlier call with "
+            f"Expected the model of the finished fold in '{run_dir}', got only its predictions. An earlier call with "
             "keep_models=False removed the model. Pass another run_dir, or keep_models=False."
         )
     _remove_weights(Run(run_dir), keep_models)

@@ -42,14 +42,14 @@ def _check_ranked(source: RankedCells, model: CellModel) -> None:
     """Raise unless the model ranks genes as the sentences do."""
     if not isinstance(model.encoder, RankEncoder):
         raise ValueError(
-            f"{source.path} holds the order of genes alone, and {model.family} reads values. Pass the counts, or a "
-            "model that ranks genes (geneformer)."
+            f"{source.path} holds only the order of genes, but {model.family} reads expression values. Pass the "
+            "counts, or a model that ranks genes (geneformer)."
         )
     medians = np.ones(len(model.vocab)) if model.encoder.medians is None else model.encoder.medians
     ids = model.vocab.ids(source.vocab.tokens)
     known = (ids >= 0) & np.isfinite(source.medians)
     if not np.allclose(medians[ids[known]], source.medians[known], rtol=1e-9, equal_nan=True):
         raise ValueError(
-            f"the gene medians of {source.path} are not those of the model, the same expected: the order would be "
-            "another. Write the folder anew with `scllm genecorpus --model`."
+            f"Expected the gene medians of {source.path} to equal those of the model, got different ones, which would "
+            "order genes differently. Write the folder again with `scllm genecorpus --model`."
         )

@@ -36,8 +36,8 @@ def resolve(model: ModelLike | None, adata: AnnData | None) -> CellModel:
         return recorded_model(adata)
     if not isinstance(model, (str, PathLike)):
         raise TypeError(
-            f"model is of type {type(model).__name__}, a model or the path of one expected. Data come first: "
-            "verb(adata, model)."
+            f"Expected model to be a model or its path, got an object of type {type(model).__name__}. Pass the data "
+            "first and then the model: verb(adata, model)."
         )
     return models.load(model)
 
@@ -47,21 +47,22 @@ def recorded_model(adata: AnnData | None) -> CellModel:
     entry = {} if adata is None else adata.uns.get(_keys.UNS, {}).get("model", {})
     if not entry:
         raise ValueError(
-            "no model is given and none is recorded in adata.uns['scllm']['model']. Pass a model or its path."
+            "Expected a model, but none was passed and adata.uns['scllm']['model'] records none. Pass a model or its "
+            "path."
         )
     path = str(entry.get("path", ""))
     if not path:
         return _unsaved_model(adata, entry["hash"])
     if not Path(path).exists():
         raise FileNotFoundError(
-            f"the model recorded in adata.uns['scllm']['model'] is gone: {path} is not there. Pass a model or its new "
-            "path."
+            f"Expected the model recorded in adata.uns['scllm']['model'] at {path}, but it does not exist. Pass a "
+            "model or its new path."
         )
     found = models.load(path, family=None if models.storage.is_native(Path(path)) else _known_family(entry))
     if found.hash() != entry["hash"]:
         raise ValueError(
-            f"the model in {path} has changed since it was recorded in adata.uns['scllm']['model'] (hash "
-            f"{found.hash()}, {entry['hash']} expected). Pass the model that is meant."
+            f"Expected the model that adata.uns['scllm']['model'] records (hash {entry['hash']}) in {path}, got "
+            f"another one (hash {found.hash()}). Pass the model to use."
         )
     return found
 
@@ -94,8 +95,9 @@ def _known_family(entry: Mapping[str, Any]) -> str:
     family = str(entry["family"])
     if family not in models.families():
         raise ValueError(
-            f"the model recorded in adata.uns['scllm']['model'] is of family {family!r}, one of {models.families()} "
-            "expected. Load a model of another package with models.load(path, family=...) and pass it."
+            f"Expected the family of the model recorded in adata.uns['scllm']['model'] to be one of "
+            f"{models.families()}, got {family!r}. Load a model of another package with models.load(path, family=...) "
+            "and pass it."
         )
     return family
 

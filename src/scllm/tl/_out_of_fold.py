@@ -27,8 +27,8 @@ def find_groups(obs: pd.DataFrame, group_key: str | None, target: Target) -> Int
     lacking = np.flatnonzero(column.isna().to_numpy() & target.is_there)
     if len(lacking):
         raise ValueError(
-            f"{len(lacking)} cells with a label have no group in obs[{group_key!r}] (first: "
-            f"{obs.index[lacking[0]]!r}), one for every cell expected. Fill them in, or drop those cells."
+            f"Expected a group for every cell, but {len(lacking)} cells with a label have no group in "
+            f"obs[{group_key!r}] (first: {obs.index[lacking[0]]!r}). Fill them in, or drop those cells."
         )
     codes, _ = pd.factorize(column.where(target.is_there).astype(object).map(str, na_action="ignore"), sort=True)
     return codes
@@ -38,33 +38,36 @@ def check_folds(target: Target, groups: IntArray | None, n_folds: int, n_repeats
     """Raise where there are not as many folds to be had, and warn of labels that are not in every fold."""
     if not (isinstance(n_folds, Integral) and isinstance(n_repeats, Integral)) or n_folds < 2 or n_repeats < 1:
         raise ValueError(
-            f"n_folds={n_folds!r} and n_repeats={n_repeats!r}, whole numbers of at least 2 and 1 expected. 5 folds are "
-            "usual."
+            f"Expected a whole number of at least 2 for n_folds and of at least 1 for n_repeats, got "
+            f"n_folds={n_folds!r} and n_repeats={n_repeats!r}. Pass for example n_folds=5."
         )
     n_groups = n_folds if groups is None else int(groups.max()) + 1
     if n_groups < n_folds:
         remedy = f"n_folds={n_groups} to leave one group out at a time, or " if n_groups > 1 else ""
         raise ValueError(
-            f"obs[{group_key!r}] holds {n_groups} groups, at least n_folds={n_folds} expected: groups are never "
-            f"divided. Pass {remedy}another group_key."
+            f"Expected at least n_folds={n_folds} groups in obs[{group_key!r}], got {n_groups}. Groups are never split "
+            f"between folds. Pass {remedy}another group_key."
         )
     n_cells = int(target.is_there.sum())
     if target.classes is None:
         if n_cells < n_folds:
-            raise ValueError(f"{n_cells} cells have a value, at least n_folds={n_folds} expected. Pass fewer folds.")
+            raise ValueError(
+                f"Expected at least n_folds={n_folds} cells with a value in obs[{target.key!r}], got {n_cells}. Pass "
+                "fewer folds."
+            )
         return
     sizes = target.counts(np.arange(len(target.column)))
     rare = np.flatnonzero(sizes < n_folds)
     if len(rare) == len(sizes):
         raise ValueError(
-            f"all {len(sizes)} labels of obs[{target.key!r}] have fewer cells than folds (first: "
-            f"{target.classes[0]!r}, {sizes[0]}), at least n_folds={n_folds} expected. {target.advice}"
+            f"Expected labels with at least n_folds={n_folds} cells, but all {len(sizes)} labels of "
+            f"obs[{target.key!r}] have fewer (first: {target.classes[0]!r}, {sizes[0]}). {target.advice}"
         )
     if len(rare):
         warn(
-            f"{len(rare)} labels of obs[{target.key!r}] have fewer cells than folds (first: "
-            f"{target.classes[rare[0]]!r}, {sizes[rare[0]]}), at least n_folds={n_folds} expected: they are not in "
-            "every fold, and scores of folds are means over the labels that are there. Merge or drop them."
+            f"{len(rare)} labels of obs[{target.key!r}] have fewer cells than n_folds={n_folds} (first: "
+            f"{target.classes[rare[0]]!r}, {sizes[rare[0]]}). They are missing from some folds, and the scores of a "
+            "fold are means over the labels that it contains. Merge or drop these labels to have all in every fold."
         )
 
 
@@ -78,8 +81,9 @@ def check_coverage(target: Target, folds: Sequence[IntArray]) -> None:
     lost = {name for fold in folds for name in _lost(target, fold)}
     if lost:
         warn(
-            f"{len(lost)} labels of obs[{target.key!r}] (first: {min(lost)!r}) are in one fold only, two expected: "
-            "they are tested where no training cell has them, and all count as missed. Merge or drop them."
+            f"{len(lost)} labels of obs[{target.key!r}] (first: {min(lost)!r}) are in one fold only. When that fold is "
+            "tested, no training cell has them, and all their cells count as errors. Merge or drop these labels to "
+            "avoid this."
         )
 
 
@@ -92,9 +96,9 @@ def _lost(target: Target, fold: IntArray) -> list[str]:
     trained = counts.sum(axis=0) - counts
     if ((trained > 0).sum(axis=1) < 2).any():
         raise ValueError(
-            f"without fold {int((trained > 0).sum(axis=1).argmin())} the cells hold fewer than 2 labels of "
-            f"obs[{target.key!r}], at least 2 to train on expected. Pass another group_key: "
-            "groups of this one hold one label each."
+            f"Expected at least 2 labels of obs[{target.key!r}] to train on, but without fold "
+            f"{int((trained > 0).sum(axis=1).argmin())} the cells have fewer. Pass another group_key, whose groups "
+            "contain several labels each."
         )
     return [name for k, name in enumerate(target.classes) if ((trained[:, k] == 0) & (counts[:, k] > 0)).any()]
 

@@ -29,16 +29,16 @@ def divide(
         found, asked = (set(cells.dropna().astype(str)) for cells in (column, column.iloc[rows]))
         if not found >= {"train", "validation"} or asked - {"train", "validation", "test"}:
             raise ValueError(
-                f"obs[{validation!r}] holds {sorted(found)[:5]}, 'train' and 'validation' (and 'test') expected. "
-                "Make it with pp.split(adata)."
+                f"Expected obs[{validation!r}] to hold 'train' and 'validation' (and optionally 'test'), got "
+                f"{sorted(found)[:5]}. Make such a column with pp.split(adata)."
             )
         part = column.iloc[rows].astype(str).to_numpy()
         training, held_out = rows[part == "train"], rows[part == "validation"]
         for name, cells in (("train", training), ("validation", held_out)):
             if not len(cells):
                 raise ValueError(
-                    f"none of the {len(rows)} cells with a label or value is {name!r} in obs[{validation!r}], some "
-                    "expected. Label others, or split again."
+                    f"Expected cells with a label or value that are {name!r} in obs[{validation!r}], but none of "
+                    f"{len(rows)} is. Label other cells, or split again."
                 )
         if group_key is not None:
             _check_whole(source, group_key, validation, training, held_out)
@@ -46,17 +46,19 @@ def divide(
     if not validation:
         if group_key is not None:
             raise TypeError(
-                f"group_key={group_key!r} says what is held out whole, and validation={validation} holds nothing out. "
-                "Leave one of them out."
+                f"group_key={group_key!r} names groups to hold out for validation, but validation={validation} holds "
+                "out no cells. Leave one of the two out."
             )
         return rows, rows[:0]
     if not 0 < validation < 1:
         raise ValueError(
-            f"validation is {validation}, a share between 0 and 1 or a column of obs expected. Pass for example "
-            "validation=0.1, or 0 to hold nothing out."
+            f"Expected validation to be a share between 0 and 1 or a column of obs, got {validation}. Pass for example "
+            "0.1, or 0 to hold out no cells."
         )
     if len(rows) < 2:
-        raise ValueError(f"{len(rows)} cell can be trained on, at least 2 expected to hold one out. Pass validation=0.")
+        raise ValueError(
+            f"Expected at least 2 cells, one to train on and one for validation, got {len(rows)}. Pass validation=0."
+        )
     groups = None if group_key is None else _groups(source, group_key, rows)
     share = min(max(validation, 1 / len(rows)), 1 - 1 / len(rows))  # at least one cell on either side
     part = split_cells(
@@ -73,8 +75,9 @@ def _check_whole(source: CellSource, group_key: str, validation: str, training: 
     )
     if divided:
         raise ValueError(
-            f"obs[{validation!r}] has cells of {divided[0]!r} of obs[{group_key!r}] in training and in validation, "
-            f"whole groups expected. Make it with pp.split(adata, group_key={group_key!r}), or leave group_key= out."
+            f"Expected each group of obs[{group_key!r}] entirely in 'train' or in 'validation', but "
+            f"obs[{validation!r}] has cells of {divided[0]!r} in both. Make the "
+            f"column with pp.split(adata, group_key={group_key!r}), or leave group_key= out."
         )
 
 
@@ -84,8 +87,8 @@ def _groups(source: CellSource, group_key: str, rows: IntArray) -> pd.Series:
     n_lacking = int(groups.isna().sum())
     if n_lacking:
         raise ValueError(
-            f"{n_lacking} of {len(rows)} cells have no group in obs[{group_key!r}], one for every cell expected. Fill "
-            "them in, or drop those cells."
+            f"Expected a group for every cell, but {n_lacking} of {len(rows)} cells have no group in "
+            f"obs[{group_key!r}]. Fill them in, or drop those cells."
         )
     return groups
 

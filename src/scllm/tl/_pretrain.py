@@ -207,7 +207,7 @@ def prepare(
         check_adata(data)
     check_config(config)
     if dropout is not None and not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}, a share from 0 up to below 1 expected. scGPT uses 0.2.")
+        raise ValueError(f"Expected dropout of at least 0 and below 1, got {dropout}. For example, scGPT uses 0.2.")
     TrainConfig(random_state=random_state)  # says so where that is no seed, before weights are drawn
     source = open_source(data, layer=layer)
     matching = match_settings(data, gene_key, min_coverage)
@@ -249,11 +249,11 @@ def _starting_model(
             return models.build(model, vocab=names, size=size, **config)
     if isinstance(model, str) and not model.startswith("hf://") and "/" not in model and not Path(model).exists():
         close = difflib.get_close_matches(model.lower(), models.families(), n=1)
-        seen = ", which is no path that is there and no module that can be imported" if "." in model else ""
+        seen = ", which is neither an existing path nor a module that can be imported" if "." in model else ""
         raise ValueError(
-            f"model is {model!r}{seen}; one of {models.families()}, the path of a model or the module of a family "
-            "of another package expected. "
-            + (f"Did you mean {close[0]!r}?" if close else "Check the spelling, and the folder that you are in.")
+            f"Expected model to be one of {models.families()}, the path of a model, or the module of a family from "
+            f"another package, got {model!r}{seen}. "
+            + (f"Did you mean {close[0]!r}?" if close else "Check the spelling and the working directory.")
         )
     begun = copy.deepcopy(resolve(model, data if isinstance(data, AnnData) else None)).cpu()
     begun.history, begun.report, begun.path = None, None, None
@@ -262,8 +262,8 @@ def _starting_model(
         begun.config = replace(begun.config, dropout=dropout)
         if begun.config.dropout != dropout:
             raise TypeError(
-                f"dropout={dropout} is given, and the model's hf_config says {begun.config.dropout}. Leave it out, or "
-                "build the model from a configuration with that dropout."
+                f"Expected the dropout of the model's hf_config, {begun.config.dropout}, got dropout={dropout}. Leave "
+                "it out, or build the model from a configuration with that dropout."
             )
         for module in begun.modules():
             if isinstance(module, nn.Dropout):
@@ -289,8 +289,8 @@ def _objective(
     surplus = sorted(set(settings) - known - {"kind"})
     if surplus:
         raise TypeError(
-            f"{surplus[0]}={settings[surplus[0]]!r} is given, and {model.family} is trained for {settings['kind']}, "
-            f"which knows {sorted(known - {'seed'})}. Leave it out."
+            f"{surplus[0]}={settings[surplus[0]]!r} cannot be used with {model.family}. Its objective is "
+            f"{settings['kind']}, with the settings {sorted(known - {'seed'})}. Leave it out."
         )
     return objective_from_dict(settings)
 

@@ -64,21 +64,21 @@ def find_target(obs: pd.DataFrame, key: str) -> Target:
     column = obs_column(obs, key)
     if column.isna().all():
         raise ValueError(
-            f"obs[{key!r}] is missing in all {len(obs)} cells, labels or values of some expected. Pass another column "
-            "with `key=`."
+            f"Expected labels or values in obs[{key!r}], but all {len(obs)} cells have none. Pass another column with "
+            "`key=`."
         )
     if holds_numbers(column) and not pd.api.types.is_float_dtype(column):
         first, what = column.dropna().iloc[0], "numbers as objects" if column.dtype == object else "integers"
         raise ValueError(
-            f"obs[{key!r}] holds {what} (first: {first}), labels or float values expected. If they are "
-            f"labels: adata.obs[{key!r}] = adata.obs[{key!r}].astype('category'); if they are values: .astype(float)."
+            f"Expected obs[{key!r}] to hold labels or float values, got {what} (first: {first}). If they are labels, "
+            f"use adata.obs[{key!r}] = adata.obs[{key!r}].astype('category'). If they are values, use .astype(float)."
         )
     if pd.api.types.is_float_dtype(column):
         target = Target(key, None, column.to_numpy(np.float64, na_value=np.nan))
         n_values = len(np.unique(target.column[target.is_there]))
         if n_values < 2:
             raise ValueError(
-                f"obs[{key!r}] holds {n_values} distinct values, at least 2 expected. Pass another column with `key=`."
+                f"Expected at least 2 distinct values in obs[{key!r}], got {n_values}. Pass another column with `key=`."
             )
     else:
         classes = labels(obs, key)
@@ -88,15 +88,15 @@ def find_target(obs: pd.DataFrame, key: str) -> Target:
         where = f"adata.obs[{key!r}]"
         if not_names:
             warn(
-                f"{where} holds {listed(not_names)}, names of labels expected: such cells are learnt as a class. If "
-                f"they have none: {where} = {where}.mask({where}.isin({not_names}))."
+                f"{where} holds {listed(not_names)}, which is learnt as a class. If such cells have no label, use: "
+                f"{where} = {where}.mask({where}.isin({not_names}))."
             )
     n_missing = int((~target.is_there).sum())
     if n_missing:
         what = "finite value" if target.classes is None else "label"
         warn(
-            f"{n_missing} of {len(obs)} cells have no {what} in obs[{key!r}], one for each expected: its head is "
-            f"learnt without them. Drop them, unless another column labels them.{_of_whole_numbers(target)}"
+            f"{n_missing} of {len(obs)} cells have no {what} in obs[{key!r}]. The head on it is trained without them. "
+            f"Drop these cells first if no other column labels them.{_of_whole_numbers(target)}"
         )
     return target
 
@@ -107,6 +107,6 @@ def _of_whole_numbers(target: Target) -> str:
     if target.classes is not None or (values % 1).any():
         return ""
     return (
-        " The others hold whole numbers, which are taken as values; if they are labels: "
+        " The other cells hold whole numbers, which are taken as values. If they are labels: "
         f"adata.obs[{target.key!r}] = adata.obs[{target.key!r}].astype('Int64').astype('category')."
     )

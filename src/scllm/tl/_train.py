@@ -63,13 +63,15 @@ class Processes:
 def processes(n_gpus: int | None, n_procs: int | None, device: str) -> Processes:
     """All GPUs there are, else one CPU process; an error where fewer GPUs are there than asked for."""
     if n_gpus is not None and n_procs is not None:
-        raise TypeError(f"n_gpus={n_gpus} and n_procs={n_procs} are both given, one of them expected. Leave one out.")
+        raise TypeError(f"Expected n_gpus= or n_procs=, got both: {n_gpus} and {n_procs}. Leave one out.")
     for name, n in (("n_gpus", n_gpus), ("n_procs", n_procs)):
         if n is not None and n < 1:
-            raise ValueError(f"{name} is {n}, at least 1 expected. Leave it out to have it chosen.")
+            raise ValueError(f"Expected {name} of at least 1, got {n}. Leave it out to have it chosen.")
     if n_gpus is not None:
         if device == "cpu":
-            raise TypeError(f"n_gpus={n_gpus} does not go with device='cpu'. Use n_procs= for several CPU processes.")
+            raise TypeError(
+                f"n_gpus={n_gpus} cannot be used with device='cpu'. Pass n_procs= for several CPU processes."
+            )
         check_gpus(n_gpus)
         return Processes(n_gpus, "cuda")
     kind = resolve_device(device).type
@@ -83,7 +85,7 @@ def processes(n_gpus: int | None, n_procs: int | None, device: str) -> Processes
 def check_config(config: object) -> None:
     """Raise unless it is a TrainConfig, or nothing."""
     if config is not None and not isinstance(config, TrainConfig):
-        raise TypeError(f"config is {config!r:.60}, a TrainConfig expected. Pass config=scllm.tl.TrainConfig(...).")
+        raise TypeError(f"Expected config to be a TrainConfig, got {config!r:.60}. Pass scllm.tl.TrainConfig(...).")
 
 
 def merged_config(
@@ -102,7 +104,7 @@ def merged_config(
     config = config.merged(given)
     if config.steps is not None and config.epochs is not None:
         raise TypeError(
-            f"steps={config.steps} and epochs={config.epochs} are both given, one of them expected. Leave one out."
+            f"Expected steps or epochs, got both: steps={config.steps} and epochs={config.epochs}. Leave one out."
         )
     if config.steps is not None:
         defaults = {name: value for name, value in defaults.items() if name != "epochs"}
@@ -164,12 +166,16 @@ def train(
     family = model.family if "." in model.family else None
     if run.is_new():
         if resume is True:
-            raise ValueError(f"{run.path} holds no run to continue, one expected with resume=True. Pass resume='auto'.")
+            raise ValueError(
+                f"Expected a run to resume in {run.path} (resume=True), but there is none. Pass resume='auto' to start "
+                "one."
+            )
         _check_free(run.path)
     else:
         if resume is False:
             raise ValueError(
-                f"{run.path} holds a run already, an empty directory expected with resume=False. Pass another one."
+                f"Expected an empty run directory (resume=False), but {run.path} already holds a run. Pass another "
+                "run_dir, or resume='auto' to resume the run."
             )
         run.check(spec)
     if not run.is_done:
@@ -181,7 +187,7 @@ def train(
             elif not run.is_done:
                 _set_up_again(run, spec, source)
     else:
-        log.info("the run in %s is done: its model is returned, and nothing is trained", run.path)
+        log.info("loading the model of the finished run in %s", run.path)
     began, was_done = time.perf_counter(), run.is_done
     trained = launch(run, n_procs=where.n, device=where.device, source=source, family=family)
     if not was_done:
@@ -214,9 +220,11 @@ def _identity(
 def check_resume(resume: object, run_dir: object) -> None:
     """Raise where it is not said whether, or in which directory, to go on."""
     if resume not in ("auto", True, False):
-        raise ValueError(f"resume is {resume!r}, 'auto', True or False expected. 'auto' continues what is there.")
+        raise ValueError(
+            f"Expected resume to be 'auto', True or False, got {resume!r}. Pass 'auto' to resume a run if there is one."
+        )
     if resume is True and run_dir is None:
-        raise ValueError("resume=True is given and run_dir is not, both expected. Pass the run_dir to continue.")
+        raise ValueError("Expected run_dir= with resume=True, got None. Pass the run directory to resume.")
 
 
 def _check_settings(model: CellModel, config: TrainConfig, freeze: Freeze, lora: LoraSettings | None) -> None:
@@ -224,13 +232,14 @@ def _check_settings(model: CellModel, config: TrainConfig, freeze: Freeze, lora:
     check_tracker(config.logger)
     if config.strategy == "fsdp" and config.precision == "fp16":
         raise ValueError(
-            "strategy='fsdp' with precision='fp16' is not supported, bf16 or fp32 expected: loss scaling does not go "
-            "with split weights. Leave precision= out."
+            "Expected precision='bf16' or 'fp32' with strategy='fsdp', got 'fp16'. fp16 needs loss scaling, which does "
+            "not support sharded weights. Leave precision= out."
         )
     if lora is not None:
         if freeze == "encoder":
             raise TypeError(
-                "lora= adapts the encoder and freeze='encoder' keeps it as it is, one of them expected. Leave one out."
+                "Expected lora= or freeze='encoder', got both. lora= adapts the encoder, but freeze='encoder' keeps it "
+                "unchanged. Leave one out."
             )
         adapted_layers(model, frozen_weights(model, freeze))
     check_trainable(model, freeze)
@@ -241,8 +250,8 @@ def check_trainable(model: CellModel, freeze: Freeze) -> None:
     """Raise where int8 weights would have to be trained."""
     if model.weight_dtype != "float32" and freeze != "encoder":
         raise ValueError(
-            f"the model has {model.weight_dtype} weights, which cannot be trained, float ones expected. Train the "
-            "heads alone with tl.finetune(freeze='encoder'), or train the model that was given to tl.quantize."
+            f"Expected a model with float weights, got {model.weight_dtype} weights, which cannot be trained. Train "
+            "only the heads with tl.finetune(freeze='encoder'), or train the model that you passed to tl.quantize."
         )
 
 
@@ -273,7 +282,7 @@ def _set_up(
     _store(run, spec, source)
     run.create(spec, cells)
     if where.n > 1:
-        log.info("on several machines, on each of them: %s", cluster_command(run.path, where.n))
+        log.info("to train on several machines, run on each of them: %s", cluster_command(run.path, where.n))
 
 
 def _set_up_again(run: Run, spec: Mapping[str, Any], source: CellSource) -> None:
@@ -327,9 +336,9 @@ def _writable(path: Path) -> Path:
     """The path of a run directory, if one can be made there; an error else."""
     there = path if path.exists() else next(parent for parent in path.absolute().parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "no directory" if not there.is_dir() else "a directory that may not be written"
+        what = "not a directory" if not there.is_dir() else "not writable"
         raise ValueError(
-            f"run_dir is '{path}', and '{there}' is {what}, one to write to expected. Pass another run_dir."
+            f"Expected run_dir to be a writable directory, got '{path}', but '{there}' is {what}. Pass another run_dir."
         )
     return path
 
@@ -370,8 +379,8 @@ def _check_free(path: Path) -> None:
     others = [entry.name for entry in path.iterdir() if not _is_left_over(entry)] if path.exists() else []
     if others:
         raise ValueError(
-            f"{path} holds other files (first: {others[0]!r}), an empty directory or a run expected. Pass another "
-            "run_dir."
+            f"Expected run_dir to be an empty directory or a run, but {path} holds other files (first: {others[0]!r}). "
+            "Pass another run_dir."
         )
 
 
