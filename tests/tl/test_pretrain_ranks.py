@@ -59,7 +59,7 @@ def test_verbs_use_a_model_without_values(trained, adata):
     [
         ({"left_out": 0.2}, TypeError, naming("left_out=0.2", "geneformer", "MaskedGene")),
         ({"mask_ratio": (0.1, 0.2)}, TypeError, naming("mask_ratio=(0.1, 0.2)", "geneformer", "MaskedGene")),
-        ({"mask_ratio": 1.5}, ValueError, "p is 1.5"),
+        ({"mask_ratio": 1.5}, ValueError, naming("p", 1.5)),
     ],
 )
 def test_settings_of_other_families_are_an_error(adata, options, error, message):

@@ -1,4 +1,4 @@
-"""What a training reads and takes, said before it starts."""
+"""Estimate and log what a training reads and how long it takes, before it starts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Cells = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training reads of each cell, and what it takes."""
+    """Tokens read of each cell, and the computation and time that a training needs."""
 
     device: torch.device
     precision: str
@@ -48,7 +48,7 @@ class Cost:
 def training_cost(
     source: CellSource, match: GeneMatch, model: CellModel, config: TrainConfig, cells: Cells, device: str, n: int
 ) -> Cost:
-    """Training on what is read of each cell, and validation of whole cells after each epoch, on ``n`` processes."""
+    """Estimate the cost of training on ``n`` processes, including validation on whole cells after each epoch."""
     where = resolve_device(device)
     precision = resolve_precision(config.precision or "auto", where)
     assert config.batch_size is not None
@@ -71,7 +71,7 @@ def say_training(
     path: Path, source: CellSource, match: GeneMatch, model: CellModel, config: TrainConfig, cells: Cells,
     device: str, n: int,
 ) -> None:  # fmt: skip
-    """What the user should know before waiting."""
+    """Log the model, data, settings and estimated duration of a training."""
     if not log.isEnabledFor(logging.INFO):
         return
     cost, n_cells = training_cost(source, match, model, config, cells, device, n), len(cells["train"])
@@ -90,7 +90,7 @@ def say_training(
 
 
 def say_trained(model: CellModel, seconds: float) -> None:
-    """How long it took, and what the weights that are kept reach."""
+    """Log how long the training took, and the best validation loss."""
     assert model.history is not None
     validated = model.history[model.history["split"] == "validation"].dropna(subset="loss")
     best = (

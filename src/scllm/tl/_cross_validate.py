@@ -1,4 +1,4 @@
-"""Out-of-fold predictions of a fine-tuned model, beside those of a linear one on the same folds."""
+"""Cross-validate fine-tuning, with a linear baseline on the same folds."""
 
 from __future__ import annotations
 
@@ -54,66 +54,68 @@ def cross_validate(
     keep_models: bool = False,
     **finetune_options: Any,
 ) -> pd.DataFrame:
-    """Fine-tune on all folds but one, predict that one, and so on round: every cell is predicted by a model new to it.
+    """Fine-tune and test a model by cross-validation, so that each cell is predicted by a model that never saw it.
 
-    Folds hold every label alike or, with ``group_key``, whole groups: labels mostly carry over worse to new donors than
-    to new cells of the same donors, and new donors are mostly the question. Beside the model stands what it has to
-    beat, on the same folds: logistic regression on log-normalised expression (all genes of the data; counts scaled to
-    10,000 a cell, ``log1p``, C = 0.1), for values ridge regression on 50 components of an SVD of the same.
+    Folds are stratified by label or, with ``group_key``, made of whole groups. Labels usually transfer less well to new
+    donors than to new cells of the same donors, and new donors are usually what matters. A linear baseline is evaluated
+    on the same folds. For labels, it is logistic regression on log-normalised expression (all genes of the data, counts
+    scaled to 10,000 per cell, ``log1p``, C = 0.1). For values, it is ridge regression on 50 SVD components of the same
+    matrix.
 
     Parameters
     ----------
     adata
-        Cells by genes, in memory. Only what is named below is written; the matrix is shared, not copied.
+        Cells by genes, in memory. Only the entries named below are written; the matrix is shared, not copied.
     model
-        The model to start from in each fold, or its path; ``None`` is the one recorded on ``adata`` last. If it has
-        seen the labels of these cells before, the folds are of no use: a warning where it has a head on ``key``.
+        The model to start from in each fold, or its path. ``None``: the one last recorded on ``adata``. If the model
+        was trained on the labels of these cells before, all scores are too high; a warning says so if it has a head on
+        ``key``.
     key
-        Column of ``obs``: categories, strings and booleans are labels, floats are values. Rows without one are left
-        out.
+        Column of ``obs``: categories, strings and booleans are labels, floats are values. Cells without one are
+        ignored.
     n_folds
-        Number of folds. As many as there are groups leaves one group out at a time.
+        Number of folds. With as many folds as groups, one group is left out at a time.
     n_repeats
-        How often all is done again with other folds and another seed; the spread between repeats is what chance does.
-        Where one group is left out at a time, folds stay the same and only the seed changes.
+        Number of times the cross-validation is done, each with other folds and another seed. The differences between
+        repeats show the effect of chance. If one group is left out at a time, the folds stay the same and only the seed
+        changes.
     group_key
         Column of groups (donors, studies) that are tested whole. Labels are spread over the folds as evenly as groups
         allow. If a fold has at least three training groups, its validation cells are whole groups too. With fewer, or
-        if a label would be lost from training, they are single cells; the log says which. What the classification head
-        reads does not change: compare ``config=TrainConfig(head_reads="inputs")`` with the default, as
-        :class:`TrainConfig` explains.
+        if training would lose a label, they are single cells; the log says which. The classification head does not
+        change: compare ``config=TrainConfig(head_reads="inputs")`` with the default, as :class:`TrainConfig` explains.
     baseline
-        Whether the linear model is fitted too.
+        Whether to fit the linear baseline too.
     keep_models
-        Whether the weights of each fold's model stay in the run directory (several hundred megabytes a fold at base
-        size). By default a fold leaves its predictions, settings and history there.
+        Whether to keep the weights of each fold's model in the run directory (several hundred megabytes per fold at
+        base size). By default, only the predictions, settings and history of each fold are kept.
     **finetune_options
         Passed on to :func:`finetune`: ``epochs=``, ``lr=``, ``freeze=``, ... ``validation`` is the share of the
-        *training* cells that chooses the best weights. ``random_state`` is the seed of the first
-        repeat's folds and training, one more of each further one. Folds are runs of their own in
-        ``run_dir/fold-0``, ..., those of further repeats in ``run_dir/repeat-1/fold-0``, ...: the same call continues
-        where an earlier one was stopped, and asked for more repeats it keeps those that are there.
+        *training* cells with which the best weights are chosen. ``random_state`` is the seed for the folds and the
+        training of the first repeat; each further repeat adds one. Folds are separate runs in ``run_dir/fold-0``, ...,
+        and those of further repeats in ``run_dir/repeat-1/fold-0``, .... The same call resumes an interrupted one. A
+        call with more repeats keeps the finished ones.
 
     Returns
     -------
-    One row a fold, indexed by ``method`` (``"baseline"``, ``"model"``), ``repeat`` and ``fold``; one column a metric:
-    ``accuracy``, ``macro_f1``, ``balanced_accuracy``, ``auroc``, ``auprc``, ``ece``, see
+    One row per fold, indexed by ``method`` (``"baseline"``, ``"model"``), ``repeat`` and ``fold``, and one column per
+    metric: ``accuracy``, ``macro_f1``, ``balanced_accuracy``, ``auroc``, ``auprc``, ``ece``, see
     :func:`scllm.metrics.classification_scores`; for values ``r2``, ``pearson``, ``mae``.
 
     Writes
     ------
     ``adata.obs[key + "_cv"]``
         Out-of-fold label (categorical, with the categories of ``obs[key]``, their type and order) or value of the first
-        repeat: a vote over repeats would be better than any one model is. Missing where ``key`` is. A ``/`` in ``key``
-        becomes ``_``. With ``baseline``, ``key + "_cv_baseline"`` likewise.
+        repeat. It is not a majority vote over repeats, which would be better than any single model. Missing where
+        ``key`` is missing. A ``/`` in ``key`` becomes ``_``. With ``baseline``, also ``key + "_cv_baseline"``.
     ``adata.obs[key + "_cv_prob"]``, ``adata.obsm[key + "_cv_probabilities"]``
-        Probability of the label, and of all, float32 ``(n_cells, n_classes)``; for the baseline likewise.
+        Probability of the label, and of all labels, float32 ``(n_cells, n_classes)``; likewise for the baseline.
     ``adata.obs[key + "_cv_fold"]``
         The fold of the first repeat that tested the cell (categorical).
     ``adata.uns["scllm"]["cross_validate"]``
-        Settings; ``classes``; ``table``: one row a method, repeat, fold and metric, and ``f1`` of each class;
-        ``overall``: metrics of all out-of-fold predictions of the first repeat, with a 95 % bootstrap interval
-        (drawing whole groups with ``group_key``).
+        Settings; ``classes``; ``table``: one row per method, repeat, fold and metric, and ``f1`` of each class;
+        ``overall``: metrics of all out-of-fold predictions of the first repeat, with a 95 % bootstrap confidence
+        interval (resampling whole groups with ``group_key``).
 
     Examples
     --------
@@ -155,7 +157,7 @@ def cross_validate(
         training = np.flatnonzero((folds[repeat] >= 0) & (folds[repeat] != fold))
         where = run_dir / f"repeat-{repeat}" / f"fold-{fold}" if repeat else run_dir / f"fold-{fold}"
         seeded = {**options, "random_state": seed + repeat}
-        # the first fold says what all of them do
+        # Only the first fold logs at the usual level, because the others would repeat the same lines.
         with details() if repeat or fold else nullcontext():
             found = {"model": cells.by_model(chosen, training, tested, seeded, where, keep_models=keep_models)}
         if baseline:
@@ -186,7 +188,7 @@ def cross_validate(
 
 @dataclass(frozen=True)
 class _Cells:
-    """Cells to train on and to test: the matrix of the caller (from ``layer``) as X, and tables of our own."""
+    """Cells to train on and to test: the caller's matrix (from ``layer``) as ``X``, with separate tables."""
 
     adata: AnnData
     target: Target
@@ -201,13 +203,13 @@ class _Cells:
             matrix, var = adata.raw.X, adata.raw.var
         else:
             matrix, var = adata.X if layer is None else adata.layers[layer], adata.var
-        # a matrix stored by columns is converted here, not in every fold
+        # A matrix stored by columns is converted once here and not in every fold.
         light = AnnData(_by_rows(matrix), obs=adata.obs[[target.key]], var=var, uns={_keys.UNS: matched})
         return cls(light, target, layer, groups)
 
     @cached_property
     def logged(self) -> CSR:
-        """What the linear model reads: made after the first fold's model has found the matrix fit to read."""
+        """The input of the linear baseline, computed only after the first fold has checked the matrix."""
         return log_normalised(self.adata.X)
 
     @cached_property
@@ -217,7 +219,7 @@ class _Cells:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the matrix and its genes."""
+        """The fingerprint of the matrix and its genes."""
         return fingerprint(self.source)
 
     def by_model(
@@ -230,7 +232,7 @@ class _Cells:
         *,
         keep_models: bool,
     ) -> FloatArray:
-        """Fine-tune and predict, unless an earlier call did."""
+        """Fine-tune and predict, or read the predictions of an earlier call."""
         spec = self._spec(model, training, tested, options)
         found = kept_predictions(run_dir, spec, keep_models=keep_models)
         if found is None:
@@ -241,7 +243,7 @@ class _Cells:
     def _spec(
         self, model: CellModel, training: IntArray, tested: IntArray, options: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What a fold's predictions depend on."""
+        """Describe everything that a fold's predictions depend on."""
         free = ("config", "device", "n_gpus", "n_procs", "precision")
         cells = {"training": training, "tested": tested, "labels": self.target.column}
         if self.groups is not None:  # validation cells are whole groups
@@ -262,10 +264,10 @@ class _Cells:
     def _predicted(
         self, model: CellModel, training: IntArray, tested: IntArray, options: dict[str, Any], run_dir: Path
     ) -> FloatArray:
-        """Outputs of a model fine-tuned on the training cells, ``(n_tested, k)``."""
+        """Fine-tune on the training cells and predict the tested ones, ``(n_tested, k)``."""
         share = options.pop("validation", _OPTIONS["validation"].default)
         with warnings.catch_warnings():
-            # said once for all folds
+            # The caller has already warned of these once for all folds.
             said = r"have no (label|finite value)|have one cell only|are among the validation cells"
             warnings.filterwarnings("ignore", message=rf".* ({said}|values that are not integers)")
             if share:
@@ -274,14 +276,14 @@ class _Cells:
                 data, options["validation"] = self.adata, part
             else:
                 data, options["validation"] = self.adata[training].copy(), share
-                if isinstance(options.get("class_weight"), Mapping):  # some labels are those of tested cells alone
+                if isinstance(options.get("class_weight"), Mapping):  # only tested cells may have some labels
                     there = set(data.obs[self.target.key].astype(str))
                     options["class_weight"] = {
                         name: weight for name, weight in options["class_weight"].items() if str(name) in there
                     }
             tuned = finetune(data, model, key=self.target.key, run_dir=run_dir, **options)
         test = self.adata[tested].copy()
-        del test.obs[self.target.key]  # nothing to be warned of: labels that the fold tests alone were named before
+        del test.obs[self.target.key]  # otherwise classify would warn again of labels in one fold only
         with details():
             classify(test, tuned, **{name: options[name] for name in _OF_CLASSIFY if name in options})
         if self.target.classes is None:
@@ -294,14 +296,14 @@ class _Cells:
         return probabilities
 
     def by_baseline(self, training: IntArray, tested: IntArray) -> FloatArray:
-        """Fit the linear model and predict."""
+        """Fit the linear baseline and predict."""
         known, new = self.logged[training], self.logged[tested]
         if self.target.classes is None:
             return value_baseline(known, self.target.column[training], new)[:, None]
         return label_baseline(known, self.target.column[training], new, self.target.n_outputs)
 
     def _parts(self, training: IntArray, share: float, seed: int) -> pd.Categorical:
-        """``train`` and ``validation`` among the training cells; all else is ``test``, which is never touched."""
+        """Split the training cells into ``train`` and ``validation``; all other cells are ``test`` and stay unused."""
         share = min(max(share, 1 / len(training)), 1 - 1 / len(training))
         part = self._part_by_group(training, share, seed)
         if part is None:
@@ -312,7 +314,7 @@ class _Cells:
         return pd.Categorical.from_codes(parts, categories=list(PARTS))
 
     def _part_by_group(self, training: IntArray, share: float, seed: int) -> IntArray | None:
-        """0 for training and 1 for validation by whole groups; ``None`` where groups do not allow it."""
+        """Assign whole groups to training (0) or validation (1); return ``None`` if the groups do not allow it."""
         if self.groups is None:
             return None
         of_cell = pd.Series(self.groups[training])
@@ -334,7 +336,7 @@ def _by_rows(matrix: Any) -> Any:
 
 
 def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """Options of ``finetune`` and the seed; an error for what no fold could use."""
+    """Return the options of ``finetune`` and the seed; raise on options that no fold could use."""
     options = dict(given)
     check_config(options.get("config"))
     check_options(options, [name for name in _OPTIONS if name not in ("data", "model", "key")], cross_validate)
@@ -358,7 +360,7 @@ def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
 
 
 def _folds(target: Target, groups: IntArray | None, n_folds: int, seed: int) -> IntArray:
-    """The fold that tests each cell, -1 for cells without a label, ``(n_cells,)``."""
+    """Assign each cell to the fold that tests it, -1 for cells without a label or value, ``(n_cells,)``."""
     there = np.flatnonzero(target.is_there)
     fold = np.full(len(target.column), -1)
     fold[there] = fold_cells(
@@ -369,21 +371,21 @@ def _folds(target: Target, groups: IntArray | None, n_folds: int, seed: int) -> 
 
 
 def _say(tables: list[pd.DataFrame], number: int, n: int) -> None:
-    """Log what came out of a fold, the first metric of each method."""
+    """Log the first metric of each method on a fold."""
     scores = [table.iloc[0] for table in tables]
     log.info("fold %d of %d: %s %s", number, n, scores[0]["metric"],
              ", ".join(f"{score['value']:.3f} ({score['method']})" for score in scores))  # fmt: skip
 
 
 def _wide(table: pd.DataFrame) -> pd.DataFrame:
-    """Folds by metrics."""
+    """Arrange the metrics with one row per fold and one column per metric."""
     metrics = table[table["class"].isna()]
     wide = metrics.pivot(index=["method", "repeat", "fold"], columns="metric", values="value")
     return wide[metrics["metric"].unique()].rename_axis(columns=None)
 
 
 def _write(adata: AnnData, target: Target, fold: IntArray, outputs: Mapping[str, FloatArray]) -> None:
-    """Predictions of the first repeat, and its folds, in place of an earlier call's."""
+    """Write the predictions and folds of the first repeat, replacing those of an earlier call."""
     name = target.key + _keys.CROSS_VALIDATED
     record_name(adata, "obs", name)
     names = {"model": _keys.safe(name), "baseline": _keys.safe(name) + _keys.BASELINE}

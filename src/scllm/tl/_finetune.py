@@ -1,4 +1,4 @@
-"""Training a model's heads, and as much of the rest as wanted, on labels."""
+"""Fine-tune a model on labels or values of cells."""
 
 from __future__ import annotations
 
@@ -63,82 +63,83 @@ def finetune(
     config: TrainConfig | None = None,
     random_state: int = 0,
 ) -> CellModel:
-    """Train a head that predicts ``obs[key]``, together with the model below it.
+    """Train a head that predicts ``obs[key]``, together with the model.
 
     The classification head is linear. Its input is the rank-weighted mean of the gene embeddings
-    (``pooling="ranked"`` of :func:`embed`; of geneformer ``"linear"`` after the last block), taken both before the
-    first transformer block and after the last one. The head is first trained alone on frozen embeddings, as logistic
-    regression does, which takes seconds. Then everything that is not frozen is trained, without dropout (scbert: with
-    its own). The weights with the best validation loss are kept, including those at the start, and probabilities are
-    calibrated on the validation cells.
+    (``pooling="ranked"`` of :func:`embed`; geneformer uses ``"linear"`` after the last block), taken both before the
+    first transformer block and after the last one. The head is first initialised by logistic regression on frozen
+    embeddings, which takes seconds. Then all weights that are not frozen are trained, without dropout (scbert keeps
+    its dropout). The weights with the best validation loss are kept, where the initial weights count too. The
+    probabilities are calibrated on the validation cells.
 
     Two other heads can be chosen, see :class:`TrainConfig`. ``config=TrainConfig(head_reads="inputs")`` reads only the
-    embeddings before the first block, which carry over best to new donors and studies.
+    embeddings before the first block, which generalise best to new donors and studies.
     ``TrainConfig(head_reads="published")`` makes heads like those of the published checkpoints; scbert and scfoundation
-    have no others. That of scbert reads every position and is not trained alone first.
+    have no others. The head of scbert reads every position and is not initialised on frozen embeddings.
 
     Parameters
     ----------
     data
-        An AnnData, also backed; a path to ``.h5ad`` or ``.zarr``; a list or a folder of such.
+        An AnnData, which may be backed; a path to ``.h5ad`` or ``.zarr``; or a list or a folder of such files.
     model
-        The model to start from, or its path; it is left unchanged. ``None`` is the one recorded on ``data`` last.
+        The model to start from, or its path; it is not changed. ``None``: the one last recorded on ``data``.
     key
-        Column of ``obs``, or several for several heads. Categories, strings and booleans are labels, floats are values.
-        A head is learnt without the cells whose label is missing.
+        Column of ``obs``, or several columns for several heads. Categories, strings and booleans are labels, floats are
+        values. A head is trained without the cells whose label is missing.
     freeze
-        What stays as it is: the first n blocks, ``"encoder"`` (all but the heads), or a pattern of weight names,
-        or a list of such.
+        Weights that are not trained: those of the first n blocks, ``"encoder"`` (all but the heads), a pattern of
+        weight names, or a list of patterns.
     loss
-        ``"ce"`` (cross-entropy), ``"bce"``, ``"dice"``, ``"focal"``, or weights of several.
+        ``"ce"`` (cross-entropy), ``"bce"``, ``"dice"``, ``"focal"``, or a mapping of several losses to their weights.
     upsample
-        Whether cells of rare labels (of the first ``key`` that has labels) are drawn more often, so that every label is
-        seen alike.
+        Whether to draw cells of rare labels (of the first ``key`` with labels) more often, so that every label is drawn
+        equally often.
     class_weight
-        ``"balanced"``, or a weight for each label; ``None`` weighs cells alike.
+        ``"balanced"`` (inverse to the frequency of the label), or a mapping of labels to weights. ``None``: all cells
+        have the same weight.
     lora
-        Rank of low-rank adapters that are trained in place of the blocks' weights, and merged into them at the end; or
-        :class:`scllm.tl.LoraSettings`, or a ``peft.LoraConfig`` of rank, alpha and dropout. Needs peft.
+        Rank of low-rank adapters that are trained instead of the blocks' weights and merged into them at the end. Also
+        a :class:`scllm.tl.LoraSettings`, or a ``peft.LoraConfig`` of rank, alpha and dropout. Needs peft.
     validation
-        Share of cells held out (of every label alike), or a column as :func:`scllm.pp.split` writes it.
+        Share of cells held out, stratified by label; or a column of ``obs`` written by :func:`scllm.pp.split`.
     group_key
-        Column of groups (donors, studies) that are held out whole for validation. Pass it if cells of other groups
-        are to be labelled: weights are then chosen, and probabilities calibrated, on groups unseen in training.
+        Column of groups (donors, studies) that are held out whole for validation. Pass it to label cells of other
+        groups: weights are then chosen, and probabilities calibrated, on groups unseen in training.
     layer
-        Layer to read; ``None`` is ``X``.
+        Layer to read. ``None``: ``X``.
     gene_key
-        Column of ``var`` with gene names, or ``"var_names"``; ``None`` is that of an earlier
-        :func:`scllm.pp.match_genes`, else the one that fits best.
+        Column of ``var`` with gene names, or ``"var_names"``. ``None``: the one of an earlier
+        :func:`scllm.pp.match_genes`, or else the one that matches best.
     min_coverage
-        Least share of genes that must be in the model's vocabulary; ``None`` is that of an earlier
-        :func:`scllm.pp.match_genes`, else 0.3.
+        Smallest share of genes that must be in the model's vocabulary. ``None``: the one of an earlier
+        :func:`scllm.pp.match_genes`, or else 0.3.
     epochs
-        Passes over the cells; ``None`` is the family's own (3; scbert: 10).
+        Passes over the cells. ``None``: the default of the family (3; scbert: 10).
     batch_size
-        Cells of one optimiser step, over all processes; ``None`` is the family's own (32; scbert: 8).
+        Cells per optimiser step, over all processes. ``None``: the default of the family (32; scbert: 8).
     lr
-        Highest learning rate (3e-5; scbert: 1e-4), reached after 20 steps, which falls to zero.
+        Peak learning rate (3e-5; scbert: 1e-4). It is reached after 20 steps and then decreases to zero.
     n_gpus
-        GPUs, one process each; ``None``: all there are, else one CPU process.
+        Number of GPUs, with one process each. ``None``: all available GPUs, or else one CPU process.
     n_procs
-        Processes on the CPU, with ``device="cpu"``.
+        Number of CPU processes, with ``device="cpu"``.
     device
         ``"auto"``, ``"cpu"`` or ``"cuda"``.
     run_dir
-        Where the run is written and continued; ``None``: a new directory under ``scllm.settings.run_dir``.
+        Directory in which the run is written and resumed. ``None``: a new one under ``scllm.settings.run_dir``.
     precision
-        ``"auto"``: fp32 on a CPU, bf16 on a GPU that has it.
+        ``"auto"``: fp32 on a CPU, bf16 on a GPU that supports it.
     resume
-        ``"auto"`` continues a ``run_dir`` of the same settings; ``True`` insists that there is one, ``False`` that
-        there is none.
+        ``"auto"`` resumes a run with the same settings in ``run_dir``, if there is one. ``True`` requires such a run,
+        ``False`` requires an empty directory.
     config
-        The rest, see :class:`scllm.tl.TrainConfig`. A value given both ways is a ``TypeError``.
+        Further settings, see :class:`scllm.tl.TrainConfig`. Passing a value both ways is a ``TypeError``.
     random_state
-        What parts, order and crops (and dropout, where it is on) are a function of.
+        Seed for splitting, data order, random subsets of genes, and dropout if it is used.
 
     Returns
     -------
-    The fine-tuned model with the best validation weights, and its ``history``.
+    The fine-tuned model with the weights of the best validation loss, and its ``history``.
 
     Writes
     ------
@@ -162,7 +163,7 @@ def finetune(
     targets = [_target(source, name) for name in keys]
     where = processes(n_gpus, n_procs, device)
     begun = copy.deepcopy(resolve(model, adata)).cpu()
-    _say_if_tuned_before(begun, keys, model)
+    _warn_if_tuned_before(begun, keys, model)
     begun.history, begun.report, begun.path = None, None, None
     check_layer(source, begun, layer, data, downsample=0.0 if config is None else config.downsample or 0.0)
     module = models.family_module(begun.family)
@@ -217,8 +218,8 @@ def finetune(
     )  # fmt: skip
 
 
-def _say_if_tuned_before(begun: CellModel, keys: Sequence[str], given: ModelLike | None) -> None:
-    """A second call without a model goes on from the model that the first one left."""
+def _warn_if_tuned_before(begun: CellModel, keys: Sequence[str], given: ModelLike | None) -> None:
+    """Warn if a call without ``model`` starts from a model that an earlier call fine-tuned on the same column."""
     before = [key for key in begun.heads_on("cell") if key in keys]
     if given is None and before:
         warn(
@@ -228,7 +229,7 @@ def _say_if_tuned_before(begun: CellModel, keys: Sequence[str], given: ModelLike
 
 
 def _check_is_for_values(loss: LossName | Mapping[LossName, float], label_smoothing: float, key: str) -> None:
-    """Raise where a loss was chosen that only labels have."""
+    """Raise if the loss or label smoothing is for labels, because the column holds values."""
     if loss == "ce" and not label_smoothing:
         return
     given = f"loss={loss!r}" if loss != "ce" else f"label_smoothing={label_smoothing}"
@@ -238,7 +239,7 @@ def _check_is_for_values(loss: LossName | Mapping[LossName, float], label_smooth
 
 
 def _names(key: str | Sequence[str]) -> list[str]:
-    """The columns to predict."""
+    """Return the columns to predict as a list."""
     if not isinstance(key, (str, Sequence)):
         raise TypeError(f"Expected key to be a column of obs or a list of columns, got {key!r}. Pass their names.")
     keys = [key] if isinstance(key, str) else list(key)
@@ -252,7 +253,7 @@ def _names(key: str | Sequence[str]) -> list[str]:
 
 
 def _adapters(lora: Lora | None, reads: HeadSetting | None) -> LoraSettings | None:
-    """Settings of the adapters, if there shall be any."""
+    """Return the settings of the LoRA adapters, or ``None`` without adapters."""
     if lora is not None and reads == "inputs":
         raise TypeError(
             "Expected head_reads='both' or 'last' with lora=, got 'inputs'. Adapters change the blocks, but heads on "
@@ -262,7 +263,7 @@ def _adapters(lora: Lora | None, reads: HeadSetting | None) -> LoraSettings | No
 
 
 def _target(source: CellSource, key: str) -> Target:
-    """The column to predict; an error where no label has two cells, a warning where some have not."""
+    """Read the column to predict; raise if no label has two cells, and warn if some have only one."""
     target = find_target(source.obs(column_or_all(source, key)), key)
     if target.classes is not None:
         single = np.flatnonzero(target.counts(np.arange(source.n_obs)) == 1)
@@ -280,7 +281,7 @@ def _target(source: CellSource, key: str) -> Target:
 
 
 def _head(target: Target, training: IntArray) -> HeadSpec:
-    """The head, with mean and spread of the training values; an error where they, or the labels, are all alike."""
+    """Specify the head, with mean and std of the training values; raise if all training cells have the same label."""
     seen = target.column[training][target.is_there[training]]
     if len(np.unique(seen)) < 2:
         what = "values" if target.classes is None else "labels"
@@ -294,9 +295,10 @@ def _head(target: Target, training: IntArray) -> HeadSpec:
 
 
 def _to_validate(targets: Sequence[Target], training: IntArray, held_out: IntArray) -> list[Target]:
-    """The columns without labels that no training cell has; a warning or an error where that leaves none to validate.
+    """Remove labels that no training cell has; warn or raise if that leaves no cells to validate a head.
 
-    Cells are held out by the first column of labels, or by group: all that have another's label may be training.
+    Cells are held out by the first column of labels, or by group. All cells with a label in another column may
+    therefore be training cells.
     """
     known = [_without_unseen(target, training, held_out) for target in targets]
     missed = [target.key for target in known if len(held_out) and not target.is_there[held_out].any()]
@@ -318,7 +320,7 @@ def _to_validate(targets: Sequence[Target], training: IntArray, held_out: IntArr
 
 
 def _without_unseen(target: Target, training: IntArray, held_out: IntArray) -> Target:
-    """The column without labels of validation cells that no training cell has: no model could give them."""
+    """Remove validation labels that no training cell has, because no model can predict them."""
     if target.classes is None:
         return target
     unseen = np.flatnonzero((target.counts(training) == 0) & (target.counts(held_out) > 0))
@@ -326,7 +328,7 @@ def _without_unseen(target: Target, training: IntArray, held_out: IntArray) -> T
         return target
     asked = held_out[target.is_there[held_out]]
     lost = asked[np.isin(target.column[asked], unseen)]
-    if len(lost) < len(asked):  # else there is nothing left to validate, which is said of all columns together
+    if len(lost) < len(asked):  # If none remain, the caller warns or raises for all columns together.
         warn(
             f"{len(unseen)} labels of obs[{target.key!r}] (first: {target.classes[unseen[0]]!r}) are among the "
             f"validation cells but not among the training cells. The {len(lost)} of {len(asked)} validation cells with "
@@ -338,7 +340,7 @@ def _without_unseen(target: Target, training: IntArray, held_out: IntArray) -> T
 
 
 def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadSetting, seed: int) -> None:
-    """Fresh heads, a function of the seed."""
+    """Replace the heads of the model by new ones, initialised from the seed."""
     if reads != "published" and model.head_pooling is None:
         raise ValueError(
             f"Expected head_reads='published', got {reads!r}. {model.family} has no other heads than those of its "
@@ -347,30 +349,30 @@ def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadSetting, 
     if model.head_specs:
         log.info("replacing the heads on %s by new ones", ", ".join(repr(spec.key) for spec in model.head_specs))
     with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)  # of the CPU alone: GPUs keep their state
+        torch.default_generator.manual_seed(seed)  # seeds only the CPU, not GPUs
         if reads == "published":
             model.set_heads(specs)
         else:
-            # weights with which the inputs carry over best to new groups (docs/study.md)
+            # With these weights, heads on the inputs generalise best to new groups (docs/study.md).
             pooling = "ranked" if reads == "inputs" else model.head_pooling
             model.set_heads(replace(spec, pooling=pooling, reads=reads) for spec in specs)
 
 
 def _balancing(targets: Sequence[Target], training: IntArray) -> NDArray[np.float64]:
-    """Probability of drawing each training cell, so that labels come equally often."""
+    """Compute the probability of drawing each training cell, so that labels are drawn equally often."""
     target = next((one for one in targets if one.classes is not None), None)
     if target is None:
         raise TypeError(f"upsample=True needs labels, but obs[{targets[0].key!r}] holds values. Leave it out.")
     codes, counts = target.column[training], target.counts(training)
     weights = np.where(codes >= 0, 1 / np.maximum(counts[codes], 1), np.nan)
-    weights[codes < 0] = np.nanmean(weights)  # cells that are labelled for another head alone
+    weights[codes < 0] = np.nanmean(weights)  # cells with a label only for another head
     return weights / weights.sum()
 
 
 def _class_weights(
     given: Literal["balanced"] | Mapping[str, float] | None, targets: Sequence[Target], training: IntArray
 ) -> dict[str, tuple[float, ...]]:
-    """Weights of the labels, by the column that holds them."""
+    """Return the class weights of each column of labels."""
     if given is None:
         return {}
     if given != "balanced" and not isinstance(given, Mapping):
@@ -387,7 +389,7 @@ def _class_weights(
 
 
 def check_class_weight(given: Mapping[str, float], labelled: Sequence[Target]) -> None:
-    """Raise where a weight is not that of a label."""
+    """Raise if ``class_weight`` names a label that no column holds."""
     known = {name for target in labelled for name in target.classes or ()}
     unknown = sorted({str(name) for name in given} - known)
     if unknown:
@@ -398,10 +400,11 @@ def check_class_weight(given: Mapping[str, float], labelled: Sequence[Target]) -
 def _weights_of(
     given: Literal["balanced"] | Mapping[str, float], target: Target, training: IntArray
 ) -> tuple[float, ...]:
+    """Return the weight of each class of one column."""
     assert target.classes is not None
     if not isinstance(given, Mapping):
         counts = target.counts(training)
-        n_seen = (counts > 0).sum()  # labels that no training cell has weigh nothing
+        n_seen = (counts > 0).sum()  # labels that no training cell has get weight 0
         return tuple(np.where(counts > 0, counts.sum() / (n_seen * np.maximum(counts, 1)), 0).tolist())
     for name, weight in given.items():
         if not (isinstance(weight, Real) and 0 <= weight < np.inf):

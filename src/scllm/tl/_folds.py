@@ -1,4 +1,4 @@
-"""Dividing cells into folds: stratified by label, or by whole groups. What is kept of a fold that is done."""
+"""Split cells into folds, stratified by label or by whole groups, and keep the predictions of finished folds."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def fold_cells(
     groups: IntArray | None = None,
     random_state: int = 0,
 ) -> IntArray:
-    """The fold that tests each cell, ``(n_cells,)``; no fold is empty.
+    """Assign each cell to the fold that tests it, ``(n_cells,)``; no fold is empty.
 
     Parameters
     ----------
     n_cells
         Number of cells.
     n_folds
-        Number of folds; as many as there are groups leaves one group out in each.
+        Number of folds; with as many folds as groups, each fold leaves one group out.
     codes
-        Label of each cell: every label is divided by the same shares, as far as whole groups allow.
+        Label of each cell: every fold gets the same share of each label, as far as whole groups allow.
     groups
-        Group of each cell: 0, 1, ...; groups are never divided.
+        Group of each cell: 0, 1, ...; groups are never split.
     random_state
-        Seed.
+        Random seed.
     """
     if groups is not None and groups.max() + 1 == n_folds:
         return groups.copy()
@@ -54,7 +54,7 @@ def fold_cells(
         splitter = GroupKFold(**options) if codes is None else StratifiedGroupKFold(**options)
     fold = np.empty(n_cells, np.int64)
     with warnings.catch_warnings():
-        # the verb has said which labels are rare
+        # The verb has already warned of rare labels.
         warnings.filterwarnings("ignore", message="The least populated class")
         for number, (_, tested) in enumerate(splitter.split(np.zeros(n_cells), labels, groups)):
             fold[tested] = number
@@ -62,7 +62,7 @@ def fold_cells(
 
 
 def _without_empty_folds(fold: IntArray, groups: IntArray, n_folds: int) -> IntArray:
-    """Give an empty fold the smallest group of the fold with most groups: stratifying by few groups may leave one."""
+    """Give empty folds, which stratifying few groups may leave, the smallest group of the fold with most groups."""
     sizes = np.bincount(groups)
     fold_of = np.empty(len(sizes), np.int64)
     fold_of[groups] = fold
@@ -73,9 +73,9 @@ def _without_empty_folds(fold: IntArray, groups: IntArray, n_folds: int) -> IntA
 
 
 def folds_directory(verb: str, given: Any, resume: Any) -> Path:
-    """Where the folds' runs go; finished and half-finished ones that are there are continued.
+    """Return the directory of the folds' runs, in which existing runs are resumed.
 
-    Nothing is made yet: the first run that has passed all checks makes it.
+    The directory is not created yet. The first run that passes all checks creates it.
     """
     check_resume(resume, given)
     if given is None:
@@ -95,7 +95,7 @@ def folds_directory(verb: str, given: Any, resume: Any) -> Path:
 
 
 def kept_predictions(run_dir: Path, spec: Mapping[str, Any], *, keep_models: bool) -> FloatArray | None:
-    """Out-of-fold predictions that an earlier call with the same ``spec`` left in a fold's directory, if one did."""
+    """Read the out-of-fold predictions of an earlier call with the same ``spec``, or return ``None``."""
     predictions = _predictions(run_dir)
     if predictions.is_new():
         return None
@@ -110,16 +110,16 @@ def kept_predictions(run_dir: Path, spec: Mapping[str, Any], *, keep_models: boo
 
 
 def keep_predictions(run_dir: Path, spec: Mapping[str, Any], outputs: FloatArray, *, keep_models: bool) -> None:
-    """Write a fold's predictions into its directory, so that the next call need not train it again.
+    """Write a fold's predictions to its directory, so that the next call need not train the fold again.
 
-    Weights are removed afterwards unless ``keep_models``: they take hundreds of megabytes a fold at base size.
+    Weights are removed afterwards unless ``keep_models``, because they take hundreds of megabytes a fold at base size.
     """
     _predictions(run_dir).create(spec, {"outputs": outputs})
     _remove_weights(Run(run_dir), keep_models)
 
 
 def _predictions(run_dir: Path) -> Run:
-    """Kept as a run is: arrays first, and then what they depend on, so that half of them count as none."""
+    """Return the predictions as a run, which writes arrays before their spec: partly written ones count as none."""
     return Run(run_dir / "predictions")
 
 

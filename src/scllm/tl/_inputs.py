@@ -1,4 +1,4 @@
-"""What verbs ask of their data before anything long starts."""
+"""Check the input data of verbs before any long computation starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_layer(
     *,
     downsample: float = 0.0,
 ) -> None:
-    """Raise on values that encoder or down-sampling cannot read; say where in the data counts are."""
+    """Raise on values that the encoder or count downsampling cannot read, and say which layer holds counts."""
     if isinstance(source, RankedCells):
         _check_ranked(source, model)
     needs_counts = model.encoder.needs_counts or downsample > 0
@@ -31,7 +31,7 @@ def check_layer(
 
 
 def take_medians(source: CellSource, model: CellModel) -> None:
-    """Let a fresh model that ranks genes take the medians that rank sentences were made with."""
+    """Give a new rank-based model the gene medians with which the token sequences were made."""
     encoder = model.encoder
     if isinstance(source, RankedCells) and isinstance(encoder, RankEncoder) and encoder.medians is None:
         medians = dict(zip(source.vocab.tokens, source.medians, strict=True))
@@ -39,7 +39,7 @@ def take_medians(source: CellSource, model: CellModel) -> None:
 
 
 def _check_ranked(source: RankedCells, model: CellModel) -> None:
-    """Raise unless the model ranks genes as the sentences do."""
+    """Raise unless the model ranks genes as the token sequences do."""
     if not isinstance(model.encoder, RankEncoder):
         raise ValueError(
             f"{source.path} holds only the order of genes, but {model.family} reads expression values. Pass the "

@@ -1,4 +1,4 @@
-"""Which model a verb uses: the one given, or the one recorded last on this AnnData."""
+"""Find the model that a verb uses: the one passed, or the one last recorded on the AnnData."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["ModelLike", "gene_match", "recorded_model", "remember", "resolve"]
 
 ModelLike = CellModel | str | PathLike[str]
 
-# models that were never saved, by hash, for as long as anybody holds them
+# Models that were never saved, by hash. An entry disappears when nothing refers to the model any more.
 _unsaved: WeakValueDictionary[str, CellModel] = WeakValueDictionary()
-# what holds them: each AnnData, by its id, the one that is recorded on it
+# The unsaved model recorded on each AnnData, by the id of the AnnData. This keeps the model alive.
 _held: dict[int, CellModel] = {}
 
 
 def resolve(model: ModelLike | None, adata: AnnData | None) -> CellModel:
-    """The model itself: given, read from a path, fetched from the Hub, or recorded on ``adata``."""
+    """Return the model that was passed, load it from a path or the Hub, or find the one recorded on ``adata``."""
     if isinstance(model, CellModel):
         return model
     if model is None:
@@ -43,7 +43,7 @@ def resolve(model: ModelLike | None, adata: AnnData | None) -> CellModel:
 
 
 def recorded_model(adata: AnnData | None) -> CellModel:
-    """The model that ``adata`` was used with last."""
+    """Return the model last recorded on ``adata``."""
     entry = {} if adata is None else adata.uns.get(_keys.UNS, {}).get("model", {})
     if not entry:
         raise ValueError(
@@ -76,12 +76,12 @@ def _unsaved_model(adata: AnnData | None, hash: str) -> CellModel:
             "it. Pass a model, and save models with model.save(path)."
         )
     if adata is not None:
-        _hold(adata, found)  # a copy of the AnnData may outlive it
+        _hold(adata, found)  # A copy of an AnnData may outlive the original, which kept the model alive.
     return found
 
 
 def _hold(adata: AnnData, model: CellModel | None) -> None:
-    """Keep a model alive as long as this AnnData, in place of the one that it held before."""
+    """Keep a model alive as long as this AnnData, and release the model that it held before."""
     if id(adata) not in _held and model is not None:
         weakref.finalize(adata, _held.pop, id(adata), None)
     if model is None:
@@ -91,7 +91,7 @@ def _hold(adata: AnnData, model: CellModel | None) -> None:
 
 
 def _known_family(entry: Mapping[str, Any]) -> str:
-    """The family that was recorded; one of another package would be imported, which no file may ask for."""
+    """Return the recorded family; raise if it is from another package, because no file may cause an import."""
     family = str(entry["family"])
     if family not in models.families():
         raise ValueError(
@@ -103,7 +103,7 @@ def _known_family(entry: Mapping[str, Any]) -> str:
 
 
 def remember(adata: AnnData | CellSource, model: CellModel) -> None:
-    """Record the model on ``adata``, so that later verbs find it."""
+    """Record the model on ``adata`` so that later verbs find it."""
     if not isinstance(adata, AnnData):
         return
     entry = {"family": model.family, "hash": model.hash()}
@@ -122,5 +122,5 @@ def gene_match(
     gene_key: str | None = None,
     min_coverage: float | None = None,
 ) -> genes.GeneMatch:
-    """The token of each gene of the data."""
+    """Match the genes of the data to tokens of the model's vocabulary."""
     return match_source(source, model.vocab, **match_settings(data, gene_key, min_coverage))

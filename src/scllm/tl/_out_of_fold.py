@@ -1,4 +1,4 @@
-"""Whether folds can tell how well something is predicted, and the scores."""
+"""Check that folds allow a fair evaluation, and compute the scores of out-of-fold predictions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["check_coverage", "check_folds", "find_groups", "fold_scores", "overa
 
 
 def find_groups(obs: pd.DataFrame, group_key: str | None, target: Target) -> IntArray | None:
-    """Group of each cell, numbered in the order of their names; -1 for cells that are left out."""
+    """Return the group of each cell, numbered in the order of group names; -1 for cells without a label or value."""
     if group_key is None:
         return None
     if group_key not in obs:
@@ -35,7 +35,7 @@ def find_groups(obs: pd.DataFrame, group_key: str | None, target: Target) -> Int
 
 
 def check_folds(target: Target, groups: IntArray | None, n_folds: int, n_repeats: int, group_key: str | None) -> None:
-    """Raise where there are not as many folds to be had, and warn of labels that are not in every fold."""
+    """Raise if the data do not allow so many folds, and warn of labels that cannot be in every fold."""
     if not (isinstance(n_folds, Integral) and isinstance(n_repeats, Integral)) or n_folds < 2 or n_repeats < 1:
         raise ValueError(
             f"Expected a whole number of at least 2 for n_folds and of at least 1 for n_repeats, got "
@@ -72,9 +72,9 @@ def check_folds(target: Target, groups: IntArray | None, n_folds: int, n_repeats
 
 
 def check_coverage(target: Target, folds: Sequence[IntArray]) -> None:
-    """Raise where a fold leaves one label to train on; warn of labels that a fold tests and no other fold has.
+    """Raise if a fold leaves fewer than two labels to train on; warn of labels that only one fold contains.
 
-    ``folds`` has one array a repeat.
+    ``folds`` has one array for each repeat.
     """
     if target.classes is None:
         return
@@ -88,7 +88,7 @@ def check_coverage(target: Target, folds: Sequence[IntArray]) -> None:
 
 
 def _lost(target: Target, fold: IntArray) -> list[str]:
-    """Labels that a fold tests and no other fold has."""
+    """List the labels that only one fold contains."""
     assert target.classes is not None
     there = fold >= 0
     counts = np.zeros((fold.max() + 1, len(target.classes)), np.int64)
@@ -104,7 +104,7 @@ def _lost(target: Target, fold: IntArray) -> list[str]:
 
 
 def fold_scores(target: Target, cells: IntArray, outputs: FloatArray) -> pd.DataFrame:
-    """Metrics of one method on the cells of one fold, then F1 of each class, one a row."""
+    """Compute the metrics of one method on one fold, then F1 of each class, one per row."""
     if target.classes is None:
         found = metrics.regression_scores(target.column[cells], outputs[:, 0])
         return _rows(found.items(), len(cells))
@@ -117,7 +117,7 @@ def fold_scores(target: Target, cells: IntArray, outputs: FloatArray) -> pd.Data
 
 
 def overall_scores(target: Target, outputs: FloatArray, groups: IntArray | None, seed: int) -> pd.DataFrame:
-    """Metrics of one method on all cells together, with bootstrap intervals."""
+    """Compute the metrics of one method on all cells, with 95 % bootstrap confidence intervals."""
     cells = np.flatnonzero(target.is_there)
     outputs, units = outputs[cells], None if groups is None else groups[cells]
     if target.classes is None:

@@ -1,4 +1,4 @@
-"""Which cells train, and which are held out."""
+"""Split cells into training and validation cells."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def divide(
     rows: IntArray | None = None,
     random_state: int = 0,
 ) -> tuple[IntArray, IntArray]:
-    """Rows of the training and of the validation cells."""
+    """Return the rows of the training and of the validation cells."""
     rows = np.arange(source.n_obs) if rows is None else rows
     if isinstance(validation, str):
         column = obs_column(source.obs(column_or_all(source, validation)), validation).astype(object)
@@ -60,7 +60,7 @@ def divide(
             f"Expected at least 2 cells, one to train on and one for validation, got {len(rows)}. Pass validation=0."
         )
     groups = None if group_key is None else _groups(source, group_key, rows)
-    share = min(max(validation, 1 / len(rows)), 1 - 1 / len(rows))  # at least one cell on either side
+    share = min(max(validation, 1 / len(rows)), 1 - 1 / len(rows))  # at least one cell on each side
     part = split_cells(
         len(rows), (1 - share, share), groups=groups, stratify=None if groups is not None else stratify,
         random_state=random_state,
@@ -69,7 +69,7 @@ def divide(
 
 
 def _check_whole(source: CellSource, group_key: str, validation: str, training: IntArray, held_out: IntArray) -> None:
-    """Raise where a column that says train and validation divides a group."""
+    """Raise if the train / validation column splits a group."""
     divided = sorted(
         set(_groups(source, group_key, training).astype(str)) & set(_groups(source, group_key, held_out).astype(str))
     )
@@ -82,7 +82,7 @@ def _check_whole(source: CellSource, group_key: str, validation: str, training: 
 
 
 def _groups(source: CellSource, group_key: str, rows: IntArray) -> pd.Series:
-    """Group of each of some cells; an error where one has none."""
+    """Return the group of each cell in ``rows``; raise if a cell has none."""
     groups = obs_column(source.obs(column_or_all(source, group_key)), group_key).iloc[rows]
     n_lacking = int(groups.isna().sum())
     if n_lacking:
@@ -94,5 +94,5 @@ def _groups(source: CellSource, group_key: str, rows: IntArray) -> pd.Series:
 
 
 def column_or_all(source: CellSource, key: str) -> list[str]:
-    """The column if it is there; else all of them, so that the error can offer close names."""
+    """Return the column if it exists, and otherwise all columns, so that the error can offer close names."""
     return [key] if key in source.obs_columns else list(source.obs_columns)

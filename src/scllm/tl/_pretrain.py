@@ -1,4 +1,4 @@
-"""Self-supervised training."""
+"""Pretrain a model without labels."""
 
 from __future__ import annotations
 
@@ -62,74 +62,82 @@ def pretrain(
     config: TrainConfig | None = None,
     random_state: int = 0,
 ) -> CellModel:
-    """Train a model on cells without labels, from scratch or onwards from another model.
+    """Train a model on cells without labels, from random weights or from an existing model.
 
-    scgpt hides the expression of a part of each cell's genes and predicts it, from the genes around and from the cell
-    embedding alone (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). geneformer hides genes of each cell's ranking and
-    tells which they are (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9). scbert hides expression levels and
-    classifies them; scfoundation predicts hidden genes, zeros among them, at the depth that a cell had before counts
-    were taken away. gpt2, albert and xlnet predict genes in the order of their expression; their loss is in nats per
-    gene, see :func:`scllm.tl.perplexity`. Everything is written to a run directory: the same call continues after a
-    crash, to the same loss curve.
+    The objective depends on the family:
+
+    - scgpt masks the expression of a share of each cell's genes. It predicts the masked values twice: from the other
+      genes, and from the cell embedding only (Cui et al. 2024, doi:10.1038/s41592-024-02201-0).
+    - geneformer masks genes in each cell's ranking and predicts which genes they are (Theodoris et al. 2023,
+      doi:10.1038/s41586-023-06139-9).
+    - scbert masks expression levels and classifies them.
+    - scfoundation predicts masked genes, including zeros, at the depth that a cell had before count downsampling.
+    - gpt2, albert and xlnet predict genes in the order of their expression. Their loss is in nats per gene, see
+      :func:`scllm.tl.perplexity`.
+
+    Everything is written to a run directory. After a crash, the same call resumes the run and gives the same loss
+    curve.
 
     Parameters
     ----------
     data
-        An AnnData, also backed; a path to ``.h5ad`` or ``.zarr``; a list or a folder of such; a folder of rank
-        sentences as ``scllm genecorpus`` writes it (geneformer).
+        An AnnData, which may be backed; a path to ``.h5ad`` or ``.zarr``; or a list or a folder of such files. For
+        geneformer also a folder of ranked token sequences, as written by ``scllm genecorpus``.
     model
-        Name of a family for fresh weights, or a model (or its path) to go on from, which is left unchanged; heads that
-        it has are not kept.
+        Name of a family to train from random weights, or a model (or its path) to start from. That model is not
+        changed, and its heads are not kept.
     size
-        Named architecture of a fresh model: ``"tiny"``, ``"small"``, ``"base"``, or a published one of the family.
+        Named architecture of a new model: ``"tiny"``, ``"small"``, ``"base"``, or a published one of the family.
     n_gpus
-        GPUs, one process each; ``None``: all there are, else one CPU process.
+        Number of GPUs, with one process each. ``None``: all available GPUs, or else one CPU process.
     n_procs
-        Processes on the CPU, with ``device="cpu"``.
+        Number of CPU processes, with ``device="cpu"``.
     device
         ``"auto"``, ``"cpu"`` or ``"cuda"``.
     run_dir
-        Where the run is written and continued; ``None``: a new directory under ``scllm.settings.run_dir``.
+        Directory in which the run is written and resumed. ``None``: a new one under ``scllm.settings.run_dir``.
     epochs
-        Passes over the cells; ``None`` is the family's own (scgpt, geneformer: 6).
+        Passes over the cells. ``None``: the default of the family (scgpt, geneformer: 6).
     batch_size
-        Cells of one optimiser step, over all processes (scgpt, geneformer: 32).
+        Cells per optimiser step, over all processes (scgpt, geneformer: 32).
     lr
-        Highest learning rate (scgpt: 1e-4, geneformer: 1e-3).
+        Peak learning rate (scgpt: 1e-4, geneformer: 1e-3).
     mask_ratio
-        Share of a cell's genes to hide, or several to draw from each step (scgpt: 0.25, 0.5, 0.75; geneformer: 0.15).
+        Share of a cell's genes to mask, or several shares, one of which is drawn at each step (scgpt: 0.25, 0.5, 0.75;
+        geneformer: 0.15).
     left_out
-        Share of a cell's genes that are left out of its sentence, to be told from the cell embedding among genes that
-        the cell does not express: the embedding then says which genes are expressed, and separates cell types better.
-        ``None`` is the family's own (scgpt: 0).
+        Share of a cell's genes held out of the input. From the cell embedding, the model predicts for these genes and
+        for genes without expression whether they are expressed. The embedding then separates cell types better.
+        ``None``: the default of the family (scgpt: 0).
     dropout
-        Dropout of the blocks (scgpt: 0.2, geneformer: 0.02). With 0 any number of processes gives the same loss curve.
+        Dropout of the blocks (scgpt: 0.2, geneformer: 0.02). With 0, any number of processes gives the same loss curve.
     validation
-        Share of cells held out, or a column of ``train`` and ``validation`` as :func:`scllm.pp.split` writes it.
+        Share of cells held out, or a column of ``obs`` with ``train`` and ``validation``, as written by
+        :func:`scllm.pp.split`.
     group_key
-        Column of groups (donors) that are held out whole.
+        Column of groups (donors) that are held out whole for validation.
     layer
-        Layer to read; ``None`` is ``X``. scgpt reads counts, normalised or logged values (their bins are the same),
+        Layer to read. ``None``: ``X``. scgpt reads counts, normalised or logged values (their bins are the same),
         geneformer counts.
     gene_key
-        Column of ``var`` with gene names, or ``"var_names"``; ``None`` is that of an earlier
-        :func:`scllm.pp.match_genes`, else the one that fits best.
+        Column of ``var`` with gene names, or ``"var_names"``. ``None``: the one of an earlier
+        :func:`scllm.pp.match_genes`, or else the one that matches best.
     min_coverage
-        Least share of genes that must be in the model's vocabulary; ``None`` is that of an earlier
-        :func:`scllm.pp.match_genes`, else 0.3.
+        Smallest share of genes that must be in the model's vocabulary. ``None``: the one of an earlier
+        :func:`scllm.pp.match_genes`, or else 0.3.
     precision
-        ``"auto"``: fp32 on a CPU, bf16 on a GPU that has it.
+        ``"auto"``: fp32 on a CPU, bf16 on a GPU that supports it.
     resume
-        ``"auto"`` continues a ``run_dir`` of the same settings, and returns its model at once if it is done; ``True``
-        insists that there is one, ``False`` that there is none.
+        ``"auto"`` resumes a run with the same settings in ``run_dir``, if there is one, and returns the model of a
+        finished run at once. ``True`` requires such a run, ``False`` requires an empty directory.
     config
-        The rest, see :class:`scllm.tl.TrainConfig`. A value given both ways is a ``TypeError``.
+        Further settings, see :class:`scllm.tl.TrainConfig`. Passing a value both ways is a ``TypeError``.
     random_state
-        What weights, order, masks and dropout are a function of.
+        Seed for weight initialisation, data order, masking and dropout.
 
     Returns
     -------
-    The trained model with the best validation weights, and its ``history``.
+    The trained model with the weights of the best validation loss, and its ``history``.
 
     Writes
     ------
@@ -164,7 +172,7 @@ def pretrain(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A pretraining with nothing left open, before anything is written."""
+    """Everything that a pretraining needs, before anything is written."""
 
     source: CellSource
     matching: MatchSettings
@@ -175,7 +183,7 @@ class Prepared:
     where: Processes
 
     def match(self) -> genes.GeneMatch:
-        """The token of each gene of the data."""
+        """Match the genes of the data to tokens of the model's vocabulary."""
         return match_source(self.source, self.model.vocab, **self.matching)
 
 
@@ -202,13 +210,13 @@ def prepare(
     config: TrainConfig | None,
     random_state: int,
 ) -> Prepared:
-    """Check everything that :func:`pretrain` was given, and settle what was left open."""
+    """Check the arguments of :func:`pretrain` and fill in the defaults."""
     if isinstance(data, AnnData):
         check_adata(data)
     check_config(config)
     if dropout is not None and not 0 <= dropout < 1:
         raise ValueError(f"Expected dropout of at least 0 and below 1, got {dropout}. For example, scGPT uses 0.2.")
-    TrainConfig(random_state=random_state)  # says so where that is no seed, before weights are drawn
+    TrainConfig(random_state=random_state)  # raises on an invalid seed before weights are drawn
     source = open_source(data, layer=layer)
     matching = match_settings(data, gene_key, min_coverage)
     where = processes(n_gpus, n_procs, device)
@@ -217,7 +225,7 @@ def prepare(
     begun = _starting_model(data, _names(source, matching["gene_key"]), model, size, dropout, seed)
     take_medians(source, begun)
     check_layer(source, begun, layer, data, downsample=0.0 if config is None else config.downsample or 0.0)
-    # a trained table is not started again, unless config says so
+    # Trained gene embeddings are not initialised again, unless config asks for it.
     gene_init = "svd" if isinstance(model, str) and _is_family(model) else "random"
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     defaults = {
@@ -232,20 +240,22 @@ def prepare(
 
 
 def _names(source: CellSource, gene_key: str | None) -> list[str]:
-    """What the genes of a fresh vocabulary are called."""
+    """Return the gene names for the vocabulary of a new model."""
     (named,) = genes.name_columns(source.genes, source.var, gene_key or "var_names").values()
-    # versions of one gene share a token
+    # Versions of one gene share a token.
     return list(dict.fromkeys(name for name in genes.strip_version(named) if name))
 
 
 def _starting_model(
     data: Data, names: list[str], model: ModelLike, size: str, dropout: float | None, random_state: int
 ) -> CellModel:
-    """Fresh weights for a family's name; a copy of the model otherwise."""
+    """Build a new model if ``model`` names a family; copy the model otherwise."""
     if isinstance(model, str) and _is_family(model):
         config = {} if dropout is None else {"dropout": dropout}
         with torch.random.fork_rng([]):
-            torch.default_generator.manual_seed(random_state)  # of the CPU alone: GPUs keep their state
+            torch.default_generator.manual_seed(
+                random_state
+            )  # seeds only the CPU, so that GPUs keep their random state
             return models.build(model, vocab=names, size=size, **config)
     if isinstance(model, str) and not model.startswith("hf://") and "/" not in model and not Path(model).exists():
         close = difflib.get_close_matches(model.lower(), models.families(), n=1)
@@ -257,7 +267,7 @@ def _starting_model(
         )
     begun = copy.deepcopy(resolve(model, data if isinstance(data, AnnData) else None)).cpu()
     begun.history, begun.report, begun.path = None, None, None
-    begun.set_heads(())  # they would read states that they were not trained on
+    begun.set_heads(())  # after pretraining, the heads would get embeddings that they were not trained on
     if dropout is not None:
         begun.config = replace(begun.config, dropout=dropout)
         if begun.config.dropout != dropout:
@@ -274,13 +284,13 @@ def _starting_model(
 def _objective(
     model: CellModel, seed: int | None, mask_ratio: float | Sequence[float] | None, left_out: float | None
 ) -> Objective:
-    """What the model is trained for: the family's own, with what was given in its place."""
+    """Return the objective of the family, with the settings that were passed."""
     settings: dict[str, Any] = model.config.objective()
     objective = objective_from_dict(settings)
     known = {field.name for field in fields(objective)}
     if mask_ratio is not None:
         shares = (float(mask_ratio),) if isinstance(mask_ratio, Real) else tuple(mask_ratio)
-        # one share of genes to hide has another name than several of values to draw from
+        # Objectives with a single share of genes to mask call it p; those that draw from several call it mask_ratio.
         settings |= {"p": shares[0]} if "p" in known and len(shares) == 1 else {"mask_ratio": shares}
     if left_out is not None:
         settings["left_out"] = left_out
@@ -296,19 +306,19 @@ def _objective(
 
 
 def _is_family(name: str) -> bool:
-    """Whether a string names a family (of another package, with a dot) and not a path."""
+    """Return whether a string names a family, possibly the module of another package, and not a path."""
     if name in models.families():
         return True
     return "." in name and "/" not in name and not Path(name).exists() and _is_module(name)
 
 
 def _is_module(name: str) -> bool:
-    """Whether there is a module of that name; what its package itself lacks is raised."""
+    """Return whether a module of that name exists; raise if its package fails to import another module."""
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError as error:
         if f"{name}.".startswith(f"{error.name}."):
             return False
         raise
-    except (ImportError, ValueError):  # dots in places where names of modules have none
+    except (ImportError, ValueError):  # the name has dots where module names cannot
         return False

@@ -1,4 +1,4 @@
-"""A column of ``obs`` as what a model is trained to predict: labels or values."""
+"""The training target: labels or values in a column of ``obs``."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from scllm._typing import IntArray
 
 __all__ = ["Target", "find_target"]
 
-# what missing labels become where a column is made text
+# Missing labels become one of these when a column is converted to text.
 _MISSING_AS_TEXT = {"nan", "NaN", "None", "<NA>", "NaT", ""}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A column of ``obs``: codes of ``classes`` (-1: missing), or with ``classes=None`` values (NaN: missing).
+    """A column of ``obs``: codes of ``classes`` (-1 is missing), or values if ``classes`` is ``None`` (NaN is missing).
 
-    ``categories`` says how the column stores its labels.
+    ``categories`` records how the column stores its labels.
     """
 
     key: str
@@ -34,33 +34,33 @@ class Target:
 
     @property
     def is_there(self) -> NDArray[np.bool_]:
-        """Which cells have a label or value."""
+        """Mask of the cells with a label or value."""
         return np.isfinite(self.column) if self.classes is None else self.column >= 0
 
     @property
     def n_outputs(self) -> int:
-        """Numbers that a method says of each cell."""
+        """Number of outputs that a method predicts for each cell."""
         return 1 if self.classes is None else len(self.classes)
 
     @property
     def advice(self) -> str:
-        """What to do where labels have too few cells: numbers that were read as text look like such labels."""
+        """Advice for labels with too few cells, which may be numbers that were read as text."""
         if pd.to_numeric(pd.Series(self.classes), errors="coerce").notna().all():
             return f"If they are values: adata.obs[{self.key!r}] = adata.obs[{self.key!r}].astype(float)."
         return "Merge them, or pass a column with fewer labels with `key=`."
 
     def counts(self, cells: IntArray) -> IntArray:
-        """Of some cells, how many have each label."""
+        """Count the cells of each label."""
         codes = self.column[cells]
         return np.bincount(codes[codes >= 0], minlength=self.n_outputs)
 
     def names(self, codes: IntArray) -> NDArray[np.object_]:
-        """Classes by their codes."""
+        """Return the class names of the codes."""
         return np.array(self.classes, dtype=object)[codes]
 
 
 def find_target(obs: pd.DataFrame, key: str) -> Target:
-    """The column to predict; an error where it is neither labels nor values, a warning where cells have none."""
+    """Read the column to predict; raise if it holds neither labels nor values, and warn of cells without one."""
     column = obs_column(obs, key)
     if column.isna().all():
         raise ValueError(
@@ -102,7 +102,7 @@ def find_target(obs: pd.DataFrame, key: str) -> Target:
 
 
 def _of_whole_numbers(target: Target) -> str:
-    """Codes of labels become floats where one is missing, and would be taken for values without a word."""
+    """Say that whole numbers are taken as values, because integer labels become floats if one is missing."""
     values = target.column[target.is_there]
     if target.classes is not None or (values % 1).any():
         return ""

@@ -1,4 +1,4 @@
-"""What verbs that train share: cells, run directory, start, and what is left on the AnnData."""
+"""The steps that all training verbs share: settings, run directory, start of training and recording of the result."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ Data = AnnData | str | PathLike[str] | CellSource | Sequence[str | PathLike[str]
 
 @dataclass(frozen=True)
 class Processes:
-    """How many processes train, and on which device."""
+    """The number of training processes and the device they use."""
 
     n: int
     device: str
 
 
 def processes(n_gpus: int | None, n_procs: int | None, device: str) -> Processes:
-    """All GPUs there are, else one CPU process; an error where fewer GPUs are there than asked for."""
+    """Choose all available GPUs, or else one CPU process; raise if fewer GPUs are available than requested."""
     if n_gpus is not None and n_procs is not None:
         raise TypeError(f"Expected n_gpus= or n_procs=, got both: {n_gpus} and {n_procs}. Leave one out.")
     for name, n in (("n_gpus", n_gpus), ("n_procs", n_procs)):
@@ -83,7 +83,7 @@ def processes(n_gpus: int | None, n_procs: int | None, device: str) -> Processes
 
 
 def check_config(config: object) -> None:
-    """Raise unless it is a TrainConfig, or nothing."""
+    """Raise unless ``config`` is a :class:`TrainConfig` or ``None``."""
     if config is not None and not isinstance(config, TrainConfig):
         raise TypeError(f"Expected config to be a TrainConfig, got {config!r:.60}. Pass scllm.tl.TrainConfig(...).")
 
@@ -96,10 +96,10 @@ def merged_config(
     precision: str,
     random_state: int,
 ) -> TrainConfig:
-    """Settings with nothing left open: what was given, then ``config``, then the family's own."""
+    """Complete the settings: arguments first, then ``config``, then the defaults of the family."""
     check_config(config)
     config = config or TrainConfig()
-    # a default cannot be told from the same value given: only others count as given
+    # A default that was passed explicitly looks like one that was left out, so only other values count as passed.
     given = {**given, "precision": None if precision == "auto" else precision, "random_state": random_state or None}
     config = config.merged(given)
     if config.steps is not None and config.epochs is not None:
@@ -137,7 +137,7 @@ def train(
     lora: LoraSettings | None = None,
     params: Mapping[str, Any],
 ) -> CellModel:
-    """Write the run directory (or continue the one there), train, and record the result on the AnnData."""
+    """Create or resume the run directory, train, and record the result on the AnnData."""
     check_resume(resume, run_dir)
     _check_settings(model, config, freeze, lora)
     match = match_source(source, model.vocab, **matching)
@@ -192,7 +192,7 @@ def train(
     trained = launch(run, n_procs=where.n, device=where.device, source=source, family=family)
     if not was_done:
         say_trained(trained, time.perf_counter() - began)
-    shutil.rmtree(run.data, ignore_errors=True)  # the run is done: nothing reads the copy again
+    shutil.rmtree(run.data, ignore_errors=True)  # The run is finished, so nothing reads the copy again.
     if isinstance(data, AnnData):
         said = {**objective_to_dict(objective), "freeze": freeze, "lora": lora, **params, **config.to_dict()}
         record(data, verb, {**said, "run_dir": run.path}, trained.history)
@@ -207,7 +207,7 @@ def _identity(
     cells: Mapping[str, NDArray[Any]],
     match: GeneMatch,
 ) -> dict[str, Any]:
-    """What a run is trained on: if any of it changes, it is another run."""
+    """Describe the data of a run; if any of this changes, it is a different run."""
     return {
         "fingerprint": fingerprint(source),
         "layer": layer,
@@ -218,7 +218,7 @@ def _identity(
 
 
 def check_resume(resume: object, run_dir: object) -> None:
-    """Raise where it is not said whether, or in which directory, to go on."""
+    """Raise if ``resume`` is invalid, or if there is no directory to resume from."""
     if resume not in ("auto", True, False):
         raise ValueError(
             f"Expected resume to be 'auto', True or False, got {resume!r}. Pass 'auto' to resume a run if there is one."
@@ -228,7 +228,7 @@ def check_resume(resume: object, run_dir: object) -> None:
 
 
 def _check_settings(model: CellModel, config: TrainConfig, freeze: Freeze, lora: LoraSettings | None) -> None:
-    """Raise on settings that do not go together, or not with the model."""
+    """Raise on settings that exclude each other or do not fit the model."""
     check_tracker(config.logger)
     if config.strategy == "fsdp" and config.precision == "fp16":
         raise ValueError(
@@ -243,11 +243,11 @@ def _check_settings(model: CellModel, config: TrainConfig, freeze: Freeze, lora:
             )
         adapted_layers(model, frozen_weights(model, freeze))
     check_trainable(model, freeze)
-    cropping(model, config.max_len)  # says so where sentences would be too short
+    cropping(model, config.max_len)  # raises if the token sequences would be too short
 
 
 def check_trainable(model: CellModel, freeze: Freeze) -> None:
-    """Raise where int8 weights would have to be trained."""
+    """Raise if int8 weights would have to be trained."""
     if model.weight_dtype != "float32" and freeze != "encoder":
         raise ValueError(
             f"Expected a model with float weights, got {model.weight_dtype} weights, which cannot be trained. Train "
@@ -266,7 +266,7 @@ def _set_up(
     cells: Mapping[str, NDArray[Any]],
     where: Processes,
 ) -> None:
-    """Write down all that another process needs to train it."""
+    """Write everything that another process needs to train the model to the run directory."""
     warn_of_unread_cells(source, match, cells["train"])
     seed = config.random_state or 0
     if config.gene_init == "svd":
@@ -286,7 +286,7 @@ def _set_up(
 
 
 def _set_up_again(run: Run, spec: Mapping[str, Any], source: CellSource) -> None:
-    """The same data may lie elsewhere by now, and other processes train on them."""
+    """Update where the run finds its data, which may have moved since the run was created."""
     run.check(spec)
     if spec["data_reference"] != run.spec["data_reference"]:
         _store(run, spec, source)
@@ -294,14 +294,14 @@ def _set_up_again(run: Run, spec: Mapping[str, Any], source: CellSource) -> None
 
 
 def _store(run: Run, spec: Mapping[str, Any], source: CellSource) -> None:
-    """Data that no other process finds are kept in the run directory while it is trained."""
+    """Copy data to the run directory for the time of training if other processes could not find them."""
     if spec["data_reference"] is None:
         shutil.rmtree(run.data, ignore_errors=True)
         write_arrays(source, run.data, gene_key=spec["data"]["gene_key"])
 
 
 def hash_cells(cells: Mapping[str, NDArray[Any]]) -> str:
-    """Of parts, labels and weights: a run of other labels is another run."""
+    """Hash the split, labels and weights of the cells, because a run on other labels is a different run."""
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(cells):
         digest.update(name.encode())
@@ -310,16 +310,16 @@ def hash_cells(cells: Mapping[str, NDArray[Any]]) -> str:
 
 
 def hash_match(match: GeneMatch) -> str:
-    """Of the token of each gene, file by file: what a file did not measure is not zero."""
+    """Hash the token of each gene for each file, because a gene that a file did not measure is not a zero."""
     files = {f"file {number}": file.token_ids for number, file in enumerate(match.files)}
     of_cell = {} if match.file_of is None else {"file of": match.file_of}
     return hash_cells({"tokens": match.token_ids, **files, **of_cell})
 
 
 def _reference(data: Data, layer: str | None) -> str | list[str] | None:
-    """Where another process finds the data; ``None`` for data in memory."""
+    """Return where another process finds the data, or ``None`` for data in memory."""
     if isinstance(data, AnnData):
-        # X and .raw of a backed AnnData are those of its file; tables and layers may have been changed since
+        # X and .raw of a backed AnnData are those of its file, but tables and layers may have been changed in memory.
         if not data.isbacked or data.is_view or (layer is not None and (layer != RAW or has_layer(data, RAW))):
             return None
         path = str(Path(data.filename).absolute())
@@ -333,7 +333,7 @@ def _reference(data: Data, layer: str | None) -> str | list[str] | None:
 
 
 def _writable(path: Path) -> Path:
-    """The path of a run directory, if one can be made there; an error else."""
+    """Return ``path`` if a run directory can be created there; raise otherwise."""
     there = path if path.exists() else next(parent for parent in path.absolute().parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "not a directory" if not there.is_dir() else "not writable"
@@ -344,7 +344,7 @@ def _writable(path: Path) -> Path:
 
 
 def _fresh_directory(verb: str) -> Path:
-    """A directory of its own for every call."""
+    """Create a new directory for every call."""
     stem = f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 0
     while True:
@@ -357,13 +357,13 @@ def _fresh_directory(verb: str) -> Path:
 
 
 def _missing(path: Path) -> list[Path]:
-    """Which of a directory and its parents are not there yet, the outermost first."""
+    """List the directory and its parents that do not exist yet, outermost first."""
     return [folder for folder in (*reversed(path.absolute().parents), path.absolute()) if not folder.exists()]
 
 
 @contextmanager
 def _cleared_on_error(run: Run, made: Sequence[Path]) -> Iterator[None]:
-    """Leave nothing of a run that could not be set up: neither files nor the directories made for it."""
+    """Remove the files and new directories of a run whose set-up fails."""
     try:
         yield
     except BaseException:
@@ -376,6 +376,7 @@ def _cleared_on_error(run: Run, made: Sequence[Path]) -> Iterator[None]:
 
 
 def _check_free(path: Path) -> None:
+    """Raise if a directory for a new run holds files of other programs."""
     others = [entry.name for entry in path.iterdir() if not _is_left_over(entry)] if path.exists() else []
     if others:
         raise ValueError(
@@ -385,7 +386,7 @@ def _check_free(path: Path) -> None:
 
 
 def _is_left_over(entry: Path) -> bool:
-    """Whether a run that was stopped while it was set up left this; it is written anew, so nothing else may pass."""
+    """Return whether this is left from an interrupted set-up; it is overwritten, so no other file may pass."""
     match entry.name:
         case "model":
             return is_native(entry)
@@ -395,7 +396,7 @@ def _is_left_over(entry: Path) -> bool:
 
 
 def warn_of_unread_cells(source: CellSource, match: GeneMatch, rows: IntArray) -> None:
-    """Count cells without any gene of the vocabulary, where all are in memory to be looked at."""
+    """Warn of cells that express no gene in the vocabulary, if all cells are in memory."""
     if source.chunked:
         return
     n_empty = 0
