@@ -1,4 +1,4 @@
-"""Out-of-fold predictions: who is predicted by whom, what is written, what is not."""
+"""Cross-validation: out-of-fold predictions, scores, and what is written to the AnnData."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_cell_is_predicted_once_by_a_model_that_has_not_seen_it(adata, tin
     for number in range(3):
         cells = np.load(tmp_path / f"fold-{number}" / "cells.npz")
         assert sorted([*cells["train"], *cells["validation"]]) == np.flatnonzero(fold != number).tolist()
-        # the same predictions as by hand, with the fold's model
+        # These are the predictions of the model of the fold.
         test = adata[fold == number].copy()
         classify(test, tmp_path / f"fold-{number}")
         np.testing.assert_allclose(
@@ -65,7 +65,7 @@ def test_shuffled_labels_are_not_learnt(adata, tiny):
     assert (table.groupby("method")["accuracy"].mean() < 0.75).all()
 
 
-def test_scores_are_those_of_what_was_written(adata, tiny):
+def test_scores_equal_those_of_the_written_predictions(adata, tiny):
     table = cross_validate(adata, tiny, key="cell_type", n_folds=3, **FAST)
     assert list(table.index.names) == ["method", "repeat", "fold"]
     assert table.index.tolist() == [(method, 0, fold) for method in ("baseline", "model") for fold in range(3)]
@@ -111,7 +111,7 @@ def test_the_same_seed_gives_the_same_folds_and_predictions(adata, tiny):
         cross_validate(adata, tiny, key="cell_type", random_state=-1, **FAST)
 
 
-def test_repeats_are_runs_with_the_next_seeds_and_the_first_is_written(adata, tiny, tmp_path):
+def test_repeats_use_the_next_seeds_and_the_first_is_written(adata, tiny, tmp_path):
     table = cross_validate(adata, tiny, key="cell_type", n_folds=2, n_repeats=2, run_dir=tmp_path, **FAST)
     assert table.index.tolist() == [(m, r, f) for m in ("baseline", "model") for r in (0, 1) for f in (0, 1)]
     once = adata.copy()
@@ -132,7 +132,7 @@ def test_groups_are_tested_whole_and_one_is_left_out_at_a_time(adata, tiny):
     assert settings_of(adata)["params"]["group_key"] == "donor"
 
 
-def test_values_are_predicted_beside_ridge_regression(adata, tiny):
+def test_values_are_compared_with_ridge_regression(adata, tiny):
     depth = np.asarray(adata.X[:, 20:26].sum(1)).ravel()
     adata.obs["activity"] = np.where(np.arange(60) < 4, np.nan, np.log1p(depth))
     with pytest.warns(UserWarning, match=naming("4 of 60 cells", "value", "obs['activity']")):
@@ -147,7 +147,7 @@ def test_values_are_predicted_beside_ridge_regression(adata, tiny):
     assert "classes" not in settings_of(adata)
 
 
-def test_cells_without_a_label_take_no_part_and_get_none(adata, tiny, tmp_path):
+def test_cells_without_a_label_are_ignored_and_get_no_prediction(adata, tiny, tmp_path):
     adata.obs["label"] = adata.obs["cell_type"].astype(object)
     adata.obs.iloc[:6, adata.obs.columns.get_loc("label")] = None
     with pytest.warns(UserWarning, match=naming("6 of 60 cells", "label", "obs['label']")) as warned:
@@ -167,7 +167,7 @@ def test_the_share_for_validation_is_of_the_training_cells(adata, tiny, tmp_path
     assert (len(cells["train"]), len(cells["validation"])) == ((30, 0) if not validation else (21, 9))
 
 
-def test_nothing_else_of_the_data_changes(adata, tiny):
+def test_the_rest_of_the_data_is_unchanged(adata, tiny):
     adata.layers["counts"], adata.X = adata.X.copy(), adata.X.log1p()
     adata.obs["keep"] = np.arange(60)
     adata.uns["mine"] = {"a": 1}
@@ -234,7 +234,7 @@ def test_results_survive_files(adata, tiny, tmp_path, key):
 def test_a_finished_fold_is_not_trained_again(adata, tiny, tmp_path):
     whole = adata.copy()
     expected = cross_validate(whole, tiny, key="cell_type", n_folds=3, run_dir=tmp_path / "whole", **FAST)
-    # half-finished: one fold done, the next begun and stopped before its end
+    # One fold is finished, and the next was interrupted.
     half = tmp_path / "half"
     half.mkdir()
     os.rename(tmp_path / "whole" / "fold-0", half / "fold-0")
@@ -251,7 +251,7 @@ def test_a_finished_fold_is_not_trained_again(adata, tiny, tmp_path):
 WEIGHTS = {"model", "best_model.pt", "last.pt"}
 
 
-def test_folds_leave_predictions_and_weights_only_if_asked(adata, tiny, tmp_path):
+def test_folds_keep_predictions_and_weights_only_on_request(adata, tiny, tmp_path):
     options = {"key": "cell_type", "n_folds": 2, "baseline": False, **FAST}
     expected = cross_validate(adata, tiny, run_dir=tmp_path / "kept", keep_models=True, **options)
     found = cross_validate(adata.copy(), tiny, run_dir=tmp_path / "run", **options)
@@ -267,7 +267,7 @@ def test_folds_leave_predictions_and_weights_only_if_asked(adata, tiny, tmp_path
 def test_predictions_of_finished_folds_are_read_again(adata, tiny, tmp_path, monkeypatch):
     options = {"key": "cell_type", "n_folds": 2, "run_dir": tmp_path / "run", **FAST}
     first = cross_validate(adata, tiny, **options)
-    monkeypatch.setattr("scllm.tl._cross_validate.finetune", None)  # would be called
+    monkeypatch.setattr("scllm.tl._cross_validate.finetune", None)  # a call would raise
     again = adata.copy()
     pd.testing.assert_frame_equal(cross_validate(again, tiny, **options), first)
     np.testing.assert_array_equal(again.obsm["cell_type_cv_probabilities"], adata.obsm["cell_type_cv_probabilities"])
@@ -293,7 +293,7 @@ tl.cross_validate(adata, sys.argv[2], run_dir=sys.argv[3], **options)
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(adata, tiny, tmp_path):
+def test_a_killed_run_is_resumed(adata, tiny, tmp_path):
     adata.write_h5ad(tmp_path / "a.h5ad")
     tiny.save(tmp_path / "model")
     run = tmp_path / "run"
@@ -310,11 +310,11 @@ def test_a_killed_run_goes_on_where_it_was(adata, tiny, tmp_path):
     options = {"key": "cell_type", "n_folds": 3, "epochs": 12, "batch_size": 4}
     found = cross_validate(adata, tmp_path / "model", run_dir=run, **options)
     assert (run / "fold-0" / "done").stat().st_mtime_ns == stamp
-    # the killed process may have had another number of threads: probabilities differ in their last digits
+    # The killed process may have used another number of threads, which changes the last digits of probabilities.
     pd.testing.assert_frame_equal(found, cross_validate(adata.copy(), tmp_path / "model", **options), rtol=1e-3)
 
 
-def test_runs_that_are_asked_for_or_not_wanted(adata, tiny, tmp_path):
+def test_resume_is_checked_against_existing_folds(adata, tiny, tmp_path):
     with pytest.raises(ValueError, match=naming("resume", "'yes'", "'auto'", True, False)):
         cross_validate(adata, tiny, key="cell_type", n_folds=2, resume="yes", **FAST)
     with pytest.raises(ValueError, match=naming("run_dir=", "resume=True", None)):
@@ -370,7 +370,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_requests_that_cannot_be_met_write_nothing(adata, tiny, tmp_path, name):
+def test_invalid_arguments_are_named_and_nothing_is_written(adata, tiny, tmp_path, name):
     options, error, message = BAD[name]
     adata.obs["constant"], adata.obs["flat"], adata.obs["n"] = "x", 1.5, np.arange(60) % 3
     adata.obs["names"] = [f"name {i}" for i in range(60)]
@@ -398,7 +398,7 @@ UNFIT: dict[str, tuple[dict, str]] = {
 
 @pytest.mark.filterwarnings("ignore:Variable names are not unique")
 @pytest.mark.parametrize("name", UNFIT)
-def test_what_no_fold_could_be_trained_on_leaves_no_directory(adata, tiny, tmp_path, monkeypatch, name):
+def test_invalid_data_or_options_leave_no_directory(adata, tiny, tmp_path, monkeypatch, name):
     monkeypatch.setattr("scllm.settings.run_dir", tmp_path / "runs")
     options, message = UNFIT[name]
     if name in ("negative values", "missing values"):
@@ -417,7 +417,7 @@ def test_what_no_fold_could_be_trained_on_leaves_no_directory(adata, tiny, tmp_p
     assert not adata.uns
 
 
-def test_rare_labels_are_warned_of_and_scored_where_they_are(adata, tiny):
+def test_rare_labels_are_warned_of_and_scored_in_the_folds_that_contain_them(adata, tiny):
     adata.obs["label"] = ["one", *["two"] * 2, *["A", "B"] * 28, "A"]
     with pytest.warns(UserWarning, match="label") as warned:
         table = cross_validate(adata, tiny, key="label", n_folds=3, **FAST)
@@ -431,7 +431,7 @@ def test_rare_labels_are_warned_of_and_scored_where_they_are(adata, tiny):
 
 
 @pytest.mark.filterwarnings("ignore:.*in one fold only")
-def test_labels_that_one_fold_alone_has_may_be_weighed(adata, tiny):
+def test_labels_in_only_one_fold_can_have_a_class_weight(adata, tiny):
     adata.obs["label"] = [*["one"] * 3, *["A", "B"] * 28, "A"]
     adata.obs["donor"] = ["x"] * 20 + ["y"] * 20 + ["z"] * 20
     table = cross_validate(
@@ -443,12 +443,12 @@ def test_labels_that_one_fold_alone_has_may_be_weighed(adata, tiny):
 
 
 def parts_of_fold(run_dir, number, column):
-    """Groups of the training and of the validation cells."""
+    """Return the groups of the training and of the validation cells."""
     with np.load(run_dir / f"fold-{number}" / "cells.npz") as cells:
         return set(column[cells["train"]]), set(column[cells["validation"]])
 
 
-def test_groups_change_nothing_of_what_heads_read(adata, tiny, tmp_path):
+def test_groups_do_not_change_the_input_of_heads(adata, tiny, tmp_path):
     adata.obs["donor"] = ["x"] * 20 + ["y"] * 20 + ["z"] * 20
     for group_key in (None, "donor"):
         run_dir = tmp_path / str(group_key)
@@ -458,7 +458,7 @@ def test_groups_change_nothing_of_what_heads_read(adata, tiny, tmp_path):
         assert {models.load(run_dir / f"fold-{i}" / "model").head_specs[0].reads for i in range(3)} == {"both"}
 
 
-def test_folds_are_validated_on_whole_groups_where_there_are_three(adata, tiny, tmp_path, caplog):
+def test_folds_with_three_training_groups_are_validated_on_whole_groups(adata, tiny, tmp_path, caplog):
     column = adata.obs["donor"] = np.repeat(list("abcd"), 15)
     with caplog.at_level("INFO", logger="scllm"):
         cross_validate(adata, tiny, key="cell_type", group_key="donor", n_folds=4, run_dir=tmp_path, **FAST)
@@ -469,7 +469,7 @@ def test_folds_are_validated_on_whole_groups_where_there_are_three(adata, tiny, 
         assert not training & held_out
 
 
-def test_folds_are_validated_on_single_cells_where_groups_do_not_do(adata, tiny, tmp_path, caplog):
+def test_folds_whose_groups_are_too_few_are_validated_on_single_cells(adata, tiny, tmp_path, caplog):
     two_left = adata.obs["three donors"] = np.tile(list("abc"), 20)
     adata.obs["donor"] = own_label = np.tile(list("abcd"), 15)
     adata.obs["label"] = np.where(own_label == "a", "only a", adata.obs["cell_type"])
@@ -494,7 +494,7 @@ def test_labels_like_numbers_are_labels(adata, tiny):
     assert adata.obs["leiden_cv"].cat.categories.tolist() == ["0", "1"]
 
 
-def test_labels_that_a_query_has_and_the_reference_lacks_are_never_given(adata, tiny, tmp_path):
+def test_labels_missing_from_the_reference_are_never_predicted(adata, tiny, tmp_path):
     reference, query = adata[adata.obs["batch"] == "first"].copy(), adata[adata.obs["batch"] == "second"].copy()
     query.obs["cell_type"] = query.obs["cell_type"].cat.add_categories("new")
     query.obs.iloc[:10, query.obs.columns.get_loc("cell_type")] = "new"
@@ -512,7 +512,7 @@ def test_labels_that_a_query_has_and_the_reference_lacks_are_never_given(adata, 
     assert query.obs["cell_type"].iloc[0] == "new"
 
 
-def test_data_on_disk_are_asked_into_memory(adata, tiny, tmp_path):
+def test_backed_data_are_an_error(adata, tiny, tmp_path):
     adata.write_h5ad(tmp_path / "a.h5ad")
     backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
     with pytest.raises(ValueError, match=naming("adata", "backed", "adata.to_memory()")):
@@ -521,7 +521,7 @@ def test_data_on_disk_are_asked_into_memory(adata, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["dense", "csc"])
-def test_other_matrices_give_the_same(adata, tiny, form):
+def test_other_matrix_formats_give_the_same_scores(adata, tiny, form):
     other = adata.copy()
     other.X = adata.X.toarray() if form == "dense" else sparse.csc_matrix(adata.X)
     expected = cross_validate(adata, tiny, key="cell_type", n_folds=2, **FAST)
@@ -529,7 +529,7 @@ def test_other_matrices_give_the_same(adata, tiny, form):
 
 
 @pytest.mark.parametrize("layer", [None, "counts"])
-def test_a_matrix_by_columns_is_turned_round_once_for_all_folds(adata, tiny, monkeypatch, layer):
+def test_a_matrix_stored_by_columns_is_converted_once_for_all_folds(adata, tiny, monkeypatch, layer):
     whole, turn = [], sparse.csc_matrix.tocsr
     adata.layers["counts"] = adata.X = sparse.csc_matrix(adata.X)
 
@@ -551,7 +551,7 @@ def test_each_fold_is_logged(adata, tiny, caplog):
     assert json.dumps(lines[0]).count("(") == 2
 
 
-def test_a_model_that_was_tuned_on_the_labels_is_warned_of(adata, tiny, tmp_path):
+def test_a_model_already_fine_tuned_on_the_labels_causes_a_warning(adata, tiny, tmp_path):
     tuned = finetune(adata, tiny, key="cell_type", epochs=1, run_dir=tmp_path / "run")
     with pytest.warns(UserWarning, match=naming("fine-tuned", "'cell_type'")):
         cross_validate(adata, tuned, key="cell_type", n_folds=2, **FAST)

@@ -1,4 +1,4 @@
-"""Heads on obs columns: what is trained, on which cells, and what stays."""
+"""Fine-tuning on columns of obs: which weights are trained, on which cells, and what stays unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from scllm.tl._target import find_target
 
 @pytest.fixture
 def tune(adata, tiny, tmp_path):
-    """Fine-tune `tiny` on `adata` with little effort; every call in a new directory."""
+    """Fine-tune `tiny` on `adata` briefly, with a new run directory for each call."""
     runs = iter(range(100))
 
     def call(key="cell_type", data=adata, model=tiny, **options):
@@ -43,7 +43,7 @@ def spec_of(model) -> dict:
     return json.loads((model.path.parent / "spec.json").read_text())
 
 
-def test_a_head_is_trained_and_the_model_given_stays_as_it_was(adata, tiny, tune):
+def test_a_head_is_trained_and_the_initial_model_is_unchanged(adata, tiny, tune):
     before = tiny.hash()
     tuned = tune(validation=0)  # the last weights, not the best
     assert tuned.head_specs[0].classes == ("A", "B")
@@ -87,7 +87,7 @@ def test_labels_are_the_classes_that_occur(adata, tune, column):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "Float64"])
-def test_values_are_scaled_by_the_training_cells_alone(adata, tune, dtype):
+def test_values_are_scaled_by_the_training_cells_only(adata, tune, dtype):
     split(adata, fractions=(0.5, 0.2, 0.3))
     values = np.random.default_rng(0).normal(5, 2, 60)
     values[adata.obs["split"] != "train"] += 1000
@@ -98,7 +98,7 @@ def test_values_are_scaled_by_the_training_cells_alone(adata, tune, dtype):
     assert (head.mean, head.std) == (pytest.approx(training.mean(), rel=1e-5), pytest.approx(training.std(), rel=1e-5))
 
 
-def test_several_columns_are_several_heads(adata, tune):
+def test_each_column_gets_a_head(adata, tune):
     adata.obs["depth"] = np.asarray(adata.X.sum(1)).ravel()
     tuned = tune(["cell_type", "depth", "batch"])
     assert [(head.key, head.classes) for head in tuned.head_specs] == [
@@ -128,15 +128,15 @@ def test_codes_with_a_gap_are_values_and_a_warning_says_so(adata, tune):
         assert tune("cluster").head_specs[0].classes == ("0", "1", "2")
 
 
-def test_a_second_call_without_a_model_says_that_it_goes_on_from_the_first(adata, tune):
+def test_a_second_call_without_a_model_warns_that_it_starts_from_the_first(adata, tune):
     tune()
     with pytest.warns(UserWarning, match=naming("fine-tuned on 'cell_type'", "model=")):
         tune(model=None)
-    tune("batch", model=None)  # of another column nothing is known
+    tune("batch", model=None)  # no warning: the model was not fine-tuned on this column
     tune("batch")
 
 
-def test_with_several_heads_a_cell_with_one_label_takes_part(adata, tune):
+def test_with_several_heads_a_cell_with_one_label_is_used(adata, tune):
     adata.obs["a"], adata.obs["b"] = adata.obs["cell_type"].astype(object), adata.obs["batch"].astype(object)
     adata.obs.loc[adata.obs_names[:10], "a"] = np.nan
     adata.obs.loc[adata.obs_names[5:12], "b"] = np.nan
@@ -166,7 +166,7 @@ def test_a_head_without_a_labelled_validation_cell_is_named(adata, tune):
 
 @pytest.mark.filterwarnings("ignore:.* cells have no label")
 @pytest.mark.parametrize("elsewhere", [None, np.nan, pd.NA, "not labelled"], ids=repr)
-def test_a_column_of_parts_may_say_anything_of_cells_without_a_label(adata, tune, elsewhere):
+def test_a_split_column_may_hold_anything_for_cells_without_a_label(adata, tune, elsewhere):
     has_label = np.arange(60) < 40
     adata.obs["label"] = adata.obs["cell_type"].astype(object).where(has_label)
     part = np.where(np.arange(60) % 4 == 3, "validation", "train").astype(object)
@@ -177,13 +177,13 @@ def test_a_column_of_parts_may_say_anything_of_cells_without_a_label(adata, tune
 
 
 @pytest.mark.parametrize("dtype", [object, float, "Int64", "category", "string"])
-def test_a_column_without_anything_is_an_error(adata, tune, dtype):
+def test_an_empty_column_is_an_error(adata, tune, dtype):
     adata.obs["label"] = pd.Series([pd.NA if dtype in ("Int64", "string") else np.nan] * 60, adata.obs_names, dtype)
     with pytest.raises(ValueError, match=naming("obs['label']", "all 60 cells", "key=")):
         tune("label")
 
 
-def test_to_go_on_needs_a_directory(adata, tiny, monkeypatch, tmp_path):
+def test_resuming_needs_a_directory(adata, tiny, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=naming("run_dir=", "resume=True", None)):
         finetune(adata, tiny, key="cell_type", resume=True)
@@ -210,14 +210,14 @@ def test_labels_of_one_cell_that_are_numbers_may_be_values(adata, tune):
         tune("age")
 
 
-def test_labels_of_validation_cells_alone_are_warned_of(adata, tune):
+def test_labels_of_only_validation_cells_cause_a_warning(adata, tune):
     adata.obs["part"] = ["validation"] * 12 + ["train"] * 48
     adata.obs["label"] = ["rare"] * 4 + ["A", "B"] * 28
     said = naming("1 labels of obs['label']", "first: 'rare'", "4 of 12 validation cells")
     with pytest.warns(UserWarning, match=said):
         tuned = tune("label", validation="part", class_weight="balanced")
     assert spec_of(tuned)["objective"]["class_weight"]["label"] == [1.0, 1.0, 0.0]
-    # the other eight decide: with them alone the losses are the same
+    # Only the other eight cells are validated.
     assert tuned.head_specs[0].classes == ("A", "B", "rare")
     labels = cells_of(tuned)["obs:label:label"]
     assert labels[:4].tolist() == [-1] * 4
@@ -293,16 +293,16 @@ def test_rare_labels_weigh_more_where_asked(adata, tune):
         ("encoder", ("gene_", "value_", "layers.", "decoder.", "cell_decoder.")),
     ],
 )  # fmt: skip
-def test_what_is_frozen_stays_and_the_rest_learns(tiny, tune, freeze, frozen):
+def test_frozen_weights_stay_and_the_others_are_trained(tiny, tune, freeze, frozen):
     tuned = tune(freeze=freeze, lr=1e-3, validation=0)  # the last weights, not the best
     moved = {name for name, weight in tiny.state_dict().items() if (weight != tuned.state_dict()[name]).any()}
     assert not [name for name in moved if frozen and name.startswith(frozen)]
-    # decoders take no part in labels
+    # Predicting labels does not use the decoders.
     learning = [name for name in tiny.state_dict() if name.startswith(("layers.", "value_embedding.up"))]
     assert set(learning) - moved == {name for name in learning if frozen and name.startswith(frozen)}
 
 
-def test_heads_that_read_the_inputs_train_what_makes_them_alone(tiny, tune):
+def test_heads_on_the_inputs_train_only_the_input_embeddings(tiny, tune):
     tuned = tune(lr=1e-3, validation=0, config=TrainConfig(head_reads="inputs"))
     moved = {name for name, weight in tiny.state_dict().items() if (weight != tuned.state_dict()[name]).any()}
     assert {name.split(".")[0] for name in moved} == {"gene_embedding", "gene_norm", "value_embedding"}
@@ -346,7 +346,7 @@ def test_a_family_without_other_heads_than_the_published_ones_says_so(adata, tun
     assert not list(tmp_path.iterdir())
 
 
-def test_freezing_what_is_not_there_is_an_error(tune, tmp_path):
+def test_freezing_weights_that_do_not_exist_is_an_error(tune, tmp_path):
     with pytest.raises(ValueError, match=naming("freeze", "0 to 2", "3")):
         tune(freeze=3)
     with pytest.raises(ValueError, match=naming("freeze", "'blocks.*'", "'encoder'")):
@@ -364,7 +364,7 @@ def test_every_loss_trains(tune, loss):
 
 
 @pytest.mark.filterwarnings("ignore:after the first epoch the model gives one label")
-def test_a_column_that_divides_a_group_is_an_error(adata, tune):
+def test_a_split_column_that_splits_a_group_is_an_error(adata, tune):
     split(adata, fractions=(0.8, 0.2), stratify="cell_type")
     with pytest.raises(ValueError, match=naming("obs['split']", "'first'", "obs['batch']", "pp.split(")):
         tune(validation="split", group_key="batch")
@@ -373,7 +373,7 @@ def test_a_column_that_divides_a_group_is_an_error(adata, tune):
 
 
 @pytest.mark.filterwarnings("ignore:.* cells have no label")
-def test_with_several_heads_cells_of_the_second_alone_are_drawn_too(adata, tune):
+def test_with_several_heads_cells_labelled_only_for_the_second_are_drawn_too(adata, tune):
     adata.obs["first"] = [*["a"] * 20, *["b"] * 10, *[None] * 30]
     adata.obs["second"] = [*[None] * 20, *["c", "d"] * 20]
     weights = cells_of(tune(["first", "second"], upsample=True, validation=0))["weights"]
@@ -476,7 +476,7 @@ def test_down_sampling_needs_counts(adata, tune):
         ({"random_state": 1.5}, TypeError, naming("random_state", "1.5", "whole number")),
     ],
 )
-def test_requests_that_cannot_be_met_write_nothing(adata, tune, tmp_path, options, error, message):
+def test_invalid_arguments_are_named_and_nothing_is_written(adata, tune, tmp_path, options, error, message):
     adata.obs["one"], adata.obs["n"], adata.obs["flat"] = "x", 4, 1.5
     adata.obs["text"] = [f"{i / 7:.3f}" for i in range(60)]
     adata.obs["names"] = [f"name {i}" for i in range(60)]
@@ -495,7 +495,7 @@ def test_other_labels_in_the_same_directory_are_an_error(adata, tiny, tmp_path):
         finetune(adata, tiny, **options)
 
 
-def test_what_is_left_open_is_as_documented(tune):
+def test_defaults_are_as_documented(tune):
     tuned = tune(lr=None)
     train = spec_of(tuned)["train"]
     expected = {"lr": 3e-5, "schedule": "linear", "warmup": 20, "use_dropout": False}
@@ -505,14 +505,14 @@ def test_what_is_left_open_is_as_documented(tune):
 
 @pytest.mark.parametrize("option", [{"group_key": "donor"}, {"lora": 2}, {"freeze": "encoder"}, {"validation": 0}])
 @pytest.mark.parametrize("family", ["scgpt", "scbert"])
-def test_what_heads_read_depends_on_no_other_argument(adata, tune, family, option):
+def test_the_input_of_heads_depends_on_no_other_argument(adata, tune, family, option):
     adata.obs["donor"] = pd.Categorical(["a", "b", "c", "d"] * 15)
     model = models.build(family, vocab=adata.var_names, size="tiny")
     tuned = tune(model=model, epochs=1, **option)
     assert spec_of(tuned)["train"]["head_reads"] == ("both" if family == "scgpt" else "published")
 
 
-def test_what_heads_read_is_what_the_caller_says(adata, tune):
+def test_the_input_of_heads_is_the_one_requested(adata, tune):
     adata.obs["donor"] = pd.Categorical(["a", "b", "c", "d"] * 15)
     for reads in ("inputs", "last"):
         assert tune(group_key="donor", config=TrainConfig(head_reads=reads)).head_specs[0].reads == reads
@@ -527,7 +527,7 @@ def test_heads_of_geneformer_read_linear_weights_but_of_inputs(adata, tune):
 @pytest.mark.filterwarnings("ignore:after the first epoch the model gives one label")
 def test_training_reads_rare_labels_as_often(adata, tiny, tmp_path):
     class Recorded(StoredCells):
-        """Cells in memory that remember which rows were asked for."""
+        """Cells in memory that record which rows were read."""
 
         def read(self, rows):
             seen.append(np.asarray(rows))
@@ -542,8 +542,8 @@ def test_training_reads_rare_labels_as_often(adata, tiny, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:after the first epoch")
-def test_a_start_that_nothing_beats_is_kept(adata, tiny, tune):
-    # labels that no gene tells of: whatever is learnt at a high rate is wrong, and sure of it
+def test_initial_weights_are_kept_if_training_does_not_improve_them(adata, tiny, tune):
+    # Labels independent of the genes: at a high learning rate, the model becomes confident and wrong.
     labels = adata.obs["cell_type"].to_numpy()
     adata.obs["cell_type"] = np.random.default_rng(0).permutation(labels)
     tuned = tune(lr=1.0, epochs=1, validation=0.3, config=TrainConfig(warmup=0, schedule="constant"))
@@ -569,7 +569,7 @@ def test_two_processes_start_and_train_heads_as_one(tmp_path):
 
 
 @pytest.mark.parametrize("is_categorical", [False, True])
-def test_missing_labels_that_became_text_are_warned_of_and_the_advice_mends_them(adata, is_categorical):
+def test_missing_labels_that_became_text_cause_a_warning_with_working_advice(adata, is_categorical):
     known = adata.obs["cell_type"].astype(object)
     text = known.where(np.arange(adata.n_obs) > 9).astype(str)
     adata.obs["text"] = text.astype("category") if is_categorical else text

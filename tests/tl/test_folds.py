@@ -1,4 +1,4 @@
-"""Folds: every cell once, groups whole, labels alike."""
+"""Folds: each cell in one fold, whole groups, and the same share of each label."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def grouped(draw):
     codes = rng.integers(n_classes, size=len(groups))
     if draw(st.booleans()):
         codes = groups % n_classes
-    # at least one label with as many cells as folds, as the verb insists
+    # At least one label has as many cells as there are folds, which the verb requires.
     codes[:n_folds] = 0
     return (codes if draw(st.booleans()) else None), groups, n_folds, seed
 
 
 @settings(deadline=None, max_examples=150)
 @given(grouped())
-def test_groups_are_never_divided_and_no_fold_is_empty(case) -> None:
+def test_groups_are_never_split_and_no_fold_is_empty(case) -> None:
     codes, groups, n_folds, seed = case
     fold = fold_cells(len(groups), n_folds, codes=codes, groups=groups, random_state=seed)
     assert set(fold) == set(range(n_folds))
@@ -41,7 +41,7 @@ def test_groups_are_never_divided_and_no_fold_is_empty(case) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 3), min_size=12, max_size=60), st.integers(2, 5), st.integers(0, 99))
-def test_labels_are_divided_by_the_same_shares(codes, n_folds, seed) -> None:
+def test_every_fold_gets_the_same_share_of_each_label(codes, n_folds, seed) -> None:
     codes = np.array([0] * n_folds + codes)
     fold = fold_cells(len(codes), n_folds, codes=codes, random_state=seed)
     counts = np.array([np.bincount(fold[codes == code], minlength=n_folds) for code in np.unique(codes)])
@@ -49,7 +49,7 @@ def test_labels_are_divided_by_the_same_shares(codes, n_folds, seed) -> None:
     assert set(fold) == set(range(n_folds))
 
 
-def test_folds_are_those_of_scikit_learn_by_the_same_seed() -> None:
+def test_folds_equal_those_of_scikit_learn_with_the_same_seed() -> None:
     codes = np.arange(40) % 3
     fold = fold_cells(40, 4, codes=codes, random_state=7)
     for number, (_, tested) in enumerate(StratifiedKFold(4, shuffle=True, random_state=7).split(codes, codes)):

@@ -1,4 +1,4 @@
-"""Which model a verb uses: the one given, or the one recorded last."""
+"""Which model a verb uses: the one passed, or the one last recorded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_model_that_was_never_saved_is_remembered_in_this_process(adata, tiny,
     np.testing.assert_array_equal(back.obsm["again"], back.obsm["X_scllm"])
 
 
-def test_models_of_equal_weights_that_read_cells_differently_are_told_apart(adata, tiny):
+def test_models_with_equal_weights_and_different_encoders_are_distinguished(adata, tiny):
     other = copy.deepcopy(tiny)
     other.encoder = replace(tiny.encoder, max_len=5)
     second = adata.copy()
@@ -49,12 +49,12 @@ def test_models_of_equal_weights_that_read_cells_differently_are_told_apart(adat
     assert (adata.obsm["X_scllm"] != second.obsm["X_scllm"]).any()
 
 
-def test_what_is_no_model_is_an_error(adata, tiny):
+def test_an_object_that_is_no_model_is_an_error(adata, tiny):
     with pytest.raises(TypeError, match=naming("model", "AnnData", "verb(adata, model)")):
         embed(adata, adata)
 
 
-def test_in_another_process_a_saved_model_is_found_and_an_unsaved_one_is_missed(adata, tiny, tmp_path, monkeypatch):
+def test_another_process_finds_a_saved_model_but_not_an_unsaved_one(adata, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     embed(adata, tiny)
     adata.write_h5ad("unsaved.h5ad")
@@ -69,10 +69,10 @@ def test_in_another_process_a_saved_model_is_found_and_an_unsaved_one_is_missed(
     assert f"(hash {tiny.hash()}) was never saved" in ended.stderr
 
 
-def test_a_model_that_is_gone_is_named(adata, tiny, tmp_path):
+def test_a_deleted_model_is_named(adata, tiny, tmp_path):
     tiny.save(tmp_path / "model")
     loaded = models.load(tmp_path / "model")
-    loaded.gene_embedding.weight.data += 1  # another hash than that remembered for this process
+    loaded.gene_embedding.weight.data += 1  # changes the hash, so that this process does not know the model
     loaded.save(tmp_path / "model")
     embed(adata, loaded)
     shutil.rmtree(tmp_path / "model")
@@ -80,7 +80,7 @@ def test_a_model_that_is_gone_is_named(adata, tiny, tmp_path):
         embed(adata)
 
 
-def test_the_last_one_counts(adata, tiny):
+def test_the_model_used_last_is_recorded(adata, tiny):
     embed(adata, tiny)
     other = models.build("scgpt", vocab=adata.var_names, size="tiny")
     embed_genes(adata, other)
@@ -88,7 +88,7 @@ def test_the_last_one_counts(adata, tiny):
     assert adata.obsm["again"].shape == (60, 64)
 
 
-def test_a_model_may_come_as_a_path_of_a_model_or_of_a_run(adata, tmp_path):
+def test_a_model_can_be_the_path_of_a_model_or_a_run(adata, tmp_path):
     model = pretrain(adata, size="tiny", epochs=1, run_dir=tmp_path / "run")
     assert adata.uns["scllm"]["model"] == {
         "path": str(tmp_path / "run" / "model"), "family": "scgpt", "hash": model.hash(),
@@ -97,7 +97,7 @@ def test_a_model_may_come_as_a_path_of_a_model_or_of_a_run(adata, tmp_path):
     for path in (tmp_path / "run", str(tmp_path / "run" / "model")):
         embed(adata, path, key_added="again")
         np.testing.assert_array_equal(adata.obsm["again"], adata.obsm["X_scllm"])
-    finetune(adata, key="cell_type", epochs=1, run_dir=tmp_path / "tuned")  # goes on from the one recorded
+    finetune(adata, key="cell_type", epochs=1, run_dir=tmp_path / "tuned")  # starts from the recorded model
     classify(adata, tmp_path / "tuned")
     assert adata.uns["scllm"]["model"]["path"] == str(tmp_path / "tuned" / "model")
 
@@ -113,7 +113,7 @@ def test_no_model_a_wrong_path_and_a_headless_one_are_named(adata, tiny, tmp_pat
         classify(adata)
 
 
-def test_a_run_that_is_not_done_is_no_model(adata, tmp_path):
+def test_an_unfinished_run_is_not_a_model(adata, tmp_path):
     pretrain(adata, size="tiny", epochs=1, run_dir=tmp_path / "run")
     (tmp_path / "run" / "done").unlink()
     with pytest.raises(ValueError, match=naming("finished", "scllm run")):
@@ -129,7 +129,7 @@ def test_a_model_that_changed_since_it_was_recorded_is_an_error(adata, tiny, tmp
         embed(adata)
 
 
-def test_a_file_cannot_have_a_module_imported(adata, tmp_path):
+def test_a_file_cannot_cause_an_import(adata, tmp_path):
     adata.uns["scllm"] = {"model": {"path": str(tmp_path), "family": "xml.dom.expatbuilder", "hash": "x"}}
     sys.modules.pop("xml.dom.expatbuilder", None)
     with pytest.raises(ValueError, match=naming("adata.uns['scllm']['model']", "'xml.dom.expatbuilder'", "'scgpt'")):

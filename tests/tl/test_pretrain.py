@@ -1,4 +1,4 @@
-"""What the arguments of pretraining change."""
+"""The effect of each argument of pretraining."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scllm.tl import TrainConfig, pretrain
 
 @pytest.fixture
 def train(adata, tmp_path):
-    """Pretrain on `adata` with little effort; every call in a new directory."""
+    """Pretrain on `adata` briefly, with a new run directory for each call."""
     runs = iter(range(100))
 
     def call(model="scgpt", data=adata, **options):
@@ -66,7 +66,7 @@ def test_the_seed_may_stand_in_the_config(train):
     assert train(random_state=3).hash() == train(config=TrainConfig(random_state=3)).hash()
 
 
-def test_a_seed_that_is_none_is_an_error(train, tmp_path):
+def test_an_invalid_seed_is_an_error(train, tmp_path):
     with pytest.raises(ValueError, match=naming("random_state", "-1")):
         train(random_state=-1)
     with pytest.raises(TypeError, match=naming("random_state", "whole number", "'a'")):
@@ -112,7 +112,7 @@ def test_cells_for_testing_are_never_touched(adata, train):
     assert train(data=other, validation="split").hash() == model.hash()
 
 
-def test_validation_columns_that_are_none_are_an_error(adata, train, tmp_path):
+def test_invalid_validation_is_an_error(adata, train, tmp_path):
     with pytest.raises(KeyError, match=r"'cell_typ' is not a column of adata\.obs\. Did you mean 'cell_type'"):
         train(validation="cell_typ")
     with pytest.raises(ValueError, match=naming("obs['cell_type']", "['A', 'B']", "'train'", "'validation'", "'test'")):
@@ -138,7 +138,7 @@ def test_mask_ratio_and_dropout_override_those_of_the_family(train):
             train(mask_ratio=wrong)
 
 
-def test_going_on_leaves_heads_behind(train, tiny):
+def test_pretraining_an_existing_model_removes_its_heads(train, tiny):
     tiny.set_heads([HeadSpec("cell_type", ("A", "B"))])
     onwards = train(tiny)
     assert onwards.head_specs == ()
@@ -146,20 +146,20 @@ def test_going_on_leaves_heads_behind(train, tiny):
     assert len(tiny.heads) == 1
 
 
-def test_groups_and_nothing_held_out_do_not_go_together(train, tmp_path):
+def test_groups_without_validation_cells_are_an_error(train, tmp_path):
     with pytest.raises(TypeError, match=naming("group_key='batch'", "validation=0")):
         train(validation=0, group_key="batch")
     assert not list(tmp_path.iterdir())
 
 
-def test_going_on_leaves_the_model_as_it_was_and_starts_from_it(adata, train, tiny):
+def test_pretraining_an_existing_model_starts_from_a_copy(adata, train, tiny):
     before = tiny.hash()
     onwards = train(tiny, dropout=0.0, lr=1e-7)
     assert tiny.hash() == before
     assert (tiny.config.dropout, tiny.history, tiny.path) == (0.2, None, None)
     assert onwards.config.dropout == 0.0
     assert onwards.config.n_layers == 2
-    # one epoch at this rate moves nothing, so the weights are those it started from (no fresh gene table)
+    # At this learning rate, one epoch changes almost nothing, so these are the initial weights.
     for name, weight in tiny.state_dict().items():
         torch.testing.assert_close(onwards.state_dict()[name], weight, atol=1e-5, rtol=0)
     assert onwards.hash() != before
@@ -185,7 +185,7 @@ def test_the_vocabulary_is_that_of_the_data_without_versions(adata, train):
 
 
 @pytest.mark.parametrize("kind", ["path", "backed", "folder", "layer"])
-def test_data_may_lie_in_files_and_layers(adata, train, tmp_path, kind):
+def test_data_may_be_in_files_and_layers(adata, train, tmp_path, kind):
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / "a.h5ad"
     adata.write_h5ad(path)
@@ -217,7 +217,7 @@ def test_odd_columns_of_obs_do_not_stand_in_the_way(adata, train):
     assert np.isfinite(train().history["loss"]).all()
 
 
-def test_a_family_or_path_that_is_none_is_an_error(train):
+def test_an_unknown_family_or_path_is_an_error(train):
     with pytest.raises(ValueError, match=naming("model", "'scgtp'", "'geneformer'", "Did you mean 'scgpt'?")):
         train("scgtp")
     with pytest.raises(FileNotFoundError, match=naming("runs/scgpt")):
@@ -233,12 +233,12 @@ def test_a_path_with_a_dot_is_a_path(train, tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["model_v1.0", "json.model", ".model", "model..v1", "model."])
-def test_a_name_with_a_dot_that_is_neither_path_nor_module_is_said_to_be_neither(train, name):
+def test_an_unknown_name_with_a_dot_is_reported_as_neither_path_nor_module(train, name):
     with pytest.raises(ValueError, match=naming("model", f"'{name}'", "path", "module", "'scgpt'", "spelling")):
         train(name)
 
 
-def test_what_the_package_of_a_family_lacks_is_named(train, tmp_path, monkeypatch):
+def test_a_missing_dependency_of_a_family_is_named(train, tmp_path, monkeypatch):
     (tmp_path / "theirlab").mkdir()
     (tmp_path / "theirlab" / "__init__.py").write_text("import not_installed_here")
     monkeypatch.syspath_prepend(tmp_path)
@@ -246,7 +246,7 @@ def test_what_the_package_of_a_family_lacks_is_named(train, tmp_path, monkeypatc
         train("theirlab.model")
 
 
-def test_files_of_others_in_the_run_directory_are_left_alone(train, tmp_path):
+def test_other_files_in_the_run_directory_are_unchanged(train, tmp_path):
     for name in ("data", "model"):
         run = tmp_path / f"with_{name}"
         (run / name).mkdir(parents=True)
@@ -264,7 +264,7 @@ def test_files_of_others_in_the_run_directory_are_left_alone(train, tmp_path):
         ({"model": "scGPT"}, ValueError, "Did you mean 'scgpt'"),
     ],
 )
-def test_slips_are_named(train, tmp_path, options, error, message):
+def test_invalid_arguments_are_named(train, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         train(**options)
     assert not list(tmp_path.iterdir())

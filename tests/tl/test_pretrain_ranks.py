@@ -1,4 +1,4 @@
-"""Pretraining on rank sentences, and the verbs on a model that reads no values."""
+"""Pretraining on ranked token sequences, and verbs on a model that reads no values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def trained(_planted, tmp_path_factory):
 def test_the_loss_falls_below_that_of_guessing_and_says_what_it_is(trained):
     history = trained.history
     training = history.loc[history["split"] == "train", "loss"]
-    # 40 genes: guessing costs log 40 nats; masks and crops are other ones in every epoch
+    # With 40 genes, guessing has a loss of log 40 nats. Masks and gene subsets change in every epoch.
     assert training.iloc[-20:].mean() < 0.99 * np.log(40)
     assert set(history.loc[history["split"] == "train", "mask_ratio"]) == {0.15}
 
@@ -40,7 +40,7 @@ def test_medians_of_the_training_cells_are_part_of_the_model(trained, adata):
     assert np.isfinite(expected[4:]).all()
 
 
-def test_verbs_use_a_model_without_values(trained, adata):
+def test_verbs_use_a_rank_based_model(trained, adata):
     tl.embed(adata, trained)
     assert adata.obsm["X_scllm"].shape == (60, 64)
     tl.embed_genes(adata, contextual=True)
@@ -74,7 +74,7 @@ def test_logged_values_are_an_error_that_names_the_layer_with_counts(adata):
         tl.pretrain(adata, "geneformer", **TINY)
 
 
-def test_a_part_of_each_sentence_and_thinned_counts_aretrained_on(adata):
+def test_training_reads_gene_subsets_and_downsampled_counts(adata):
     config = TrainConfig(max_len=10, downsample=0.5, gene_init="svd")
     model = tl.pretrain(adata, "geneformer", config=config, mask_ratio=0.3, **TINY)
     assert np.isfinite(model.history["loss"]).all()
@@ -93,7 +93,7 @@ def test_two_processes_have_the_loss_curve_of_one_and_a_resumed_run_too(adata, t
     np.testing.assert_array_equal(again.history["loss"], one.history["loss"])
 
 
-def test_going_on_keeps_the_medians(trained, adata):
+def test_pretraining_an_existing_model_keeps_its_medians(trained, adata):
     further = tl.pretrain(adata[:30].copy(), trained, epochs=1, batch_size=16)
     np.testing.assert_array_equal(further.encoder.medians, trained.encoder.medians)
     assert further.hash() != trained.hash()

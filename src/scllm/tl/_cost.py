@@ -28,7 +28,7 @@ from scllm.engine.estimate import (
 from scllm.engine.launch import cropping
 from scllm.models.base import CellModel
 
-__all__ = ["Cost", "say_trained", "say_training", "training_cost"]
+__all__ = ["Cost", "log_trained", "log_training", "training_cost"]
 
 Cells = Mapping[str, NDArray[Any]]
 
@@ -67,7 +67,7 @@ def training_cost(
     return Cost(where, precision, n_steps, n_tokens, trained, seconds)
 
 
-def say_training(
+def log_training(
     path: Path, source: CellSource, match: GeneMatch, model: CellModel, config: TrainConfig, cells: Cells,
     device: str, n: int,
 ) -> None:  # fmt: skip
@@ -89,7 +89,7 @@ def say_training(
     log.info("writing the run to %s", path)
 
 
-def say_trained(model: CellModel, seconds: float) -> None:
+def log_trained(model: CellModel, seconds: float) -> None:
     """Log how long the training took, and the best validation loss."""
     assert model.history is not None
     validated = model.history[model.history["split"] == "validation"].dropna(subset="loss")

@@ -166,7 +166,7 @@ def cross_validate(
             tables.append(fold_scores(target, tested, outputs).assign(method=method, repeat=repeat, fold=fold))
             if repeat == 0:
                 first[method][tested] = outputs
-        _say(tables[-len(found) :], repeat * n_folds + fold + 1, n_repeats * n_folds)
+        _log_scores(tables[-len(found) :], repeat * n_folds + fold + 1, n_repeats * n_folds)
     table = pd.concat(tables, ignore_index=True)
     overall = pd.concat(
         [overall_scores(target, outputs, groups, seed).assign(method=method) for method, outputs in first.items()],
@@ -268,8 +268,8 @@ class _Cells:
         share = options.pop("validation", _OPTIONS["validation"].default)
         with warnings.catch_warnings():
             # The caller has already warned of these once for all folds.
-            said = r"have no (label|finite value)|have one cell only|are among the validation cells"
-            warnings.filterwarnings("ignore", message=rf".* ({said}|values that are not integers)")
+            repeated = r"have no (label|finite value)|have one cell only|are among the validation cells"
+            warnings.filterwarnings("ignore", message=rf".* ({repeated}|values that are not integers)")
             if share:
                 part = f"{self.target.key}_{_keys.SPLIT}"
                 self.adata.obs[part] = self._parts(training, share, options["random_state"])
@@ -370,7 +370,7 @@ def _folds(target: Target, groups: IntArray | None, n_folds: int, seed: int) -> 
     return fold
 
 
-def _say(tables: list[pd.DataFrame], number: int, n: int) -> None:
+def _log_scores(tables: list[pd.DataFrame], number: int, n: int) -> None:
     """Log the first metric of each method on a fold."""
     scores = [table.iloc[0] for table in tables]
     log.info("fold %d of %d: %s %s", number, n, scores[0]["metric"],

@@ -253,9 +253,7 @@ def _starting_model(
     if isinstance(model, str) and _is_family(model):
         config = {} if dropout is None else {"dropout": dropout}
         with torch.random.fork_rng([]):
-            torch.default_generator.manual_seed(
-                random_state
-            )  # seeds only the CPU, so that GPUs keep their random state
+            torch.default_generator.manual_seed(random_state)  # seeds only the CPU, not GPUs
             return models.build(model, vocab=names, size=size, **config)
     if isinstance(model, str) and not model.startswith("hf://") and "/" not in model and not Path(model).exists():
         close = difflib.get_close_matches(model.lower(), models.families(), n=1)

@@ -41,7 +41,7 @@ from scllm.engine.run import Run
 from scllm.engine.tracking import check_tracker
 from scllm.models.base import CellModel
 from scllm.models.storage import is_native
-from scllm.tl._cost import say_trained, say_training
+from scllm.tl._cost import log_trained, log_training
 from scllm.tl._model import remember
 
 __all__ = [
@@ -160,7 +160,7 @@ def train(
         "versions": {"scllm": version("scllm-tools"), "torch": torch.__version__},
     }
     made = _missing(Path(settings.run_dir) if run_dir is None else Path(run_dir))
-    run = Run(_writable(Path(run_dir)) if run_dir is not None else _fresh_directory(verb))
+    run = Run(_writable(Path(run_dir)) if run_dir is not None else _new_directory(verb))
     if run_dir is None:
         made.append(run.path)
     family = model.family if "." in model.family else None
@@ -180,7 +180,7 @@ def train(
         run.check(spec)
     if not run.is_done:
         with run.locked():
-            say_training(run.path, source, match, model, config, cells, where.device, where.n)
+            log_training(run.path, source, match, model, config, cells, where.device, where.n)
             if run.is_new():
                 with _cleared_on_error(run, made):
                     _set_up(run, spec, source, model, match, objective, config, cells, where)
@@ -191,11 +191,11 @@ def train(
     began, was_done = time.perf_counter(), run.is_done
     trained = launch(run, n_procs=where.n, device=where.device, source=source, family=family)
     if not was_done:
-        say_trained(trained, time.perf_counter() - began)
+        log_trained(trained, time.perf_counter() - began)
     shutil.rmtree(run.data, ignore_errors=True)  # The run is finished, so nothing reads the copy again.
     if isinstance(data, AnnData):
-        said = {**objective_to_dict(objective), "freeze": freeze, "lora": lora, **params, **config.to_dict()}
-        record(data, verb, {**said, "run_dir": run.path}, trained.history)
+        settings_used = {**objective_to_dict(objective), "freeze": freeze, "lora": lora, **params, **config.to_dict()}
+        record(data, verb, {**settings_used, "run_dir": run.path}, trained.history)
         remember(data, trained)
     return trained
 
@@ -343,7 +343,7 @@ def _writable(path: Path) -> Path:
     return path
 
 
-def _fresh_directory(verb: str) -> Path:
+def _new_directory(verb: str) -> Path:
     """Create a new directory for every call."""
     stem = f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 0
