@@ -271,7 +271,7 @@ def test_predictions_of_finished_folds_are_read_again(adata, tiny, tmp_path, mon
     again = adata.copy()
     pd.testing.assert_frame_equal(cross_validate(again, tiny, **options), first)
     np.testing.assert_array_equal(again.obsm["cell_type_cv_probabilities"], adata.obsm["cell_type_cv_probabilities"])
-    with pytest.raises(ValueError, match=naming(tmp_path / "fold-0", "keep_models=False")):
+    with pytest.raises(ValueError, match=naming(tmp_path / "run" / "fold-0", "keep_models=False")):
         cross_validate(adata, tiny, keep_models=True, **options)
     with pytest.raises(ValueError, match=r"other settings \(config\.epochs|options\.epochs"):
         cross_validate(adata, tiny, **{**options, "epochs": 2})
