@@ -58,7 +58,7 @@ def test_planted_structure_is_learnt(adata, tiny):
     assert settings_of(adata)["overall"].query("method == 'model' and metric == 'accuracy'")["low"].item() > 0.6
 
 
-@pytest.mark.filterwarnings("ignore:after the first epoch the model gives one label")
+@pytest.mark.filterwarnings("ignore:after the first epoch")
 def test_shuffled_labels_are_not_learnt(adata, tiny):
     adata.obs["noise"] = np.random.default_rng(0).permutation(adata.obs["cell_type"].astype(str))
     table = cross_validate(adata, tiny, key="noise", n_folds=2, epochs=4, lr=5e-3, batch_size=8)

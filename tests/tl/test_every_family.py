@@ -75,7 +75,7 @@ def test_two_processes_have_the_loss_curve_of_one(cells, fresh, family, tmp_path
 
 
 @every_family
-@pytest.mark.filterwarnings("ignore:after the first epoch the model gives one label")  # scbert, at first
+@pytest.mark.filterwarnings("ignore:after the first epoch")  # scbert, at first
 def test_types_of_unseen_cells_are_told_after_fine_tuning(family):
     cells = datasets.toy(n_cells=210, n_genes=80)
     seen, unseen = cells[:150].copy(), cells[150:].copy()

@@ -254,7 +254,7 @@ def test_a_warning_points_at_the_line_that_called(adata, tiny, tmp_path):
     assert warned[0].filename == __file__
 
 
-@pytest.mark.filterwarnings("ignore:after the first epoch the model gives one label")
+@pytest.mark.filterwarnings("ignore:after the first epoch")
 def test_rare_labels_are_drawn_as_often_as_common_ones(adata, tune):
     adata.obs["label"] = ["rare"] * 6 + ["common"] * 54
     cells = cells_of(tune("label", upsample=True, validation=0))
@@ -327,7 +327,7 @@ def test_a_head_like_the_published_one_is_written_in_the_published_format(adata,
 def test_values_are_not_written_in_a_published_format(adata, tune, tmp_path):
     adata.obs["depth"] = np.asarray(adata.X.sum(1), float).ravel()
     tuned = tune("depth", config=TrainConfig(head_reads="published"))
-    with pytest.raises(ValueError, match=r"the head on 'depth' predicts a value, labels expected.*'native'"):
+    with pytest.raises(ValueError, match=naming("scgpt", "'depth'", "format='native'")):
         tuned.save(tmp_path / "original", format="scgpt")
 
 
@@ -363,7 +363,7 @@ def test_every_loss_trains(tune, loss):
         tune(loss="mse")
 
 
-@pytest.mark.filterwarnings("ignore:after the first epoch the model gives one label")
+@pytest.mark.filterwarnings("ignore:after the first epoch")
 def test_a_split_column_that_splits_a_group_is_an_error(adata, tune):
     split(adata, fractions=(0.8, 0.2), stratify="cell_type")
     with pytest.raises(ValueError, match=naming("obs['split']", "'first'", "obs['batch']", "pp.split(")):
@@ -524,7 +524,7 @@ def test_heads_of_geneformer_read_linear_weights_but_of_inputs(adata, tune):
     assert tune(model=model, config=TrainConfig(head_reads="inputs")).head_specs[0].pooling == "ranked"
 
 
-@pytest.mark.filterwarnings("ignore:after the first epoch the model gives one label")
+@pytest.mark.filterwarnings("ignore:after the first epoch")
 def test_training_reads_rare_labels_as_often(adata, tiny, tmp_path):
     class Recorded(StoredCells):
         """Cells in memory that record which rows were read."""
@@ -537,7 +537,9 @@ def test_training_reads_rare_labels_as_often(adata, tiny, tmp_path):
     tables = MemoryTables(adata.obs, adata.var)
     source, seen = Recorded(MemoryRows(adata.X), tables, name="adata", layer=None), []
     finetune(source, tiny, key="label", upsample=True, validation=0, epochs=20, batch_size=16, run_dir=tmp_path / "r")
-    rows = np.concatenate([rows for rows in seen if len(rows) < 17])  # batches of training, each cell once
+    rows = np.concatenate(
+        [rows for rows in seen if rows.ndim and len(rows) < 17]
+    )  # batches of training, each cell once
     assert (rows < 6).mean() > 0.25  # a tenth of the cells
 
 
