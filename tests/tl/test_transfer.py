@@ -55,7 +55,8 @@ def test_cells_of_the_reference_without_a_label_do_not_vote(query, reference) ->
     known = reference[reference.obs["kind"].notna()].copy()
     other = transfer_labels(query, known, key="kind", copy=True)
     transfer_labels(query, reference, key="kind")
-    pd.testing.assert_frame_equal(query.obs, other.obs)
+    # categories that no cell has come back too, and a subset has lost them
+    pd.testing.assert_frame_equal(query.obs, other.obs, check_categorical=False)
 
 
 def test_a_copy_with_another_name_leaves_the_original_unchanged(query, reference) -> None:
