@@ -320,7 +320,7 @@ def test_dry_run_tells_the_cost_and_writes_nothing(data: Path, tmp_path: Path) -
         (("finetune", "DATA", "MODEL"), "Missing option '--key'"),
         (("finetune", "DATA", "MODEL", "--key", "celltype"), "Did you mean 'cell_type'?"),
         (("finetune", "DATA", "MODEL", "--key", "cell_type", "--loss", "ce=x"), "ce=x"),
-        (("classify", "DATA", "MODEL", "--out", "labels.csv"), "has no head"),
+        (("classify", "DATA", "MODEL", "--out", "labels.csv"), "a scgpt model"),
         (("embed", "DATA", "MODEL", "--out", "e.txt"), "e.txt"),
         (("embed", "DATA", "MODEL", "--out", "absent/e.npy"), "absent/e.npy"),
         (("embed", "DATA", "absent", "--out", "e.npy"), " absent"),
@@ -369,7 +369,7 @@ def test_commands_say_what_they_do_and_verbose_ones_say_details(data: Path, pret
     told = shell("embed", data, pretrained, "--out", tmp_path / "e.npy", "--verbose")
     assert usual.stderr.startswith("embedding 60 cells (X, 40 of 40 genes matched")
     assert usual.stderr.count("\n") == 1
-    assert "40 of 40 genes matched by var_names" in told.stderr
+    assert "40 of 40 genes by var_names" in told.stderr
 
 
 @pytest.mark.slow

@@ -387,9 +387,11 @@ def published(shared, tmp_path):
 def test_symbols_are_known_by_the_published_dictionary_beside_the_model(published, shared, tmp_path, form):
     folder, symbols = published
     adata = ad.read_h5ad(shared / "data" / "pbmc68k_reduced_counts.h5ad")[:20].copy()
+    # var_names_make_unique made this name: without a TMBIM4 beside it, it is read as that gene
+    adata = adata[:, adata.var_names != "TMBIM4-1"].copy()
     adata.var = adata.var[[]]
     without = models.load(folder, family="geneformer")
-    with pytest.raises(ValueError, match=r"lay the published dictionary of symbols \(gene_name_id_dict"):
+    with pytest.raises(ValueError, match=rf"0 of {adata.n_vars} genes.*gene_name_id_dict"):
         tl.embed(adata, without)
     raw = json.dumps(symbols).encode() if form == "json" else pickle.dumps(symbols)
     (folder / f"gene_name_id_dict.{form}").write_bytes(raw)

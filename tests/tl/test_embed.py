@@ -292,7 +292,7 @@ def test_parity_scgpt_a_folder_embeds_cells(original, checkpoint, cells, parity,
     assert cells.uns["scllm"]["model"]["path"] == str(parity / "checkpoint")
     embed(cells, key_added="again")  # found again without family=
     np.testing.assert_array_equal(cells.obsm["again"], cells.obsm["X_scllm"])
-    with pytest.raises(ValueError, match="say which with family="):
+    with pytest.raises(ValueError, match="family="):
         embed(cells, parity / "checkpoint")
 
 
