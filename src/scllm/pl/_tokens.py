@@ -177,7 +177,8 @@ def reconstruction(
     predicted = _layer(adata, layer, advice="scllm.tl.reconstruct(adata) writes 'reconstructed'.")
     if not predicted.nnz:
         raise ValueError(
-            f"layer {layer!r} stores no entry, predictions expected. Call scllm.tl.reconstruct(adata) again."
+            f"Expected predictions in layer {layer!r}, got a matrix without entries. Call scllm.tl.reconstruct(adata) "
+            "again."
         )
     if truth == "target" and truth not in adata.layers:
         truth = layer + _keys.TARGET
