@@ -63,7 +63,8 @@ def test_any_table_can_be_trained_on(odd, tiny, dtype):
 def test_a_column_of_any_type_groups_the_cells_or_is_not_used(adata, tiny, name):
     adata.obs[name] = columns(60)[name]
     adata.obs["donor"] = adata.obs["batch"].astype("string")
-    finetune(adata, tiny, key="cell_type", group_key="donor", validation=0.5, **ONE)
+    tuned = finetune(adata, tiny, key="cell_type", group_key="donor", validation=0.5, **ONE)
+    assert set(tuned.heads_on("cell")) == {"cell_type"}
 
 
 def test_the_copy_in_a_run_directory_holds_names_as_plain_strings_and_no_cells_table(odd, tiny, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
@@ -28,7 +27,7 @@ from scllm.tl._gene_labels import GeneLabels, LabelLike, check_enough, read_labe
 from scllm.tl._gene_states import choose_cells
 from scllm.tl._gene_task import GeneTask, Options, gene_config
 from scllm.tl._inputs import check_layer
-from scllm.tl._model import ModelLike, gene_match, remember, resolve
+from scllm.tl._model import ModelLike, copy_to_train, gene_match, remember, resolve
 from scllm.tl._train import check_trainable, processes
 
 __all__ = ["classify_genes", "gene_folds"]
@@ -143,8 +142,7 @@ def classify_genes(
     match = gene_match(adata, source, chosen, options.gene_key, options.min_coverage)
     found = read_labels(adata, labels, match.of_genes(source.genes, adata.var_names))
     check_enough(found, n_folds)
-    initial = copy.deepcopy(chosen).cpu().eval()
-    initial.history, initial.report, initial.path = None, None, None
+    initial = copy_to_train(chosen).eval()
     freeze = check_freeze(initial, freeze)
     config = gene_config(initial, options)
     seed = config.random_state or 0
@@ -184,9 +182,8 @@ def classify_genes(
     params = {
         "labels": labels if isinstance(labels, str) else None, "n_folds": n_folds, "max_cells": max_cells,
         "loss": losses, "freeze": freeze, "baseline": baseline, "keep_models": keep_models, "key_added": key,
-        "n_genes": len(found.codes),
-        "n_cells": cells.adata.n_obs, "class_weight": options.class_weight, "validation": options.validation,
-        "layer": options.layer, "run_dir": run_dir, **config.to_dict(),
+        "n_genes": len(found.codes), "n_cells": cells.adata.n_obs, "class_weight": options.class_weight,
+        "validation": options.validation, "layer": options.layer, "run_dir": run_dir, **config.to_dict(),
     }  # fmt: skip
     record(adata, "classify_genes", params, _long(table), classes=np.array(found.classes, dtype=object))
     remember(adata, chosen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
@@ -28,7 +27,7 @@ from scllm.engine.objectives import Label, LossName, loss_weights
 from scllm.engine.optim import Freeze, check_freeze
 from scllm.models.base import CellModel, HeadSpec
 from scllm.tl._inputs import check_layer
-from scllm.tl._model import ModelLike, resolve
+from scllm.tl._model import ModelLike, copy_to_train, resolve
 from scllm.tl._parts import column_or_all, divide
 from scllm.tl._target import Target, find_target
 from scllm.tl._train import Data, check_config, merged_config, processes, train
@@ -162,9 +161,8 @@ def finetune(
     source = open_source(data, layer=layer)
     targets = [_target(source, name) for name in keys]
     where = processes(n_gpus, n_procs, device)
-    begun = copy.deepcopy(resolve(model, adata)).cpu()
+    begun = copy_to_train(resolve(model, adata))
     _warn_if_tuned_before(begun, keys, model)
-    begun.history, begun.report, begun.path = None, None, None
     check_layer(source, begun, layer, data, downsample=0.0 if config is None else config.downsample or 0.0)
     module = models.family_module(begun.family)
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
@@ -209,8 +207,7 @@ def finetune(
     return train(
         "finetune", data, source, begun, objective, settings,
         layer=layer, matching=match_settings(data, gene_key, min_coverage), cells=cells, where=where, run_dir=run_dir,
-        resume=resume, freeze=freeze,
-        lora=adapters,
+        resume=resume, freeze=freeze, lora=adapters,
         params={
             "key": keys, "upsample": upsample, "class_weight": class_weight, "validation": validation,
             "group_key": group_key, "layer": layer,

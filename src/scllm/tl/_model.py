@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping
 from os import PathLike
@@ -18,7 +19,7 @@ from scllm.data.matching import match_source
 from scllm.data.source import CellSource
 from scllm.models.base import CellModel
 
-__all__ = ["ModelLike", "gene_match", "recorded_model", "remember", "resolve"]
+__all__ = ["ModelLike", "copy_to_train", "gene_match", "recorded_model", "remember", "resolve"]
 
 ModelLike = CellModel | str | PathLike[str]
 
@@ -40,6 +41,13 @@ def resolve(model: ModelLike | None, adata: AnnData | None) -> CellModel:
             "first and then the model: verb(adata, model)."
         )
     return models.load(model)
+
+
+def copy_to_train(model: CellModel) -> CellModel:
+    """Copy a model to the CPU, without its history, report and path, which are not those of what it becomes."""
+    copied = copy.deepcopy(model).cpu()
+    copied.history, copied.report, copied.path = None, None, None
+    return copied
 
 
 def recorded_model(adata: AnnData | None) -> CellModel:
