@@ -24,6 +24,14 @@ def _same_weights_in_any_order() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _figures_are_closed():
+    """matplotlib keeps every figure of pyplot until it is closed, and warns of the twenty-first."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The directory of real data and of outputs of the original implementations."""

@@ -310,8 +310,13 @@ def test_a_killed_run_is_resumed(adata, tiny, tmp_path):
     options = {"key": "cell_type", "n_folds": 3, "epochs": 12, "batch_size": 4}
     found = cross_validate(adata, tmp_path / "model", run_dir=run, **options)
     assert (run / "fold-0" / "done").stat().st_mtime_ns == stamp
-    # The killed process may have used another number of threads, which changes the last digits of probabilities.
-    pd.testing.assert_frame_equal(found, cross_validate(adata.copy(), tmp_path / "model", **options), rtol=1e-3)
+    whole = adata.copy()
+    expected = cross_validate(whole, tmp_path / "model", **options)
+    # The killed process may have used another number of threads, which changes the last digits of probabilities;
+    # ece sorts them into bins, so that a cell at the edge of one may move.
+    probabilities = "cell_type_cv_probabilities"
+    np.testing.assert_allclose(adata.obsm[probabilities], whole.obsm[probabilities], atol=1e-4)
+    pd.testing.assert_frame_equal(found.drop(columns="ece"), expected.drop(columns="ece"), rtol=1e-3)
 
 
 def test_resume_is_checked_against_existing_folds(adata, tiny, tmp_path):

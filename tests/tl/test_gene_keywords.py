@@ -7,6 +7,7 @@ import inspect
 import numpy as np
 import pandas as pd
 import pytest
+from messages import naming
 
 import scllm
 from scllm.engine.run import Run
@@ -84,7 +85,7 @@ def test_worker_processes_and_resumes_use_the_settings_of_the_run(named, tmp_pat
     assert (data["gene_key"], data["min_coverage"]) == ("other", 0.1)
     again = scllm.tl.pretrain(tmp_path / "a.h5ad", few, gene_key="other", **options)
     assert again.hash() == trained.hash()
-    with pytest.raises(ValueError, match=r"data\.min_coverage: 0\.1 there, 0\.05 here"):
+    with pytest.raises(ValueError, match=naming("data.min_coverage", 0.1, 0.05)):
         scllm.tl.pretrain(tmp_path / "a.h5ad", few, gene_key="other", **options | {"min_coverage": 0.05})
 
 

@@ -87,6 +87,7 @@ def test_a_model_that_was_sped_up_for_training_is_freed_with_its_last_name(famil
         assert alive(refs) == []
 
 
+@pytest.mark.filterwarnings("ignore:after the first epoch")
 @pytest.mark.parametrize("family", ["scgpt", "scbert", "xlnet"])
 def test_no_model_survives_the_verbs(family, cells):
     adata = cells.copy()
@@ -100,6 +101,7 @@ def test_no_model_survives_the_verbs(family, cells):
     assert living_models() == before | {id(again)}
 
 
+@pytest.mark.filterwarnings("ignore:after the first epoch")
 def test_no_model_survives_pretraining_and_cross_validation(cells):
     before = living_models()
     adata = cells.copy()
