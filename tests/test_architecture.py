@@ -41,7 +41,15 @@ FORBIDDEN = {
     "kernels": {"scipy", "pandas", "anndata", "torch", "transformers", "scanpy", "matplotlib", "sklearn"},
     "metrics": {"anndata", "torch", "transformers", "scanpy", "matplotlib"},
     "data": {"torch", "transformers", "scanpy", "matplotlib"},
-    "models": {"scllm.data.source", "scllm.data.plan", "anndata", "scanpy", "matplotlib"},
+    "models": {
+        "scllm.data.source",
+        "scllm.data.cells",
+        "scllm.data.arrays",
+        "scllm.data.plan",
+        "anndata",
+        "scanpy",
+        "matplotlib",
+    },
     "engine": {"scanpy", "matplotlib"},
     "pp": {"transformers", "matplotlib"},
     "tl": {"matplotlib"},
@@ -54,8 +62,6 @@ INSIDE_FUNCTIONS = {
     *("scanpy", "igraph", "pynndescent", "cellxgene_census", "tiledbsoma", "scib_metrics", "peft", "torchao"),
     *("annbatch", "spatialdata", "squidpy", "tifffile", "harmonypy", "mudata", "datasets", "tensorboard", "wandb"),
 }
-# core dependency that the source does not import -> why it is one all the same
-NEEDED_BY_OTHERS = {"scikit-misc": "scanpy.pp.highly_variable_genes(flavor='seurat_v3')"}
 # core dependency that the source does not import -> what needs it
 NEEDED_BY_OTHERS = {"scikit-misc": "scanpy.pp.highly_variable_genes(flavor='seurat_v3')"}
 # (module, function) -> why a dense array is right there

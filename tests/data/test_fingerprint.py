@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from scllm.data import fingerprint as module
+from scllm.data.arrays import write_arrays
 from scllm.data.fingerprint import fingerprint, same_matrix
-from scllm.data.source import open_source, write_arrays
+from scllm.data.source import open_source
 
 
 def of(data, **options) -> str:

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from scllm.data.arrays import write_arrays
 from scllm.data.encode import BinEncoder, DepthEncoder, LevelEncoder, RankEncoder, ValueEncoder
 from scllm.data.encode.depth import SOURCE, TARGET
 from scllm.data.genes import match
 from scllm.data.matching import match_source
-from scllm.data.source import open_source, write_arrays
+from scllm.data.source import open_source
 from scllm.data.vocab import Vocab
 from scllm.engine.loader import Loader
 

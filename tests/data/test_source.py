@@ -24,8 +24,10 @@ from messages import naming
 from scipy import sparse
 
 from scllm.data import mapped
+from scllm.data.arrays import write_arrays
+from scllm.data.cells import CellSource
 from scllm.data.fingerprint import fingerprint
-from scllm.data.source import CellSource, open_source, write_arrays
+from scllm.data.source import open_source
 
 N_CELLS, N_GENES = 150, 30
 ROWS = np.random.default_rng(1).integers(0, N_CELLS, 200)  # any order, with repeats

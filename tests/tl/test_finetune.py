@@ -14,8 +14,8 @@ from messages import naming
 
 from scllm import models
 from scllm.data.anndata_file import MemoryTables
+from scllm.data.cells import StoredCells
 from scllm.data.plan import plan
-from scllm.data.source import StoredCells
 from scllm.data.storage import MemoryRows
 from scllm.datasets import toy
 from scllm.pp import split

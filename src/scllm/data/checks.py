@@ -11,7 +11,8 @@ from anndata import AnnData
 from scllm import _keys
 from scllm._log import warn
 from scllm._typing import CSR, IntArray
-from scllm.data.source import RAW, CellSource, has_layer, layer_names, open_source
+from scllm.data.cells import CellSource
+from scllm.data.source import RAW, has_layer, layer_names, open_source
 from scllm.data.value_kind import JUDGED_CELLS, as_counts, is_near_integer, value_kind
 
 __all__ = ["check_source", "check_values", "layer_with_counts", "read_checked", "warn_of_empty_cells"]

@@ -13,7 +13,7 @@ from scllm._typing import CSR, IntArray
 from scllm.data.anndata_file import stamp
 
 if TYPE_CHECKING:
-    from scllm.data.source import CellSource
+    from scllm.data.cells import CellSource
 
 __all__ = ["fingerprint", "same_matrix", "source_stamp"]
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from scllm.data.cells import CellSource, gene_tables
 from scllm.data.genes import GeneMatch, match
-from scllm.data.source import CellSource, gene_tables
 from scllm.data.vocab import Vocab
 
 __all__ = ["match_source"]

@@ -9,9 +9,9 @@ from scipy import sparse
 
 from scllm._log import progress
 from scllm._typing import CSR, FloatArray, IntArray
+from scllm.data.cells import CellSource
 from scllm.data.checks import read_checked
 from scllm.data.genes import GeneMatch
-from scllm.data.source import CellSource
 from scllm.kernels.tally import BIN_CENTRES, add_to_tally
 
 __all__ = ["MedianSketch", "exact_medians", "streamed_medians", "token_medians"]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from scllm._typing import IntArray
+from scllm.data.cells import CellSource
 from scllm.data.genes import GeneMatch
-from scllm.data.source import CellSource
 from scllm.engine.device import autocast
 from scllm.engine.loader import Loader
 from scllm.models.base import CellModel

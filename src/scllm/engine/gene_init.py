@@ -14,9 +14,9 @@ from scipy import sparse
 
 from scllm._log import progress
 from scllm._typing import CSR, FloatArray, IntArray
+from scllm.data.cells import CellSource
 from scllm.data.checks import read_checked
 from scllm.data.genes import GeneMatch
-from scllm.data.source import CellSource
 from scllm.data.value_kind import is_log_like
 from scllm.models.base import CellModel
 

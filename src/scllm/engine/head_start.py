@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from scllm._log import log
 from scllm._typing import FloatArray, IntArray
+from scllm.data.cells import CellSource
 from scllm.data.genes import GeneMatch
-from scllm.data.source import CellSource
 from scllm.engine.objectives import Label
 from scllm.engine.predict import predict
 from scllm.models.base import CellModel, HeadSpec

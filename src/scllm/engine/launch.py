@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 
 from scllm import models
 from scllm._log import log, show_progress, warn
+from scllm.data.cells import CellSource
 from scllm.data.encode import Encoder
 from scllm.data.fingerprint import fingerprint, same_matrix, source_stamp
 from scllm.data.matching import match_source
-from scllm.data.source import CellSource, open_source
+from scllm.data.source import open_source
 from scllm.engine import ranks
 from scllm.engine.calibrate import calibrate
 from scllm.engine.checkpoint import restore, save, writing

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scllm._typing import CSR, FloatArray, IntArray
+from scllm.data.cells import CellSource
 from scllm.data.checks import read_checked
 from scllm.data.encode import Encoder, LevelEncoder
 from scllm.data.genes import GeneMatch
 from scllm.data.plan import Read, n_batches, plan
-from scllm.data.source import CellSource
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
 from scllm.kernels.draws import mix

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from scllm._log import log, progress
 from scllm._typing import IntArray
+from scllm.data.cells import CellSource
 from scllm.data.checks import warn_of_empty_cells
 from scllm.data.genes import GeneMatch
-from scllm.data.source import CellSource
 from scllm.engine.config import Precision
 from scllm.engine.device import autocast, check_gpus, resolve_device, resolve_precision
 from scllm.engine.estimate import (

@@ -13,11 +13,12 @@ from scllm import _keys
 from scllm._checks import check_adata
 from scllm._results import free_key, match_settings, record, record_name
 from scllm._typing import FloatArray
+from scllm.data.cells import CellSource
 from scllm.data.checks import check_source, layer_with_counts
 from scllm.data.genes import GeneMatch, check_unique, name_columns, strip_version
 from scllm.data.genes import match as match_names
 from scllm.data.medians import exact_medians, streamed_medians, token_medians
-from scllm.data.source import CellSource, has_layer, open_source
+from scllm.data.source import has_layer, open_source
 from scllm.data.vocab import Vocab
 from scllm.pp._stored import stored_rows
 

@@ -7,8 +7,8 @@ from anndata import AnnData
 from scipy import sparse
 
 from scllm._typing import CSR
+from scllm.data.cells import CellSource
 from scllm.data.checks import read_checked
-from scllm.data.source import CellSource
 from scllm.data.value_kind import as_counts
 
 __all__ = ["stored_rows"]

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from scllm._log import log
+from scllm.data.cells import CellSource
 from scllm.data.genes import GeneMatch
-from scllm.data.source import CellSource
 from scllm.engine.config import TrainConfig
 from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.estimate import (

@@ -21,8 +21,9 @@ from scllm._checks import check_adata, check_options
 from scllm._log import details, log, warn
 from scllm._results import drop_labels, free_key, match_settings, record, record_classes, record_name
 from scllm._typing import CSR, FloatArray, IntArray
+from scllm.data.cells import CellSource
 from scllm.data.fingerprint import fingerprint
-from scllm.data.source import RAW, CellSource, has_layer, open_source
+from scllm.data.source import RAW, has_layer, open_source
 from scllm.data.split import PARTS, split_cells
 from scllm.engine.config import TrainConfig
 from scllm.models.base import CellModel

@@ -20,7 +20,8 @@ from scllm._log import log, warn
 from scllm._names import listed
 from scllm._results import match_settings
 from scllm._typing import HeadSetting, IntArray
-from scllm.data.source import CellSource, open_source
+from scllm.data.cells import CellSource
+from scllm.data.source import open_source
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.lora import Lora, LoraSettings, lora_settings
 from scllm.engine.objectives import Label, LossName, loss_weights

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from scllm import _keys
 from scllm._typing import CSR, FloatArray, IntArray
+from scllm.data.cells import CellSource
 from scllm.data.checks import read_checked
 from scllm.data.genes import GeneMatch
-from scllm.data.source import CellSource, open_source
+from scllm.data.source import open_source
 from scllm.data.value_kind import is_log_like
 from scllm.engine.config import Precision
 from scllm.engine.loader import Loader

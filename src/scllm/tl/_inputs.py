@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from scllm.data.cells import CellSource
 from scllm.data.checks import check_source, layer_with_counts
 from scllm.data.encode import RankEncoder
 from scllm.data.genecorpus import RankedCells
-from scllm.data.source import CellSource
 from scllm.models.base import CellModel
 
 __all__ = ["check_layer", "take_medians"]

@@ -15,8 +15,8 @@ from anndata import AnnData
 from scllm import _keys, models
 from scllm._results import match_settings
 from scllm.data import genes
+from scllm.data.cells import CellSource
 from scllm.data.matching import match_source
-from scllm.data.source import CellSource
 from scllm.models.base import CellModel
 
 __all__ = ["ModelLike", "copy_to_train", "gene_match", "recorded_model", "remember", "resolve"]

@@ -7,7 +7,7 @@ import pandas as pd
 
 from scllm._checks import obs_column
 from scllm._typing import IntArray
-from scllm.data.source import CellSource
+from scllm.data.cells import CellSource
 from scllm.data.split import split_cells
 
 __all__ = ["column_or_all", "divide"]

@@ -22,10 +22,11 @@ from scllm._log import details
 from scllm._results import MatchSettings, match_settings
 from scllm._typing import IntArray
 from scllm.data import genes
+from scllm.data.cells import CellSource
 from scllm.data.encode import RankEncoder
 from scllm.data.matching import match_source
 from scllm.data.medians import token_medians
-from scllm.data.source import CellSource, open_source
+from scllm.data.source import open_source
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.objectives import Objective, objective_from_dict
 from scllm.models.base import CellModel

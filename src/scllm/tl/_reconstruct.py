@@ -15,8 +15,9 @@ from scllm import _keys
 from scllm._checks import check_adata
 from scllm._results import free_key, record, record_name
 from scllm._typing import CSR, FloatArray
+from scllm.data.cells import CellSource
 from scllm.data.genes import GeneMatch
-from scllm.data.source import CellSource, open_source, places_in_source
+from scllm.data.source import open_source, places_in_source
 from scllm.engine.objectives.masks import drawn_share
 from scllm.engine.predict import predict
 from scllm.models.base import Batch, CellModel

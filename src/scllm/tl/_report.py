@@ -17,8 +17,9 @@ from torch import Tensor
 
 from scllm._log import details, log
 from scllm._typing import FloatArray
+from scllm.data.cells import CellSource
 from scllm.data.genes import GeneMatch
-from scllm.data.source import CellSource, open_source
+from scllm.data.source import open_source
 from scllm.engine.predict import predict
 from scllm.metrics import agreement
 from scllm.models.base import Batch, CellModel

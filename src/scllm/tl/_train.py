@@ -23,12 +23,14 @@ from scllm import settings
 from scllm._log import details, log
 from scllm._results import MatchSettings, record
 from scllm._typing import IntArray
+from scllm.data.arrays import write_arrays
+from scllm.data.cells import CellSource
 from scllm.data.checks import warn_of_empty_cells
 from scllm.data.encode import encoder_to_dict
 from scllm.data.fingerprint import fingerprint, source_stamp
 from scllm.data.genes import GeneMatch
 from scllm.data.matching import match_source
-from scllm.data.source import RAW, CellSource, has_layer, open_source, write_arrays
+from scllm.data.source import RAW, has_layer, open_source
 from scllm.engine.config import TrainConfig
 from scllm.engine.device import check_gpus, resolve_device
 from scllm.engine.gene_init import start_from_data
