@@ -16,9 +16,16 @@ from scllm._names import listed
 from scllm._typing import FloatArray
 
 __all__ = [
-    "check_adata", "check_options", "embedding", "groups", "holds_numbers", "labels", "missing_key", "obs_column",
+    "check_adata",
+    "check_options",
+    "embedding",
+    "groups",
+    "holds_numbers",
+    "labels",
+    "missing_key",
+    "obs_column",
     "warn_of_unknown_labels",
-]  # fmt: skip
+]
 
 
 def check_adata(adata: object, copy: bool = False, key_added: str = "result") -> None:

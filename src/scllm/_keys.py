@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 __all__ = [
-    "BASELINE", "BATCH", "BINNED", "CELL_TYPE", "COUNTS", "CROSS_VALIDATED", "EMBEDDING", "FOLD", "GENES", "GENE_LABEL",
-    "GENE_SYMBOL", "LABEL", "LOUVAIN", "MEDIANS", "NATS", "PCA", "PERPLEXITY", "PROBABILITIES", "PROBABILITY", "RANKED",
-    "RECONSTRUCTED", "REGULATOR_LEVEL", "SPLIT", "TARGET", "TOKENS", "TOKEN_ID", "TOKEN_VALUES", "TOY", "TRANSFERRED",
-    "UNKNOWN", "UNS", "safe",
-]  # fmt: skip
+    "BASELINE",
+    "BATCH",
+    "BINNED",
+    "CELL_TYPE",
+    "COUNTS",
+    "CROSS_VALIDATED",
+    "EMBEDDING",
+    "FOLD",
+    "GENES",
+    "GENE_LABEL",
+    "GENE_SYMBOL",
+    "LABEL",
+    "LOUVAIN",
+    "MEDIANS",
+    "NATS",
+    "PCA",
+    "PERPLEXITY",
+    "PROBABILITIES",
+    "PROBABILITY",
+    "RANKED",
+    "RECONSTRUCTED",
+    "REGULATOR_LEVEL",
+    "SPLIT",
+    "TARGET",
+    "TOKENS",
+    "TOKEN_ID",
+    "TOKEN_VALUES",
+    "TOY",
+    "TRANSFERRED",
+    "UNKNOWN",
+    "UNS",
+    "safe",
+]
 
 UNS = "scllm"
 """``uns["scllm"]`` holds one dict a verb: ``params`` and, where the verb makes a table, ``table``."""

@@ -18,9 +18,18 @@ from scllm._checks import missing_key
 from scllm._log import log
 
 __all__ = [
-    "MatchSettings", "classes_of", "drop_labels", "free_key", "match_settings", "record", "record_classes",
-    "record_keys", "record_name", "recorded", "storable_table",
-]  # fmt: skip
+    "MatchSettings",
+    "classes_of",
+    "drop_labels",
+    "free_key",
+    "match_settings",
+    "record",
+    "record_classes",
+    "record_keys",
+    "record_name",
+    "recorded",
+    "storable_table",
+]
 
 
 class MatchSettings(TypedDict):

@@ -89,9 +89,13 @@ Debug = Annotated[
 ]
 
 app = typer.Typer(
-    name="scllm", cls=_OneLineErrors, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    name="scllm",
+    cls=_OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-)  # fmt: skip
+)
 
 
 @app.callback()

@@ -92,17 +92,33 @@ def _say(step: str) -> None:
 
 def _pretrain(adata: AnnData, run_dir: Path, epochs: int, device: str) -> CellModel:
     return tl.pretrain(
-        adata, size="tiny", run_dir=run_dir, epochs=epochs, batch_size=8, lr=2e-3, mask_ratio=0.25, left_out=0.25,
-        dropout=0.0, validation="split", device=device, n_gpus=1 if _uses_gpu(device) else None,
+        adata,
+        size="tiny",
+        run_dir=run_dir,
+        epochs=epochs,
+        batch_size=8,
+        lr=2e-3,
+        mask_ratio=0.25,
+        left_out=0.25,
+        dropout=0.0,
+        validation="split",
+        device=device,
+        n_gpus=1 if _uses_gpu(device) else None,
         config=tl.TrainConfig(schedule="cosine", warmup=30),
-    )  # fmt: skip
+    )
 
 
 def _finetune(adata: AnnData, model: CellModel, run_dir: Path, epochs: int | None, device: str) -> CellModel:
     return tl.finetune(
-        adata, model, key=_KEY, run_dir=run_dir, epochs=epochs, validation="split", device=device,
+        adata,
+        model,
+        key=_KEY,
+        run_dir=run_dir,
+        epochs=epochs,
+        validation="split",
+        device=device,
         n_gpus=1 if _uses_gpu(device) else None,
-    )  # fmt: skip
+    )
 
 
 def _uses_gpu(device: str) -> bool:

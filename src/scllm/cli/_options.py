@@ -14,10 +14,33 @@ if TYPE_CHECKING:
     from scllm.models.base import CellModel
 
 __all__ = [
-    "BatchSize", "CellsAtOnce", "Config", "DataPaths", "Device", "Epochs", "Family", "GeneKey", "GroupKey", "Layer",
-    "LearningRate", "MinCoverage", "ModelPath", "NGpus", "NProcs", "Precision", "RandomState", "Resume", "RunDir",
-    "WrittenData", "one_or_all", "read_config", "read_model", "read_resume", "read_validation", "read_weights",
-]  # fmt: skip
+    "BatchSize",
+    "CellsAtOnce",
+    "Config",
+    "DataPaths",
+    "Device",
+    "Epochs",
+    "Family",
+    "GeneKey",
+    "GroupKey",
+    "Layer",
+    "LearningRate",
+    "MinCoverage",
+    "ModelPath",
+    "NGpus",
+    "NProcs",
+    "Precision",
+    "RandomState",
+    "Resume",
+    "RunDir",
+    "WrittenData",
+    "one_or_all",
+    "read_config",
+    "read_model",
+    "read_resume",
+    "read_validation",
+    "read_weights",
+]
 
 DataPaths = Annotated[
     list[str], typer.Argument(metavar="DATA...", help="One or more .h5ad or .zarr files, or a folder of them.")

@@ -36,7 +36,7 @@ from scllm.cli._options import (
     read_resume,
     read_validation,
     read_weights,
-)  # fmt: skip
+)
 
 __all__ = ["finetune", "pretrain", "run"]
 
@@ -91,12 +91,25 @@ def pretrain(
 
     begun = model if family is None else read_model(model, family)
     options = {
-        "size": size, "n_gpus": n_gpus, "n_procs": n_procs, "device": device, "epochs": epochs,
-        "batch_size": batch_size, "lr": lr, "mask_ratio": mask_ratio or None, "left_out": left_out, "dropout": dropout,
-        "validation": read_validation(validation), "group_key": group_key, "layer": layer, "gene_key": gene_key,
-        "min_coverage": min_coverage, "precision": precision,
-        "config": read_config(config), "random_state": random_state,
-    }  # fmt: skip
+        "size": size,
+        "n_gpus": n_gpus,
+        "n_procs": n_procs,
+        "device": device,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "mask_ratio": mask_ratio or None,
+        "left_out": left_out,
+        "dropout": dropout,
+        "validation": read_validation(validation),
+        "group_key": group_key,
+        "layer": layer,
+        "gene_key": gene_key,
+        "min_coverage": min_coverage,
+        "precision": precision,
+        "config": read_config(config),
+        "random_state": random_state,
+    }
     if dry_run:
         typer.echo(what_would_run(prepare(one_or_all(data), begun, **options), run_dir))
         return
@@ -148,16 +161,31 @@ def finetune(
     from scllm import tl
 
     trained = tl.finetune(
-        one_or_all(data), read_model(model, family), key=one_or_all(key), freeze=_freeze(freeze or ["0"]),
-        loss=read_weights("--loss", loss or ["ce"]), upsample=upsample,  # type: ignore[arg-type]
+        one_or_all(data),
+        read_model(model, family),
+        key=one_or_all(key),
+        freeze=_freeze(freeze or ["0"]),
+        loss=read_weights("--loss", loss or ["ce"]),
+        upsample=upsample,  # type: ignore[arg-type]
         class_weight=read_weights("--class-weight", class_weight) if class_weight else None,  # type: ignore[arg-type]
         lora=lora,
-        validation=read_validation(validation), group_key=group_key, layer=layer, gene_key=gene_key,
-        min_coverage=min_coverage, epochs=epochs, batch_size=batch_size,
-        lr=lr, n_gpus=n_gpus, n_procs=n_procs, device=device, run_dir=run_dir,
-        precision=precision, resume=read_resume(resume),  # type: ignore[arg-type]
-        config=read_config(config), random_state=random_state,
-    )  # fmt: skip
+        validation=read_validation(validation),
+        group_key=group_key,
+        layer=layer,
+        gene_key=gene_key,
+        min_coverage=min_coverage,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        n_gpus=n_gpus,
+        n_procs=n_procs,
+        device=device,
+        run_dir=run_dir,
+        precision=precision,
+        resume=read_resume(resume),  # type: ignore[arg-type]
+        config=read_config(config),
+        random_state=random_state,
+    )
     typer.echo(trained)
 
 

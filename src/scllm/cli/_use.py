@@ -63,10 +63,17 @@ def embed(
 
     _check_ending(out, (".npy", ".zarr", ".h5ad"))
     options = {
-        "pooling": pooling, "hidden_layer": hidden_layer, "layer": layer, "gene_key": gene_key,
-        "min_coverage": min_coverage, "key_added": key_added,
-        "batch_size": batch_size, "device": device, "n_gpus": n_gpus, "precision": precision,
-    }  # fmt: skip
+        "pooling": pooling,
+        "hidden_layer": hidden_layer,
+        "layer": layer,
+        "gene_key": gene_key,
+        "min_coverage": min_coverage,
+        "key_added": key_added,
+        "batch_size": batch_size,
+        "device": device,
+        "n_gpus": n_gpus,
+        "precision": precision,
+    }
     if out.suffix == ".h5ad":
         adata = _read(data, out)
         tl.embed(adata, read_model(model, family), **options)
@@ -104,10 +111,17 @@ def classify(
     adata = _read(data, out, backed=out.suffix == ".csv")
     chosen = read_model(model, family)
     tl.classify(
-        adata, chosen, key_added=key_added, threshold=threshold, layer=layer, gene_key=gene_key,
-        min_coverage=min_coverage, batch_size=batch_size, device=device,
+        adata,
+        chosen,
+        key_added=key_added,
+        threshold=threshold,
+        layer=layer,
+        gene_key=gene_key,
+        min_coverage=min_coverage,
+        batch_size=batch_size,
+        device=device,
         precision=precision,  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     if out.suffix == ".h5ad":
         _write(adata, out)
     else:

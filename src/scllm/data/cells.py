@@ -152,8 +152,9 @@ class ConcatenatedCells:
             log.info(
                 "reading files with different genes (up to %d of %d are missing from a file): each cell is read with "
                 "the genes that its own file measured",
-                n_lacking, len(self.genes),
-            )  # fmt: skip
+                n_lacking,
+                len(self.genes),
+            )
         self.gene_tables = _united_tables([gene_tables(part) for part in self.parts])
         self.layer = self.parts[0].layer
         self._columns = [self.genes.get_indexer(part.genes).astype(np.int32) for part in self.parts]

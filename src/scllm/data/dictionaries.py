@@ -40,8 +40,15 @@ def read_dictionary(path: str | PathLike[str]) -> dict[str, Any]:
     try:
         content = _PlainUnpickler(BytesIO(raw)).load() if raw[:1] == b"\x80" else json.loads(raw)
     except (
-        pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, TypeError, OverflowError, MemoryError,
-    ) as error:  # fmt: skip
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise ValueError(
             f"Expected a dictionary of strings and numbers in {path} (JSON or a pickle), but it cannot be read "
             f"({error}). The file is truncated or damaged, or holds code, which is never executed: download it again, "

@@ -25,9 +25,20 @@ _TAKEN = 0.3
 
 # columns in which AnnData files of the usual sources (scanpy, CELLxGENE, 10x, Seurat exports) keep the other names
 USUAL_COLUMNS = (
-    "feature_name", "gene_symbol", "gene_symbols", "gene_name", "gene_names", "symbol", "gene_short_name",
-    "ensembl_id", "feature_id", "gene_ids", "gene_id", "ensembl", "ensembl_ids",
-)  # fmt: skip
+    "feature_name",
+    "gene_symbol",
+    "gene_symbols",
+    "gene_name",
+    "gene_names",
+    "symbol",
+    "gene_short_name",
+    "ensembl_id",
+    "feature_id",
+    "gene_ids",
+    "gene_id",
+    "ensembl",
+    "ensembl_ids",
+)
 
 
 @dataclass(frozen=True)
@@ -177,8 +188,11 @@ def match(
             raise ValueError(finder.too_few(found, candidates[found.column], other))
         log.info(
             "using the gene names in var[%r], which match %d genes (%s match %d)",
-            other.column, other.n_matched, found.column, found.n_matched,
-        )  # fmt: skip
+            other.column,
+            other.n_matched,
+            found.column,
+            found.n_matched,
+        )
         found = other
     n_summed = int((found.token_ids >= 0).sum()) - found.n_matched
     if n_summed:

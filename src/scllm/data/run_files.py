@@ -10,9 +10,15 @@ from typing import Any
 import pandas as pd
 
 __all__ = [
-    "append_history", "cut_history", "read_history", "read_json", "read_report", "write_json", "write_report",
+    "append_history",
+    "cut_history",
+    "read_history",
+    "read_json",
+    "read_report",
+    "write_json",
+    "write_report",
     "write_text",
-]  # fmt: skip
+]
 
 
 def write_text(path: Path, text: str) -> None:

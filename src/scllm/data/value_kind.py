@@ -97,8 +97,10 @@ def _tests(values: FloatArray) -> list[tuple[int, int]]:
     distinct = np.unique(values[values > 0].astype(np.float64))
     forms = [distinct, *(np.expm1(np.minimum(distinct * base, 50)) for base in _BASES.values())]
     limits = [np.inf, *(_LOGGED_BELOW / base for base in _BASES.values())]
-    return [_multiples(form) if len(distinct) > 1 and distinct[-1] < limit else (0, 0)
-            for form, limit in zip(forms, limits, strict=True)]  # fmt: skip
+    return [
+        _multiples(form) if len(distinct) > 1 and distinct[-1] < limit else (0, 0)
+        for form, limit in zip(forms, limits, strict=True)
+    ]
 
 
 def _multiples(values: FloatArray) -> tuple[int, int]:

@@ -47,10 +47,16 @@ def pancreas(path: str | PathLike[str] | None = None) -> AnnData:
         raise FileNotFoundError(
             f"Expected an h5ad file of pancreas cells at {path}, but it does not exist. Check the path."
         )
-    file = Path(path) if path is not None else fetch(
-        "human_pancreas_norm_complexBatch.h5ad", _URL, partial(figshare_md5, _ARTICLE, _FILE),
-        advice="Download it on a machine with a connection, and pass it with path=.",
-    )  # fmt: skip
+    file = (
+        Path(path)
+        if path is not None
+        else fetch(
+            "human_pancreas_norm_complexBatch.h5ad",
+            _URL,
+            partial(figshare_md5, _ARTICLE, _FILE),
+            advice="Download it on a machine with a connection, and pass it with path=.",
+        )
+    )
     try:
         adata = ad.read_h5ad(file)
     except (OSError, TypeError) as error:

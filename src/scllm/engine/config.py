@@ -199,10 +199,8 @@ class TrainConfig:
         unknown = sorted(set(saved) - known)
         if unknown:
             close = get_close_matches(unknown[0], known, n=1, cutoff=0.8)
-            offer = (
-                f"Did you mean {close[0]!r}?" if close else
-                "Pass other arguments (freeze, loss, dropout) to the function itself, and put settings in no [table]."
-            )  # fmt: skip
+            elsewhere = "Pass freeze, loss, dropout and others to the function itself, and put settings in no [table]."
+            offer = f"Did you mean {close[0]!r}?" if close else elsewhere
             raise ValueError(f"Expected training settings out of {sorted(known)}, got {unknown[0]!r}. {offer}")
         return cls(**saved)
 

@@ -80,9 +80,15 @@ def start_heads(
     }
     chosen = np.unique(np.concatenate([_some(np.flatnonzero(known), rng) for known in labelled.values()]))
     parts = predict(
-        model, source, match, lambda replica, batch: replica.head_inputs(batch), rows=rows[chosen], device=device,
-        precision="fp32", desc="initialising the heads on",
-    )  # fmt: skip
+        model,
+        source,
+        match,
+        lambda replica, batch: replica.head_inputs(batch),
+        rows=rows[chosen],
+        device=device,
+        precision="fp32",
+        desc="initialising the heads on",
+    )
     states = torch.cat([values for _, values in parts])
     drawn = np.arange(len(chosen))
     if weights is not None:

@@ -88,10 +88,22 @@ def command(run: Run, n_procs: int, device: str, family: str | None = None) -> l
     """Return the command that starts a run in several processes on this machine."""
     config = TrainConfig.from_dict(run.spec["train"])
     return [
-        sys.executable, "-m", "scllm.engine.agent", str(os.getpid()), "--standalone", f"--nproc-per-node={n_procs}",
-        f"--max-restarts={config.max_restarts}", "-m", "scllm", "run", str(run.path), "--device", device, "--debug",
+        sys.executable,
+        "-m",
+        "scllm.engine.agent",
+        str(os.getpid()),
+        "--standalone",
+        f"--nproc-per-node={n_procs}",
+        f"--max-restarts={config.max_restarts}",
+        "-m",
+        "scllm",
+        "run",
+        str(run.path),
+        "--device",
+        device,
+        "--debug",
         *(["--family", family] if family else []),
-    ]  # fmt: skip
+    ]
 
 
 def cluster_command(run_dir: object, n_procs: int) -> str:
@@ -143,9 +155,16 @@ def _train(run: Run, device: str, source: CellSource | None, family: str | None)
                 watch.look(line)
 
             fit(
-                model, training, objective, config, run=run, validation=validation,
-                from_start=spec["verb"] == "finetune", precision=precision, track=seen,
-            )  # fmt: skip
+                model,
+                training,
+                objective,
+                config,
+                run=run,
+                validation=validation,
+                from_start=spec["verb"] == "finetune",
+                precision=precision,
+                track=seen,
+            )
         if ranks.rank() == 0:
             watch.finish()
             _finish(run, family, chosen, validation if isinstance(objective, Label) else None, precision)
@@ -188,17 +207,25 @@ def _loaders(
     match = match_source(source, model.vocab, gene_key=data["gene_key"], min_coverage=data["min_coverage"])
     obs = {name.removeprefix("obs:"): column for name, column in cells.items() if name.startswith("obs:")}
     common = {
-        "source": source, "match": match, "encoder": model.encoder, "vocab": model.vocab, "obs": obs,
+        "source": source,
+        "match": match,
+        "encoder": model.encoder,
+        "vocab": model.vocab,
+        "obs": obs,
         "keep_empty": config.strategy == "fsdp" and ranks.world() > 1,
         "pinned": model.device.type == "cuda",
         "keep_whole": getattr(objective, "predicts_whole_cells", False),
-    }  # fmt: skip
+    }
     seed = config.random_state or 0
     assert config.batch_size is not None
     training = Loader(
-        rows=cells["train"], batch_size=config.batch_size, seed=seed, weights=cells.get("weights"),
-        downsample=config.downsample or 0.0, **common | {"encoder": cropping(model, config.max_len)},
-    )  # fmt: skip
+        rows=cells["train"],
+        batch_size=config.batch_size,
+        seed=seed,
+        weights=cells.get("weights"),
+        downsample=config.downsample or 0.0,
+        **common | {"encoder": cropping(model, config.max_len)},
+    )
     if not len(cells["validation"]):
         return training, None
     return training, Loader(rows=cells["validation"], batch_size=config.batch_size, seed=seed, training=False, **common)
@@ -247,9 +274,13 @@ def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None,
         # In a new session, so that an interrupt in the terminal reaches the processes only through this one. They end
         # if this process ends (see `scllm.engine.agent`), and hold the lock until then.
         process = subprocess.Popen(
-            command(run, n_procs, device, family), stdout=output, stderr=subprocess.STDOUT, env=environment,
-            start_new_session=True, pass_fds=[lock],
-        )  # fmt: skip
+            command(run, n_procs, device, family),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            pass_fds=[lock],
+        )
         try:
             _follow(run, process)
         except BaseException:

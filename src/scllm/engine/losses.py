@@ -7,9 +7,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
-    "binary_cross_entropy", "contrastive", "cross_entropy", "dice", "elastic_similarity", "focal", "relative_error",
-    "squared_error", "zero_likelihood",
-]  # fmt: skip
+    "binary_cross_entropy",
+    "contrastive",
+    "cross_entropy",
+    "dice",
+    "elastic_similarity",
+    "focal",
+    "relative_error",
+    "squared_error",
+    "zero_likelihood",
+]
 
 
 def squared_error(predicted: Tensor, target: Tensor) -> Tensor:

@@ -15,8 +15,15 @@ from scllm.engine.config import TrainConfig
 from scllm.models.base import CellModel
 
 __all__ = [
-    "Freeze", "check_freeze", "freeze", "frozen_weights", "learning_rate", "optimizer", "train_mode", "without_dropout"
-]  # fmt: skip
+    "Freeze",
+    "check_freeze",
+    "freeze",
+    "frozen_weights",
+    "learning_rate",
+    "optimizer",
+    "train_mode",
+    "without_dropout",
+]
 
 Freeze = int | str | Sequence[str]
 

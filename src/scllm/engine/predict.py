@@ -103,14 +103,26 @@ def predict(
         flops = len(rows) * flops_per_cell(model, n_tokens, training=False) * (passes or n_tokens)
         seconds = expected_seconds(flops, len(rows), first, chosen, len(devices))
         log.info(
-            "%s %s, %d at a time in %s on %s: %s", desc, cells_in_words(len(rows), source, match, n_tokens), size,
-            chosen, device_in_words(first, len(devices)), time_in_words(seconds),
-        )  # fmt: skip
+            "%s %s, %d at a time in %s on %s: %s",
+            desc,
+            cells_in_words(len(rows), source, match, n_tokens),
+            size,
+            chosen,
+            device_in_words(first, len(devices)),
+            time_in_words(seconds),
+        )
     replicas = [_ready(model, where, chosen) for where in devices]
     cells = Loader(
-        source, rows, match, model.encoder, model.vocab, size * len(devices), seed=random_state,
-        training=False, pinned=first.type == "cuda",
-    )  # fmt: skip
+        source,
+        rows,
+        match,
+        model.encoder,
+        model.vocab,
+        size * len(devices),
+        seed=random_state,
+        training=False,
+        pinned=first.type == "cuda",
+    )
 
     is_special = model.is_special.cpu()
 

@@ -29,9 +29,21 @@ __all__ = ["full_norm", "is_sharded", "load_optimizer", "load_weights", "optimiz
 
 # methods that objectives call instead of `forward`: each must gather the weights it needs
 _ENTRIES = (
-    "hidden", "first_and_last", "embed", "head_inputs", "head_outputs", "apply_heads", "gene_head_outputs", "decode",
-    "decode_cell", "gene_logits", "gene_loss", "permuted_logits", "gene_states", "expression",
-)  # fmt: skip
+    "hidden",
+    "first_and_last",
+    "embed",
+    "head_inputs",
+    "head_outputs",
+    "apply_heads",
+    "gene_head_outputs",
+    "decode",
+    "decode_cell",
+    "gene_logits",
+    "gene_loss",
+    "permuted_logits",
+    "gene_states",
+    "expression",
+)
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _FROM_WHOLE = StateDictOptions(full_state_dict=True)
 

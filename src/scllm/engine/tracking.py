@@ -47,9 +47,14 @@ def tracker(name: Logger | None, run: Run) -> Iterator[Callable[[dict[str, Any]]
         import wandb
 
         session = wandb.init(
-            project="scllm", name=run.path.name, dir=run.path, config=run.spec["train"], resume="allow", id=_id(run),
+            project="scllm",
+            name=run.path.name,
+            dir=run.path,
+            config=run.spec["train"],
+            resume="allow",
+            id=_id(run),
             reinit="finish_previous",
-        )  # fmt: skip
+        )
 
         def to_wandb(line: dict[str, Any]) -> None:
             session.log({f"{line['split']}/{k}": v for k, v in line.items() if isinstance(v, float)}, step=line["step"])

@@ -12,8 +12,15 @@ from numpy.typing import NDArray
 from scllm.kernels._jit import jit, row_kernel
 
 __all__ = [
-    "crop_random", "crop_top", "pad_rows", "prepend", "restrict", "restrict_in_order", "sum_repeats", "take_rows",
-]  # fmt: skip
+    "crop_random",
+    "crop_top",
+    "pad_rows",
+    "prepend",
+    "restrict",
+    "restrict_in_order",
+    "sum_repeats",
+    "take_rows",
+]
 
 _BUCKETS = 1024
 

@@ -13,9 +13,15 @@ from scipy.special import log_softmax
 from scllm._typing import FloatArray, IntArray
 
 __all__ = [
-    "N_BINS", "all_labels", "best_class", "calibration_error", "expected_calibration_error", "reliability",
-    "scored_labels", "temperature",
-]  # fmt: skip
+    "N_BINS",
+    "all_labels",
+    "best_class",
+    "calibration_error",
+    "expected_calibration_error",
+    "reliability",
+    "scored_labels",
+    "temperature",
+]
 
 N_BINS = 15
 _TEMPERATURES = (0.05, 20.0)

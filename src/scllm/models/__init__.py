@@ -30,9 +30,17 @@ from scllm.models.int8 import prepare_int8
 from scllm.models.storage import HUB, from_hub, is_native, load_weights, read_native
 
 __all__ = [
-    "BinEncoder", "CellModel", "DepthEncoder", "LevelEncoder", "RankEncoder", "ValueEncoder", "Vocab", "build",
-    "families", "load",
-]  # fmt: skip
+    "BinEncoder",
+    "CellModel",
+    "DepthEncoder",
+    "LevelEncoder",
+    "RankEncoder",
+    "ValueEncoder",
+    "Vocab",
+    "build",
+    "families",
+    "load",
+]
 
 
 _TRAINING_LENGTH = 512

@@ -41,11 +41,17 @@ class Config(GeneLMConfig):
         if self.hf_config is not None:
             return super().architecture()
         return {
-            "model_type": "albert", "num_hidden_layers": self.n_layers, "num_attention_heads": self.n_heads,
-            "hidden_size": self.d_model, "intermediate_size": self.d_hidden, "embedding_size": self.d_embedding,
-            "max_position_embeddings": self.max_len, "hidden_dropout_prob": self.dropout,
-            "attention_probs_dropout_prob": 0.0, "hidden_act": "gelu_pytorch_tanh",
-        }  # fmt: skip
+            "model_type": "albert",
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "hidden_size": self.d_model,
+            "intermediate_size": self.d_hidden,
+            "embedding_size": self.d_embedding,
+            "max_position_embeddings": self.max_len,
+            "hidden_dropout_prob": self.dropout,
+            "attention_probs_dropout_prob": 0.0,
+            "hidden_act": "gelu_pytorch_tanh",
+        }
 
 
 class Model(GeneLM):

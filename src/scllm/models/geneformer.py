@@ -27,13 +27,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "base": {},
     "v1-10m": _V1,
     "v1-40m": {**_V1, "n_layers": 12, "n_heads": 8, "d_model": 512, "d_hidden": 1024},
-    "v2-104m": {
-        "n_layers": 12, "n_heads": 12, "d_model": 768, "d_hidden": 3072, "dropout": 0.1, "max_len": 4096
-    },
-    "v2-316m": {
-        "n_layers": 18, "n_heads": 18, "d_model": 1152, "d_hidden": 4608, "dropout": 0.1, "max_len": 4096
-    },
-}  # fmt: skip
+    "v2-104m": {"n_layers": 12, "n_heads": 12, "d_model": 768, "d_hidden": 3072, "dropout": 0.1, "max_len": 4096},
+    "v2-316m": {"n_layers": 18, "n_heads": 18, "d_model": 1152, "d_hidden": 4608, "dropout": 0.1, "max_len": 4096},
+}
 
 # The published learning rate, but without 10,000 warm-up steps, because one study has only a few thousand steps.
 # The gene table is initialised from the data, in the original at random: after twelve epochs on 560 blood cells the

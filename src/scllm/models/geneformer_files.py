@@ -107,13 +107,24 @@ def write(model: Model, path: Path) -> None:
         None if spec is None else spec.level
     ]
     settings: dict[str, Any] = {
-        "architectures": [f"Bert{kind}"], "model_type": "bert", "hidden_act": "relu", "layer_norm_eps": 1e-12,
-        "position_embedding_type": "absolute", "type_vocab_size": 2, "initializer_range": 0.02,
-        "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads, "hidden_size": config.d_model,
-        "intermediate_size": config.d_hidden, "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout, "max_position_embeddings": config.max_len,
-        "vocab_size": len(model.vocab), "pad_token_id": model.vocab.pad_id, "tie_word_embeddings": True,
-    }  # fmt: skip
+        "architectures": [f"Bert{kind}"],
+        "model_type": "bert",
+        "hidden_act": "relu",
+        "layer_norm_eps": 1e-12,
+        "position_embedding_type": "absolute",
+        "type_vocab_size": 2,
+        "initializer_range": 0.02,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_hidden,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "max_position_embeddings": config.max_len,
+        "vocab_size": len(model.vocab),
+        "pad_token_id": model.vocab.pad_id,
+        "tie_word_embeddings": True,
+    }
     if spec is not None:
         classes = spec.classes or ("value",)
         settings["id2label"] = {str(i): name for i, name in enumerate(classes)}
@@ -230,9 +241,13 @@ def _vocabulary(given: VocabLike | None, places: list[Path]) -> Vocab:
     mapping |= {name.upper(): gene for name, gene in mapping.items()}
     aliases = {symbol: mapping.get(gene, gene) for symbol, gene in symbols.items()} | mapping
     return Vocab(
-        vocab.tokens, vocab.pad, vocab.mask, vocab.cls, vocab.eos,
+        vocab.tokens,
+        vocab.pad,
+        vocab.mask,
+        vocab.cls,
+        vocab.eos,
         {name: gene for name, gene in aliases.items() if gene in vocab and name != gene},
-    )  # fmt: skip
+    )
 
 
 def _names(name: str, places: list[Path]) -> dict[str, str]:

@@ -34,10 +34,17 @@ class Config(GeneLMConfig):
         if self.hf_config is not None:
             return super().architecture()
         return {
-            "model_type": "gpt2", "n_layer": self.n_layers, "n_head": self.n_heads, "n_embd": self.d_model,
-            "n_inner": self.d_hidden, "n_positions": self.max_len, "resid_pdrop": self.dropout,
-            "embd_pdrop": self.dropout, "attn_pdrop": 0.0, "activation_function": "gelu_pytorch_tanh",
-        }  # fmt: skip
+            "model_type": "gpt2",
+            "n_layer": self.n_layers,
+            "n_head": self.n_heads,
+            "n_embd": self.d_model,
+            "n_inner": self.d_hidden,
+            "n_positions": self.max_len,
+            "resid_pdrop": self.dropout,
+            "embd_pdrop": self.dropout,
+            "attn_pdrop": 0.0,
+            "activation_function": "gelu_pytorch_tanh",
+        }
 
 
 class Model(GeneLM):

@@ -17,9 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
-    "Int8Embedding", "Int8Linear", "WeightDtype", "has_plain_weights", "prepare_int8", "round_rows", "to_float",
+    "Int8Embedding",
+    "Int8Linear",
+    "WeightDtype",
+    "has_plain_weights",
+    "prepare_int8",
+    "round_rows",
+    "to_float",
     "to_int8",
-]  # fmt: skip
+]
 
 WeightDtype = Literal["float32", "int8", "int8_dynamic"]
 

@@ -19,9 +19,18 @@ except ImportError:  # pragma: no cover
     varlen_attn = None  # type: ignore[assignment]
 
 __all__ = [
-    "Attention", "BinTable", "Block", "CellDecoder", "CellToGenes", "ClassHead", "GradientReversal", "ValueNetwork",
-    "attend", "linear_cross_entropy", "mlp",
-]  # fmt: skip
+    "Attention",
+    "BinTable",
+    "Block",
+    "CellDecoder",
+    "CellToGenes",
+    "ClassHead",
+    "GradientReversal",
+    "ValueNetwork",
+    "attend",
+    "linear_cross_entropy",
+    "mlp",
+]
 
 CellDecoder = Literal["inner product", "inner product, detach", "concat query", "sum query"]
 
@@ -108,9 +117,15 @@ class Block(nn.Module):
     """Post-norm transformer block (Vaswani et al. 2017) with ReLU; BERT's has no dropout inside the feed-forward."""
 
     def __init__(
-        self, d_model: int, n_heads: int, d_hidden: int, dropout: float, norm_eps: float = 1e-5, inner: bool = True,
+        self,
+        d_model: int,
+        n_heads: int,
+        d_hidden: int,
+        dropout: float,
+        norm_eps: float = 1e-5,
+        inner: bool = True,
         d_head: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.attention = Attention(d_model, n_heads, d_head)
         self.norm1 = nn.LayerNorm(d_model, norm_eps)

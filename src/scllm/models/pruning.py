@@ -13,8 +13,16 @@ if TYPE_CHECKING:
     from scllm.models.base import CellModel
 
 __all__ = [
-    "Kept", "compression", "heads", "keep", "neurons", "prune_structured", "prune_weights", "pruned_weights", "shrink"
-]  # fmt: skip
+    "Kept",
+    "compression",
+    "heads",
+    "keep",
+    "neurons",
+    "prune_structured",
+    "prune_weights",
+    "pruned_weights",
+    "shrink",
+]
 
 
 @dataclass(frozen=True)

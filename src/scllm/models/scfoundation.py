@@ -28,15 +28,27 @@ __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "SoftBins", "read
 
 SIZES = {
     "tiny": {
-        "n_layers": 2, "n_heads": 4, "d_model": 64, "d_hidden": 128,
-        "decoder_layers": 1, "decoder_heads": 4, "d_decoder": 64, "decoder_d_head": 16,
+        "n_layers": 2,
+        "n_heads": 4,
+        "d_model": 64,
+        "d_hidden": 128,
+        "decoder_layers": 1,
+        "decoder_heads": 4,
+        "d_decoder": 64,
+        "decoder_d_head": 16,
     },
     "small": {
-        "n_layers": 4, "n_heads": 4, "d_model": 128, "d_hidden": 512,
-        "decoder_layers": 2, "decoder_heads": 4, "d_decoder": 128, "decoder_d_head": 32,
+        "n_layers": 4,
+        "n_heads": 4,
+        "d_model": 128,
+        "d_hidden": 512,
+        "decoder_layers": 2,
+        "decoder_heads": 4,
+        "d_decoder": 128,
+        "decoder_d_head": 32,
     },
     "base": {},
-}  # fmt: skip
+}
 
 # the decoder predicts every gene of the vocabulary, so steps have few cells
 PRETRAIN = {"epochs": 6, "batch_size": 16, "lr": 1e-4, "downsample": 0.8}
@@ -169,11 +181,16 @@ class Model(CellModel):
         self.to_decoder = nn.Linear(d, config.d_decoder)
         self.decoder_layers = nn.ModuleList(
             PerformerBlock(
-                config.d_decoder, heads, config.decoder_d_head, hidden, 0.0, qkv_bias=config.decoder_qkv_bias,
+                config.d_decoder,
+                heads,
+                config.decoder_d_head,
+                hidden,
+                0.0,
+                qkv_bias=config.decoder_qkv_bias,
                 key_maximum=config.key_maximum,
             )
             for heads, hidden in config.decoder_block_sizes()
-        )  # fmt: skip
+        )
         self.decoder_norm = nn.LayerNorm(config.d_decoder)
         self.norm = nn.LayerNorm(config.d_decoder)
         self.out = nn.Linear(config.d_decoder, 1)

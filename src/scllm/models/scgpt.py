@@ -23,7 +23,7 @@ from scllm.models.layers import (
     GradientReversal,
     ValueNetwork,
     mlp,
-)  # fmt: skip
+)
 from scllm.models.storage import plain_weights, read_json, read_torch, renamed, require
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "read"]
@@ -322,15 +322,27 @@ def write(model: Model, path: Path) -> None:
             "head_reads='published', or use format='native'."
         )
     args: dict[str, Any] = {
-        "embsize": config.d_model, "nheads": config.n_heads, "d_hid": config.d_hidden, "nlayers": config.n_layers,
-        "n_layers_cls": config.class_layers, "dropout": config.dropout, "pad_token": "<pad>",
-        "pad_value": getattr(encoder, "cls_value", -2), "mask_value": config.mask_value,
-        "n_bins": getattr(encoder, "n_bins", 51), "max_seq_len": encoder.max_len - 1,
-        "input_style": "binned" if isinstance(encoder, BinEncoder) else "log1p", "input_emb_style": config.value_style,
-        "include_zero_gene": getattr(encoder, "include_zeros", False), "ties": getattr(encoder, "ties", "middle"),
-        "MVC": config.cell_decoder is not None, "mvc_decoder_style": config.cell_decoder, "training_tasks": "both",
-        "explicit_zero_prob": config.explicit_zero_prob, "mask_ratio": [0.25, 0.5, 0.75],
-    }  # fmt: skip
+        "embsize": config.d_model,
+        "nheads": config.n_heads,
+        "d_hid": config.d_hidden,
+        "nlayers": config.n_layers,
+        "n_layers_cls": config.class_layers,
+        "dropout": config.dropout,
+        "pad_token": "<pad>",
+        "pad_value": getattr(encoder, "cls_value", -2),
+        "mask_value": config.mask_value,
+        "n_bins": getattr(encoder, "n_bins", 51),
+        "max_seq_len": encoder.max_len - 1,
+        "input_style": "binned" if isinstance(encoder, BinEncoder) else "log1p",
+        "input_emb_style": config.value_style,
+        "include_zero_gene": getattr(encoder, "include_zeros", False),
+        "ties": getattr(encoder, "ties", "middle"),
+        "MVC": config.cell_decoder is not None,
+        "mvc_decoder_style": config.cell_decoder,
+        "training_tasks": "both",
+        "explicit_zero_prob": config.explicit_zero_prob,
+        "mask_ratio": [0.25, 0.5, 0.75],
+    }
     weights = {_theirs(name): tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     tokens, table = _with_specials(model.vocab.tokens), weights["encoder.embedding.weight"]
     weights["encoder.embedding.weight"] = nn.functional.pad(table, (0, 0, 0, len(tokens) - len(table)))

@@ -39,9 +39,15 @@ class Config(GeneLMConfig):
         if self.hf_config is not None:
             return super().architecture()
         return {
-            "model_type": "xlnet", "n_layer": self.n_layers, "n_head": self.n_heads, "d_model": self.d_model,
-            "d_inner": self.d_hidden, "dropout": self.dropout, "use_mems_eval": False, "use_mems_train": False,
-        }  # fmt: skip
+            "model_type": "xlnet",
+            "n_layer": self.n_layers,
+            "n_head": self.n_heads,
+            "d_model": self.d_model,
+            "d_inner": self.d_hidden,
+            "dropout": self.dropout,
+            "use_mems_eval": False,
+            "use_mems_train": False,
+        }
 
 
 class Model(GeneLM):

@@ -10,6 +10,14 @@ from scllm.pl._loss import loss_curves
 from scllm.pl._tokens import bin_distribution, gene_coverage, reconstruction
 
 __all__ = [
-    "benchmark_table", "bin_distribution", "calibration", "compression", "confusion_matrix", "cv_scores",
-    "gene_coverage", "loss_curves", "reconstruction", "roc",
-]  # fmt: skip
+    "benchmark_table",
+    "bin_distribution",
+    "calibration",
+    "compression",
+    "confusion_matrix",
+    "cv_scores",
+    "gene_coverage",
+    "loss_curves",
+    "reconstruction",
+    "roc",
+]

@@ -20,9 +20,16 @@ __all__ = ["calibration", "cv_scores", "roc"]
 
 _METHODS = {"model": ("fine-tuned", COLORS[0]), "baseline": ("baseline", GREY)}
 _TITLES = {
-    "accuracy": "accuracy", "macro_f1": "macro F1", "balanced_accuracy": "balanced\naccuracy", "auroc": "AUROC",
-    "auprc": "AUPRC", "ece": "calibration\nerror ↓", "r2": "R²", "pearson": "Pearson", "mae": "mean absolute\nerror ↓",
-}  # fmt: skip
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "balanced_accuracy": "balanced\naccuracy",
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "ece": "calibration\nerror ↓",
+    "r2": "R²",
+    "pearson": "Pearson",
+    "mae": "mean absolute\nerror ↓",
+}
 _APART = 0.17  # distance of the two methods from the middle of a metric
 _MAE = "mae"
 _FEW = 5  # the accuracy in bins with fewer cells is mostly chance
@@ -79,9 +86,17 @@ def cv_scores(
     handles = [axes[0].scatter([], [], s=26, color=_METHODS[name][1], label=_METHODS[name][0]) for name in methods]
     n_folds = len(table.loc[methods[0]])
     axes[0].legend(
-        handles=handles, title=f"{n_folds} folds", loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False,
-        fontsize="small", title_fontsize="small", alignment="left", borderpad=0,
-    )  # fmt: skip
+        handles=handles,
+        title=f"{n_folds} folds",
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=2,
+        frameon=False,
+        fontsize="small",
+        title_fontsize="small",
+        alignment="left",
+        borderpad=0,
+    )
     return show_or_return(axes[0] if len(axes) == 1 else axes, show)
 
 
@@ -141,9 +156,17 @@ def calibration(
         many = bins[bins["n_cells"] >= _FEW]
         ax.plot(many["confidence"], many["accuracy"], color=source.color, linewidth=1.2, zorder=2)
         ax.scatter(
-            bins["confidence"], bins["accuracy"], s=area, color=source.color, edgecolors="white", linewidths=0.6,
-            alpha=0.85, clip_on=False, zorder=3, label=f"{source.name}  (ECE {error:.3f})",
-        )  # fmt: skip
+            bins["confidence"],
+            bins["accuracy"],
+            s=area,
+            color=source.color,
+            edgecolors="white",
+            linewidths=0.6,
+            alpha=0.85,
+            clip_on=False,
+            zorder=3,
+            label=f"{source.name}  (ECE {error:.3f})",
+        )
     legend = ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     for handle in legend.legend_handles:
         handle.set_sizes([28])
@@ -207,9 +230,13 @@ def roc(
         mean = np.mean([true for _, true in curves], axis=0)
         spread = f" ± {np.std(areas, ddof=1):.3f}" if len(areas) > 1 else ""
         ax.plot(
-            false, mean, color=source.color, linewidth=2, zorder=3,
+            false,
+            mean,
+            color=source.color,
+            linewidth=2,
+            zorder=3,
             label=f"{source.name}  (AUROC {np.mean(areas):.3f}{spread})",
-        )  # fmt: skip
+        )
     ax.legend(frameon=False, fontsize="small", loc="lower right")
     ax.set(xlim=(-0.01, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate")
     ax.set_aspect("equal")
@@ -252,9 +279,15 @@ def _draw_folds(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
             ax.plot([x - 0.11, x + 0.11], [mean, mean], color=color, linewidth=2.2, solid_capstyle="butt", zorder=3)
             side = -1 if places[method] < 0 else 1
             ax.annotate(
-                f"{mean:.{digits}f}", (x + side * 0.12, mean), xytext=(side * 2, 0), textcoords="offset points",
-                color=color, ha="right" if side < 0 else "left", va="center", fontsize="x-small",
-            )  # fmt: skip
+                f"{mean:.{digits}f}",
+                (x + side * 0.12, mean),
+                xytext=(side * 2, 0),
+                textcoords="offset points",
+                color=color,
+                ha="right" if side < 0 else "left",
+                va="center",
+                fontsize="x-small",
+            )
     ax.set_xticks(range(len(names)), [_TITLES.get(name, name) for name in names], fontsize="small")
     ax.set_xlim(-0.75, len(names) - 0.25)
     errors = [name for name in (_MAE, "ece") if name in names]

@@ -229,6 +229,12 @@ def _mark_epochs(ax: Axes, histories: Sequence[pd.DataFrame]) -> None:
         ax.axvline(step, color="#C8C8C8", linewidth=0.8, linestyle=":", zorder=0)
         ax.annotate(
             f"epoch {epoch:g}" if step == starts.iloc[1] else f"{epoch:g}",
-            (step, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
-            ha="center", va="bottom", fontsize="x-small", color=GREY,
-        )  # fmt: skip
+            (step, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize="x-small",
+            color=GREY,
+        )

@@ -88,10 +88,18 @@ def match_genes(
     adata = adata.copy() if copy else adata
     adata.var[_keys.TOKEN_ID] = found.token_ids
     record(
-        adata, "match_genes", {"gene_key": gene_key, "min_coverage": min_coverage}, lost,
-        column=found.column, id_type=found.id_type, n_matched=found.n_matched, n_data=adata.n_vars,
-        n_vocab=found.n_vocab, coverage=found.coverage, n_mended=0 if found.mended is None else found.mended.n,
-    )  # fmt: skip
+        adata,
+        "match_genes",
+        {"gene_key": gene_key, "min_coverage": min_coverage},
+        lost,
+        column=found.column,
+        id_type=found.id_type,
+        n_matched=found.n_matched,
+        n_data=adata.n_vars,
+        n_vocab=found.n_vocab,
+        coverage=found.coverage,
+        n_mended=0 if found.mended is None else found.mended.n,
+    )
     return adata if copy else None
 
 

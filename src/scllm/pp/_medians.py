@@ -108,10 +108,16 @@ def gene_medians(
     adata.var[key] = pd.Series(medians, source.genes).reindex(adata.var_names).to_numpy()
     record_name(adata, "var", key_added)
     record(
-        adata, "gene_medians",
-        {"layer": layer, "gene_key": gene_key, "min_coverage": min_coverage, "target_sum": target_sum,
-         "key_added": key},
-    )  # fmt: skip
+        adata,
+        "gene_medians",
+        {
+            "layer": layer,
+            "gene_key": gene_key,
+            "min_coverage": min_coverage,
+            "target_sum": target_sum,
+            "key_added": key,
+        },
+    )
     return adata if copy else None
 
 

@@ -105,9 +105,14 @@ def recipe_scgpt(
     sc.pp.log1p(adata)
     bin_expression(adata, n_bins=n_bins, layer=_keys.COUNTS)
     params = {
-        "n_top_genes": n_top_genes, "batch_key": batch_key, "flavor": flavor, "min_gene_counts": min_gene_counts,
-        "min_genes": min_genes, "target_sum": target_sum, "n_bins": n_bins,
-    }  # fmt: skip
+        "n_top_genes": n_top_genes,
+        "batch_key": batch_key,
+        "flavor": flavor,
+        "min_gene_counts": min_gene_counts,
+        "min_genes": min_genes,
+        "target_sum": target_sum,
+        "n_bins": n_bins,
+    }
     record(adata, "recipe_scgpt", params)
     return adata if copy else None
 

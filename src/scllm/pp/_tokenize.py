@@ -119,10 +119,15 @@ def tokenize(
     else:
         adata.obsm[key + _keys.TOKEN_VALUES] = _by_position(tokens, tokens.values)
     params = {
-        "encoder": encode, "kind": type(encode).__name__, "layer": layer, "key_added": key,
-        "specials": vocab.specials, "cls": vocab.cls,
-        "pad": vocab.pad, "pad_id": -1 if vocab.pad is None else vocab.pad_id,
-    }  # fmt: skip
+        "encoder": encode,
+        "kind": type(encode).__name__,
+        "layer": layer,
+        "key_added": key,
+        "specials": vocab.specials,
+        "cls": vocab.cls,
+        "pad": vocab.pad,
+        "pad_id": -1 if vocab.pad is None else vocab.pad_id,
+    }
     record_name(adata, "obsm", key_added)
     record(adata, "tokenize", params, pd.DataFrame({"token": list(vocab.tokens)}))
     return adata if copy else None

@@ -90,8 +90,9 @@ def benchmark(
         log.warning(
             "obsm[%r] was computed with a model that was fine-tuned on a column %r. If it was trained on the labels of "
             "these cells, its scores are too high. Embed with the pretrained model, or score held-out cells.",
-            name, key,
-        )  # fmt: skip
+            name,
+            key,
+        )
     embeddings = {name: _embedding(adata, name) for name in dict.fromkeys(names)}
     truth = scored_classes.cat.codes.to_numpy()
     origin = None if scored_batches is None else scored_batches.cat.codes.to_numpy()

@@ -68,9 +68,15 @@ def training_cost(
 
 
 def log_training(
-    path: Path, source: CellSource, match: GeneMatch, model: CellModel, config: TrainConfig, cells: Cells,
-    device: str, n: int,
-) -> None:  # fmt: skip
+    path: Path,
+    source: CellSource,
+    match: GeneMatch,
+    model: CellModel,
+    config: TrainConfig,
+    cells: Cells,
+    device: str,
+    n: int,
+) -> None:
     """Log the model, data, settings and estimated duration of a training."""
     if not log.isEnabledFor(logging.INFO):
         return
@@ -79,13 +85,23 @@ def log_training(
     length = f"{number} {unit}{'s' if number != 1 else ''}"
     log.info(
         "training %s (%.1f M weights) on %s, %s of %d cells a step in %s on %s: %.3g GFLOP a cell, %s",
-        model.family, model.n_parameters / 1e6, cells_in_words(n_cells, source, match, cost.n_tokens), length,
-        config.batch_size, cost.precision, device_in_words(cost.device, n), cost.flops_per_cell / 1e9,
+        model.family,
+        model.n_parameters / 1e6,
+        cells_in_words(n_cells, source, match, cost.n_tokens),
+        length,
+        config.batch_size,
+        cost.precision,
+        device_in_words(cost.device, n),
+        cost.flops_per_cell / 1e9,
         time_in_words(cost.seconds),
-    )  # fmt: skip
+    )
     if n > 1 and cost.device.type == "cuda" and (config.batch_size or 0) < 64 * n:
-        log.info("training with %d cells a step, which is few for %d GPUs; batch_size=%d would keep them busy",
-                 config.batch_size, n, 64 * n)  # fmt: skip
+        log.info(
+            "training with %d cells a step, which is few for %d GPUs; batch_size=%d would keep them busy",
+            config.batch_size,
+            n,
+            64 * n,
+        )
     log.info("writing the run to %s", path)
 
 

@@ -93,8 +93,9 @@ def choose_cells(
     by_gene = sparse.csc_matrix(is_read[order])
     place = np.arange(len(by_gene.indices)) - np.repeat(by_gene.indptr[:-1], np.diff(by_gene.indptr))
     kept = sparse.coo_array(by_gene)
-    used = sparse.csr_matrix((np.ones((place < max_cells).sum(), bool), np.array(kept.coords)[:, place < max_cells]),
-                             shape=by_gene.shape)  # fmt: skip
+    used = sparse.csr_matrix(
+        (np.ones((place < max_cells).sum(), bool), np.array(kept.coords)[:, place < max_cells]), shape=by_gene.shape
+    )
     in_use = np.flatnonzero(np.diff(used.indptr))
     rows = order[in_use]
     ascending = np.sort(rows)
@@ -144,9 +145,15 @@ def pooled(
 
     total: Tensor | None = None
     for rows, found in predict(
-        model, cells.source, cells.match, forward, batch_size=batch_size, device=device, precision=precision,
+        model,
+        cells.source,
+        cells.match,
+        forward,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
         desc="computing hidden states of genes in",
-    ):  # fmt: skip
+    ):
         gene, cell = found[:, 0].long(), found[:, 1].long() + rows.start
         kept = torch.from_numpy(_is_in(cells.used, rows, cell.numpy(), gene.numpy()))
         total = torch.zeros(n_genes, found.shape[1] - 2, dtype=torch.float64) if total is None else total

@@ -177,12 +177,13 @@ class GeneTask:
             "class_weight": self.options.class_weight,
             "classes": self.classes,
             "data": {
-                "fingerprint": fingerprint(self.cells.source), "layer": self.options.layer,
+                "fingerprint": fingerprint(self.cells.source),
+                "layer": self.options.layer,
                 "genes": hash_cells(genes | {"tokens": self.cells.tokens}),
                 "tokens": hash_match(self.cells.match),
                 **self._matching,
             },
-        }  # fmt: skip
+        }
 
     def by_baseline(self, fold: IntArray) -> FloatArray:
         """Compute out-of-fold probabilities with a logistic regression on statistics of the same cells, ``(g, k)``."""
@@ -237,14 +238,22 @@ class GeneTask:
         initial.heads[0].load_state_dict(head.state_dict())
         objective = GeneLabel(*self._labelled(training), *self._labelled(held_out), loss=self.loss)
         return train(
-            "classify_genes", self.cells.adata, self.cells.source, initial, objective, self.config,
-            layer=None, matching=self._matching,
+            "classify_genes",
+            self.cells.adata,
+            self.cells.source,
+            initial,
+            objective,
+            self.config,
+            layer=None,
+            matching=self._matching,
             cells={"train": self._cells_with(training), "validation": self._cells_with(held_out)},
             where=self.where,
-            run_dir=run_dir, resume="auto", freeze=self.freeze,
+            run_dir=run_dir,
+            resume="auto",
+            freeze=self.freeze,
             lora=lora_settings(self.options.lora),
             params={"class_weight": self.options.class_weight, "validation": self.options.validation},
-        )  # fmt: skip
+        )
 
     def _labelled(self, genes: IntArray) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[float, ...], ...]]:
         """Return the tokens of each class and their weights, which do not depend on the number of cells of a gene."""

@@ -62,9 +62,12 @@ def divide(
     groups = None if group_key is None else _groups(source, group_key, rows)
     share = min(max(validation, 1 / len(rows)), 1 - 1 / len(rows))  # at least one cell on each side
     part = split_cells(
-        len(rows), (1 - share, share), groups=groups, stratify=None if groups is not None else stratify,
+        len(rows),
+        (1 - share, share),
+        groups=groups,
+        stratify=None if groups is not None else stratify,
         random_state=random_state,
-    )  # fmt: skip
+    )
     return rows[part == 0], rows[part == 1]
 
 

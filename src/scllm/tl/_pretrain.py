@@ -153,11 +153,27 @@ def pretrain(
     >>> model = scllm.tl.pretrain(adata, size="tiny", epochs=1)  # doctest: +SKIP
     """
     begun = prepare(
-        data, model, size=size, n_gpus=n_gpus, n_procs=n_procs, device=device, epochs=epochs, batch_size=batch_size,
-        lr=lr, mask_ratio=mask_ratio, left_out=left_out, dropout=dropout, validation=validation, group_key=group_key,
-        layer=layer, gene_key=gene_key, min_coverage=min_coverage, precision=precision, config=config,
+        data,
+        model,
+        size=size,
+        n_gpus=n_gpus,
+        n_procs=n_procs,
+        device=device,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        mask_ratio=mask_ratio,
+        left_out=left_out,
+        dropout=dropout,
+        validation=validation,
+        group_key=group_key,
+        layer=layer,
+        gene_key=gene_key,
+        min_coverage=min_coverage,
+        precision=precision,
+        config=config,
         random_state=random_state,
-    )  # fmt: skip
+    )
     encoder = begun.model.encoder
     if isinstance(encoder, RankEncoder) and encoder.medians is None:
         with details():
@@ -165,10 +181,20 @@ def pretrain(
         medians = token_medians(begun.source, match, begun.cells["train"], len(begun.model.vocab))
         begun.model.encoder = replace(encoder, medians=medians)
     return train(
-        "pretrain", data, begun.source, begun.model, begun.objective, begun.config,
-        layer=layer, matching=begun.matching, cells=begun.cells, where=begun.where, run_dir=run_dir, resume=resume,
+        "pretrain",
+        data,
+        begun.source,
+        begun.model,
+        begun.objective,
+        begun.config,
+        layer=layer,
+        matching=begun.matching,
+        cells=begun.cells,
+        where=begun.where,
+        run_dir=run_dir,
+        resume=resume,
         params={"size": size, "dropout": dropout, "validation": validation, "group_key": group_key, "layer": layer},
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,12 @@ def reconstruct(
     for name, found in zip((key, key + _keys.TARGET), layers, strict=False):
         adata.layers[name] = found if places is None else found[:, places].sorted_indices()
     params = {
-        "mask_ratio": mask_ratio, "target_depth": target_depth, "layer": layer, "key_added": key,
+        "mask_ratio": mask_ratio,
+        "target_depth": target_depth,
+        "layer": layer,
+        "key_added": key,
         "random_state": random_state,
-    }  # fmt: skip
+    }
     record_name(adata, "layers", key_added)
     record(adata, "reconstruct", params)
     remember(adata, chosen)

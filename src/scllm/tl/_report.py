@@ -71,8 +71,10 @@ def report(before: CellModel, after: CellModel) -> pd.DataFrame:
     log.info(
         "comparing on simulated cells: %.1f times smaller on disk, %.2f times the speed, mean cosine similarity to the "
         "original embeddings %.4f",
-        ratio["bytes_on_disk"], 1 / ratio["cells_per_s"], table.loc["after", "cosine_mean"],
-    )  # fmt: skip
+        ratio["bytes_on_disk"],
+        1 / ratio["cells_per_s"],
+        table.loc["after", "cosine_mean"],
+    )
     return table
 
 

@@ -47,9 +47,18 @@ from scllm.tl._cost import log_trained, log_training
 from scllm.tl._model import remember
 
 __all__ = [
-    "Data", "Processes", "check_config", "check_resume", "check_trainable", "hash_cells", "hash_match",
-    "merged_config", "processes", "train", "warn_of_unread_cells",
-]  # fmt: skip
+    "Data",
+    "Processes",
+    "check_config",
+    "check_resume",
+    "check_trainable",
+    "hash_cells",
+    "hash_match",
+    "merged_config",
+    "processes",
+    "train",
+    "warn_of_unread_cells",
+]
 
 Data = AnnData | str | PathLike[str] | CellSource | Sequence[str | PathLike[str]]
 
@@ -277,9 +286,16 @@ def _set_up(
         targets = {name.removeprefix("obs:"): column for name, column in cells.items() if name.startswith("obs:")}
         with details():
             start_heads(
-                model, source, match, cells["train"], objective, targets,
-                weights=cells.get("weights"), device=where.device, random_state=seed,
-            )  # fmt: skip
+                model,
+                source,
+                match,
+                cells["train"],
+                objective,
+                targets,
+                weights=cells.get("weights"),
+                device=where.device,
+                random_state=seed,
+            )
     model.save(run.model)
     _store(run, spec, source)
     run.create(spec, cells)

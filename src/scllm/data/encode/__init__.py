@@ -19,9 +19,15 @@ from scllm.data.encode.ranks import RankEncoder
 from scllm.data.encode.values import ValueEncoder
 
 __all__ = [
-    "BinEncoder", "DepthEncoder", "Encoder", "LevelEncoder", "RankEncoder", "ValueEncoder", "encoder_from_dict",
+    "BinEncoder",
+    "DepthEncoder",
+    "Encoder",
+    "LevelEncoder",
+    "RankEncoder",
+    "ValueEncoder",
+    "encoder_from_dict",
     "encoder_to_dict",
-]  # fmt: skip
+]
 
 
 def encoder_to_dict(encoder: Encoder) -> dict[str, Any]:

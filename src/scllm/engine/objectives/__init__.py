@@ -17,9 +17,21 @@ from scllm.engine.objectives.next_gene import NextGene
 from scllm.engine.objectives.permuted_gene import PermutedGene
 
 __all__ = [
-    "GeneLabel", "Label", "Loss", "LossName", "MaskedExpression", "MaskedGene", "MaskedLevel", "MaskedValue",
-    "NextGene", "Objective", "PermutedGene", "loss_weights", "objective_from_dict", "objective_to_dict",
-]  # fmt: skip
+    "GeneLabel",
+    "Label",
+    "Loss",
+    "LossName",
+    "MaskedExpression",
+    "MaskedGene",
+    "MaskedLevel",
+    "MaskedValue",
+    "NextGene",
+    "Objective",
+    "PermutedGene",
+    "loss_weights",
+    "objective_from_dict",
+    "objective_to_dict",
+]
 
 _ALL = (GeneLabel, Label, MaskedExpression, MaskedGene, MaskedLevel, MaskedValue, NextGene, PermutedGene)
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in _ALL}
