@@ -133,11 +133,12 @@ def added(objective, model, parts, step=2):
     [
         MaskedValue(),
         MaskedValue(from_cell=0.0),
+        MaskedValue(left_out=0.3),
         Label(),
         Label({"bce": 1.0, "focal": 2.0}, class_weight={"cell_type": (1.0, 2.0, 3.0, 4.0)}),
         Label(label_smoothing=0.1),
     ],
-    ids=["masked", "masked, not from cell", "ce", "bce and focal, weighted", "ce, smoothed"],
+    ids=["masked", "masked, not from cell", "held out", "ce", "bce and focal, weighted", "ce, smoothed"],
 )
 def test_micro_batches_add_up_to_the_batch(loader, model, objective):
     loader.obs["label:cell_type"][::5] = -1

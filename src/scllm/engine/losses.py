@@ -19,9 +19,9 @@ __all__ = [
 ]
 
 
-def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
+def squared_error(predicted: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Sum squared errors; divided by their count, this is the masked MSE of scGPT."""
-    return F.mse_loss(predicted.float(), target.float(), reduction="sum")
+    return F.mse_loss(predicted.float(), target.float(), reduction="sum", weight=weight)
 
 
 def relative_error(predicted: Tensor, target: Tensor) -> Tensor:
@@ -29,9 +29,9 @@ def relative_error(predicted: Tensor, target: Tensor) -> Tensor:
     return ((predicted.float() - target).abs() / (target + 1e-6)).sum()
 
 
-def zero_likelihood(logits: Tensor, target: Tensor) -> Tensor:
+def zero_likelihood(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Sum the negative log-likelihood of whether genes are expressed, with probability ``sigmoid(logits)``."""
-    return F.binary_cross_entropy_with_logits(logits.float(), (target > 0).float(), reduction="sum")
+    return F.binary_cross_entropy_with_logits(logits.float(), (target > 0).float(), weight, reduction="sum")
 
 
 def elastic_similarity(cell: Tensor, threshold: float) -> Tensor:

@@ -15,6 +15,7 @@ from sklearn.base import BaseEstimator
 from scllm import _keys, metrics
 from scllm._checks import check_adata, embedding, groups, labels
 from scllm._log import log, progress, warn
+from scllm._names import listed
 from scllm._results import record
 from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.value_kind import is_log_like
@@ -131,9 +132,8 @@ def _scored_cells(classes: pd.Series, batches: pd.Series | None, key: str) -> ND
         )
     if len(small):
         warn(
-            f"{len(small)} classes of obs[{key!r}] have fewer than {_N_FOLDS} cells (first: {small[0]!r}) and are not "
-            "scored, because they cannot be in every fold. Subset adata, or merge small classes, to silence this "
-            "warning."
+            f"Classes of obs[{key!r}] with fewer than {_N_FOLDS} cells are not scored, because they cannot be in every "
+            f"fold: {listed(small)}. Subset adata, or merge small classes, to silence this warning."
         )
     return cells
 

@@ -272,8 +272,8 @@ def _target(source: CellSource, key: str) -> Target:
             )
         if len(single):
             warn(
-                f"{len(single)} labels of obs[{key!r}] have one cell only (first: {target.classes[single[0]]!r}). They "
-                f"cannot be both trained and validated. {target.advice}"
+                f"Labels of obs[{key!r}] with only one cell cannot be both trained and validated: "
+                f"{listed(target.classes[i] for i in single)}. {target.advice}"
             )
     return target
 
@@ -328,9 +328,9 @@ def _without_unseen(target: Target, training: IntArray, held_out: IntArray) -> T
     lost = asked[np.isin(target.column[asked], unseen)]
     if len(lost) < len(asked):  # If none remain, the caller warns or raises for all columns together.
         warn(
-            f"{len(unseen)} labels of obs[{target.key!r}] (first: {target.classes[unseen[0]]!r}) are among the "
-            f"validation cells but not among the training cells. The {len(lost)} of {len(asked)} validation cells with "
-            "such labels are not used. Hold out other cells or groups to use them."
+            f"Labels of obs[{target.key!r}] are among the validation cells but not among the training cells: "
+            f"{listed(target.classes[i] for i in unseen)}. The {len(lost)} of {len(asked)} validation cells with such "
+            "labels are not used. Hold out other cells or groups to use them."
         )
     column = target.column.copy()
     column[lost] = -1

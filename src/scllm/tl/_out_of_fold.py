@@ -11,6 +11,7 @@ import pandas as pd
 from scllm import metrics
 from scllm._checks import missing_key
 from scllm._log import warn
+from scllm._names import listed
 from scllm._typing import FloatArray, IntArray
 from scllm.tl._target import Target
 
@@ -65,9 +66,9 @@ def check_folds(target: Target, groups: IntArray | None, n_folds: int, n_repeats
         )
     if len(rare):
         warn(
-            f"{len(rare)} labels of obs[{target.key!r}] have fewer cells than n_folds={n_folds} (first: "
-            f"{target.classes[rare[0]]!r}, {sizes[rare[0]]}). They are missing from some folds, and the scores of a "
-            "fold are means over the labels that it contains. Merge or drop these labels to have all in every fold."
+            f"Labels of obs[{target.key!r}] with fewer cells than n_folds={n_folds} are missing from some folds: "
+            f"{listed(target.classes[i] for i in rare)}. The scores of a fold are means over the labels that it "
+            "contains. Merge or drop these labels to have all in every fold."
         )
 
 
@@ -81,9 +82,8 @@ def check_coverage(target: Target, folds: Sequence[IntArray]) -> None:
     lost = {name for fold in folds for name in _lost(target, fold)}
     if lost:
         warn(
-            f"{len(lost)} labels of obs[{target.key!r}] (first: {min(lost)!r}) are in one fold only. When that fold is "
-            "tested, no training cell has them, and all their cells count as errors. Merge or drop these labels to "
-            "avoid this."
+            f"Labels of obs[{target.key!r}] are in one fold only: {listed(sorted(lost))}. When that fold is tested, no "
+            "training cell has them, and all their cells count as errors. Merge or drop these labels to avoid this."
         )
 
 

@@ -79,12 +79,12 @@ class MaskedValue:
         if "zero" in predicted:
             logged["zero"] = losses.zero_likelihood(predicted["zero"], target)
         if self.from_cell:
-            asked = batch.genes[hidden], cell_of, target
+            asked, weight = (batch.genes[hidden], cell_of, target), None
             if out is not None:
-                asked = tuple(
-                    map(torch.cat, zip(asked, self._left_out(everything, out, len(model.vocab)), strict=True))
-                )
-            logged |= self._from_cell(model, batch, states[batch.first], *asked, len(hidden))
+                others = self._left_out(everything, out, len(model.vocab))
+                asked = tuple(map(torch.cat, zip(asked, others, strict=True)))
+                weight = _weight(cell_of, asked[1], batch.n_cells)
+            logged |= self._from_cell(model, batch, states[batch.first], *asked, weight)
         terms = ((value, self.from_cell if name.endswith("_cell") else 1.0) for name, value in logged.items())
         total = torch.stack([weight * value for value, weight in terms]).sum()
         # moments of the masked values: the error only means something relative to their variance
@@ -92,16 +92,22 @@ class MaskedValue:
         return Loss(total, torch.tensor(len(hidden), device=target.device), logged)
 
     def _from_cell(
-        self, model: CellModel, batch: Batch, cell: Tensor, genes: Tensor, cell_of: Tensor, target: Tensor, n: int
+        self,
+        model: CellModel,
+        batch: Batch,
+        cell: Tensor,
+        genes: Tensor,
+        cell_of: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Compute errors of values predicted from the cell embedding, scaled to ``n`` masked positions."""
+        """Compute errors of values predicted from the cell embedding."""
         predicted = model.decode_cell(cell, genes, cell_of, batch)
-        scale = n / max(1, len(target))
         found = {}
         if "cell_value" in predicted:
-            found["mse_cell"] = scale * losses.squared_error(predicted["cell_value"], target)
+            found["mse_cell"] = losses.squared_error(predicted["cell_value"], target, weight)
         if "cell_zero" in predicted:
-            found["zero_cell"] = scale * losses.zero_likelihood(predicted["cell_zero"], target)
+            found["zero_cell"] = losses.zero_likelihood(predicted["cell_zero"], target, weight)
         return found
 
     def _left_out(self, batch: Batch, out: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,3 +136,12 @@ class MaskedValue:
         variance = squared - mean**2
         share = {"mse_share": means["mse"] / variance} if variance > 0 else {}
         return {**means, **share, "mask_ratio": self.ratio(step)}
+
+
+def _weight(masked: Tensor, asked: Tensor, n_cells: int) -> Tensor:
+    """Weight the genes asked of each cell's embedding so that they count as much as its masked genes.
+
+    The weight depends on the cell alone: losses of micro-batches then add up to that of the batch.
+    """
+    share = torch.bincount(masked, minlength=n_cells) / torch.bincount(asked, minlength=n_cells).clamp(min=1)
+    return share[asked]
