@@ -9,6 +9,7 @@ import torch
 
 from scllm import datasets, models
 from scllm.data import genes
+from scllm.data.matching import match_source
 from scllm.data.source import open_source
 from scllm.engine.gene_init import gene_vectors, start_from_data
 
@@ -42,6 +43,21 @@ def test_vectors_do_not_depend_on_the_number_of_rows_read_at_once(cells, monkeyp
     whole = gene_vectors(open_source(cells), match, np.arange(300), 8, len(vocab))
     monkeypatch.setattr("scllm.engine.gene_init._ROWS", 37)
     np.testing.assert_allclose(gene_vectors(open_source(cells), match, np.arange(300), 8, len(vocab)), whole, atol=1e-4)
+
+
+def test_genes_that_a_file_did_not_measure_are_not_zero_in_its_cells(cells):
+    parts = [cells[:150].copy(), cells[150:, 20:].copy()]
+    vocab = models.Vocab.from_genes(cells.var_names)
+    source = open_source(parts)
+    found = gene_vectors(source, match_source(source, vocab), np.arange(300), 16, len(vocab))[: cells.n_vars]
+    logged = np.zeros((300, cells.n_vars))
+    for rows, columns, part in ((slice(0, 150), slice(None), parts[0]), (slice(150, 300), slice(20, None), parts[1])):
+        normalised = sc.pp.normalize_total(part, target_sum=1e4, inplace=False)["X"]
+        logged[rows, columns] = np.log1p(normalised.toarray())
+    logged[150:, :20] = logged[:150, :20].mean(0)
+    right = np.linalg.svd(logged, full_matrices=False)[2]
+    for number in range(2):
+        assert abs(np.corrcoef(right[number], found[:, number])[0, 1]) > 0.999
 
 
 def test_genes_that_are_not_measured_keep_their_initial_embedding(cells):

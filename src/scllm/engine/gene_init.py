@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import sparse
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from scllm._log import progress
 from scllm._typing import CSR, FloatArray, IntArray
@@ -48,23 +50,25 @@ def gene_vectors(
     """Compute right singular vectors of the log-normalised cells, scaled by singular values, ``(n_tokens, n_vectors)``.
 
     They are centred and have unit variance over all entries. The first one has the same weight as the second. Vectors
-    with a singular value near the median are set to zero, and so are genes that are not measured. The method is
-    randomised subspace iteration (Halko, Martinsson & Tropp 2011), with a few passes over the cells in row chunks.
+    with a singular value near the median are set to zero, and so are genes that are not measured. A gene that is not
+    measured in a cell's file, but in others, has its mean there. The method is randomised subspace iteration (Halko,
+    Martinsson & Tropp 2011), with a few passes over the cells in row chunks.
     """
     rng = np.random.default_rng(random_state)
     if len(rows) > _MAX_CELLS:
         rows = np.sort(rng.choice(rows, _MAX_CELLS, replace=False))
     measured = match.measured
+    means = _means(source, match, rows, n_tokens) if match.files else None
     k = min(n_vectors, len(measured), len(rows))
     basis = rng.standard_normal((len(measured), min(k + 10, len(measured))))
     for step in range(4):
         gathered = np.zeros_like(basis)
-        for block in _log_normalised(source, match, rows, n_tokens, f"gene vectors, pass {step + 1} of 4"):
+        for block in _filled(source, match, rows, n_tokens, means, f"gene vectors, pass {step + 1} of 4"):
             gathered += block.T @ (block @ basis)
         basis, _ = np.linalg.qr(gathered)
     # the eigenvalues of the small matrix B^T A^T A B are the squared singular values in the subspace
     small = np.zeros((basis.shape[1],) * 2)
-    for block in _log_normalised(source, match, rows, n_tokens, "gene vectors"):
+    for block in _filled(source, match, rows, n_tokens, means, "gene vectors"):
         projected = block @ basis
         small += projected.T @ projected
     squared, order = np.linalg.eigh(small)
@@ -84,8 +88,43 @@ def gene_vectors(
     return full
 
 
-def _log_normalised(source: CellSource, match: GeneMatch, rows: IntArray, n_tokens: int, desc: str) -> Iterator[CSR]:
-    """Yield log-normalised blocks of cells, columns in the order of ``match.measured``; logged values stay as is."""
+def _filled(
+    source: CellSource, match: GeneMatch, rows: IntArray, n_tokens: int, means: FloatArray | None, desc: str
+) -> Iterator[CSR | LinearOperator]:
+    """Yield log-normalised blocks of cells, with the mean of a gene in cells whose file did not measure it."""
+    for block, cells in _log_normalised(source, match, rows, n_tokens, desc):
+        if means is None:
+            yield block
+            continue
+        lacking, of_cell = _lacking(match, cells)
+        # a product of thin matrices instead of a dense block of cells by genes
+        yield aslinearoperator(block) + aslinearoperator(of_cell) @ aslinearoperator(lacking * means)
+
+
+def _means(source: CellSource, match: GeneMatch, rows: IntArray, n_tokens: int) -> FloatArray:
+    """Compute the mean of each gene over the cells whose file measured it."""
+    total, n_cells = np.zeros((2, len(match.measured)))
+    for block, cells in _log_normalised(source, match, rows, n_tokens, "gene vectors, means"):
+        lacking, of_cell = _lacking(match, cells)
+        total += np.asarray(block.sum(0)).ravel()
+        n_cells += of_cell.sum(0) @ ~lacking
+    return total / np.maximum(n_cells, 1)
+
+
+def _lacking(match: GeneMatch, cells: IntArray) -> tuple[NDArray[np.bool_], FloatArray]:
+    """Say which measured genes each file lacks, ``(files, genes)``, and which file each cell is from."""
+    by_file = match.by_file(cells)
+    lacking = np.array([~np.isin(match.measured, file.measured) for file, _ in by_file])
+    of_cell = np.zeros((len(cells), len(by_file)))
+    for number, (_, places) in enumerate(by_file):
+        of_cell[places, number] = 1
+    return lacking, of_cell
+
+
+def _log_normalised(
+    source: CellSource, match: GeneMatch, rows: IntArray, n_tokens: int, desc: str
+) -> Iterator[tuple[CSR, IntArray]]:
+    """Yield log-normalised blocks of cells and their rows; columns are ``match.measured``; logged values stay as is."""
     column = np.zeros(n_tokens, np.int64)
     column[match.measured] = np.arange(len(match.measured))
     starts, is_logged = range(0, len(rows), _ROWS), None
@@ -101,4 +140,4 @@ def _log_normalised(source: CellSource, match: GeneMatch, rows: IntArray, n_toke
             totals = np.bincount(cell, weights=values, minlength=len(tokens))
             logged = np.log1p(values * (_TARGET_SUM / totals[cell]))
         shape = (len(tokens), len(match.measured))
-        yield sparse.csr_matrix((logged, column[tokens.genes], tokens.indptr), shape=shape)
+        yield sparse.csr_matrix((logged, column[tokens.genes], tokens.indptr), shape=shape), block
