@@ -63,7 +63,10 @@ INSIDE_FUNCTIONS = {
     *("annbatch", "spatialdata", "squidpy", "tifffile", "harmonypy", "mudata", "datasets", "tensorboard", "wandb"),
 }
 # core dependency that the source does not import -> what needs it
-NEEDED_BY_OTHERS = {"scikit-misc": "scanpy.pp.highly_variable_genes(flavor='seurat_v3')"}
+NEEDED_BY_OTHERS = {
+    "scikit-misc": "scanpy.pp.highly_variable_genes(flavor='seurat_v3')",
+    "pynndescent": "scanpy.pp.neighbors of 8,192 cells or more, in a version that it can read",
+}
 # (module, function) -> why a dense array is right there
 DENSE_ALLOWED: dict[tuple[str, str], str] = {}
 

@@ -13,11 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from scllm.models.base import Batch
 from scllm.models.int8 import has_plain_weights
 
-try:  # torch has packed attention from version 2.10, and only on a GPU
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # pragma: no cover
-    varlen_attn = None  # type: ignore[assignment]
-
 __all__ = [
     "Attention",
     "BinTable",
@@ -54,7 +49,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, batch: Batch, *, first_onl
     """
     if not batch.n_cells:
         return query
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and varlen_attn is not None:
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.varlen import varlen_attn  # imports the compiler, which takes a second
+
         ends, longest = batch.cu_seqlens, max(batch.lengths)
         ones = torch.arange(batch.n_cells + 1, device=query.device, dtype=torch.int32)
         asked, most = (ones, 1) if first_only else (ends, longest)

@@ -10,7 +10,6 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import sparse
-from sklearn.base import BaseEstimator
 
 from scllm import _keys, metrics
 from scllm._checks import check_adata, embedding, groups, labels
@@ -25,7 +24,6 @@ __all__ = ["benchmark"]
 _RESOLUTIONS = np.arange(0.2, 2.01, 0.2)
 _N_FOLDS = 5
 _N_NEIGHBORS = 15  # includes the cell itself, as in scanpy
-_N_EXACT = 8192  # number of cells from which an approximate neighbour index is used
 _N_COMPONENTS = 50
 _N_STEPS = 4  # progress steps per embedding; one more with batches
 
@@ -224,26 +222,12 @@ def _neighbors(values: FloatArray) -> tuple[CSR, CSR]:
 
     cells = AnnData(obsm={"values": values})
     n_neighbors = min(_N_NEIGHBORS, len(values) - 1)
-    index = None if len(values) < _N_EXACT else _ApproximateNeighbors(n_neighbors)
-    sc.pp.neighbors(cells, n_neighbors=n_neighbors, use_rep="values", transformer=index, random_state=0)
+    # approximate from 8,192 cells, by pynndescent
+    sc.pp.neighbors(cells, n_neighbors=n_neighbors, use_rep="values", random_state=0)
     found = cells.obsp["distances"].tocoo()
     others = found.row != found.col
     nearest = (found.data[others], (found.row[others], found.col[others]))
     return cells.obsp["connectivities"], sparse.csr_matrix(nearest, shape=found.shape)
-
-
-class _ApproximateNeighbors(BaseEstimator):
-    """pynndescent as a transformer for scanpy; scanpy 1.11 cannot read the result of pynndescent's own transformer."""
-
-    def __init__(self, n_neighbors: int) -> None:
-        self.n_neighbors = n_neighbors  # includes the cell itself
-
-    def fit_transform(self, values: FloatArray) -> CSR:
-        from pynndescent import NNDescent
-
-        neighbors, distances = NNDescent(values, n_neighbors=self.n_neighbors, random_state=0).neighbor_graph
-        rows = np.arange(0, neighbors.size + 1, self.n_neighbors)
-        return sparse.csr_matrix((distances.ravel(), neighbors.ravel(), rows), shape=(len(values), len(values)))
 
 
 def _leiden(connectivities: CSR) -> Iterator[list[int]]:
