@@ -23,10 +23,17 @@ def cells():
     return datasets.toy(n_cells=60, n_genes=40)
 
 
+@pytest.fixture(autouse=True)
+def _older_objects_are_not_searched():
+    """A collection takes seconds if it searches everything that earlier tests and imports have left."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @contextmanager
 def no_collection():
     """Without the garbage collector, which would also free what only cycles keep alive."""
-    gc.collect()
     gc.disable()
     try:
         yield
