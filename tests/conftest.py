@@ -19,9 +19,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(autouse=True)
 def _same_weights_in_any_order() -> None:
-    """Fresh models of a test are the same whatever ran before it."""
+    """Fresh models of a test are the same whatever ran before it, and so is the number of threads.
+
+    The first parallel numba code of a process, such as that of umap, would raise the latter.
+    """
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

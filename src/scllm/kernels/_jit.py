@@ -8,6 +8,7 @@ but not when a kernel that it calls changes in another file: delete ``kernels/__
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from types import FunctionType
@@ -80,7 +81,7 @@ class RowKernel:
 
     def __call__(self, indptr, *arguments) -> None:
         is_large = indptr.size > 2 and indptr[-1] - indptr[0] >= _ENTRIES_FOR_THREADS
-        if is_large and threading.current_thread() is threading.main_thread() and numba.get_num_threads() > 1:
+        if is_large and threading.current_thread() is threading.main_thread() and _n_threads() > 1:
             self.parallel(indptr, *arguments)
         else:
             self.serial(indptr, *arguments)
@@ -89,6 +90,22 @@ class RowKernel:
 def row_kernel(function: Callable) -> RowKernel:
     """Compile a loop over ragged rows (first argument ``indptr``), which uses threads for large inputs."""
     return RowKernel(function)
+
+
+def _n_threads() -> int:
+    """Return the number of threads of numba, which starts them when it is first asked.
+
+    numba's OpenMP layer then sets the number of threads of torch too, which shares its OpenMP library. Processes that
+    were started with one thread each would compete for the cores and be many times slower.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return numba.get_num_threads()
+    before = torch.get_num_threads()
+    n_threads = numba.get_num_threads()
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+    return n_threads
 
 
 def _renamed(function: Callable, variant: str) -> FunctionType:
