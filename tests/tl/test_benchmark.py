@@ -88,7 +88,7 @@ def test_one_progress_bar_counts_the_steps_of_all_embeddings(embedded, monkeypat
 def test_approximate_neighbours_are_reproducible_and_close_to_exact() -> None:
     values = np.random.default_rng(0).normal(size=(8192, 4)).astype(np.float32)
     graph, near = _neighbors(values)
-    assert near.nnz == 8192 * 15  # scanpy leaves the cell itself out of 15 neighbours only where they are exact
+    assert near.nnz == 8192 * 15  # the cell itself is one of them only where scanpy searches exactly
     assert not near.diagonal().any()
     exact = NearestNeighbors(n_neighbors=15).fit(values).kneighbors_graph()
     assert near.astype(bool).multiply(exact.astype(bool)).nnz > 0.95 * exact.nnz
