@@ -122,3 +122,14 @@ def test_stored_zeros_are_no_tokens():
 def test_duplicated_names_are_named_with_the_first():
     with pytest.raises(ValueError, match=naming(2, "duplicated", "first: 'b'", "var_names_make_unique")):
         match(["a", "b", "b", "c", "c", "c"], Vocab.from_genes(["a", "b", "c"]))
+
+
+def test_too_few_genes_of_a_small_vocabulary_are_counted_in_the_data():
+    with pytest.raises(ValueError, match=naming("1 of 4 genes of the vocabulary", "25 %", "in the data")):
+        match([*"ABCDEF"], Vocab.from_genes(["A", "X1", "X2", "X3"]))
+
+
+@pytest.mark.parametrize("min_coverage", [30, -0.1])
+def test_min_coverage_is_a_fraction(min_coverage):
+    with pytest.raises(ValueError, match=naming("min_coverage", "0 to 1", min_coverage)):
+        match([*"ABC"], Vocab.from_genes([*"ABC"]), min_coverage=min_coverage)

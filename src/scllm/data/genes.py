@@ -170,6 +170,10 @@ def match(
     many genes as ``names``. Spelling is corrected if only one gene can be meant, see
     :func:`scllm.data.spelling.mend`. Raises ``ValueError`` if names are duplicated or coverage is too low.
     """
+    if not 0 <= min_coverage <= 1:
+        raise ValueError(
+            f"Expected min_coverage to be a fraction from 0 to 1, got {min_coverage}. Pass for example 0.3 for 30 %."
+        )
     names = pd.Index(names)
     check_unique(names)
     finder = _Finder(vocab, min_coverage)
@@ -283,9 +287,11 @@ class _Finder:
     def too_few(self, found: GeneMatch, names: list[str], other: GeneMatch) -> str:
         """Write the message for too few matches: the names in the data and in the vocabulary, and what to do."""
         genes, what = self.vocab.genes, {"symbol": "symbols", "ensembl": "Ensembl ids"}
+        # coverage is a fraction of the smaller side, so the message counts the genes of that side
+        whose, where = ("", "model's vocabulary") if len(names) <= len(genes) else (" of the vocabulary", "data")
         message = (
-            f"Only {found.n_matched} of {min(len(names), len(genes))} genes ({100 * found.coverage:.3g} %) are in the "
-            f"model's vocabulary; at least {100 * self.min_coverage:.3g} % are needed. The vocabulary holds "
+            f"Only {found.n_matched} of {min(len(names), len(genes))} genes{whose} ({100 * found.coverage:.3g} %) are "
+            f"in the {where}; at least {100 * self.min_coverage:.3g} % are needed. The vocabulary holds "
             f"{what[self.kind]} ({genes[0] if genes else ''!r}), {found.column} look like {what[found.id_type]} "
             f"({names[0] if names else ''!r})."
         )
