@@ -133,7 +133,7 @@ def load(adata: AnnData, folder: Path) -> object:
 
 NOT_FINITE = {
     "expected": "Expected non-negative finite values",
-    "advice": "pass a layer that holds counts with `layer=`",
+    "advice": "Pass a layer that holds counts with `layer=`",
 }
 LOGGED = {
     "seen": r"X holds non-integers \(first: \S+, gene 'gene_\d+' in cell 'cell_0'\) and looks log",

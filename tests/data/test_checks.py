@@ -91,3 +91,12 @@ def test_bins_and_ranks_are_not_proposed_as_counts(adata):
     assert layer_with_counts(adata) == ""
     adata.layers["raw"] = adata.X.copy()
     assert layer_with_counts(adata) == "Layer 'raw' holds counts: pass layer='raw'."
+
+
+@pytest.mark.parametrize("make", [lambda x: x - 2, lambda x: 0 * x])
+def test_negative_values_and_zeros_name_the_layer_that_holds_counts(make):
+    adata = AnnData(np.ones((3, 2), np.float32))
+    adata.layers["umi"] = adata.X.copy()
+    adata.X = make(adata.X)
+    with pytest.raises(ValueError, match=naming("X", "layer='umi'")):
+        check_source(open_source(adata), needs_counts=False, layer=None, hint=lambda: layer_with_counts(adata))

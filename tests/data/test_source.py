@@ -675,3 +675,8 @@ def test_columns_of_other_types_of_categories_are_united(tmp_path):
     second.obs["cluster"] = pd.Categorical(["1", "3", "1"])
     united = open_source([first, second]).obs(["cluster"])["cluster"]
     assert united.astype(object).where(united.notna(), None).tolist() == ["1", "2", "2", None, "1", "3", "1"]
+
+
+def test_a_missing_layer_of_data_without_any_is_not_to_be_passed():
+    with pytest.raises(KeyError, match=naming("'counts'", "neither layers nor .raw", "X")):
+        open_source(AnnData(np.ones((3, 2), np.float32)), layer="counts")

@@ -31,8 +31,8 @@ def check_source(
     """Raise ``ValueError`` on negative, non-finite or all-zero values, or on logarithms if counts are needed.
 
     In memory, every value is checked. On disk, only rows spread over the file are; the others are checked when they are
-    read. Other values that are not integers are counted in a warning. ``hint`` returns advice for the message and is
-    called only if there are such values.
+    read. Other values that are not integers are counted in a warning. ``hint`` returns advice for the message, and is
+    called only if there is something to say.
     """
     if source.n_obs == 0 or len(source.genes) == 0:
         raise ValueError(
@@ -48,7 +48,7 @@ def check_source(
     for start in range(0, len(rows), _BLOCK):
         block = rows[start : start + _BLOCK]
         counts = source.read(block)
-        check_values(counts, source, block, layer=layer)
+        check_values(counts, source, block, layer=layer, hint=hint)
         maximum = max(maximum, float(counts.data.max(initial=0)))
         odd = np.flatnonzero(~is_near_integer(counts.data)) if needs_counts else np.empty(0, np.int64)
         if len(odd):
@@ -56,10 +56,8 @@ def check_source(
             n_odd += len(odd)
             odd_rows.append(block[np.unique(np.searchsorted(counts.indptr, odd, side="right") - 1)])
     if maximum == 0:
-        raise ValueError(
-            f"Expected counts, but {_name(layer)} holds nothing but zeros. Pass the layer that holds counts with "
-            "`layer=`."
-        )
+        advice = (hint and hint()) or "Pass the layer that holds counts with `layer=`."
+        raise ValueError(f"Expected counts, but {_name(layer)} holds nothing but zeros. {advice}")
     if not n_odd:
         return
     cells = np.concatenate(odd_rows)
@@ -79,7 +77,9 @@ def check_source(
     )
 
 
-def check_values(counts: CSR, source: CellSource, rows: IntArray, *, layer: str | None) -> None:
+def check_values(
+    counts: CSR, source: CellSource, rows: IntArray, *, layer: str | None, hint: Callable[[], str] | None = None
+) -> None:
     """Raise ``ValueError`` at the first negative or non-finite value in ``counts``, read from ``rows`` of a source."""
     data = counts.data
     if not len(data):
@@ -89,10 +89,10 @@ def check_values(counts: CSR, source: CellSource, rows: IntArray, *, layer: str 
         return
     at = int(np.flatnonzero(~((data >= 0) & np.isfinite(data)))[0])
     what = "negative" if data[at] < 0 else "non-finite"
+    advice = (hint and hint()) or "Pass a layer that holds counts with `layer=`."
     raise ValueError(
         f"Expected non-negative finite values, but {_name(layer)} holds {what} values (first: "
-        f"{_place(counts, source, rows, at)}). Scaled or regressed data cannot be used: pass a layer that holds counts "
-        "with `layer=`."
+        f"{_place(counts, source, rows, at)}). Scaled or regressed data cannot be used. {advice}"
     )
 
 

@@ -279,6 +279,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _no_layer(layer: str, names: Sequence[str | None], name: str) -> str:
+    if not any(name is not None for name in names):
+        return f"Expected layer {layer!r} in {name}, but it has neither layers nor .raw. Leave `layer=` out to read X."
     raw = "" if RAW in names else ", and it has no .raw"
     return (
         f"Expected layer {layer!r} in {name}, but its layers are {_listed(names)}{raw}. Pass one of them, or "
