@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from anndata import AnnData
 from messages import naming
 
 from scllm import models
@@ -88,3 +89,9 @@ def test_what_a_family_does_not_define_is_named(model, batch):
     for name, call in calls.items():
         with pytest.raises(TypeError, match=naming("CellModel", name)):
             call()
+
+
+def test_a_vocabulary_cannot_be_made_from_an_anndata():
+    adata = AnnData(np.ones((1, 2), np.float32))
+    with pytest.raises(TypeError, match=naming("AnnData", "vocab=adata.var_names")):
+        models.build("scbert", vocab=adata, size="tiny")

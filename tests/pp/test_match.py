@@ -121,3 +121,8 @@ def test_names_are_enough(adata):
     match_genes(names, list(adata.var_names[:30]))
     assert (names.var["token_id"] >= 0).sum() == 30
     assert names.uns["scllm"]["match_genes"]["table"]["gene"].tolist() == list(adata.var_names[30:])
+
+
+def test_genes_of_another_anndata_are_passed_as_names(adata):
+    with pytest.raises(TypeError, match=naming("AnnData", "var_names")):
+        match_genes(adata, adata)

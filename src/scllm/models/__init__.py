@@ -130,6 +130,11 @@ def build(
         raise TypeError(
             f"{family} has no setting {unknown[0]!r}. Expected one of {sorted(known)}. Correct it or leave it out."
         )
+    if hasattr(vocab, "var_names"):
+        raise TypeError(
+            f"Expected vocab to be a vocabulary, its path or gene names, got an object of type {type(vocab).__name__}. "
+            "Pass vocab=adata.var_names."
+        )
     settings = module.Config(**{**module.SIZES[size], **config})
     if isinstance(vocab, (str, PathLike)):
         vocab = Vocab.read(vocab)

@@ -110,6 +110,11 @@ def _vocabulary(given: Vocab | HasVocab | Iterable[str] | str | PathLike[str]) -
         return given.vocab
     if isinstance(given, (str, PathLike)):
         return _read(Path(given))
+    if hasattr(given, "var_names"):
+        raise TypeError(
+            f"Expected a vocabulary, a model or gene names, got an object of type {type(given).__name__}. "
+            "Pass the var_names of the other AnnData."
+        )
     return Vocab.from_genes(given)
 
 
