@@ -163,3 +163,9 @@ def test_a_single_source_has_the_name_given_and_a_metric_may_stand_alone(history
     assert {"mine", "validation"} <= drawn.keys()
     assert "train" not in drawn
     assert loss_curves(history, metrics="masked", show=False).get_ylabel() == "masked"
+
+
+def test_training_steps_are_whole_numbers():
+    history = pd.DataFrame({"step": range(1, 6), "epoch": 0, "split": "train", "loss": 1.0})
+    ticks = loss_curves(history, show=False).get_xticks()
+    assert (ticks == ticks.round()).all()

@@ -120,7 +120,7 @@ def _draw(ax: Axes, counts: IntArray, normalize: bool) -> None:
     highest = 100 if normalize else shown.max()
     image = ax.imshow(shown, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
     bar = ax.figure.colorbar(
-        image, ax=ax, label="% of true type" if normalize else "number of cells", pad=0.02, shrink=0.8
+        image, ax=ax, label="% of true label" if normalize else "number of cells", pad=0.02, shrink=0.8
     )
     bar.outline.set_visible(False)
     size = 8 if max(counts.shape) <= 20 else 5.5

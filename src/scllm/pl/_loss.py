@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from scllm import _keys
@@ -99,6 +100,7 @@ def loss_curves(
         _mark_epochs(panel, [curve.history for curve in curves])
         panel.set(xlabel="training step", ylabel=f"perplexity ({term})" if perplexity else term)
         panel.margins(x=0.02)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         tidy(panel, grid="y")
     if len(curves) > 1:
         axes[0].plot([], [], color=GREY, linestyle=_VALIDATION_DASHES, marker="o", markersize=3.5, label="validation")
