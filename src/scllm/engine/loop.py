@@ -66,6 +66,7 @@ def fit(
     """
     rank, world, per_epoch = ranks.rank(), ranks.world(), batches.n_batches()
     n_steps = config.steps or per_epoch * (config.epochs or 1)
+    n_epochs = -(-n_steps // per_epoch)
     updates = _Updates(model, objective, config, precision)
     step, best, since_best = _resume(run, updates)
     saved = step
@@ -101,7 +102,8 @@ def fit(
                         validated = "" if validation is None else f", {found['loss']:.4g} on validation"
                         # a progress bar shows the same
                         say = log.info if quiet else log.debug
-                        say("epoch %d, step %d of %d: loss %.4g%s", epoch, step, n_steps, means["loss"], validated)
+                        text = "epoch %d of %d, step %d of %d: loss %.4g%s"
+                        say(text, epoch + 1, n_epochs, step, n_steps, means["loss"], validated)
                     if rank == 0:
                         _log_lines(run, lines, track)
                     if ends or (config.save_every and step % config.save_every == 0):
