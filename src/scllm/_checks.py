@@ -124,7 +124,7 @@ def warn_of_unknown_labels(obs: pd.DataFrame, key: str, known: Iterable[str], ad
     others = column[~column.isin(known)]
     if len(others):
         warn(
-            f"{len(others)} of {len(obs)} cells have a label in obs[{key!r}] that the training data lacked (first: "
+            f"{len(others)} of {len(obs)} cells have a label in obs[{key!r}] that cannot be predicted (first: "
             f"{others.iloc[0]!r}). They will get one of {listed(known)}; {advice}."
         )
 

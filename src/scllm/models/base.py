@@ -378,7 +378,7 @@ class CellModel(nn.Module):
         config, heads = (
             self.config,
             ", ".join(
-                f"{spec.key} ({'value' if spec.classes is None else f'{spec.n_outputs} classes'})"
+                f"{spec.key} ({'value' if spec.classes is None else _number_of_classes(spec.n_outputs)})"
                 for spec in self.head_specs
             ),
         )
@@ -400,3 +400,7 @@ class CellModel(nn.Module):
         if self.path is not None:
             lines.append(f"  saved in    {self.path}")
         return "\n".join(lines)
+
+
+def _number_of_classes(n: int) -> str:
+    return f"{n} class{'es' if n != 1 else ''}"

@@ -344,7 +344,7 @@ def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     share = options.get("validation", _OPTIONS["validation"].default)
     if isinstance(share, str) or not 0 <= (share or 0) < 1:
         raise ValueError(
-            f"Expected validation to be a share of the training cells, at least 0 and below 1, got {share!r}. The "
+            f"Expected validation to be a fraction of the training cells, at least 0 and below 1, got {share!r}. The "
             "folds determine which cells are tested. Leave validation out."
         )
     config = options.get("config")

@@ -52,7 +52,7 @@ def divide(
         return rows, rows[:0]
     if not 0 < validation < 1:
         raise ValueError(
-            f"Expected validation to be a share between 0 and 1 or a column of obs, got {validation}. Pass for example "
+            f"Expected validation to be a fraction from 0 to 1 or a column of obs, got {validation}. Pass for example "
             "0.1, or 0 to hold out no cells."
         )
     if len(rows) < 2:
