@@ -57,7 +57,7 @@ class _SayOnce(event.Listener):
         if not self.said and module.startswith("scllm."):
             self.said = True
             # never logged as a detail, because the first function that is called takes this long
-            log.log(logging.INFO, "compiling numba kernels for this machine (about 20 s), %s", self.advice)
+            log.log(logging.INFO, "compiling numba kernels used for the first time (up to about 20 s), %s", self.advice)
 
     def on_end(self, event: event.Event) -> None:
         """Log nothing when compilation ends."""
