@@ -82,7 +82,7 @@ GeneKey = Annotated[
     str | None, typer.Option(help="Column of var with gene names. [default: the one with the most matches]")
 ]
 MinCoverage = Annotated[
-    float | None, typer.Option(help="Smallest share of genes that must be in the model's vocabulary. [default: 0.3]")
+    float | None, typer.Option(help="Minimum fraction of genes that must be in the model's vocabulary. [default: 0.3]")
 ]
 Precision = Annotated[
     str, typer.Option(help="fp32, bf16, fp16, or auto: fp32 on a CPU, bf16 on a GPU that supports it.")

@@ -44,7 +44,7 @@ class TrainConfig:
     batch_size
         Number of cells per optimiser step, over all processes.
     lr
-        Highest learning rate.
+        Peak learning rate.
     epochs
         Number of passes over the training cells.
     steps
@@ -74,9 +74,9 @@ class TrainConfig:
         ``None``: 512 in :func:`pretrain` and :func:`finetune` of models of size ``"tiny"`` and ``"small"``, and no
         limit below the encoder's own in all others. A large number (``max_len=100_000``) reads whole cells there too.
     downsample
-        Count downsampling (binomial thinning) of training cells as augmentation: the largest share of counts that is
-        removed at random from a cell. ``None``: the default of the family (scfoundation: 0.8 in pretraining, all others
-        0).
+        Count downsampling (binomial thinning) of training cells as augmentation: the largest fraction of counts
+        that is removed at random from a cell. ``None``: the default of the family (scfoundation: 0.8 in pretraining,
+        all others 0).
     gene_init
         Initial gene embedding table: ``"svd"`` (right singular vectors of the log-normalised training cells, which also
         replace a trained table) or ``"random"`` (the table of the model, unchanged). ``None``: ``"svd"`` if
@@ -116,7 +116,7 @@ class TrainConfig:
         The figures are those of a tiny or small scgpt in ``docs/study.md``. To compare on your own data, run
         :func:`cross_validate` with each.
     label_smoothing
-        Share of each target that is spread over all labels, in fine-tuning with ``loss="ce"``.
+        Fraction of each target that is spread over all labels, in fine-tuning with ``loss="ce"``.
     patience
         Early stopping: number of epochs without a better validation loss after which training stops; ``None``: never.
     compile

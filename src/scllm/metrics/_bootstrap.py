@@ -52,7 +52,7 @@ def bootstrap_interval(
     n_resamples
         How often cells are drawn.
     level
-        Share of the samples inside the interval.
+        Fraction of the samples inside the interval.
     random_state
         Seed.
 

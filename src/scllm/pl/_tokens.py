@@ -144,18 +144,18 @@ def reconstruction(
 ) -> Axes | None:
     """Draw predicted against true expression as a density, with the mean prediction of each true value.
 
-    Only entries that ``layer`` stores are compared. A perfect model lies on the dashed line; a line that is too flat
-    means predictions drawn towards the mean.
+    Only entries that ``layer`` stores are compared. A perfect model lies on the dashed line. A flatter line
+    means that predictions are close to the mean.
 
     Parameters
     ----------
     adata
-        After ``scllm.tl.reconstruct``.
+        An AnnData after ``scllm.tl.reconstruct``.
     layer
         Layer with predictions.
     truth
-        ``"target"`` = what the model was to predict, in its own unit, as ``scllm.tl.reconstruct`` writes it beside its
-        predictions; or a layer; ``None`` = ``X``.
+        ``"target"``: the targets of the predictions, in the model's unit, as ``scllm.tl.reconstruct`` writes them.
+        Otherwise the name of a layer. ``None``: ``X``.
     ax
         Axes to draw on. ``None``: a new figure.
     show

@@ -55,7 +55,7 @@ def cross_validate(
     keep_models: bool = False,
     **finetune_options: Any,
 ) -> pd.DataFrame:
-    """Fine-tune and test a model by cross-validation, so that each cell is predicted by a model that never saw it.
+    """Fine-tune and test a model by cross-validation, so that each cell is predicted by a model not trained on it.
 
     Folds are stratified by label or, with ``group_key``, made of whole groups. Labels usually transfer less well to new
     donors than to new cells of the same donors, and new donors are usually what matters. A linear baseline is evaluated
@@ -91,7 +91,7 @@ def cross_validate(
         Whether to keep the weights of each fold's model in the run directory (several hundred megabytes per fold at
         base size). By default, only the predictions, settings and history of each fold are kept.
     **finetune_options
-        Passed on to :func:`finetune`: ``epochs=``, ``lr=``, ``freeze=``, ... ``validation`` is the share of the
+        Passed on to :func:`finetune`: ``epochs=``, ``lr=``, ``freeze=``, ... ``validation`` is the fraction of the
         *training* cells with which the best weights are chosen. ``random_state`` is the seed for the folds and the
         training of the first repeat; each further repeat adds one. Folds are separate runs in ``run_dir/fold-0``, ...,
         and those of further repeats in ``run_dir/repeat-1/fold-0``, .... The same call resumes an interrupted one. A

@@ -101,7 +101,7 @@ def finetune(
         Rank of low-rank adapters that are trained instead of the blocks' weights and merged into them at the end. Also
         a :class:`scllm.tl.LoraSettings`, or a ``peft.LoraConfig`` of rank, alpha and dropout. Needs peft.
     validation
-        Share of cells held out, stratified by label; or a column of ``obs`` written by :func:`scllm.pp.split`.
+        Fraction of cells held out, stratified by label; or a column of ``obs`` written by :func:`scllm.pp.split`.
     group_key
         Column of groups (donors, studies) that are held out whole for validation. Pass it to label cells of other
         groups: weights are then chosen, and probabilities calibrated, on groups unseen in training.
@@ -111,7 +111,7 @@ def finetune(
         Column of ``var`` with gene names, or ``"var_names"``. ``None``: the one of an earlier
         :func:`scllm.pp.match_genes`, or else the one that matches best.
     min_coverage
-        Smallest share of genes that must be in the model's vocabulary. ``None``: the one of an earlier
+        Minimum fraction of genes that must be in the model's vocabulary. ``None``: the one of an earlier
         :func:`scllm.pp.match_genes`, or else 0.3.
     epochs
         Passes over the cells. ``None``: the default of the family (3; scbert: 10).

@@ -67,7 +67,7 @@ def pretrain(
 
     The objective depends on the family:
 
-    - scgpt masks the expression of a share of each cell's genes. It predicts the masked values twice: from the other
+    - scgpt masks the expression of a fraction of each cell's genes. It predicts the masked values twice: from the other
       genes, and from the cell embedding only (Cui et al. 2024, doi:10.1038/s41592-024-02201-0).
     - geneformer masks genes in each cell's ranking and predicts which genes they are (Theodoris et al. 2023,
       doi:10.1038/s41586-023-06139-9).
@@ -104,27 +104,27 @@ def pretrain(
     lr
         Peak learning rate (scgpt: 1e-4, geneformer: 1e-3).
     mask_ratio
-        Share of a cell's genes to mask, or several shares, one of which is drawn at each step (scgpt: 0.25, 0.5, 0.75;
-        geneformer: 0.15).
+        Fraction of a cell's genes to mask, or several fractions, one of which is drawn at each step (scgpt: 0.25, 0.5,
+        0.75; geneformer: 0.15).
     left_out
-        Share of a cell's genes held out of the input. From the cell embedding, the model predicts for these genes and
-        for genes without expression whether they are expressed. The embedding then separates cell types better.
+        Fraction of a cell's genes held out of the input. From the cell embedding, the model predicts for these genes
+        and for genes without expression whether they are expressed. The embedding then separates cell types better.
         ``None``: the default of the family (scgpt: 0).
     dropout
         Dropout of the blocks (scgpt: 0.2, geneformer: 0.02). With 0, any number of processes gives the same loss curve.
     validation
-        Share of cells held out, or a column of ``obs`` with ``train`` and ``validation``, as written by
+        Fraction of cells held out, or a column of ``obs`` with ``train`` and ``validation``, as written by
         :func:`scllm.pp.split`.
     group_key
         Column of groups (donors) that are held out whole for validation.
     layer
-        Layer to read. ``None``: ``X``. scgpt reads counts, normalised or logged values (their bins are the same),
-        geneformer counts.
+        Layer to read. ``None``: ``X``. scgpt reads counts, normalised or log-normalised values (their bins are the
+        same), geneformer counts.
     gene_key
         Column of ``var`` with gene names, or ``"var_names"``. ``None``: the one of an earlier
         :func:`scllm.pp.match_genes`, or else the one that matches best.
     min_coverage
-        Smallest share of genes that must be in the model's vocabulary. ``None``: the one of an earlier
+        Minimum fraction of genes that must be in the model's vocabulary. ``None``: the one of an earlier
         :func:`scllm.pp.match_genes`, or else 0.3.
     precision
         ``"auto"``: fp32 on a CPU, bf16 on a GPU that supports it.
