@@ -100,3 +100,10 @@ def test_negative_values_and_zeros_name_the_layer_that_holds_counts(make):
     adata.X = make(adata.X)
     with pytest.raises(ValueError, match=naming("X", "layer='umi'")):
         check_source(open_source(adata), needs_counts=False, layer=None, hint=lambda: layer_with_counts(adata))
+
+
+def test_only_negative_values_are_blamed_on_scaling():
+    for value, is_scaled in ((np.nan, False), (-1, True)):
+        with pytest.raises(ValueError, match="gene '0' in cell '0'") as raised:
+            check(AnnData(np.full((2, 2), value, np.float32)))
+        assert ("Scaled" in str(raised.value)) is is_scaled

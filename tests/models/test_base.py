@@ -95,3 +95,9 @@ def test_a_vocabulary_cannot_be_made_from_an_anndata():
     adata = AnnData(np.ones((1, 2), np.float32))
     with pytest.raises(TypeError, match=naming("AnnData", "vocab=adata.var_names")):
         models.build("scbert", vocab=adata, size="tiny")
+
+
+def test_only_families_with_a_published_format_are_offered_for_a_foreign_folder(tmp_path):
+    with pytest.raises(ValueError, match="'scgpt'") as raised:
+        models.load(tmp_path)
+    assert "'gpt2'" not in str(raised.value)

@@ -88,11 +88,11 @@ def check_values(
     if lowest >= 0 and np.isfinite(data.max()):
         return
     at = int(np.flatnonzero(~((data >= 0) & np.isfinite(data)))[0])
-    what = "negative" if data[at] < 0 else "non-finite"
+    what, why = ("negative", " Scaled or regressed data cannot be used.") if data[at] < 0 else ("non-finite", "")
     advice = (hint and hint()) or "Pass a layer that holds counts with `layer=`."
     raise ValueError(
         f"Expected non-negative finite values, but {_name(layer)} holds {what} values (first: "
-        f"{_place(counts, source, rows, at)}). Scaled or regressed data cannot be used. {advice}"
+        f"{_place(counts, source, rows, at)}).{why} {advice}"
     )
 
 

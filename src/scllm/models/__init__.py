@@ -239,9 +239,10 @@ def _folder(path: Path) -> Path:
 
 def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> CellModel:
     if not is_native(folder):
+        readable = [name for name in families() if hasattr(family_module(name), "read")]
         raise ValueError(
             f"Expected a model that scllm wrote (config.json and weights.safetensors) in {folder}, but there is none. "
-            f"For a published checkpoint, pass family=, one of {families()}."
+            f"For a published checkpoint, pass family=, one of {', '.join(map(repr, readable))}."
         )
     config, vocab, weights, arrays = read_native(folder)
     saved = config["family"]
