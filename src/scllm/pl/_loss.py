@@ -100,7 +100,7 @@ def loss_curves(
         _mark_epochs(panel, [curve.history for curve in curves])
         panel.set(xlabel="training step", ylabel=f"perplexity ({term})" if perplexity else term)
         panel.margins(x=0.02)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         tidy(panel, grid="y")
     if len(curves) > 1:
         axes[0].plot([], [], color=GREY, linestyle=_VALIDATION_DASHES, marker="o", markersize=3.5, label="validation")
