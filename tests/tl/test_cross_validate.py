@@ -369,7 +369,7 @@ BAD = {
     "one fold": ({"key": "cell_type", "n_folds": 1}, ValueError, naming("n_folds=1", "n_repeats=1", 2)),
     "unknown option": ({"key": "cell_type", "epoch": 3}, TypeError, r"'epoch'.*Did you mean 'epochs'\?"),
     "misspelt option of its own": ({"key": "cell_type", "n_fold": 3}, TypeError, r"Did you mean 'n_folds'\?"),
-    "split column": ({"key": "cell_type", "validation": "split"}, ValueError, naming("validation", "'split'", "share")),
+    "split column": ({"key": "cell_type", "validation": "split"}, ValueError, naming("validation", "'split'", "fraction")),
     "missing layer": ({"key": "cell_type", "layer": "count"}, KeyError, r"layer 'count' in adata"),
 }  # fmt: skip
 
