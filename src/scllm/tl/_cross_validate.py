@@ -269,7 +269,7 @@ class _Cells:
         share = options.pop("validation", _OPTIONS["validation"].default)
         with warnings.catch_warnings():
             # The caller has already warned of these once for all folds.
-            repeated = r"have no (label|finite value)|have one cell only|are among the validation cells"
+            repeated = r"have no (label|finite value)|with only one cell|are among the validation cells"
             warnings.filterwarnings("ignore", message=rf".* ({repeated}|values that are not integers)")
             if share:
                 part = f"{self.target.key}_{_keys.SPLIT}"
