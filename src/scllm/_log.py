@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from scllm import settings
 
-__all__ = ["details", "is_first_rank", "log", "progress", "quiet_imports", "show_progress", "warn"]
+__all__ = ["DataWarning", "details", "is_first_rank", "log", "progress", "quiet_imports", "show_progress", "warn"]
 
 T = TypeVar("T")
 _PACKAGE = f"{Path(__file__).parent}{os.sep}"
@@ -126,11 +126,15 @@ def progress(items: Iterable[T], *, desc: str, total: int | None = None, unit: s
         yield from bar
 
 
-def warn(message: str) -> None:
-    """Issue a ``UserWarning`` that points to the line outside this package that led to it."""
+class DataWarning(UserWarning):
+    """A fact about the data, which a function that trains on parts of them would repeat for each part."""
+
+
+def warn(message: str, category: type[UserWarning] = UserWarning) -> None:
+    """Issue a warning that points to the line outside this package that led to it."""
     if _verbosity() == 0:
         return
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)

@@ -171,7 +171,7 @@ def test_unlabelled_cells_are_ignored_with_a_warning(embedded) -> None:
 def test_classes_too_small_for_the_folds_are_ignored_with_a_warning(embedded) -> None:
     embedded.obs["cell_type"] = embedded.obs["cell_type"].cat.add_categories("rare")
     embedded.obs.loc[embedded.obs_names[:4], "cell_type"] = "rare"
-    with pytest.warns(UserWarning, match=naming("obs['cell_type']", 1, 5, "'rare'")):
+    with pytest.warns(UserWarning, match=naming("obs['cell_type']", 5, "'rare'")):
         benchmark(embedded, use_rep="X_good", key="cell_type")
 
 

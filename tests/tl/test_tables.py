@@ -98,7 +98,7 @@ def test_a_run_that_could_not_be_set_up_leaves_nothing_and_the_next_call_takes_i
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("scllm.data.source.write_elem", full)
+        patch.setattr("scllm.data.arrays.write_elem", full)
         for call in calls.values():
             with pytest.raises(OSError, match="no space left"):
                 call()

@@ -9,7 +9,7 @@ import numpy as np
 from anndata import AnnData
 
 from scllm import _keys
-from scllm._log import warn
+from scllm._log import DataWarning, warn
 from scllm._typing import CSR, IntArray
 from scllm.data.cells import CellSource
 from scllm.data.source import RAW, has_layer, layer_names, open_source
@@ -73,7 +73,8 @@ def check_source(
     warn(
         f"{_name(layer)} holds {n_odd:,} values that are not integers, in {len(cells):,} of {len(rows):,} "
         f"cells{looked_at} (first: {first_odd}; maximum: {maximum:.4g}). {_LOOKS_LIKE[kind]} and are used unchanged. "
-        f"{advice or 'If a layer holds raw counts, pass it with `layer=`.'}"
+        f"{advice or 'If a layer holds raw counts, pass it with `layer=`.'}",
+        DataWarning,
     )
 
 

@@ -18,7 +18,7 @@ from scipy import sparse
 
 from scllm import _keys
 from scllm._checks import check_adata, check_options
-from scllm._log import details, log, warn
+from scllm._log import DataWarning, details, log, warn
 from scllm._results import drop_labels, free_key, match_settings, record, record_classes, record_name
 from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.cells import CellSource
@@ -269,8 +269,7 @@ class _Cells:
         share = options.pop("validation", _OPTIONS["validation"].default)
         with warnings.catch_warnings():
             # The caller has already warned of these once for all folds.
-            repeated = r"have no (label|finite value)|with only one cell|are among the validation cells"
-            warnings.filterwarnings("ignore", message=rf".* ({repeated}|values that are not integers)")
+            warnings.simplefilter("ignore", DataWarning)
             if share:
                 part = f"{self.target.key}_{_keys.SPLIT}"
                 self.adata.obs[part] = self._parts(training, share, options["random_state"])

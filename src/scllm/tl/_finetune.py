@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from scllm import _keys, models
 from scllm._checks import check_adata, missing_key
-from scllm._log import log, warn
+from scllm._log import DataWarning, log, warn
 from scllm._names import listed
 from scllm._results import match_settings
 from scllm._typing import HeadSetting, IntArray
@@ -273,7 +273,8 @@ def _target(source: CellSource, key: str) -> Target:
         if len(single):
             warn(
                 f"Labels of obs[{key!r}] with only one cell cannot be both trained and validated: "
-                f"{listed(target.classes[i] for i in single)}. {target.advice}"
+                f"{listed(target.classes[i] for i in single)}. {target.advice}",
+                DataWarning,
             )
     return target
 
@@ -330,7 +331,8 @@ def _without_unseen(target: Target, training: IntArray, held_out: IntArray) -> T
         warn(
             f"Labels of obs[{target.key!r}] are among the validation cells but not among the training cells: "
             f"{listed(target.classes[i] for i in unseen)}. The {len(lost)} of {len(asked)} validation cells with such "
-            "labels are not used. Hold out other cells or groups to use them."
+            "labels are not used. Hold out other cells or groups to use them.",
+            DataWarning,
         )
     column = target.column.copy()
     column[lost] = -1

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from scllm._checks import holds_numbers, labels, obs_column
 from scllm._labels import Categories
-from scllm._log import warn
+from scllm._log import DataWarning, warn
 from scllm._names import listed
 from scllm._typing import IntArray
 
@@ -89,14 +89,16 @@ def find_target(obs: pd.DataFrame, key: str) -> Target:
         if not_names:
             warn(
                 f"{where} holds {listed(not_names)}, which is learnt as a class. If such cells have no label, use: "
-                f"{where} = {where}.mask({where}.isin({not_names}))."
+                f"{where} = {where}.mask({where}.isin({not_names})).",
+                DataWarning,
             )
     n_missing = int((~target.is_there).sum())
     if n_missing:
         what = "finite value" if target.classes is None else "label"
         warn(
             f"{n_missing} of {len(obs)} cells have no {what} in obs[{key!r}]. The head on it is trained without them. "
-            f"Drop these cells first if no other column labels them.{_of_whole_numbers(target)}"
+            f"Drop these cells first if no other column labels them.{_of_whole_numbers(target)}",
+            DataWarning,
         )
     return target
 
