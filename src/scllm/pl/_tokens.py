@@ -225,10 +225,12 @@ def _draw_shares(ax: Axes, match: dict) -> None:
     ax.barh(names, shared, color=COLORS[0], height=0.5, label="matched")
     ax.barh(names, 1 - shared, left=shared, color=_LOST, height=0.5, label="not matched")
     for row, (share, total) in enumerate(zip(shared, totals, strict=True)):
-        text = f"{match['n_matched']:,} of {total:,.0f} genes ({share:.0%})"
+        text = f"{match['n_matched']:,} of {total:,.0f} genes ({100 * share:.3g} %)"
         ax.text(0, row - 0.31, text, va="bottom", fontsize="small")
     ax.invert_yaxis()
-    ax.set(xlim=(0, 1), xticks=[], title=f"coverage {match['coverage']:.0%} ({match['id_type']})", ylim=(1.9, -0.6))
+    ax.set(
+        xlim=(0, 1), xticks=[], title=f"coverage {100 * match['coverage']:.3g} % ({match['id_type']})", ylim=(1.9, -0.6)
+    )
     ax.tick_params(axis="y", length=0)
     ax.legend(frameon=False, fontsize="small", loc="lower left", ncols=2, borderaxespad=0)
     tidy(ax)

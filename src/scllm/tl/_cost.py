@@ -106,14 +106,17 @@ def log_training(
 
 
 def log_trained(model: CellModel, seconds: float) -> None:
-    """Log how long the training took, and the best validation loss."""
+    """Log how long the training took, the best validation loss, and whether masked values are predicted at all."""
     assert model.history is not None
+    said = f"trained {model.history['step'].max()} steps in {seconds:.0f} s"
     validated = model.history[model.history["split"] == "validation"].dropna(subset="loss")
-    best = (
-        ""
-        if validated.empty
-        else ": best validation loss {loss:.4g}, at step {step}".format(
-            **validated.loc[validated["loss"].idxmin(), ["loss", "step"]].to_dict()
-        )
-    )
-    log.info("trained %d steps in %.0f s%s", model.history["step"].max(), seconds, best)
+    if not validated.empty:
+        best = validated.loc[validated["loss"].idxmin()]
+        said += f": best validation loss {best['loss']:.4g}, at step {int(best['step'])}"
+        error = best.get("mse_share", 0)
+        if error > 1:
+            said += (
+                f"; the squared error of masked values is {error:.3g} times their variance, so their mean would be a "
+                "better prediction: train for more epochs, or with a higher lr"
+            )
+    log.info(said)
