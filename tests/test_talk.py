@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from messages import naming
 
 import scllm
 from scllm._log import details, log, warn
@@ -157,6 +159,14 @@ def test_training_says_once_what_it_reads_and_takes(adata, tmp_path, caplog):
     scllm.tl.pretrain(adata, size="tiny", epochs=2, batch_size=32, run_dir=tmp_path / "run", device="cpu")
     (line,) = caplog.messages
     assert str(tmp_path / "run") in line  # returned as it is, which is said
+
+
+def test_training_that_predicts_masked_values_worse_than_their_mean_says_so(adata, tmp_path, caplog):
+    options = {"size": "tiny", "epochs": 1, "validation": 0.2, "device": "cpu"}
+    model = scllm.tl.pretrain(adata, run_dir=tmp_path / "run", **options)
+    error = model.history.query("split == 'validation'")["mse_share"].item()
+    assert error > 1
+    assert re.search(naming(f"{error:.3g}", "variance", "lr"), caplog.messages[-1])
 
 
 def test_folds_do_not_repeat_what_the_first_has_said(adata, tiny, tmp_path, caplog):

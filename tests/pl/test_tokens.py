@@ -36,7 +36,7 @@ def test_coverage_bars_are_the_shares(matched) -> None:
     axes = gene_coverage(matched, show=False)
     widths = [bar.get_width() for bar in axes[0].patches]
     np.testing.assert_allclose(widths, [30 / 40, 30 / 60, 10 / 40, 30 / 60])
-    assert "30 of 40 genes (75%)" in [text.get_text() for text in axes[0].texts]
+    assert "30 of 40 genes (75 %)" in [text.get_text() for text in axes[0].texts]
     assert axes[0].get_title() == "coverage 75% (symbol)"
 
 
