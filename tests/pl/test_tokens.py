@@ -37,7 +37,7 @@ def test_coverage_bars_are_the_shares(matched) -> None:
     widths = [bar.get_width() for bar in axes[0].patches]
     np.testing.assert_allclose(widths, [30 / 40, 30 / 60, 10 / 40, 30 / 60])
     assert "30 of 40 genes (75 %)" in [text.get_text() for text in axes[0].texts]
-    assert axes[0].get_title() == "coverage 75% (symbol)"
+    assert axes[0].get_title() == "coverage 75 % (symbol)"
 
 
 def test_lost_genes_come_most_expressed_first(matched) -> None:
