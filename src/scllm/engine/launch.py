@@ -212,7 +212,7 @@ def _loaders(
         "encoder": model.encoder,
         "vocab": model.vocab,
         "obs": obs,
-        "keep_empty": config.strategy == "fsdp" and ranks.world() > 1,
+        "keep_empty": ranks.world() > 1,
         "pinned": model.device.type == "cuda",
         "keep_whole": getattr(objective, "predicts_whole_cells", False),
     }

@@ -21,6 +21,7 @@ from scllm.engine.device import autocast
 from scllm.engine.loader import Loader
 from scllm.engine.objectives import Loss, Objective
 from scllm.engine.optim import learning_rate, optimizer, train_mode
+from scllm.engine.replicas import averaging, loss_module
 from scllm.engine.run import Run
 from scllm.kernels.draws import mix
 from scllm.models.base import Batch, CellModel
@@ -123,6 +124,7 @@ class _Updates:
         self.device = model.device
         self.sharded = sharding.is_sharded(model)
         self.trained: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
+        self.loss = loss_module(model, objective)
         self.optimizer = optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.pruned = pruned_weights(model)
@@ -133,12 +135,9 @@ class _Updates:
             group["lr"] = lr * group["scale"]
         means, count, n_cells = self._gradients(parts, step)
         gradients = [cast(Tensor, weight.grad) for weight in self.trained]
-        if not self.sharded:
-            ranks.sum_over_ranks(gradients)
         self.scaler.unscale_(self.optimizer)
-        # sharded gradients have already been averaged over ranks
-        cells = max(count, 1) / (ranks.world() if self.sharded else 1)
-        torch._foreach_div_(gradients, cells)
+        # gradients are averaged over ranks, and their count is summed
+        torch._foreach_div_(gradients, max(count, 1) / ranks.world())
         norm = sharding.full_norm(self.trained, self.config.clip)
         if not math.isfinite(means["loss"]) or not (norm.isfinite() or self.scaler.is_enabled()):
             raise RuntimeError(
@@ -159,14 +158,15 @@ class _Updates:
         self.model.at_step(step, self.config.random_state or 0)
         totals = _Totals(self.objective.logs(self.model), self.device)
         with _seeded(self.device, self.config.random_state or 0, step, ranks.rank()):
-            for batch in parts:
+            for number, batch in enumerate(parts, start=1):
                 batch = batch.to(self.device)
-                with autocast(self.precision, self.device):
-                    loss = self.objective(self.model, batch, step)
-                self.scaler.scale(loss.sum).backward()
+                with averaging(self.loss, self.model, now=number == len(parts)):
+                    with autocast(self.precision, self.device):
+                        loss = self.loss(batch, step)
+                    self.scaler.scale(loss.sum).backward()
                 totals.add(loss, batch)
         for weight in self.trained:
-            # ranks without cells, and heads without labels, contribute zeros
+            # heads without labels contribute zeros
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         return totals.reduced()
 
@@ -295,6 +295,6 @@ class _Totals:
     def reduced(self) -> tuple[dict[str, float], float, int]:
         """Return means by name, the count they were divided by, and the number of cells."""
         flat = torch.stack([*self.sums.values(), self.count, self.count.new_tensor(self.n_cells)])
-        ranks.sum_over_ranks([flat])
+        ranks.sum_over_ranks(flat)
         *sums, count, n_cells = flat.tolist()
         return {name: value / max(count, 1) for name, value in zip(self.sums, sums, strict=True)}, count, int(n_cells)

@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -16,7 +16,6 @@ from torch import Tensor, distributed
 __all__ = ["joined", "rank", "sum_over_ranks", "tie_to_parent", "wait_for_all", "world"]
 
 _PDEATHSIG = 1
-_BUCKET = 32 * 2**20  # elements per message: large enough to use the full bandwidth, small enough to save memory
 
 
 def rank() -> int:
@@ -35,25 +34,10 @@ def wait_for_all() -> None:
         distributed.barrier()
 
 
-def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Sum tensors over all processes, in place, in a few large messages."""
-    if world() == 1:
-        return
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(part.numel() for part in bucket) >= _BUCKET:
-            _sum_bucket(bucket)
-            bucket = []
-    if bucket:
-        _sum_bucket(bucket)
-
-
-def _sum_bucket(bucket: list[Tensor]) -> None:
-    flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-    distributed.all_reduce(flat)
-    for tensor, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-        tensor.copy_(summed.view_as(tensor))
+def sum_over_ranks(numbers: Tensor) -> None:
+    """Sum a few numbers over all processes, in place."""
+    if world() > 1:
+        distributed.all_reduce(numbers)
 
 
 @contextmanager
