@@ -145,3 +145,23 @@ def test_a_run_whose_file_was_truncated_between_two_calls_resumes_when_it_is_res
         pretrain(path, run_dir, **SETTINGS)
     path.write_bytes(content)
     assert len(pretrain(path, run_dir, **SETTINGS).history) == 16
+
+
+def test_weights_of_a_run_that_has_not_finished_can_be_loaded(run_dir):
+    with pytest.raises(ValueError, match=naming(run_dir, "checkpoint='best'")):
+        scllm.models.load(run_dir)
+    states = {"best": read_torch(run_dir / "best_model.pt"), "last": read_torch(run_dir / "last.pt")["model"]}
+    for name, saved in states.items():
+        model = scllm.models.load(run_dir, checkpoint=name)
+        torch.testing.assert_close(dict(model.state_dict()), dict(saved), rtol=0, atol=0)
+        assert len(model.history) == len(curve(run_dir))
+
+
+def test_a_checkpoint_that_is_not_there_or_has_another_name_is_an_error(run_dir):
+    with pytest.raises(ValueError, match=naming("'newest'", "best", "last")):
+        scllm.models.load(run_dir, checkpoint="newest")
+    with pytest.raises(ValueError, match=naming(run_dir / "model", "spec.json")):
+        scllm.models.load(run_dir / "model", checkpoint="last")
+    (run_dir / "last.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=naming(run_dir, "last.pt")):
+        scllm.models.load(run_dir, checkpoint="last")

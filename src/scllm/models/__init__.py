@@ -10,7 +10,7 @@ from inspect import signature
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,7 +27,7 @@ from scllm.data.run_files import read_history, read_report
 from scllm.data.vocab import Vocab
 from scllm.models.base import CellModel, Checkpoint, HeadSpec, ModelConfig
 from scllm.models.int8 import prepare_int8
-from scllm.models.storage import HUB, from_hub, is_native, load_weights, read_native
+from scllm.models.storage import HUB, from_hub, is_native, load_weights, read_native, read_torch
 
 __all__ = [
     "BinEncoder",
@@ -44,6 +44,7 @@ __all__ = [
 
 
 _TRAINING_LENGTH = 512
+_CHECKPOINTS = {"best": "best_model.pt", "last": "last.pt"}
 
 
 def families() -> list[str]:
@@ -149,6 +150,7 @@ def load(
     vocab: Vocab | Mapping[str, int] | Iterable[str] | str | PathLike[str] | None = None,
     medians: Mapping[str, float] | str | PathLike[str] | None = None,
     part: str | None = None,
+    checkpoint: Literal["best", "last"] | None = None,
     ignore: Iterable[str] = (),
 ) -> CellModel:
     """Load a model, without executing anything in its files.
@@ -169,6 +171,9 @@ def load(
     part
         Which of several models in a file to load (scfoundation: ``"cell"``, ``"rde"``, ``"gene"``). ``None``: the first
         of these.
+    checkpoint
+        Weights of a run that has not finished: those with the lowest validation loss so far (``"best"``), or of the
+        last checkpoint (``"last"``). ``None``: the model of a finished run.
     ignore
         Prefixes of weight names that may be missing or unused.
 
@@ -187,6 +192,8 @@ def load(
     """
     if isinstance(path, CellModel):
         return path
+    if checkpoint is not None:
+        return _load_unfinished(Path(path), checkpoint, family)
     folder = _folder(from_hub(str(path)) if str(path).startswith(HUB) else Path(path))
     if family is None or is_native(folder):
         if vocab is not None or medians is not None or part is not None:
@@ -208,9 +215,9 @@ def load(
         raise ValueError(f"A {family} checkpoint does not take {surplus[0]}=. Leave it out.")
     if "vocab" in given and "medians" not in known:
         given["vocab"] = _vocab(given["vocab"])
-    checkpoint: Checkpoint = module.read(folder, **{name: given[name] for name in given if name in known})
-    vocabulary = given["vocab"] if "vocab" in given and "vocab" not in known else checkpoint.vocab
-    model = _filled(module, checkpoint, vocabulary, folder, ignore)
+    read: Checkpoint = module.read(folder, **{name: given[name] for name in given if name in known})
+    vocabulary = given["vocab"] if "vocab" in given and "vocab" not in known else read.vocab
+    model = _filled(module, read, vocabulary, folder, ignore)
     # the path is recorded only if the path alone is enough to load the same model again
     model.path = None if given else folder.absolute()
     return model
@@ -231,10 +238,40 @@ def _folder(path: Path) -> Path:
         if not (path / "done").exists():
             raise ValueError(
                 f"Expected a finished run, but the run in {path} is not finished. Resume it with the call that started "
-                f"it, or with `scllm run {path}`."
+                f"it, or with `scllm run {path}`, or load the weights so far with checkpoint='best' or 'last'."
             )
         return path / "model"
     return path
+
+
+def _load_unfinished(run: Path, checkpoint: str, family: str | None) -> CellModel:
+    """Load the weights that a run has saved so far."""
+    if checkpoint not in _CHECKPOINTS:
+        raise ValueError(
+            f"Expected checkpoint to be one of {list(_CHECKPOINTS)}, got {checkpoint!r}. Pass one of these."
+        )
+    if not (run / "spec.json").is_file():
+        raise ValueError(
+            f"Expected a run directory with checkpoint={checkpoint!r}, but {run} holds no spec.json. Leave checkpoint= "
+            "out to load a model folder."
+        )
+    file = run / _CHECKPOINTS[checkpoint]
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"Expected the checkpoint {file.name} in {run}, but the run has not saved one yet. Wait until it has."
+        )
+    content = read_torch(file)
+    weights = content["model"] if checkpoint == "last" else content
+    if any(".lora_" in name for name in weights):
+        raise ValueError(
+            f"Expected a run without adapters, but the weights in {file} are those of LoRA adapters, which are merged "
+            "at the end. Finish the run to load its model."
+        )
+    model = _load_native(run / "model", (), family)
+    model.load_state_dict(weights)
+    model.history = read_history(run / "history.jsonl")
+    model.path = None  # the folder holds other weights
+    return model
 
 
 def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> CellModel:
