@@ -68,7 +68,12 @@ def test_history_has_every_loss_of_every_step_and_epoch(alone):
     assert training["epoch"].tolist() == np.repeat([0, 1, 2], per_epoch).tolist()
     assert validation["step"].tolist() == [per_epoch, 2 * per_epoch, 3 * per_epoch]
     terms = ["loss", "mse", "mse_cell", "mse_share", "lr"]
-    assert np.isfinite(training[[*terms, "mask_ratio", "cells_per_s"]].to_numpy(float)).all()
+    assert np.isfinite(training[[*terms, "mask_ratio", "grad_norm"]].to_numpy(float)).all()
+    assert (training[["grad_norm", "cells_per_s", "tokens_per_s", "peak_memory"]] > 0).all(axis=None)
+    assert training["data_wait"].between(0, 1).all()
+    # the same step makes all cells and all their tokens
+    tokens = training["tokens_per_s"] / training["cells_per_s"]
+    assert tokens.between(2, 41).all()
     assert np.isfinite(validation[terms].to_numpy(float)).all()
     assert set(training["mask_ratio"]) == {0.25, 0.5, 0.75}
     np.testing.assert_allclose(history["loss"], history["mse"] + history["mse_cell"])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
@@ -82,15 +85,17 @@ def fit(
             with closing(read):
                 began = time.perf_counter()
                 for parts in islice(read, n_steps - step):
+                    waited = time.perf_counter() - began
                     lr = learning_rate(step, epoch, n_steps, config)
-                    means, n_cells = updates.update(parts, step, lr, saved)
+                    totals, norm = updates.update(parts, step, lr, saved)
                     step += 1
-                    seconds = time.perf_counter() - began
-                    report = objective.report(means, step - 1)
+                    speed = _speed(totals, time.perf_counter() - began, waited, model.device)
+                    means = totals.means
+                    report = objective.report(dict(means), step - 1)
                     line: dict[str, Any] = {"step": step, "epoch": epoch, "split": "train", **report, "lr": lr}
                     lines = []
                     if step % config.log_every == 0:
-                        lines.append(line | {"cells_per_s": round(n_cells / seconds, 2)})
+                        lines.append(line | {"grad_norm": float(f"{norm:.6g}"), **speed})
                     ends = step % per_epoch == 0 or step == n_steps
                     if ends:
                         found = line if validation is None else evaluate(model, validation, objective, precision)
@@ -129,19 +134,20 @@ class _Updates:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.pruned = pruned_weights(model)
 
-    def update(self, parts: Sequence[Batch], step: int, lr: float, saved: int) -> tuple[dict[str, float], int]:
-        """Take one step on this rank's cells; return mean losses and the number of cells over all ranks."""
+    def update(self, parts: Sequence[Batch], step: int, lr: float, saved: int) -> tuple[_Totals, float]:
+        """Take one step on this rank's cells; return sums over all ranks, and the gradient's norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        means, count, n_cells = self._gradients(parts, step)
+        totals = self._gradients(parts, step)
         gradients = [cast(Tensor, weight.grad) for weight in self.trained]
         self.scaler.unscale_(self.optimizer)
         # gradients are averaged over ranks, and their count is summed
-        torch._foreach_div_(gradients, max(count, 1) / ranks.world())
+        torch._foreach_div_(gradients, max(totals.count, 1) / ranks.world())
         norm = sharding.full_norm(self.trained, self.config.clip)
-        if not math.isfinite(means["loss"]) or not (norm.isfinite() or self.scaler.is_enabled()):
+        loss = totals.means["loss"]
+        if not math.isfinite(loss) or not (norm.isfinite() or self.scaler.is_enabled()):
             raise RuntimeError(
-                f"The loss or its gradient is not finite at step {step + 1} (loss {means['loss']}, gradient norm "
+                f"The loss or its gradient is not finite at step {step + 1} (loss {loss}, gradient norm "
                 f"{norm:.3g}). The weights were not updated; the last checkpoint is step {saved}. Lower lr, or use "
                 "precision='fp32'."
             )
@@ -151,12 +157,12 @@ class _Updates:
                 weight.mul_(stays)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return means, n_cells
+        return totals, float(norm)
 
-    def _gradients(self, parts: Sequence[Batch], step: int) -> tuple[dict[str, float], float, int]:
-        """Sum this rank's gradients; return mean losses, their count, and the number of cells over all ranks."""
+    def _gradients(self, parts: Sequence[Batch], step: int) -> _Totals:
+        """Average gradients of the summed loss over ranks; return sums over all ranks."""
         self.model.at_step(step, self.config.random_state or 0)
-        totals = _Totals(self.objective.logs(self.model), self.device)
+        sums = _Sums(self.objective.logs(self.model), self.device)
         with _seeded(self.device, self.config.random_state or 0, step, ranks.rank()):
             for number, batch in enumerate(parts, start=1):
                 batch = batch.to(self.device)
@@ -164,11 +170,11 @@ class _Updates:
                     with autocast(self.precision, self.device):
                         loss = self.loss(batch, step)
                     self.scaler.scale(loss.sum).backward()
-                totals.add(loss, batch)
+                sums.add(loss, batch)
         for weight in self.trained:
             # heads without labels contribute zeros
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        return totals.reduced()
+        return sums.reduced()
 
     def state(self) -> dict[str, Any]:
         """Return the state to resume from; if the model is sharded, all ranks must call this."""
@@ -264,37 +270,71 @@ def evaluate(model: CellModel, cells: Loader, objective: Objective, precision: s
     """Compute mean losses over all cells, the same for any number of ranks; masks are the same in every epoch."""
     model.eval()
     device = model.device
-    totals = _Totals(objective.logs(model), device)
+    sums = _Sums(objective.logs(model), device)
     with closing(cells.epoch(0, rank=ranks.rank(), world=ranks.world())) as read:
         for number, parts in enumerate(read):
             for batch in parts:
                 batch = batch.to(device)
                 with autocast(precision, device):
-                    totals.add(objective(model, batch, number), batch)
-    means, _, _ = totals.reduced()
-    found = objective.report(means, 0)
+                    sums.add(objective(model, batch, number), batch)
+    found = objective.report(sums.reduced().means, 0)
     found.pop("mask_ratio", None)  # differs between batches
     return found
 
 
+@dataclass(frozen=True)
 class _Totals:
+    """What was computed over all micro-batches and ranks."""
+
+    means: dict[str, float]  # losses, divided by `count`
+    count: float
+    n_cells: int
+    n_tokens: int
+
+
+def _speed(totals: _Totals, seconds: float, waited: float, device: torch.device) -> dict[str, float]:
+    """Describe a step for the history: rates over all ranks, waiting and memory of this one.
+
+    ``data_wait`` is the fraction of the time spent waiting for the batch, ``peak_memory`` is in GiB: of the GPU, or of
+    the process on a CPU.
+    """
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_memory()
+    return {
+        "cells_per_s": round(totals.n_cells / seconds, 2),
+        "tokens_per_s": round(totals.n_tokens / seconds, 1),
+        "data_wait": round(waited / seconds, 4),
+        "peak_memory": round(used / 2**30, 3),
+    }
+
+
+def _resident_memory() -> int:
+    """Return the largest memory of this process so far, in bytes."""
+    # in kilobytes on Linux, in bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class _Sums:
     """Sums over micro-batches and ranks, which are divided once at the end."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         # with all names from the start, because ranks without cells take part in the sum too
         self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("loss", *names)}
         self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.n_cells = 0
+        self.n_cells = self.n_tokens = 0
 
     def add(self, loss: Loss, batch: Batch) -> None:
         for name, value in {"loss": loss.sum, **loss.logged}.items():
             self.sums[name] += value.detach()
         self.count += loss.count
         self.n_cells += batch.n_cells
+        self.n_tokens += len(batch.genes)
 
-    def reduced(self) -> tuple[dict[str, float], float, int]:
-        """Return means by name, the count they were divided by, and the number of cells."""
-        flat = torch.stack([*self.sums.values(), self.count, self.count.new_tensor(self.n_cells)])
+    def reduced(self) -> _Totals:
+        """Sum over ranks."""
+        sizes = self.count.new_tensor([self.n_cells, self.n_tokens])
+        flat = torch.cat([torch.stack([*self.sums.values(), self.count]), sizes])
         ranks.sum_over_ranks(flat)
-        *sums, count, n_cells = flat.tolist()
-        return {name: value / max(count, 1) for name, value in zip(self.sums, sums, strict=True)}, count, int(n_cells)
+        *sums, count, n_cells, n_tokens = flat.tolist()
+        means = {name: value / max(count, 1) for name, value in zip(self.sums, sums, strict=True)}
+        return _Totals(means, count, int(n_cells), int(n_tokens))

@@ -31,7 +31,10 @@ class HasHistory(Protocol):
 
 Source: TypeAlias = str | PathLike[str] | AnnData | pd.DataFrame | HasHistory
 
-_NO_LOSSES = ("step", "epoch", "split", "lr", "mask_ratio", "cells_per_s", "commonest_answer")
+_NO_LOSSES = (
+    *("step", "epoch", "split", "lr", "mask_ratio", "commonest_answer"),
+    *("grad_norm", "cells_per_s", "tokens_per_s", "data_wait", "peak_memory"),
+)
 _TRAINED_BY = ("pretrain", "finetune")
 _MAX_EPOCH_MARKS = 12
 _POINTS_PER_WINDOW = 25
