@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from os import PathLike
 
-from scllm.engine.estimate import time_in_words
+from scllm._words import time_in_words
 from scllm.engine.launch import cluster_command
 from scllm.tl._cost import training_cost
 from scllm.tl._pretrain import Prepared

@@ -16,7 +16,7 @@ from scllm.engine.device import autocast
 from scllm.engine.loader import Loader
 from scllm.models.base import CellModel
 
-__all__ = ["cells_in_words", "device_in_words", "expected_seconds", "flops_per_cell", "mean_tokens", "time_in_words"]
+__all__ = ["cells_in_words", "device_in_words", "expected_seconds", "flops_per_cell", "mean_tokens"]
 
 # number of cells in which tokens are counted
 _SOME = 64
@@ -57,15 +57,6 @@ def _matrix_rate(device: torch.device, precision: str, seconds: float = 0.2) -> 
 def expected_seconds(flops: float, n_cells: int, device: torch.device, precision: str, n: int = 1) -> float:
     """Estimate the time for ``flops`` and ``n_cells`` on ``n`` devices, at half the rate of plain matrix products."""
     return (2 * flops / _matrix_rate(device, precision) + _OVERHEAD * n_cells) / n
-
-
-def time_in_words(seconds: float) -> str:
-    """Write a time roughly, because it is an estimate: ``about 40 s``, ``about 3 min``, ``about 2.5 h``."""
-    if seconds < 10:
-        return "a few seconds"
-    if seconds < 95:
-        return f"about {round(seconds, -1):.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 def cells_in_words(n_cells: int, source: CellSource, match: GeneMatch, n_tokens: float) -> str:

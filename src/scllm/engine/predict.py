@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from scllm._log import log, progress
 from scllm._typing import IntArray
+from scllm._words import time_in_words
 from scllm.data.cells import CellSource
 from scllm.data.checks import warn_of_empty_cells
 from scllm.data.genes import GeneMatch
@@ -26,7 +27,6 @@ from scllm.engine.estimate import (
     expected_seconds,
     flops_per_cell,
     mean_tokens,
-    time_in_words,
 )
 from scllm.engine.loader import Loader
 from scllm.models.base import Batch, CellModel

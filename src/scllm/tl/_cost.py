@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from scllm._log import log
+from scllm._words import time_in_words
 from scllm.data.cells import CellSource
 from scllm.data.genes import GeneMatch
 from scllm.engine.config import TrainConfig
@@ -23,7 +24,6 @@ from scllm.engine.estimate import (
     expected_seconds,
     flops_per_cell,
     mean_tokens,
-    time_in_words,
 )
 from scllm.engine.launch import cropping
 from scllm.models.base import CellModel
