@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from scllm.datasets._census import census
 from scllm.datasets._gene_sets import gene_set
 from scllm.datasets._pancreas import pancreas
 from scllm.datasets._pbmc import pbmc68k
 from scllm.datasets._toy import toy
 
-__all__ = ["gene_set", "pancreas", "pbmc68k", "toy"]
+__all__ = ["census", "gene_set", "pancreas", "pbmc68k", "toy"]
