@@ -14,6 +14,7 @@ __all__ = [
     "cut_history",
     "read_history",
     "read_json",
+    "read_ledger",
     "read_report",
     "write_json",
     "write_report",
@@ -74,6 +75,11 @@ def read_report(path: Path) -> pd.DataFrame | None:
         return None
     report = pd.DataFrame.from_dict(read_json(path), orient="index")
     return report.astype({name: float for name in report if report[name].dtype == object})
+
+
+def read_ledger(path: Path) -> pd.DataFrame | None:
+    """Read the data sets and donors that a model was trained on; ``None`` if they are not known."""
+    return pd.DataFrame(read_json(path)) if path.is_file() else None
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -23,11 +23,11 @@ from scllm.data.encode import (
     ValueEncoder,
     encoder_from_dict,
 )
-from scllm.data.run_files import read_history, read_report
+from scllm.data.run_files import read_history, read_ledger, read_report
 from scllm.data.vocab import Vocab
 from scllm.models.base import CellModel, Checkpoint, HeadSpec, ModelConfig
 from scllm.models.int8 import prepare_int8
-from scllm.models.storage import HUB, from_hub, is_native, load_weights, read_native, read_torch
+from scllm.models.storage import HUB, LEDGER, from_hub, is_native, load_weights, read_native, read_torch
 
 __all__ = [
     "BinEncoder",
@@ -307,7 +307,8 @@ def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> Cel
         heads,
     )
     model = _filled(module, checkpoint, checkpoint.vocab, folder, ignore, config.get("weight_dtype", "float32"))
-    model.report = read_report(folder / "report.json")
+    model.comparison = read_report(folder / "report.json")
+    model.trained_on = read_ledger(folder / LEDGER)
     model.history = read_history(folder / "history.jsonl")
     model.path = folder.absolute()
     return model

@@ -55,8 +55,12 @@ class CellModel(nn.Module):
         Turns counts into token sequences.
     history
         Training history (a DataFrame); ``None`` if the model was not trained with scllm.
-    report
-        Size, speed and agreement before and after :func:`scllm.tl.quantize` or :func:`scllm.tl.prune`.
+    comparison
+        Size, speed and agreement before and after :func:`scllm.tl.quantize` or :func:`scllm.tl.prune`; ``None`` for
+        other models.
+    trained_on
+        Data sets, donors and filters of all cells that the model was trained on, one row each; ``None`` if they are not
+        known.
     weight_dtype
         Data type of the stored weights: ``"float32"``, or the one chosen in :func:`scllm.tl.quantize`.
     path
@@ -91,7 +95,8 @@ class CellModel(nn.Module):
         self.vocab = vocab
         self.encoder = encoder
         self.history: pd.DataFrame | None = None
-        self.report: pd.DataFrame | None = None
+        self.comparison: pd.DataFrame | None = None
+        self.trained_on: pd.DataFrame | None = None
         self.path: Path | None = None
         self.weight_dtype: WeightDtype = "float32"
         self.head_specs: tuple[HeadSpec, ...] = ()
@@ -99,6 +104,11 @@ class CellModel(nn.Module):
         special = torch.zeros(len(vocab), dtype=torch.bool)
         special[torch.from_numpy(vocab.special_ids).long()] = True
         self.register_buffer("is_special", special, persistent=False)
+
+    @property
+    def report(self) -> pd.DataFrame | None:
+        """The ``comparison`` of a compressed model with the original; ``trained_on`` for other models."""
+        return self.trained_on if self.comparison is None else self.comparison
 
     @property
     def blocks(self) -> Sequence[Any]:

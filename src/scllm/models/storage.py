@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from scllm._names import listed
 from scllm.data.encode import encoder_to_dict
-from scllm.data.run_files import append_history, write_report
+from scllm.data.run_files import append_history, write_json, write_report
 from scllm.data.vocab import Vocab
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "gene_list",
     "HUB",
+    "LEDGER",
     "bytes_on_disk",
     "from_hub",
     "is_native",
@@ -50,8 +51,8 @@ __all__ = [
 HUB = "hf://"
 _FORMAT = 1
 _ARRAYS = "extras.npz"
-_REPORT = "report.json"
-_FILES = ("config.json", "vocab.json", "weights.safetensors", "history.jsonl", _REPORT, _ARRAYS)
+_REPORT, LEDGER = "report.json", "trained_on.json"
+_FILES = ("config.json", "vocab.json", "weights.safetensors", "history.jsonl", _REPORT, LEDGER, _ARRAYS)
 
 
 def write_native(model: CellModel, path: Path) -> None:
@@ -83,8 +84,10 @@ def write_native(model: CellModel, path: Path) -> None:
             # missing entries of a line are NaN in the table
             lines = [{k: v for k, v in line.items() if v == v} for line in model.history.to_dict("records")]
             append_history(fresh / "history.jsonl", lines)
-        if model.report is not None:
-            write_report(fresh / _REPORT, model.report)
+        if model.comparison is not None:
+            write_report(fresh / _REPORT, model.comparison)
+        if model.trained_on is not None:
+            write_json(fresh / LEDGER, model.trained_on.to_dict("records"))
         for file in fresh.iterdir():
             _flush(file)
         fresh.chmod(0o755)

@@ -18,6 +18,7 @@ from scllm._names import listed
 from scllm._results import record
 from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.value_kind import is_log_like
+from scllm.tl._ledger import warn_of_seen
 
 __all__ = ["benchmark"]
 
@@ -48,7 +49,8 @@ def benchmark(
         Cells with embeddings in ``obsm`` and labels in ``obs``.
     use_rep
         Keys of the embeddings in ``obsm``, one row of the result each. If ``"X_pca"`` is missing, it is computed (50
-        components of log-normalised counts of all genes) but not written.
+        components of log-normalised counts of all genes) but not written. A warning says how many cells come from
+        donors or data sets that the model of an embedding was trained on.
     key
         Column of ``obs`` with cell types. Cells without a label, and those of classes with fewer than 5 cells, are not
         scored.
@@ -92,6 +94,7 @@ def benchmark(
             name,
             key,
         )
+    _warn_of_seen(adata, names, adata.obs[cells])
     embeddings = {name: _embedding(adata, name) for name in dict.fromkeys(names)}
     truth = scored_classes.cat.codes.to_numpy()
     origin = None if scored_batches is None else scored_batches.cat.codes.to_numpy()
@@ -113,6 +116,13 @@ def _trained_on(adata: AnnData, names: Sequence[str], key: str) -> list[str]:
         return []
     tuned = heads.loc[heads["head"] == key, "embedding"].astype(str)
     return [name for name in dict.fromkeys(names) if name in set(tuned)]
+
+
+def _warn_of_seen(adata: AnnData, names: Sequence[str], obs: pd.DataFrame) -> None:
+    """Warn of each embedding whose model was trained on the data sets or donors of the cells."""
+    ledger = adata.uns.get(_keys.UNS, {}).get("embed", {}).get("trained_on")
+    for name in dict.fromkeys(names) if ledger is not None else ():
+        warn_of_seen(ledger[ledger["embedding"] == name], obs, what=f"the model of obsm[{name!r}]")
 
 
 def _scored_cells(classes: pd.Series, batches: pd.Series | None, key: str) -> NDArray[np.bool_]:

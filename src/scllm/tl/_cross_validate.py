@@ -32,6 +32,7 @@ from scllm.tl._classify import classify
 from scllm.tl._finetune import check_class_weight, finetune
 from scllm.tl._folds import fold_cells, folds_directory, keep_predictions, kept_predictions
 from scllm.tl._inputs import check_layer
+from scllm.tl._ledger import warn_of_seen
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
 from scllm.tl._out_of_fold import check_coverage, check_folds, find_groups, fold_scores, overall_scores
 from scllm.tl._target import Target, find_target
@@ -70,7 +71,7 @@ def cross_validate(
     model
         The model to start from in each fold, or its path. ``None``: the one last recorded on ``adata``. If the model
         was trained on the labels of these cells before, all scores are too high; a warning says so if it has a head on
-        ``key``.
+        ``key``. Another one says how many cells come from donors or data sets that the model was trained on.
     key
         Column of ``obs``: categories, strings and booleans are labels, floats are values. Cells without one are
         ignored.
@@ -140,11 +141,7 @@ def cross_validate(
         check_class_weight(options["class_weight"], [target])
     check_folds(target, groups, n_folds, n_repeats, group_key)
     chosen = resolve(model, adata)
-    if key in chosen.heads_on("cell"):
-        warn(
-            f"The model was already fine-tuned on a column {key!r}. If it was trained on the labels of these cells, "
-            "every score is too high. Pass the pretrained model."
-        )
+    _warn_of_leaks(chosen, key, adata.obs[target.is_there])
     config = options["config"] = options.get("config") or TrainConfig()
     check_layer(cells.source, chosen, layer, adata, downsample=config.downsample or 0.0)
     folds = [_folds(target, groups, n_folds, seed + repeat) for repeat in range(n_repeats)]
@@ -185,6 +182,16 @@ def cross_validate(
     record(adata, "cross_validate", params, table[order], overall=overall, classes=classes)
     remember(adata, chosen)
     return _wide(table)
+
+
+def _warn_of_leaks(model: CellModel, key: str, obs: pd.DataFrame) -> None:
+    """Warn if the model may have been trained on the labels or the donors of these cells."""
+    if key in model.heads_on("cell"):
+        warn(
+            f"The model was already fine-tuned on a column {key!r}. If it was trained on the labels of these cells, "
+            "every score is too high. Pass the pretrained model."
+        )
+    warn_of_seen(model.trained_on, obs)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def embed(
     ``adata.uns["scllm"]["embed"]``
         Settings; ``models``, with one row for each key in ``obsm`` and the hash of its model; and, if a model with
         heads was used, ``heads``, with one row for each key in ``obsm`` and each column of ``obs`` that its model was
-        fine-tuned on.
+        fine-tuned on; and ``trained_on``, with the data sets and donors that the models were trained on, if known.
 
     Examples
     --------
@@ -177,18 +177,23 @@ def embed(
     }
     remember(adata, chosen)
     written = adata.uns[_keys.UNS]["model"]["hash"]
-    models = _of_all(adata, "models", key, "hash", [written])
-    heads = _of_all(adata, "heads", key, "head", list(chosen.heads_on("cell")))
-    record(adata, "embed", params, models=models, heads=heads)
+    models = _of_all(adata, "models", key, pd.DataFrame({"hash": [written]}))
+    heads = _of_all(adata, "heads", key, pd.DataFrame({"head": list(chosen.heads_on("cell"))}, dtype=object))
+    trained_on = _of_all(adata, "trained_on", key, chosen.trained_on)
+    record(adata, "embed", params, models=models, heads=heads, trained_on=trained_on)
     return adata if copy else None
 
 
-def _of_all(adata: AnnData, name: str, key_added: str, column: str, values: list[str]) -> pd.DataFrame | None:
-    """Return the table of all embeddings, in which this one replaces an earlier one with the same key."""
-    earlier = adata.uns.get(_keys.UNS, {}).get("embed", {}).get(name, pd.DataFrame(columns=["embedding", column]))
-    others = earlier[earlier["embedding"] != key_added]
-    found = pd.concat([others, pd.DataFrame({"embedding": key_added, column: values})], ignore_index=True)
-    return found if len(found) else None
+def _of_all(adata: AnnData, name: str, key_added: str, table: pd.DataFrame | None) -> pd.DataFrame | None:
+    """Return a table of all embeddings, in which ``table`` replaces the rows of an earlier one with the same key."""
+    earlier = adata.uns.get(_keys.UNS, {}).get("embed", {}).get(name)
+    parts = [] if table is None else [table.assign(embedding=key_added)]
+    parts += [] if earlier is None else [earlier[earlier["embedding"] != key_added]]
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        return None
+    found = pd.concat(parts[::-1], ignore_index=True)
+    return found[["embedding", *found.columns.drop("embedding")]]
 
 
 def embed_genes(

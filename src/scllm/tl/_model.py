@@ -44,9 +44,9 @@ def resolve(model: ModelLike | None, adata: AnnData | None) -> CellModel:
 
 
 def copy_to_train(model: CellModel) -> CellModel:
-    """Copy a model to the CPU, without its history, report and path, which are not those of what it becomes."""
+    """Copy a model to the CPU, without its history, comparison and path, which are not those of what it becomes."""
     copied = copy.deepcopy(model).cpu()
-    copied.history, copied.report, copied.path = None, None, None
+    copied.history, copied.comparison, copied.path = None, None, None
     return copied
 
 

@@ -17,6 +17,7 @@ from scllm.engine.likelihood import N_ORDERS, gene_nats
 from scllm.engine.predict import predict
 from scllm.models.base import Batch, CellModel
 from scllm.tl._inputs import check_layer
+from scllm.tl._ledger import warn_of_seen
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
 
 __all__ = ["perplexity"]
@@ -59,7 +60,8 @@ def perplexity(
     adata
         Cells by genes, with counts.
     model
-        A gene language model or its path. ``None``: the model last recorded on ``adata``.
+        A gene language model or its path. ``None``: the model last recorded on ``adata``. A warning says how many cells
+        come from donors or data sets that it was trained on.
     key_added
         Column to write.
     layer
@@ -102,6 +104,7 @@ def perplexity(
             f"Expected a gene language model, got a {chosen.family} model, which assigns no likelihood to a token "
             "sequence. Pretrain 'gpt2', 'albert' or 'xlnet'."
         )
+    warn_of_seen(chosen.trained_on, adata.obs)
     source = open_source(adata, layer=layer)
     check_layer(source, chosen, layer, adata)
     match = gene_match(adata, source, chosen)

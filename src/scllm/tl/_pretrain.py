@@ -291,7 +291,7 @@ def _starting_model(
             + (f"Did you mean {close[0]!r}?" if close else "Check the spelling and the working directory.")
         )
     begun = copy.deepcopy(resolve(model, data if isinstance(data, AnnData) else None)).cpu()
-    begun.history, begun.report, begun.path = None, None, None
+    begun.history, begun.comparison, begun.path = None, None, None
     begun.set_heads(())  # after pretraining, the heads would get embeddings that they were not trained on
     if dropout is not None:
         begun.config = replace(begun.config, dropout=dropout)

@@ -74,5 +74,5 @@ def prune(model: ModelLike, *, amount: float = 0.3, structured: bool = False) ->
     else:
         prune_weights(after, amount)
     after.path = None
-    after.report = report(before, after)
+    after.comparison = report(before, after)
     return after

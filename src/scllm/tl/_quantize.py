@@ -68,5 +68,5 @@ def quantize(model: ModelLike, *, dtype: WeightDtype = "int8") -> CellModel:
     after = copy.deepcopy(before).eval()
     to_int8(after, dtype)
     after.path = None
-    after.report = report(before, after)
+    after.comparison = report(before, after)
     return after

@@ -44,6 +44,7 @@ from scllm.engine.tracking import check_tracker
 from scllm.models.base import CellModel
 from scllm.models.storage import is_native
 from scllm.tl._cost import log_trained, log_training
+from scllm.tl._ledger import record_training
 from scllm.tl._model import remember
 
 __all__ = [
@@ -194,7 +195,7 @@ def train(
             log_training(run.path, source, match, model, config, cells, where.device, where.n)
             if run.is_new():
                 with _cleared_on_error(run, made):
-                    _set_up(run, spec, source, model, match, objective, config, cells, where)
+                    _set_up(run, spec, data, source, model, match, objective, config, cells, where)
             elif not run.is_done:
                 _set_up_again(run, spec, source)
     else:
@@ -269,6 +270,7 @@ def check_trainable(model: CellModel, freeze: Freeze) -> None:
 def _set_up(
     run: Run,
     spec: Mapping[str, Any],
+    data: Data,
     source: CellSource,
     model: CellModel,
     match: GeneMatch,
@@ -296,6 +298,7 @@ def _set_up(
                 device=where.device,
                 random_state=seed,
             )
+    model.trained_on = record_training(model.trained_on, spec["verb"], data, source, cells["train"])
     model.save(run.model)
     _store(run, spec, source)
     run.create(spec, cells)
