@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import logging
 import os
 import re
@@ -14,6 +15,8 @@ import sys
 import tarfile
 import threading
 import time
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import anndata as ad
@@ -25,7 +28,7 @@ from messages import naming
 from scipy import sparse
 
 import scllm
-from scllm import datasets
+from scllm import datasets, tl
 from scllm.data.source import open_source
 from scllm.datasets import _download, _soma
 
@@ -194,7 +197,7 @@ def test_zarr_is_version_3_in_shards(mini, tmp_path, small_parts) -> None:
 
 KILLED = """
 import os, signal, sys
-from scllm import datasets
+from scllm import datasets, tl
 from scllm.datasets import _download
 _download.PART, save = 100, _download._save
 def save_and_die(file, matrix):
@@ -287,6 +290,30 @@ def test_a_connection_that_never_answers_is_given_up(monkeypatch) -> None:
         with pytest.raises(FileNotFoundError, match=naming("release.json", "uri=")):
             datasets.census()
         assert time.monotonic() - began < 10
+
+
+def test_an_unknown_release_offers_those_that_there_are(tmp_path, monkeypatch) -> None:
+    (tmp_path / "release.json").write_text(json.dumps({"stable": "2025-01-30", "2025-01-30": {}, "2023-05-15": {}}))
+    serve = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with HTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(_soma, "_RELEASES", f"http://127.0.0.1:{server.server_port}/release.json")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with pytest.raises(KeyError, match=naming("2025-01-31", "2025-01-30", "census_version")):
+            datasets.census(census_version="2025-01-31")
+        server.shutdown()
+
+
+def test_a_model_trained_on_the_file_knows_its_samples(mini, tmp_path) -> None:
+    out = datasets.census(uri=mini, n_cells=100, out=tmp_path / "cells.zarr")
+    config = tl.TrainConfig(steps=1, batch_size=16)
+    model = tl.pretrain(out, size="tiny", validation=0, config=config, run_dir=tmp_path / "run")
+    entry = ad.read_zarr(out).uns["scllm"]["census"]
+    samples = entry["table"].astype({"donor_id": str}).set_index("donor_id")["n_cells"]
+    assert model.report.set_index("donor")["n_cells"].to_dict() == samples.to_dict()
+    assert set(model.report["dataset"]) == {"zheng2017_facs"}
+    assert set(model.report["obs_filter"]) == {entry["params"]["obs_filter"]}
+    assert set(model.report["census_version"]) == {"2026-01-01"}
 
 
 WRONG = {
