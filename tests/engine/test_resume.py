@@ -188,6 +188,19 @@ def test_a_run_with_other_settings_is_an_error_that_names_them_and_changes_nothi
     assert contents(run_dir) == before
 
 
+def test_some_settings_may_change_while_a_run_has_not_finished(toy, tmp_path, caplog):
+    run_dir, before = tmp_path / "run", {"epochs": 2, "dropout": 0.0}
+    interrupted(toy, run_dir, 9, config={"save_every": 3}, **before)
+    pretrain(toy, run_dir, lr=1e-2, config={"clip": None, "log_every": 2}, **before)
+    assert re.search(naming("lr=0.01", 0.0001), caplog.text)
+    assert Run(run_dir).spec["train"]["lr"] == 0.01
+    assert curve(run_dir).query("split == 'train'")["step"].tolist() == [*range(1, 10), 10, 12, 14]
+    # the result does not depend on how often checkpoints were saved, but it does on the learning rate
+    pretrain(toy, run_dir, lr=1e-2, config={"clip": None, "save_every": 5}, **before)
+    with pytest.raises(ValueError, match=naming("train.lr", 0.01, 0.0001)):
+        pretrain(toy, run_dir, config={"clip": None}, **before)
+
+
 def test_a_run_that_is_done_is_returned_at_once(toy, tmp_path):
     run_dir = tmp_path / "run"
     first = pretrain(toy, run_dir, epochs=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
@@ -20,9 +22,7 @@ GeneInit = Literal["svd", "random"]
 
 # smallest value of each setting
 _LEAST = {
-    **dict.fromkeys(
-        ("batch_size", "epochs", "steps", "accumulate", "log_every", "save_every", "patience", "max_len"), 1
-    ),
+    **dict.fromkeys(("batch_size", "epochs", "steps", "accumulate", "log_every", "patience", "max_len"), 1),
     **dict.fromkeys(("warmup", "weight_decay", "max_restarts", "random_state"), 0),
 }
 # settings above 0, and settings from 0 to below 1, each with advice
@@ -32,6 +32,7 @@ _POSITIVE = {
     "layer_decay": "Pass 1 to use the same learning rate in all blocks.",
     "clip": "Pass None for no limit.",
 }
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
 _BELOW_ONE = {"label_smoothing": "A common value is 0.1.", "downsample": "Pass 0 to train on all counts."}
 
 
@@ -93,7 +94,8 @@ class TrainConfig:
     log_every
         Number of steps between two lines of the history.
     save_every
-        Number of steps between two checkpoints; ``None``: one checkpoint per epoch.
+        Number of steps between two checkpoints, or time (``"30s"``, ``"10min"``, ``"2h"``). There is one at the end of
+        each epoch too; ``None``: only those.
     use_dropout
         Whether to use the model's dropout in training. ``None``: yes in pretraining and in :func:`finetune` of scbert,
         no in all other fine-tuning, where heads are initialised on embeddings without dropout.
@@ -145,7 +147,7 @@ class TrainConfig:
     logger: Logger | None = None
     random_state: int | None = None
     log_every: int = 1
-    save_every: int | None = None
+    save_every: int | str | None = "10min"
     use_dropout: bool | None = None
     head_reads: HeadSetting | None = None
     label_smoothing: float = 0.0
@@ -154,7 +156,12 @@ class TrainConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        n_steps, _ = self.save_interval()
+        if n_steps is not None:
+            object.__setattr__(self, "save_every", n_steps)  # a plain number
         for name, hint in get_type_hints(type(self)).items():
+            if name == "save_every":
+                continue  # checked above
             value, kinds = getattr(self, name), get_args(hint)
             if value is None and type(None) in kinds:
                 continue
@@ -172,6 +179,21 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"Expected {name} of at least 0 and below 1, got {value}. {advice}")
+
+    def save_interval(self) -> tuple[int | None, float]:
+        """Return ``save_every`` as a number of steps (``None`` if it is a time), and as seconds."""
+        every = self.save_every
+        if every is None:
+            return None, math.inf
+        if isinstance(every, Integral) and not isinstance(every, bool) and every > 0:
+            return int(every), math.inf
+        time = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h)", every) if isinstance(every, str) else None
+        if time is None or float(time[1]) == 0:
+            raise ValueError(
+                f"Expected save_every to be a number of steps of at least 1 or a time such as '10min', got {every!r}. "
+                "Pass None for one checkpoint per epoch."
+            )
+        return None, float(time[1]) * _SECONDS[time[2]]
 
     def merged(self, given: Mapping[str, Any]) -> TrainConfig:
         """Return a copy with the arguments of a function; a setting given in both places is a ``TypeError``."""

@@ -26,6 +26,7 @@ from scllm.engine.objectives import Loss, Objective
 from scllm.engine.optim import learning_rate, optimizer, train_mode
 from scllm.engine.replicas import averaging, loss_module
 from scllm.engine.run import Run
+from scllm.engine.saving import Saving
 from scllm.kernels.draws import mix
 from scllm.models.base import Batch, CellModel
 from scllm.models.pruning import pruned_weights
@@ -76,8 +77,9 @@ def fit(
     saved = step
     if from_start and validation is not None and step == 0:
         best = _judge_start(model, validation, objective, precision, run, track)
-    quiet = not show_progress()
-    with tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=quiet, leave=False) as bar:
+    quiet, saving = not show_progress(), Saving(config)
+    bar = tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=quiet, leave=False)
+    with bar, saving.listening():
         while step < n_steps and (config.patience is None or since_best < config.patience):
             epoch = step // per_epoch
             train_mode(model)  # because validation at the end of an epoch switches to evaluation mode
@@ -87,7 +89,7 @@ def fit(
                 for parts in islice(read, n_steps - step):
                     waited = time.perf_counter() - began
                     lr = learning_rate(step, epoch, n_steps, config)
-                    totals, norm = updates.update(parts, step, lr, saved)
+                    totals, norm = updates.update(parts, step, lr, saved, asked=saving.is_asked)
                     step += 1
                     speed = _speed(totals, time.perf_counter() - began, waited, model.device)
                     means = totals.means
@@ -112,10 +114,11 @@ def fit(
                         say(text, epoch + 1, n_epochs, step, n_steps, means["loss"], validated)
                     if rank == 0:
                         _log_lines(run, lines, track)
-                    if ends or (config.save_every and step % config.save_every == 0):
+                    if ends or saving.is_due(step, asked=totals.asked):
                         standing = {"step": step, "best": best, "since_best": since_best}
                         _save(run, updates, standing, is_best=ends and since_best == 0)
                         saved = step
+                        saving.saved()
                     bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
                     bar.update()
                     began = time.perf_counter()
@@ -134,11 +137,14 @@ class _Updates:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.pruned = pruned_weights(model)
 
-    def update(self, parts: Sequence[Batch], step: int, lr: float, saved: int) -> tuple[_Totals, float]:
-        """Take one step on this rank's cells; return sums over all ranks, and the gradient's norm before clipping."""
+    def update(self, parts: Sequence[Batch], step: int, lr: float, saved: int, *, asked: bool) -> tuple[_Totals, float]:
+        """Take one step on this rank's cells; return sums over all ranks, and the gradient's norm before clipping.
+
+        ``asked`` says whether this rank asks for a checkpoint.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        totals = self._gradients(parts, step)
+        totals = self._gradients(parts, step, asked)
         gradients = [cast(Tensor, weight.grad) for weight in self.trained]
         self.scaler.unscale_(self.optimizer)
         # gradients are averaged over ranks, and their count is summed
@@ -159,7 +165,7 @@ class _Updates:
         self.optimizer.zero_grad(set_to_none=True)
         return totals, float(norm)
 
-    def _gradients(self, parts: Sequence[Batch], step: int) -> _Totals:
+    def _gradients(self, parts: Sequence[Batch], step: int, asked: bool) -> _Totals:
         """Average gradients of the summed loss over ranks; return sums over all ranks."""
         self.model.at_step(step, self.config.random_state or 0)
         sums = _Sums(self.objective.logs(self.model), self.device)
@@ -174,7 +180,7 @@ class _Updates:
         for weight in self.trained:
             # heads without labels contribute zeros
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        return sums.reduced()
+        return sums.reduced(asked)
 
     def state(self) -> dict[str, Any]:
         """Return the state to resume from; if the model is sharded, all ranks must call this."""
@@ -290,6 +296,7 @@ class _Totals:
     count: float
     n_cells: int
     n_tokens: int
+    asked: bool  # whether a rank asks for a checkpoint
 
 
 def _speed(totals: _Totals, seconds: float, waited: float, device: torch.device) -> dict[str, float]:
@@ -330,11 +337,11 @@ class _Sums:
         self.n_cells += batch.n_cells
         self.n_tokens += len(batch.genes)
 
-    def reduced(self) -> _Totals:
+    def reduced(self, asked: bool = False) -> _Totals:
         """Sum over ranks."""
-        sizes = self.count.new_tensor([self.n_cells, self.n_tokens])
+        sizes = self.count.new_tensor([self.n_cells, self.n_tokens, asked])
         flat = torch.cat([torch.stack([*self.sums.values(), self.count]), sizes])
         ranks.sum_over_ranks(flat)
-        *sums, count, n_cells, n_tokens = flat.tolist()
+        *sums, count, n_cells, n_tokens, n_asked = flat.tolist()
         means = {name: value / max(count, 1) for name, value in zip(self.sums, sums, strict=True)}
-        return _Totals(means, count, int(n_cells), int(n_tokens))
+        return _Totals(means, count, int(n_cells), int(n_tokens), n_asked > 0)

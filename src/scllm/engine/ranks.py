@@ -47,7 +47,8 @@ def joined(device: torch.device) -> Iterator[None]:
         yield
         return
     # torchrun stops its workers if it is terminated, but not if it is killed
-    tie_to_parent()
+    # not by SIGTERM, after which a rank goes on to a checkpoint, and may wait for others that are no longer there
+    tie_to_parent(signal.SIGKILL)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # if a rank is lost, the others must end within minutes, not after the default half hour
@@ -59,7 +60,7 @@ def joined(device: torch.device) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def tie_to_parent() -> None:
-    """End this process as soon as its parent ends, for whatever reason (Linux only)."""
+def tie_to_parent(number: signal.Signals) -> None:
+    """Send this process a signal as soon as its parent ends, for whatever reason (Linux only)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PDEATHSIG, number)

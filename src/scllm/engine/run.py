@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from scllm._log import log
 from scllm.data.fingerprint import same_matrix
 from scllm.data.run_files import read_history, read_json, write_json
 
@@ -24,7 +25,10 @@ __all__ = ["Run"]
 
 # fields of the spec that may differ when a run is resumed
 _FREE = ("versions", "processes", "data_reference", "data_stamp")
-
+# training settings that may differ too, because the result does not depend on them, and others that may while a run has
+# not finished
+_FREE_SETTINGS = ("save_every", "log_every", "max_restarts", "compile", "checkpointing")
+_CHANGEABLE_SETTINGS = ("lr", "clip", "precision")
 
 # seconds that the processes of a run that has just been killed may need to end
 _PATIENCE = 5.0
@@ -108,9 +112,14 @@ class Run:
         for name in ("spec.json", ".spec.json.new", "cells.npz", ".lock"):
             (self.path / name).unlink(missing_ok=True)
 
-    def refer_to(self, reference: Any, stamp: str | None) -> None:
-        """Update where other processes find the data, and when those files were written."""
-        write_json(self.path / "spec.json", self.spec | {"data_reference": reference, "data_stamp": stamp})
+    def resume_with(self, spec: Mapping[str, Any]) -> None:
+        """Update the settings that may change, and where other processes find the data."""
+        before = self.spec
+        changed = [name for name in _CHANGEABLE_SETTINGS if spec["train"][name] != before["train"][name]]
+        for name in changed:
+            log.info("resuming with %s=%s (%s so far)", name, spec["train"][name], before["train"][name])
+        taken = {name: spec[name] for name in ("train", "data_reference", "data_stamp")}
+        write_json(self.path / "spec.json", before | taken)
 
     def is_new(self) -> bool:
         """Return whether nothing has been written here yet."""
@@ -121,7 +130,9 @@ class Run:
         # converted through JSON, because tuples come back as lists
         ours = _flat({k: v for k, v in json.loads(json.dumps(spec)).items() if k not in _FREE})
         theirs = _flat({k: v for k, v in self.spec.items() if k not in _FREE})
-        different = sorted(name for name in {*ours, *theirs} if not _agree(name, ours.get(name), theirs.get(name)))
+        settings = _FREE_SETTINGS if self.is_done else _FREE_SETTINGS + _CHANGEABLE_SETTINGS
+        compared = {*ours, *theirs} - {f"train.{name}" for name in settings}
+        different = sorted(name for name in compared if not _agree(name, ours.get(name), theirs.get(name)))
         if different:
             seen = "; ".join(
                 f"{name} was {_cut(theirs.get(name))}, now {_cut(ours.get(name))}" for name in different[:6]

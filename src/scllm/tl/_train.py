@@ -307,11 +307,11 @@ def _set_up(
 
 
 def _set_up_again(run: Run, spec: Mapping[str, Any], source: CellSource) -> None:
-    """Update where the run finds its data, which may have moved since the run was created."""
+    """Update settings that may change, and where the run finds its data, which may have moved since it was created."""
     run.check(spec)
     if spec["data_reference"] != run.spec["data_reference"]:
         _store(run, spec, source)
-        run.refer_to(spec["data_reference"], spec["data_stamp"])
+    run.resume_with(spec)
 
 
 def _store(run: Run, spec: Mapping[str, Any], source: CellSource) -> None:
