@@ -10,7 +10,6 @@ import torch
 
 from scllm.engine.device import autocast
 from scllm.engine.loader import Loader
-from scllm.metrics import temperature
 from scllm.models.base import CellModel
 
 __all__ = ["calibrate"]
@@ -24,6 +23,9 @@ _MAX_CELLS = 10_000  # all other processes wait during calibration
 @torch.no_grad()
 def calibrate(model: CellModel, validation: Loader, precision: str) -> None:
     """Set the temperature of each classification head, in place (Guo et al. 2017)."""
+    # scikit-learn takes a second to import, in every process of a run; only this function needs it
+    from scllm.metrics import temperature
+
     if len(validation.rows) > _MAX_CELLS:
         chosen = np.random.default_rng(validation.seed).choice(validation.rows, _MAX_CELLS, replace=False)
         validation = replace(validation, rows=np.sort(chosen))
