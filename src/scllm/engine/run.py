@@ -119,7 +119,8 @@ class Run:
         for name in changed:
             log.info("resuming with %s=%s (%s so far)", name, spec["train"][name], before["train"][name])
         taken = {name: spec[name] for name in ("train", "data_reference", "data_stamp")}
-        write_json(self.path / "spec.json", before | taken)
+        if before | taken != before:
+            write_json(self.path / "spec.json", before | taken)
 
     def is_new(self) -> bool:
         """Return whether nothing has been written here yet."""
