@@ -160,6 +160,8 @@ def test_weights_of_a_run_that_has_not_finished_can_be_loaded(run_dir):
 def test_a_checkpoint_that_is_not_there_or_has_another_name_is_an_error(run_dir):
     with pytest.raises(ValueError, match=naming("'newest'", "best", "last")):
         scllm.models.load(run_dir, checkpoint="newest")
+    with pytest.raises(ValueError, match=naming("vocab=", "checkpoint=")):
+        scllm.models.load(run_dir, checkpoint="last", vocab=["gene_1"])
     with pytest.raises(ValueError, match=naming(run_dir / "model", "spec.json")):
         scllm.models.load(run_dir / "model", checkpoint="last")
     (run_dir / "last.pt").unlink()

@@ -112,7 +112,7 @@ def _means(source: CellSource, match: GeneMatch, rows: IntArray, n_tokens: int) 
 
 
 def _lacking(match: GeneMatch, cells: IntArray) -> tuple[NDArray[np.bool_], FloatArray]:
-    """Say which measured genes each file lacks, ``(files, genes)``, and which file each cell is from."""
+    """Return which measured genes each file lacks, ``(files, genes)``, and each cell's file, ``(b, files)``."""
     by_file = match.by_file(cells)
     lacking = np.array([~np.isin(match.measured, file.measured) for file, _ in by_file])
     of_cell = np.zeros((len(cells), len(by_file)))

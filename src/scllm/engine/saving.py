@@ -23,8 +23,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class Saving:
     """Decides after which steps a run saves a checkpoint.
 
-    After SIGTERM, the run saves a checkpoint at the end of the step and then ends as it would have done at once. After
-    SIGUSR1, it saves one and goes on.
+    After SIGTERM, the run finishes its step, saves a checkpoint, and then lets the signal take its usual effect, which
+    is to end the process. After SIGUSR1, it saves a checkpoint and continues.
     """
 
     def __init__(self, config: TrainConfig) -> None:

@@ -193,6 +193,11 @@ def load(
     if isinstance(path, CellModel):
         return path
     if checkpoint is not None:
+        if vocab is not None or medians is not None or part is not None:
+            raise ValueError(
+                "Expected no vocab=, medians= or part= with checkpoint=, because a run that scllm wrote contains them. "
+                "Leave them out."
+            )
         return _load_unfinished(Path(path), checkpoint, family)
     folder = _folder(from_hub(str(path)) if str(path).startswith(HUB) else Path(path))
     if family is None or is_native(folder):

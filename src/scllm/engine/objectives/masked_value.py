@@ -141,7 +141,7 @@ class MaskedValue:
 def _weight(masked: Tensor, asked: Tensor, n_cells: int) -> Tensor:
     """Weight the genes asked of each cell's embedding so that they count as much as its masked genes.
 
-    The weight depends on the cell alone: losses of micro-batches then add up to that of the batch.
+    The weight depends only on the cell, so losses of micro-batches add up to that of the batch.
     """
-    share = torch.bincount(masked, minlength=n_cells) / torch.bincount(asked, minlength=n_cells).clamp(min=1)
-    return share[asked]
+    weight = torch.bincount(masked, minlength=n_cells) / torch.bincount(asked, minlength=n_cells).clamp(min=1)
+    return weight[asked]
