@@ -209,6 +209,9 @@ def _log_estimate(experiment: Experiment, drawn: _Drawn) -> None:
     n_values = first.nnz * n / len(probe) if drawn.n_values is None else drawn.n_values
     log.info(
         "downloading %s cells of %d %s, %s in memory, %s",
-        f"{n:,}", len(drawn.samples), "sample" if len(drawn.samples) == 1 else "samples",
-        size_in_words(_BYTES * n_values), time_in_words(seconds),
-    )  # fmt: skip
+        f"{n:,}",
+        len(drawn.samples),
+        "sample" if len(drawn.samples) == 1 else "samples",
+        size_in_words(_BYTES * n_values),
+        time_in_words(seconds),
+    )

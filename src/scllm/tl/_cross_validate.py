@@ -263,11 +263,13 @@ class _Cells:
             "options": {name: str(value) for name, value in options.items() if name not in free},
             "classes": self.target.classes,
             "data": {
-                "fingerprint": self.fingerprint, "layer": self.layer, "cells": hash_cells(cells),
+                "fingerprint": self.fingerprint,
+                "layer": self.layer,
+                "cells": hash_cells(cells),
                 "tokens": hash_match(gene_match(self.adata, self.source, model, **matching)),
                 **matching,
             },
-        }  # fmt: skip
+        }
 
     def _predicted(
         self, model: CellModel, training: IntArray, tested: IntArray, options: dict[str, Any], run_dir: Path
@@ -371,17 +373,25 @@ def _folds(target: Target, groups: IntArray | None, n_folds: int, seed: int) -> 
     there = np.flatnonzero(target.is_there)
     fold = np.full(len(target.column), -1)
     fold[there] = fold_cells(
-        len(there), n_folds, codes=None if target.classes is None else target.column[there],
-        groups=None if groups is None else groups[there], random_state=seed,
-    )  # fmt: skip
+        len(there),
+        n_folds,
+        codes=None if target.classes is None else target.column[there],
+        groups=None if groups is None else groups[there],
+        random_state=seed,
+    )
     return fold
 
 
 def _log_scores(tables: list[pd.DataFrame], number: int, n: int) -> None:
     """Log the first metric of each method on a fold."""
     scores = [table.iloc[0] for table in tables]
-    log.info("fold %d of %d: %s %s", number, n, scores[0]["metric"],
-             ", ".join(f"{score['value']:.3f} ({score['method']})" for score in scores))  # fmt: skip
+    log.info(
+        "fold %d of %d: %s %s",
+        number,
+        n,
+        scores[0]["metric"],
+        ", ".join(f"{score['value']:.3f} ({score['method']})" for score in scores),
+    )
 
 
 def _wide(table: pd.DataFrame) -> pd.DataFrame:
