@@ -51,8 +51,8 @@ def census(
     """Draw whole samples of cells with raw counts from the CZ CELLxGENE Census.
 
     A sample is all cells of a donor within a data set that pass the filter. Samples are drawn at random without passing
-    ``n_cells``; one that no longer fits is passed over. Whole samples keep the composition of each sample, and allow to
-    hold out donors that no trained model has seen.
+    ``n_cells``; one that no longer fits is skipped. Whole samples keep their mix of cell types, and whole donors can
+    later be held out.
 
     A cell can be in several data sets of the Census. Only its primary copy is read, unless ``obs_filter`` names
     ``is_primary_data`` itself.
