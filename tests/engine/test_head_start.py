@@ -23,6 +23,7 @@ from scllm.engine.collapse import CollapseWatch
 from scllm.engine.head_start import start_heads
 from scllm.engine.objectives import Label
 from scllm.engine.predict import predict
+from scllm.engine.spec import Cells
 from scllm.models.base import HeadSpec
 from scllm.tl._model import gene_match
 
@@ -47,9 +48,10 @@ def model(request, cells):
 def started(model, cells, rows, targets=None, **changed):
     tuned = copy.deepcopy(model)
     source = open_source(cells)
-    targets = targets or {"label:cell_type": cells.obs["cell_type"].cat.codes.to_numpy().astype(np.int64)}
-    options = {"weights": None, "device": "cpu", "random_state": 0} | changed
-    start_heads(tuned, source, gene_match(cells, source, tuned), rows, Label(), targets, **options)
+    targets = targets or {"cell_type": cells.obs["cell_type"].cat.codes.to_numpy().astype(np.int64)}
+    options = {"device": "cpu", "random_state": 0} | changed
+    trained = Cells(rows, rows[:0], targets, options.pop("weights", None))
+    start_heads(tuned, source, gene_match(cells, source, tuned), trained, Label(), **options)
     return tuned
 
 
@@ -84,7 +86,7 @@ def test_a_linear_head_is_the_logistic_regression_of_states_whitened_within_labe
     model.set_heads([HeadSpec("cell_type", tuple(labels.categories), pooling="ranked", reads="both")])
     rows, missing = np.arange(300), np.arange(400) % 3 == 0
     column = np.where(missing, -1, labels.codes).astype(np.int64)
-    tuned = started(model, cells, rows, {"label:cell_type": column})
+    tuned = started(model, cells, rows, {"cell_type": column})
     logits = outputs(tuned, cells, lambda replica, batch: replica.head_outputs(batch)["cell_type"])
     states = outputs(model, cells, lambda replica, batch: replica.head_inputs(batch)).astype(np.float64)
     known = rows[~missing[rows]]
@@ -117,9 +119,9 @@ def test_several_heads_are_initialised_like_each_one_alone(cells, most, monkeypa
     codes = cells.obs["cell_type"].cat.codes.to_numpy().astype(np.int64)
     depth = np.log(np.asarray(cells.X.sum(1)).ravel()).astype(np.float32)
     columns = {
-        "label:type": np.where(np.arange(400) % 3 == 0, -1, codes),
-        "label:few": np.where(np.arange(400) < 20, codes, -1),  # labels of ten training cells
-        "label:depth": np.where(np.arange(400) % 5 == 1, np.nan, depth).astype(np.float32),
+        "type": np.where(np.arange(400) % 3 == 0, -1, codes),
+        "few": np.where(np.arange(400) < 20, codes, -1),  # labels of ten training cells
+        "depth": np.where(np.arange(400) % 5 == 1, np.nan, depth).astype(np.float32),
     }
     read = {"pooling": "ranked", "reads": "both"}
     specs = [HeadSpec("type", tuple("abcd"), **read), HeadSpec("few", tuple("abcd"), **read)]

@@ -12,12 +12,18 @@ from messages import naming
 import scllm
 from scllm.data import genes
 from scllm.data.source import open_source
-from scllm.engine.config import TrainConfig
+from scllm.engine.config import Settings, TrainConfig
 from scllm.engine.loader import Loader
 from scllm.engine.optim import freeze, learning_rate, optimizer, train_mode
 from scllm.models.base import Batch, HeadSpec
 
 SETTINGS = TrainConfig(lr=1e-2, epochs=2, batch_size=40)
+
+
+def resolved(**given) -> Settings:
+    """Settings with defaults in place of what is not given."""
+    rest = {"batch_size": 40, "warmup": 0, "schedule": "step", "precision": "fp32", "downsample": 0.0}
+    return Settings(**rest | {"gene_init": "random", "use_dropout": True, "random_state": 0} | given)
 
 
 @pytest.fixture
@@ -122,7 +128,7 @@ def scales(model, config):
 
 def test_earlier_blocks_have_a_lower_learning_rate(model):
     model.set_heads([HeadSpec("cell_type", ("a", "b"))])
-    found = {name: scale for name, (scale, _) in scales(model, TrainConfig(lr=1.0, layer_decay=0.5)).items()}
+    found = {name: scale for name, (scale, _) in scales(model, resolved(lr=1.0, layer_decay=0.5)).items()}
     depths = {"heads.": 1, "decoder.": 1, "layers.1.": 0.5, "layers.0.": 0.25, "gene_": 0.125}
     depths["value_embedding."] = 0.125
     for start, scale in depths.items():
@@ -135,13 +141,13 @@ def test_frozen_weights_are_in_no_group(model):
 
 
 def test_only_matrices_decay(model):
-    found = scales(model, TrainConfig(lr=1.0, weight_decay=0.1))
+    found = scales(model, resolved(lr=1.0, weight_decay=0.1))
     for name, weight in model.named_parameters():
         assert found[name][1] == (0.1 if weight.ndim == 2 and name != "gene_embedding.weight" else 0), name
 
 
 def curve(n_steps, per_epoch, **settings):
-    config = TrainConfig(lr=2.0, **settings)
+    config = resolved(lr=2.0, **settings)
     return np.array([learning_rate(step, step // per_epoch, n_steps, config) for step in range(n_steps)])
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,9 @@ from messages import naming
 
 import scllm
 from scllm.data.run_files import write_json
-from scllm.engine.launch import continue_run, launch
+from scllm.engine.launch import launch
 from scllm.engine.run import Run
+from scllm.engine.worker import continue_run
 
 # 84 steps, because on a busy machine a run gets far before a test notices that it has reached a step
 LONG = {"epochs": 12, "dropout": 0.2, "config": {"save_every": 3}}
@@ -141,7 +143,7 @@ def killed(toy, tmp_path):
 def test_a_run_can_be_resumed_after_its_data_were_moved(killed, tmp_path):
     pretrain((tmp_path / "toy.h5ad").rename(tmp_path / "moved.h5ad"), killed, **LONG)
     # other processes look for the data there
-    assert Run(killed).spec["data_reference"] == str(tmp_path / "moved.h5ad")
+    assert Run(killed).spec.data_reference == str(tmp_path / "moved.h5ad")
 
 
 def test_a_run_cannot_be_resumed_with_other_cells(toy, killed, tmp_path):
@@ -193,7 +195,7 @@ def test_some_settings_may_change_while_a_run_has_not_finished(toy, tmp_path, ca
     interrupted(toy, run_dir, 9, config={"save_every": 3}, **before)
     pretrain(toy, run_dir, lr=1e-2, config={"clip": None, "log_every": 2}, **before)
     assert re.search(naming("lr=0.01", 0.0001), caplog.text)
-    assert Run(run_dir).spec["train"]["lr"] == 0.01
+    assert Run(run_dir).spec.train.lr == 0.01
     logged = set(curve(run_dir).query("split == 'train'")["step"])
     assert {*range(1, 10), 14} <= logged
     assert 13 not in logged
@@ -244,7 +246,9 @@ def test_a_run_that_began_without_loss_scaling_can_be_resumed_in_half_precision(
     run = Run(tmp_path / "run")
     interrupted(toy, run.path, 9, **LONG)
     # as with precision='auto' on another device
-    write_json(run.path / "spec.json", run.spec | {"train": run.spec["train"] | {"precision": "fp16", "epochs": 3}})
+    spec = run.spec
+    spec = replace(spec, train=replace(spec.train, precision="fp16", epochs=3))
+    write_json(run.path / "spec.json", spec.to_json())
     with caplog.at_level("INFO", logger="scllm"):
         continue_run(run, device="cpu")
     assert re.search(naming("fp16", "fp32"), caplog.text)
@@ -254,9 +258,11 @@ def test_a_run_that_began_without_loss_scaling_can_be_resumed_in_half_precision(
 
 def test_long_settings_are_cut_in_the_message(toy, tmp_path):
     run = Run(tmp_path / "run")
-    run.create({"heads": [f"type {i}" for i in range(100)], "lr": 1}, {})
-    with pytest.raises(ValueError, match=r"\(heads was .{60}, now .{60}; lr was 1, now 2\)"):
-        run.check({"heads": [f"other {i}" for i in range(100)], "lr": 2})
+    pretrain(toy, run.path, epochs=1)
+    spec = replace(run.spec, heads=[f"type {i}" for i in range(100)])
+    write_json(run.path / "spec.json", spec.to_json())
+    with pytest.raises(ValueError, match=r"\(heads was .{60}, now .{60}; verb was 'pretrain', now 'finetune'\)"):
+        run.check(replace(spec, heads=[f"other {i}" for i in range(100)], verb="finetune"))
 
 
 def test_resume_can_be_required_or_forbidden(toy, tmp_path):

@@ -82,7 +82,7 @@ def test_labels_are_the_classes_that_occur(adata, tune, column):
     names = list(dict.fromkeys(map(str, column)))
     tuned = tune("label")
     assert set(tuned.head_specs[0].classes) == set(names)
-    codes = cells_of(tuned)["obs:label:label"]
+    codes = cells_of(tuned)["target:label"]
     assert [tuned.head_specs[0].classes[code] for code in codes] == list(map(str, column))
 
 
@@ -219,7 +219,7 @@ def test_labels_of_only_validation_cells_cause_a_warning(adata, tune):
     assert spec_of(tuned)["objective"]["class_weight"]["label"] == [1.0, 1.0, 0.0]
     # Only the other eight cells are validated.
     assert tuned.head_specs[0].classes == ("A", "B", "rare")
-    labels = cells_of(tuned)["obs:label:label"]
+    labels = cells_of(tuned)["target:label"]
     assert labels[:4].tolist() == [-1] * 4
     assert (labels[4:] >= 0).all()
 
@@ -258,7 +258,7 @@ def test_a_warning_points_at_the_line_that_called(adata, tiny, tmp_path):
 def test_rare_labels_are_drawn_as_often_as_common_ones(adata, tune):
     adata.obs["label"] = ["rare"] * 6 + ["common"] * 54
     cells = cells_of(tune("label", upsample=True, validation=0))
-    codes = cells["obs:label:label"][cells["train"]]
+    codes = cells["target:label"][cells["train"]]
     reads = [plan(60, 16, seed=0, epoch=epoch, weights=cells["weights"]) for epoch in range(40)]
     drawn = np.concatenate([codes[read.rows] for epoch in reads for read in epoch])
     assert len(drawn) == 40 * 60

@@ -81,8 +81,8 @@ def test_worker_processes_and_resumes_use_the_settings_of_the_run(named, tmp_pat
     options = {"epochs": 1, "device": "cpu", "n_procs": 2, "run_dir": tmp_path / "run", "min_coverage": 0.1}
     trained = scllm.tl.pretrain(tmp_path / "a.h5ad", few, gene_key="other", **options)
     assert Run(tmp_path / "run").is_done
-    data = Run(tmp_path / "run").spec["data"]
-    assert (data["gene_key"], data["min_coverage"]) == ("other", 0.1)
+    data = Run(tmp_path / "run").spec.data
+    assert (data.gene_key, data.min_coverage) == ("other", 0.1)
     again = scllm.tl.pretrain(tmp_path / "a.h5ad", few, gene_key="other", **options)
     assert again.hash() == trained.hash()
     with pytest.raises(ValueError, match=naming("data.min_coverage", 0.1, 0.05)):

@@ -180,9 +180,9 @@ def test_other_processes_train_on_raw_too(adata, as_counts, tmp_path, kind):
     )
     assert model.vocab.genes == tuple(as_counts.var_names)
     spec = scllm.engine.run.Run(tmp_path / "run").spec
-    assert spec["data"]["layer"] == "raw"
-    assert (spec["data_reference"] is None) == (kind == "memory")
-    assert spec["data"]["fingerprint"] == fingerprint(open_source(adata, layer="raw"))
+    assert spec.data.layer == "raw"
+    assert (spec.data_reference is None) == (kind == "memory")
+    assert spec.data.fingerprint == fingerprint(open_source(adata, layer="raw"))
 
 
 @pytest.mark.filterwarnings("ignore:after the first epoch")

@@ -14,9 +14,9 @@ from forms import by_name
 from scllm import datasets, models, tl
 from scllm.data.matching import match_source
 from scllm.data.source import open_source
-from scllm.engine.launch import continue_run
 from scllm.engine.objectives import MaskedExpression, MaskedValue
 from scllm.engine.run import Run
+from scllm.engine.worker import continue_run
 from scllm.models.batch import Batch, Measured
 
 FAMILIES = ("scgpt", "geneformer", "scbert", "scfoundation", "gpt2", "albert", "xlnet")

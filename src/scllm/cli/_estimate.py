@@ -7,29 +7,25 @@ from os import PathLike
 from scllm._words import time_in_words
 from scllm.engine.launch import cluster_command
 from scllm.tl._cost import training_cost
-from scllm.tl._pretrain import Prepared
-from scllm.tl._train import warn_of_unread_cells
+from scllm.tl._train import Training, warn_of_unread_cells
 
 __all__ = ["what_would_run"]
 
 
-def what_would_run(begun: Prepared, run_dir: str | PathLike[str] | None) -> str:
+def what_would_run(begun: Training, run_dir: str | PathLike[str] | None) -> str:
     """Describe the model, cells, floating-point operations and time, and give the command for a cluster."""
-    model, config, where = begun.model, begun.config, begun.where
-    training = begun.cells["train"]
-    assert config.batch_size is not None
-    match = begun.match()
-    warn_of_unread_cells(begun.source, match, training)
-    cost = training_cost(begun.source, match, model, config, begun.cells, where.device, where.n)
-    n_epochs = cost.n_steps / -(-len(training) // config.batch_size)
+    model, config, where, cells = begun.model, begun.settings, begun.where, begun.cells
+    warn_of_unread_cells(begun.source, begun.match, cells.train)
+    cost = training_cost(begun)
+    n_epochs = cost.n_steps / config.steps_per_epoch(len(cells.train))
     each = f"{cost.flops_per_cell / 1e9:.3g} GFLOP per cell of {cost.n_tokens:,.0f} tokens"
     lines = [
         repr(model),
-        f"  cells       {len(training):,} for training, {len(begun.cells['validation']):,} for validation",
+        f"  cells       {len(cells.train):,} for training, {len(cells.validation):,} for validation",
         f"  steps       {cost.n_steps:,} of {config.batch_size} cells ({n_epochs:.1f} epochs)",
         f"  processes   {where.n} on {where.device}, {cost.precision}",
         f"  cost        {each}, {time_in_words(cost.seconds)}",
         "To use several machines, let this command write the run directory, then run on each of them:",
-        f"  {cluster_command(run_dir or 'RUN_DIR', where.n)}",
+        f"  {cluster_command(run_dir or 'RUN_DIR', where.n, begun.family)}",
     ]
     return "\n".join(lines)

@@ -56,13 +56,12 @@ def _architecture(model: CellModel) -> list[tuple[str, str]]:
 
 def _progress(run: Run) -> list[tuple[str, str]]:
     spec, cells, history = run.spec, run.cells, run.table()
-    settings, n_cells = spec["train"], len(cells["train"])
-    per_epoch = -(-n_cells // settings["batch_size"])
-    n_steps = settings["steps"] or per_epoch * settings["epochs"]
+    n_cells = len(cells.train)
+    per_epoch, n_steps = spec.train.steps_per_epoch(n_cells), spec.train.n_steps(n_cells)
     step = 0 if history is None else int(history["step"].max())
     lines = [
-        ("run", f"{spec['verb']}, {'finished' if run.is_done else 'not finished: resume it with `scllm run`'}"),
-        ("cells", f"{n_cells:,} for training, {len(cells['validation']):,} for validation"),
+        ("run", f"{spec.verb}, {'finished' if run.is_done else 'not finished: resume it with `scllm run`'}"),
+        ("cells", f"{n_cells:,} for training, {len(cells.validation):,} for validation"),
         ("steps", f"{step:,} of {n_steps:,}"),
         ("epochs", f"{step / per_epoch:.1f} of {n_steps / per_epoch:.1f}"),
     ]
@@ -70,4 +69,4 @@ def _progress(run: Run) -> list[tuple[str, str]]:
     if found is not None and len(found):
         best = found.loc[found["loss"].idxmin()]
         lines.append(("best validation loss", f"{best['loss']:.4g} at step {int(best['step']):,}"))
-    return [*lines, ("versions", ", ".join(f"{name} {number}" for name, number in spec["versions"].items()))]
+    return [*lines, ("versions", ", ".join(f"{name} {number}" for name, number in spec.versions.items()))]

@@ -197,8 +197,8 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Resume a run and finish it, alone or as one of the processes that torchrun starts."""
-    from scllm.engine.launch import continue_run
     from scllm.engine.run import Run
+    from scllm.engine.worker import continue_run
 
     chosen = Run(run_dir.absolute())
     _ = chosen.spec  # raises if this is not a run directory, before anything is written

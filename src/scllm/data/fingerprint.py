@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from scllm.data.anndata_file import stamp
 
 if TYPE_CHECKING:
     from scllm.data.cells import CellSource
+    from scllm.data.genes import GeneMatch
 
-__all__ = ["fingerprint", "same_matrix", "source_stamp"]
+__all__ = ["fingerprint", "hash_arrays", "hash_match", "same_matrix", "source_stamp"]
 
 # number of rows held at a time, and of rows in the sample
 _ROWS = 1024
@@ -52,6 +54,22 @@ def fingerprint(source: CellSource) -> str:
 def same_matrix(one: str, other: str) -> bool:
     """Whether two fingerprints belong to the same matrix, compared by all digests that both have."""
     return all(ours == theirs for ours, theirs in zip(one.split("-"), other.split("-")))
+
+
+def hash_arrays(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Hash the names and values of arrays, in the order of their names."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
+
+
+def hash_match(match: GeneMatch) -> str:
+    """Hash the token of each gene for each file, because a gene that a file did not measure is not a zero."""
+    files = {f"file {number}": file.token_ids for number, file in enumerate(match.files)}
+    of_cell = {} if match.file_of is None else {"file of": match.file_of}
+    return hash_arrays({"tokens": match.token_ids, **files, **of_cell})
 
 
 def source_stamp(source: CellSource) -> str | None:

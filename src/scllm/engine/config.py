@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from scllm._typing import HeadSetting
 
-__all__ = ["Precision", "TrainConfig"]
+__all__ = ["Precision", "Settings", "TrainConfig"]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["step", "cosine", "linear", "constant"]
@@ -206,16 +206,17 @@ class TrainConfig:
                 )
         return replace(self, **given)
 
-    def resolved(self, defaults: Mapping[str, Any]) -> TrainConfig:
-        """Return a copy with defaults in place of ``None``."""
-        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+    def resolved(self, defaults: Mapping[str, Any]) -> Settings:
+        """Return the settings with defaults in place of ``None``."""
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return Settings(**{**vars(self), **missing})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain settings."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> TrainConfig:
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
         """Read plain settings, from JSON or TOML."""
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(saved) - known)
@@ -225,6 +226,29 @@ class TrainConfig:
             offer = f"Did you mean {close[0]!r}?" if close else elsewhere
             raise ValueError(f"Expected training settings out of {sorted(known)}, got {unknown[0]!r}. {offer}")
         return cls(**saved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainConfig):
+    """Training settings with all defaults filled in, as a run directory holds them."""
+
+    batch_size: int
+    lr: float
+    warmup: int
+    schedule: Schedule
+    precision: Precision
+    downsample: float
+    gene_init: GeneInit
+    use_dropout: bool
+    random_state: int
+
+    def steps_per_epoch(self, n_cells: int) -> int:
+        """Count the optimiser steps of one epoch, the same on every rank."""
+        return -(-n_cells // self.batch_size)
+
+    def n_steps(self, n_cells: int) -> int:
+        """Count the optimiser steps of the whole training."""
+        return self.steps or self.steps_per_epoch(n_cells) * (self.epochs or 1)
 
 
 def _plain(name: str, value: Any, kind: Any) -> Any:

@@ -11,20 +11,17 @@ labels is whitened: it comes from depth, donor and batch, while the head needs t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scllm._log import log
-from scllm._typing import FloatArray, IntArray
+from scllm._typing import IntArray
 from scllm.data.cells import CellSource
 from scllm.data.genes import GeneMatch
 from scllm.engine.objectives import Label
 from scllm.engine.predict import predict
+from scllm.engine.spec import Cells
 from scllm.models.base import CellModel, HeadSpec
 
 __all__ = ["start_heads", "whitening"]
@@ -43,11 +40,9 @@ def start_heads(
     model: CellModel,
     source: CellSource,
     match: GeneMatch,
-    rows: IntArray,
+    cells: Cells,
     objective: Label,
-    targets: Mapping[str, NDArray[Any]],
     *,
-    weights: FloatArray | None,
     device: str,
     random_state: int,
 ) -> None:
@@ -59,21 +54,18 @@ def start_heads(
         Model with new heads.
     source, match
         The cells, and the token of each of their genes.
-    rows
-        Training cells.
+    cells
+        Training cells, what the heads predict, and the probability of drawing each cell.
     objective
         Loss of the heads.
-    targets
-        Labels and values by name, for all rows of the source.
-    weights
-        Probability of sampling each of ``rows``; ``None``: every cell is used once.
     device
         Device on which embeddings are computed; the heads themselves are fitted on the CPU.
     random_state
         Seed for sampling cells.
     """
     rng = np.random.default_rng(random_state)
-    columns = {spec.key: targets[f"label:{spec.key}"][rows] for spec in model.head_specs}
+    rows, weights = cells.train, cells.weights
+    columns = {spec.key: cells.targets[spec.key][rows] for spec in model.head_specs}
     labelled = {
         spec.key: np.isfinite(columns[spec.key]) if spec.classes is None else columns[spec.key] >= 0
         for spec in model.head_specs

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from scllm._log import log, show_progress
 from scllm.data.run_files import append_history, cut_history
 from scllm.engine import checkpoint, ranks, sharding
-from scllm.engine.config import TrainConfig
+from scllm.engine.config import Settings
 from scllm.engine.device import autocast
 from scllm.engine.loader import Loader
 from scllm.engine.objectives import Loss, Objective
@@ -38,7 +38,7 @@ def fit(
     model: CellModel,
     batches: Loader,
     objective: Objective,
-    config: TrainConfig,
+    config: Settings,
     *,
     run: Run,
     validation: Loader | None = None,
@@ -70,7 +70,7 @@ def fit(
         Function that is called with each line of the history, on the first rank.
     """
     rank, world, per_epoch = ranks.rank(), ranks.world(), batches.n_batches()
-    n_steps = config.steps or per_epoch * (config.epochs or 1)
+    n_steps = config.n_steps(len(batches.rows))
     n_epochs = -(-n_steps // per_epoch)
     updates = _Updates(model, objective, config, precision)
     step, best, since_best = _resume(run, updates)
@@ -127,7 +127,7 @@ def fit(
 class _Updates:
     """Optimiser steps of a model."""
 
-    def __init__(self, model: CellModel, objective: Objective, config: TrainConfig, precision: str) -> None:
+    def __init__(self, model: CellModel, objective: Objective, config: Settings, precision: str) -> None:
         self.model, self.objective, self.config, self.precision = model, objective, config, precision
         self.device = model.device
         self.sharded = sharding.is_sharded(model)
@@ -167,9 +167,9 @@ class _Updates:
 
     def _gradients(self, parts: Sequence[Batch], step: int, asked: bool) -> _Totals:
         """Average gradients of the summed loss over ranks; return sums over all ranks."""
-        self.model.at_step(step, self.config.random_state or 0)
+        self.model.at_step(step, self.config.random_state)
         sums = _Sums(self.objective.logs(self.model), self.device)
-        with _seeded(self.device, self.config.random_state or 0, step, ranks.rank()):
+        with _seeded(self.device, self.config.random_state, step, ranks.rank()):
             for number, batch in enumerate(parts, start=1):
                 batch = batch.to(self.device)
                 with averaging(self.loss, self.model, now=number == len(parts)):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scllm.engine.config import TrainConfig
+from scllm.engine.config import Settings
 from scllm.models.base import CellModel
 
 __all__ = [
@@ -122,9 +122,8 @@ def without_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def optimizer(model: CellModel, config: TrainConfig) -> torch.optim.Optimizer:
+def optimizer(model: CellModel, config: Settings) -> torch.optim.Optimizer:
     """Make an AdamW optimiser with layer-wise learning rates; vectors and embedding tables have no weight decay."""
-    assert config.lr is not None
     block_of = {id(weight): i for i, block in enumerate(model.blocks) for weight in block.parameters()}
     n_blocks = len(list(model.blocks))
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -145,14 +144,13 @@ def optimizer(model: CellModel, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(list(groups.values()), lr=config.lr, fused=True)
 
 
-def learning_rate(step: int, epoch: int, n_steps: int, config: TrainConfig) -> float:
+def learning_rate(step: int, epoch: int, n_steps: int, config: Settings) -> float:
     """Compute the learning rate of a training step (counted from 0)."""
-    assert config.lr is not None
-    warmup = config.warmup or 0
+    warmup = config.warmup
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
     after = min(1.0, max(0, step - warmup) / max(1, n_steps - warmup))
     match config.schedule:
-        case "step" | None:
+        case "step":
             fall = config.gamma**epoch
         case "cosine":
             fall = 0.5 * (1 + math.cos(math.pi * after))

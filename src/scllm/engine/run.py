@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from scllm._log import log
-from scllm.data.fingerprint import same_matrix
 from scllm.data.run_files import read_history, read_json, write_json
+from scllm.engine.spec import Cells, RunSpec
 
 __all__ = ["Run"]
-
-# fields of the spec that may differ when a run is resumed
-_FREE = ("versions", "processes", "data_reference", "data_stamp")
-# training settings that may differ too, because the result does not depend on them, and others that may while a run has
-# not finished
-_FREE_SETTINGS = ("save_every", "log_every", "max_restarts", "compile", "checkpointing")
-_CHANGEABLE_SETTINGS = ("lr", "clip", "precision")
 
 # seconds that the processes of a run that has just been killed may need to end
 _PATIENCE = 5.0
@@ -82,7 +72,7 @@ class Run:
         return (self.path / "done").exists()
 
     @property
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> RunSpec:
         """The specification: model, data and settings."""
         spec = self.path / "spec.json"
         if not spec.is_file():
@@ -90,20 +80,18 @@ class Run:
                 f"Expected a run directory, but '{self.path}' has no spec.json. Pass the run_dir of tl.pretrain or "
                 "tl.finetune."
             )
-        return read_json(spec)
+        return RunSpec.from_json(read_json(spec))
 
     @property
-    def cells(self) -> dict[str, NDArray[Any]]:
-        """Rows of the training and validation cells, and columns for all rows."""
-        with np.load(self.path / "cells.npz", allow_pickle=False) as arrays:
-            return dict(arrays)
+    def cells(self) -> Cells:
+        """Training and validation cells."""
+        return Cells.load(self.path / "cells.npz")
 
-    def create(self, spec: Mapping[str, Any], cells: Mapping[str, NDArray[Any]]) -> None:
+    def create(self, spec: RunSpec, cells: Cells) -> None:
         """Write the specification; ``spec.json`` comes last, so that an incomplete directory is no run."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "cells.npz").open("wb") as handle:
-            np.savez(handle, **cells)  # type: ignore[arg-type]
-        write_json(self.path / "spec.json", spec)
+        cells.save(self.path / "cells.npz")
+        write_json(self.path / "spec.json", spec.to_json())
 
     def clear(self) -> None:
         """Remove the files of a run that could not be set up, and nothing else."""
@@ -112,36 +100,23 @@ class Run:
         for name in ("spec.json", ".spec.json.new", "cells.npz", ".lock"):
             (self.path / name).unlink(missing_ok=True)
 
-    def resume_with(self, spec: Mapping[str, Any]) -> None:
+    def resume_with(self, spec: RunSpec) -> None:
         """Update the settings that may change, and where other processes find the data."""
         before = self.spec
-        changed = [name for name in _CHANGEABLE_SETTINGS if spec["train"][name] != before["train"][name]]
-        for name in changed:
-            log.info("resuming with %s=%s (%s so far)", name, spec["train"][name], before["train"][name])
-        taken = {name: spec[name] for name in ("train", "data_reference", "data_stamp")}
-        if before | taken != before:
-            write_json(self.path / "spec.json", before | taken)
+        for name in before.changed_settings(spec):
+            new, old = getattr(spec.train, name), getattr(before.train, name)
+            log.info("resuming with %s=%s (%s so far)", name, new, old)
+        after = before.with_changes_of(spec)
+        if after != before:
+            write_json(self.path / "spec.json", after.to_json())
 
     def is_new(self) -> bool:
         """Return whether nothing has been written here yet."""
         return not (self.path / "spec.json").is_file()
 
-    def check(self, spec: Mapping[str, Any]) -> None:
+    def check(self, spec: RunSpec) -> None:
         """Raise a ``ValueError`` that names the differences between a spec and the one in the directory."""
-        # converted through JSON, because tuples come back as lists
-        ours = _flat({k: v for k, v in json.loads(json.dumps(spec)).items() if k not in _FREE})
-        theirs = _flat({k: v for k, v in self.spec.items() if k not in _FREE})
-        settings = _FREE_SETTINGS if self.is_done else _FREE_SETTINGS + _CHANGEABLE_SETTINGS
-        compared = {*ours, *theirs} - {f"train.{name}" for name in settings}
-        different = sorted(name for name in compared if not _agree(name, ours.get(name), theirs.get(name)))
-        if different:
-            seen = "; ".join(
-                f"{name} was {_cut(theirs.get(name))}, now {_cut(ours.get(name))}" for name in different[:6]
-            )
-            raise ValueError(
-                f"Expected the settings of the run in '{self.path}', got others ({seen}). Pass the same settings to "
-                "resume it, or another run_dir."
-            )
+        spec.check_resumes(self.spec, self.path, finished=self.is_done)
 
     def table(self) -> pd.DataFrame | None:
         """Return the history so far."""
@@ -182,20 +157,3 @@ class Run:
             pass
         handle.close()
         return None
-
-
-def _agree(name: str, ours: Any, theirs: Any) -> bool:
-    if name == "data.fingerprint" and ours and theirs:
-        return same_matrix(ours, theirs)
-    return ours == theirs
-
-
-def _cut(value: Any, most: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= most else f"{text[: most - 4]} ..."
-
-
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(content, dict):
-        return {prefix.removesuffix("."): content}
-    return {name: value for key, part in content.items() for name, value in _flat(part, f"{prefix}{key}.").items()}

@@ -50,7 +50,7 @@ def tracker(name: Logger | None, run: Run) -> Iterator[Callable[[dict[str, Any]]
             project="scllm",
             name=run.path.name,
             dir=run.path,
-            config=run.spec["train"],
+            config=run.spec.train.to_dict(),
             resume="allow",
             id=_id(run),
             reinit="finish_previous",

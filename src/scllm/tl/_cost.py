@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from numpy.typing import NDArray
 
 from scllm._log import log
 from scllm._words import time_in_words
-from scllm.data.cells import CellSource
-from scllm.data.genes import GeneMatch
-from scllm.engine.config import TrainConfig
 from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.estimate import (
     cells_in_words,
@@ -25,12 +20,13 @@ from scllm.engine.estimate import (
     flops_per_cell,
     mean_tokens,
 )
-from scllm.engine.launch import cropping
+from scllm.engine.worker import cropping
 from scllm.models.base import CellModel
 
 __all__ = ["Cost", "log_trained", "log_training", "training_cost"]
 
-Cells = Mapping[str, NDArray[Any]]
+if TYPE_CHECKING:
+    from scllm.tl._train import Training
 
 
 @dataclass(frozen=True)
@@ -45,49 +41,39 @@ class Cost:
     seconds: float
 
 
-def training_cost(
-    source: CellSource, match: GeneMatch, model: CellModel, config: TrainConfig, cells: Cells, device: str, n: int
-) -> Cost:
-    """Estimate the cost of training on ``n`` processes, including validation on whole cells after each epoch."""
-    where = resolve_device(device)
-    precision = resolve_precision(config.precision or "auto", where)
-    assert config.batch_size is not None
-    per_epoch = -(-len(cells["train"]) // config.batch_size)
-    n_steps = config.steps or per_epoch * (config.epochs or 1)
-    n_epochs = -(-n_steps // per_epoch)
-    n_trained = min(n_steps * config.batch_size, n_epochs * len(cells["train"]))
-    n_validated = n_epochs * len(cells["validation"])
+def training_cost(training: Training) -> Cost:
+    """Estimate the cost of training, including validation on whole cells after each epoch."""
+    model, source, match, config = training.model, training.source, training.match, training.settings
+    training_cells, validation_cells = training.cells.train, training.cells.validation
+    where = resolve_device(training.where.device)
+    precision = resolve_precision(config.precision, where)
+    n_steps = config.n_steps(len(training_cells))
+    n_epochs = -(-n_steps // config.steps_per_epoch(len(training_cells)))
+    n_trained = min(n_steps * config.batch_size, n_epochs * len(training_cells))
+    n_validated = n_epochs * len(validation_cells)
     reader = copy.copy(model)
     reader.encoder = cropping(model, config.max_len)
-    n_tokens = mean_tokens(reader, source, match, cells["train"])
+    n_tokens = mean_tokens(reader, source, match, training_cells)
     trained = flops_per_cell(reader, n_tokens)
-    validated = flops_per_cell(model, mean_tokens(model, source, match, cells["validation"]), training=False)
+    validated = flops_per_cell(model, mean_tokens(model, source, match, validation_cells), training=False)
     flops = n_trained * trained + n_validated * validated
-    seconds = expected_seconds(flops, n_trained + n_validated, where, precision, n)
+    seconds = expected_seconds(flops, n_trained + n_validated, where, precision, training.where.n)
     return Cost(where, precision, n_steps, n_tokens, trained, seconds)
 
 
-def log_training(
-    path: Path,
-    source: CellSource,
-    match: GeneMatch,
-    model: CellModel,
-    config: TrainConfig,
-    cells: Cells,
-    device: str,
-    n: int,
-) -> None:
+def log_training(path: Path, training: Training) -> None:
     """Log the model, data, settings and estimated duration of a training."""
     if not log.isEnabledFor(logging.INFO):
         return
-    cost, n_cells = training_cost(source, match, model, config, cells, device, n), len(cells["train"])
+    model, config, n = training.model, training.settings, training.where.n
+    cost, n_cells = training_cost(training), len(training.cells.train)
     number, unit = (config.epochs, "epoch") if config.steps is None else (config.steps, "step")
     length = f"{number} {unit}{'s' if number != 1 else ''}"
     log.info(
         "training %s (%.1f M weights) on %s, %s of %d cells a step in %s on %s: %.3g GFLOP a cell, %s",
         model.family,
         model.n_parameters / 1e6,
-        cells_in_words(n_cells, source, match, cost.n_tokens),
+        cells_in_words(n_cells, training.source, training.match, cost.n_tokens),
         length,
         config.batch_size,
         cost.precision,
@@ -95,7 +81,7 @@ def log_training(
         cost.flops_per_cell / 1e9,
         time_in_words(cost.seconds),
     )
-    if n > 1 and cost.device.type == "cuda" and (config.batch_size or 0) < 64 * n:
+    if n > 1 and cost.device.type == "cuda" and config.batch_size < 64 * n:
         log.info(
             "training with %d cells a step, which is few for %d GPUs; batch_size=%d would keep them busy",
             config.batch_size,

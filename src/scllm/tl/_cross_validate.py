@@ -22,7 +22,7 @@ from scllm._log import DataWarning, details, log, warn
 from scllm._results import drop_labels, free_key, match_settings, record, record_classes, record_name
 from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.cells import CellSource
-from scllm.data.fingerprint import fingerprint
+from scllm.data.fingerprint import fingerprint, hash_arrays, hash_match
 from scllm.data.source import RAW, has_layer, open_source
 from scllm.data.split import PARTS, split_cells
 from scllm.engine.config import TrainConfig
@@ -36,7 +36,7 @@ from scllm.tl._ledger import warn_of_seen
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
 from scllm.tl._out_of_fold import check_coverage, check_folds, find_groups, fold_scores, overall_scores
 from scllm.tl._target import Target, find_target
-from scllm.tl._train import check_config, hash_cells, hash_match
+from scllm.tl._train import check_config
 
 __all__ = ["cross_validate"]
 
@@ -265,7 +265,7 @@ class _Cells:
             "data": {
                 "fingerprint": self.fingerprint,
                 "layer": self.layer,
-                "cells": hash_cells(cells),
+                "cells": hash_arrays(cells),
                 "tokens": hash_match(gene_match(self.adata, self.source, model, **matching)),
                 **matching,
             },

@@ -26,12 +26,13 @@ from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.lora import Lora, LoraSettings, lora_settings
 from scllm.engine.objectives import Label, LossName, loss_weights
 from scllm.engine.optim import Freeze, check_freeze
+from scllm.engine.spec import Cells
 from scllm.models.base import CellModel, HeadSpec
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, copy_to_train, resolve
 from scllm.tl._parts import column_or_all, divide
 from scllm.tl._target import Target, find_target
-from scllm.tl._train import Data, check_config, merged_config, processes, train
+from scllm.tl._train import Data, Training, check_config, merged_config, processes, train
 
 __all__ = ["check_class_weight", "finetune"]
 
@@ -165,19 +166,9 @@ def finetune(
     begun = copy_to_train(resolve(model, adata))
     _warn_if_tuned_before(begun, keys, model)
     check_layer(source, begun, layer, data, downsample=0.0 if config is None else config.downsample or 0.0)
-    module = models.family_module(begun.family)
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
-    defaults = {
-        **module.FINETUNE,
-        "gene_init": "random",
-        "use_dropout": not begun.heads_read_cells,
-        "head_reads": "published" if begun.head_pooling is None else "both",
-        "max_len": models.training_length(begun.family, begun.config),
-        "schedule": "linear",
-        "warmup": 20,
-    }
-    settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
-    seed = settings.random_state or 0
+    settings = merged_config(config, given, _defaults(begun), precision=precision, random_state=random_state)
+    seed = settings.random_state
     adapters = _adapters(lora, settings.head_reads)
 
     there = np.any([target.is_there for target in targets], axis=0)
@@ -190,13 +181,8 @@ def finetune(
     )
     specs = [_head(target, training) for target in targets]
     targets = _to_validate(targets, training, held_out)
-    cells: dict[str, NDArray[Any]] = {"train": training, "validation": held_out}
-    cells |= {
-        f"obs:label:{target.key}": target.column.astype(np.float32) if target.classes is None else target.column
-        for target in targets
-    }
-    if upsample:
-        cells["weights"] = _balancing(targets, training)
+    columns = {t.key: t.column.astype(np.float32) if t.classes is None else t.column for t in targets}
+    cells = Cells(training, held_out, columns, _balancing(targets, training) if upsample else None)
     objective = Label(
         loss=loss_weights(loss),
         class_weight=_class_weights(class_weight, targets, training),
@@ -204,16 +190,26 @@ def finetune(
     )
     assert settings.head_reads is not None
     _set_heads(begun, specs, settings.head_reads, seed)
-    freeze = check_freeze(begun, freeze)
-    return train(
-        "finetune", data, source, begun, objective, settings,
-        layer=layer, matching=match_settings(data, gene_key, min_coverage), cells=cells, where=where, run_dir=run_dir,
-        resume=resume, freeze=freeze, lora=adapters,
-        params={
-            "key": keys, "upsample": upsample, "class_weight": class_weight, "validation": validation,
-            "group_key": group_key, "layer": layer,
-        },
-    )  # fmt: skip
+    params = {"key": keys, "upsample": upsample, "class_weight": class_weight}
+    params |= {"validation": validation, "group_key": group_key, "layer": layer}
+    matching, freeze = match_settings(data, gene_key, min_coverage), check_freeze(begun, freeze)
+    prepared = Training(
+        "finetune", data, source, matching, begun, objective, settings, cells, where, params, freeze, adapters
+    )
+    return train(prepared, run_dir=run_dir, resume=resume)
+
+
+def _defaults(model: CellModel) -> dict[str, Any]:
+    """Return the settings of fine-tuning that the user has not set."""
+    return {
+        **models.family_module(model.family).FINETUNE,
+        "gene_init": "random",
+        "use_dropout": not model.heads_read_cells,
+        "head_reads": "published" if model.head_pooling is None else "both",
+        "max_len": models.training_length(model.family, model.config),
+        "schedule": "linear",
+        "warmup": 20,
+    }
 
 
 def _warn_if_tuned_before(begun: CellModel, keys: Sequence[str], given: ModelLike | None) -> None:

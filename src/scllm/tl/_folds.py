@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import time
@@ -15,7 +16,9 @@ from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, Str
 
 from scllm import settings
 from scllm._typing import FloatArray, IntArray
+from scllm.data.run_files import read_json, write_json
 from scllm.engine.run import Run
+from scllm.engine.spec import check_same
 from scllm.tl._train import check_resume
 
 __all__ = ["fold_cells", "folds_directory", "keep_predictions", "kept_predictions"]
@@ -96,17 +99,17 @@ def folds_directory(verb: str, given: Any, resume: Any) -> Path:
 
 def kept_predictions(run_dir: Path, spec: Mapping[str, Any], *, keep_models: bool) -> FloatArray | None:
     """Read the out-of-fold predictions of an earlier call with the same ``spec``, or return ``None``."""
-    predictions = _predictions(run_dir)
-    if predictions.is_new():
+    folder = _predictions(run_dir)
+    if not (folder / "spec.json").is_file():
         return None
-    predictions.check(spec)
+    check_same(read_json(folder / "spec.json"), _plain(spec), folder)
     if keep_models and not Run(run_dir).model.exists():
         raise ValueError(
             f"Expected the model of the finished fold in '{run_dir}', got only its predictions. An earlier call with "
             "keep_models=False removed the model. Pass another run_dir, or keep_models=False."
         )
     _remove_weights(Run(run_dir), keep_models)
-    return predictions.cells["outputs"]
+    return np.load(folder / "outputs.npy", allow_pickle=False)
 
 
 def keep_predictions(run_dir: Path, spec: Mapping[str, Any], outputs: FloatArray, *, keep_models: bool) -> None:
@@ -114,13 +117,20 @@ def keep_predictions(run_dir: Path, spec: Mapping[str, Any], outputs: FloatArray
 
     Weights are removed afterwards unless ``keep_models``, because they take hundreds of megabytes a fold at base size.
     """
-    _predictions(run_dir).create(spec, {"outputs": outputs})
+    folder = _predictions(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "outputs.npy", outputs)
+    write_json(folder / "spec.json", spec)  # last, so that partly written predictions count as none
     _remove_weights(Run(run_dir), keep_models)
 
 
-def _predictions(run_dir: Path) -> Run:
-    """Return the predictions as a run, which writes arrays before their spec: partly written ones count as none."""
-    return Run(run_dir / "predictions")
+def _predictions(run_dir: Path) -> Path:
+    return run_dir / "predictions"
+
+
+def _plain(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert to the types that JSON has, because tuples come back as lists."""
+    return json.loads(json.dumps(spec))
 
 
 def _remove_weights(run: Run, keep_models: bool) -> None:

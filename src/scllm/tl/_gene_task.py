@@ -19,17 +19,18 @@ from scllm import models
 from scllm._log import details
 from scllm._results import MatchSettings, match_settings
 from scllm._typing import FloatArray, IntArray
-from scllm.data.fingerprint import fingerprint
+from scllm.data.fingerprint import fingerprint, hash_arrays, hash_match
 from scllm.data.split import split_cells
-from scllm.engine.config import Precision, TrainConfig
+from scllm.engine.config import Precision, Settings, TrainConfig
 from scllm.engine.linear_head import chosen_penalty, fit_linear_head
 from scllm.engine.lora import Lora, lora_settings
 from scllm.engine.objectives import GeneLabel, LossName
 from scllm.engine.optim import Freeze
+from scllm.engine.spec import Cells
 from scllm.models.base import Batch, CellModel, HeadSpec
 from scllm.tl._folds import keep_predictions, kept_predictions
 from scllm.tl._gene_states import GeneCells, gene_statistics, pooled
-from scllm.tl._train import Processes, hash_cells, hash_match, merged_config, train
+from scllm.tl._train import Processes, Training, merged_config, train
 
 __all__ = ["GeneTask", "Options", "gene_config"]
 
@@ -59,7 +60,7 @@ class Options:
     random_state: int = 0
 
 
-def gene_config(model: CellModel, options: Options) -> TrainConfig:
+def gene_config(model: CellModel, options: Options) -> Settings:
     """Complete the training settings; raise for settings that heads on genes do not have."""
     defaults = {
         **models.family_module(model.family).FINETUNE,
@@ -117,7 +118,7 @@ class GeneTask:
     loss: Mapping[LossName, float]
     freeze: Freeze
     options: Options
-    config: TrainConfig
+    config: Settings
     where: Processes
     run_dir: Path | None
     keep_models: bool
@@ -126,7 +127,7 @@ class GeneTask:
     @property
     def seed(self) -> int:
         """Random seed for cells, folds, heads and training."""
-        return self.config.random_state or 0
+        return self.config.random_state
 
     @property
     def _matching(self) -> MatchSettings:
@@ -179,7 +180,7 @@ class GeneTask:
             "data": {
                 "fingerprint": fingerprint(self.cells.source),
                 "layer": self.options.layer,
-                "genes": hash_cells(genes | {"tokens": self.cells.tokens}),
+                "genes": hash_arrays(genes | {"tokens": self.cells.tokens}),
                 "tokens": hash_match(self.cells.match),
                 **self._matching,
             },
@@ -237,23 +238,21 @@ class GeneTask:
             initial.set_heads((HeadSpec(self.key, self.classes, level="gene"),))
         initial.heads[0].load_state_dict(head.state_dict())
         objective = GeneLabel(*self._labelled(training), *self._labelled(held_out), loss=self.loss)
-        return train(
+        prepared = Training(
             "classify_genes",
             self.cells.adata,
             self.cells.source,
+            self._matching,
             initial,
             objective,
             self.config,
-            layer=None,
-            matching=self._matching,
-            cells={"train": self._cells_with(training), "validation": self._cells_with(held_out)},
-            where=self.where,
-            run_dir=run_dir,
-            resume="auto",
+            Cells(self._cells_with(training), self._cells_with(held_out)),
+            self.where,
+            params={"class_weight": self.options.class_weight, "validation": self.options.validation},
             freeze=self.freeze,
             lora=lora_settings(self.options.lora),
-            params={"class_weight": self.options.class_weight, "validation": self.options.validation},
         )
+        return train(prepared, run_dir=run_dir, resume="auto")
 
     def _labelled(self, genes: IntArray) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[float, ...], ...]]:
         """Return the tokens of each class and their weights, which do not depend on the number of cells of a gene."""

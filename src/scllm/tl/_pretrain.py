@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from numbers import Real
 from os import PathLike
@@ -18,24 +18,22 @@ from torch import nn
 
 from scllm import models
 from scllm._checks import check_adata
-from scllm._log import details
-from scllm._results import MatchSettings, match_settings
-from scllm._typing import IntArray
+from scllm._results import match_settings
 from scllm.data import genes
 from scllm.data.cells import CellSource
 from scllm.data.encode import RankEncoder
-from scllm.data.matching import match_source
 from scllm.data.medians import token_medians
 from scllm.data.source import open_source
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.objectives import Objective, objective_from_dict
+from scllm.engine.spec import Cells
 from scllm.models.base import CellModel
 from scllm.tl._inputs import check_layer, take_medians
 from scllm.tl._model import ModelLike, resolve
 from scllm.tl._parts import divide
-from scllm.tl._train import Data, Processes, check_config, merged_config, processes, train
+from scllm.tl._train import Data, Training, check_config, merged_config, processes, train
 
-__all__ = ["Prepared", "prepare", "pretrain"]
+__all__ = ["prepare", "pretrain"]
 
 
 def pretrain(
@@ -152,7 +150,7 @@ def pretrain(
     >>> adata = scllm.datasets.toy()
     >>> model = scllm.tl.pretrain(adata, size="tiny", epochs=1)  # doctest: +SKIP
     """
-    begun = prepare(
+    prepared = prepare(
         data,
         model,
         size=size,
@@ -174,44 +172,12 @@ def pretrain(
         config=config,
         random_state=random_state,
     )
-    encoder = begun.model.encoder
+    encoder = prepared.model.encoder
     if isinstance(encoder, RankEncoder) and encoder.medians is None:
-        with details():
-            match = begun.match()
-        medians = token_medians(begun.source, match, begun.cells["train"], len(begun.model.vocab))
-        begun.model.encoder = replace(encoder, medians=medians)
-    return train(
-        "pretrain",
-        data,
-        begun.source,
-        begun.model,
-        begun.objective,
-        begun.config,
-        layer=layer,
-        matching=begun.matching,
-        cells=begun.cells,
-        where=begun.where,
-        run_dir=run_dir,
-        resume=resume,
-        params={"size": size, "dropout": dropout, "validation": validation, "group_key": group_key, "layer": layer},
-    )
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that a pretraining needs, before anything is written."""
-
-    source: CellSource
-    matching: MatchSettings
-    model: CellModel
-    objective: Objective
-    config: TrainConfig
-    cells: Mapping[str, IntArray]
-    where: Processes
-
-    def match(self) -> genes.GeneMatch:
-        """Match the genes of the data to tokens of the model's vocabulary."""
-        return match_source(self.source, self.model.vocab, **self.matching)
+        cells, n_tokens = prepared.cells.train, len(prepared.model.vocab)
+        medians = token_medians(prepared.source, prepared.match, cells, n_tokens)
+        prepared.model.encoder = replace(encoder, medians=medians)
+    return train(prepared, run_dir=run_dir, resume=resume)
 
 
 def prepare(
@@ -236,7 +202,7 @@ def prepare(
     precision: Precision,
     config: TrainConfig | None,
     random_state: int,
-) -> Prepared:
+) -> Training:
     """Check the arguments of :func:`pretrain` and fill in the defaults."""
     if isinstance(data, AnnData):
         check_adata(data)
@@ -261,9 +227,11 @@ def prepare(
         **models.family_module(begun.family).PRETRAIN,
     }
     settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
-    objective = _objective(begun, settings.random_state or 0, mask_ratio, left_out)
+    objective = _objective(begun, settings.random_state, mask_ratio, left_out)
     training, held_out = divide(source, validation, group_key=group_key, random_state=seed)
-    return Prepared(source, matching, begun, objective, settings, {"train": training, "validation": held_out}, where)
+    params = {"size": size, "dropout": dropout, "validation": validation, "group_key": group_key, "layer": layer}
+    cells = Cells(training, held_out)
+    return Training("pretrain", data, source, matching, begun, objective, settings, cells, where, params)
 
 
 def _names(source: CellSource, gene_key: str | None) -> list[str]:

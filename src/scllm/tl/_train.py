@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from os import PathLike, fspath
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from anndata import AnnData
-from numpy.typing import NDArray
 
 from scllm import settings
 from scllm._log import details, log
@@ -27,20 +26,22 @@ from scllm.data.arrays import write_arrays
 from scllm.data.cells import CellSource
 from scllm.data.checks import warn_of_empty_cells
 from scllm.data.encode import encoder_to_dict
-from scllm.data.fingerprint import fingerprint, source_stamp
+from scllm.data.fingerprint import fingerprint, hash_match, source_stamp
 from scllm.data.genes import GeneMatch
 from scllm.data.matching import match_source
 from scllm.data.source import RAW, has_layer, open_source
-from scllm.engine.config import TrainConfig
+from scllm.engine.config import Settings, TrainConfig
 from scllm.engine.device import check_gpus, resolve_device
 from scllm.engine.gene_init import start_from_data
 from scllm.engine.head_start import start_heads
-from scllm.engine.launch import cluster_command, cropping, launch
+from scllm.engine.launch import cluster_command, launch
 from scllm.engine.lora import LoraSettings, adapted_layers
 from scllm.engine.objectives import Label, Objective, objective_to_dict
 from scllm.engine.optim import Freeze, frozen_weights
 from scllm.engine.run import Run
+from scllm.engine.spec import Cells, DataSpec, RunSpec
 from scllm.engine.tracking import check_tracker
+from scllm.engine.worker import cropping
 from scllm.models.base import CellModel
 from scllm.models.storage import is_native
 from scllm.tl._cost import log_trained, log_training
@@ -50,15 +51,15 @@ from scllm.tl._model import remember
 __all__ = [
     "Data",
     "Processes",
+    "Training",
     "check_config",
     "check_resume",
     "check_trainable",
-    "hash_cells",
-    "hash_match",
     "merged_config",
     "processes",
     "train",
     "warn_of_unread_cells",
+    "write",
 ]
 
 Data = AnnData | str | PathLike[str] | CellSource | Sequence[str | PathLike[str]]
@@ -107,7 +108,7 @@ def merged_config(
     *,
     precision: str,
     random_state: int,
-) -> TrainConfig:
+) -> Settings:
     """Complete the settings: arguments first, then ``config``, then the defaults of the family."""
     check_config(config)
     config = config or TrainConfig()
@@ -131,51 +132,118 @@ def merged_config(
     return config.resolved({**general, **defaults})
 
 
-def train(
-    verb: str,
-    data: Data,
-    source: CellSource,
-    model: CellModel,
-    objective: Objective,
-    config: TrainConfig,
-    *,
-    layer: str | None,
-    matching: MatchSettings,
-    cells: Mapping[str, NDArray[Any]],
-    where: Processes,
-    run_dir: str | PathLike[str] | None,
-    resume: bool | str,
-    freeze: Freeze = 0,
-    lora: LoraSettings | None = None,
-    params: Mapping[str, Any],
-) -> CellModel:
+@dataclass(frozen=True)
+class Training:
+    """A training that a verb has prepared and checked, before anything is written.
+
+    Parameters
+    ----------
+    verb
+        The function that trains.
+    data, source
+        The data as they were passed, and as they are read.
+    matching
+        How gene names are matched to the vocabulary.
+    model
+        Initial model.
+    objective, settings
+        Training objective and settings.
+    cells
+        Training and validation cells.
+    where
+        Processes and device.
+    params
+        Other arguments of the function, for the record.
+    freeze, lora
+        Weights that are not trained, and adapters.
+    """
+
+    verb: str
+    data: Data
+    source: CellSource
+    matching: MatchSettings
+    model: CellModel
+    objective: Objective
+    settings: Settings
+    cells: Cells
+    where: Processes
+    params: Mapping[str, Any]
+    freeze: Freeze = 0
+    lora: LoraSettings | None = None
+
+    @cached_property
+    def match(self) -> GeneMatch:
+        """The token of each gene of the data."""
+        return match_source(self.source, self.model.vocab, **self.matching)
+
+    @property
+    def family(self) -> str | None:
+        """Module of the model family, if it is in another package."""
+        return self.model.family if "." in self.model.family else None
+
+    def spec(self) -> RunSpec:
+        """Return the specification of the run; if it changes, that is another run."""
+        model = self.model
+        data = DataSpec(
+            fingerprint=fingerprint(self.source),
+            layer=self.source.layer,
+            cells=self.cells.hash(),
+            tokens=hash_match(self.match),
+            **self.matching,
+        )
+        return RunSpec(
+            verb=self.verb,
+            family=model.family,
+            model=asdict(model.config),
+            weights=model.hash(),
+            encoder=encoder_to_dict(model.encoder),
+            heads=tuple(asdict(head) for head in model.head_specs),
+            objective=objective_to_dict(self.objective),
+            train=self.settings,
+            freeze=self.freeze,
+            lora=self.lora,
+            params={name: str(value) for name, value in self.params.items()},
+            data=data,
+            data_reference=_reference(self.data, self.source.layer),
+            data_stamp=source_stamp(self.source),
+            processes=asdict(self.where),
+            versions={"scllm": version("scllm-tools"), "torch": torch.__version__},
+        )
+
+
+def train(training: Training, *, run_dir: str | PathLike[str] | None, resume: bool | str) -> CellModel:
     """Create or resume the run directory, train, and record the result on the AnnData."""
+    run = write(training, run_dir=run_dir, resume=resume)
+    began, was_done = time.perf_counter(), run.is_done
+    if was_done:
+        log.info("loading the model of the finished run in %s", run.path)
+    where = training.where
+    trained = launch(run, n_procs=where.n, device=where.device, source=training.source, family=training.family)
+    if not was_done:
+        log_trained(trained, time.perf_counter() - began)
+    shutil.rmtree(run.data, ignore_errors=True)  # The run is finished, so nothing reads the copy again.
+    if isinstance(training.data, AnnData):
+        settings_used = {
+            **objective_to_dict(training.objective),
+            "freeze": training.freeze,
+            "lora": training.lora,
+            **training.params,
+            **training.settings.to_dict(),
+        }
+        record(training.data, training.verb, {**settings_used, "run_dir": run.path}, trained.history)
+        remember(training.data, trained)
+    return trained
+
+
+def write(training: Training, *, run_dir: str | PathLike[str] | None, resume: bool | str) -> Run:
+    """Write the run directory, or check that the one there is of the same training, and return it."""
     check_resume(resume, run_dir)
-    _check_settings(model, config, freeze, lora)
-    match = match_source(source, model.vocab, **matching)
-    spec = {
-        "verb": verb,
-        "family": model.family,
-        "model": asdict(model.config),
-        "weights": model.hash(),
-        "encoder": encoder_to_dict(model.encoder),
-        "heads": [asdict(head) for head in model.head_specs],
-        "objective": objective_to_dict(objective),
-        "train": config.to_dict(),
-        "freeze": freeze,
-        "lora": None if lora is None else asdict(lora),
-        "params": {name: str(value) for name, value in params.items()},
-        "data": _identity(source, layer, matching, cells, match),
-        "data_reference": _reference(data, layer),
-        "data_stamp": source_stamp(source),
-        "processes": asdict(where),
-        "versions": {"scllm": version("scllm-tools"), "torch": torch.__version__},
-    }
+    _check_settings(training)
+    spec = training.spec()
     made = _missing(Path(settings.run_dir) if run_dir is None else Path(run_dir))
-    run = Run(_writable(Path(run_dir)) if run_dir is not None else _new_directory(verb))
+    run = Run(_writable(Path(run_dir)) if run_dir is not None else _new_directory(training.verb))
     if run_dir is None:
         made.append(run.path)
-    family = model.family if "." in model.family else None
     if run.is_new():
         if resume is True:
             raise ValueError(
@@ -192,41 +260,13 @@ def train(
         run.check(spec)
     if not run.is_done:
         with run.locked():
-            log_training(run.path, source, match, model, config, cells, where.device, where.n)
+            log_training(run.path, training)
             if run.is_new():
                 with _cleared_on_error(run, made):
-                    _set_up(run, spec, data, source, model, match, objective, config, cells, where)
+                    _set_up(run, spec, training)
             elif not run.is_done:
-                _set_up_again(run, spec, source)
-    else:
-        log.info("loading the model of the finished run in %s", run.path)
-    began, was_done = time.perf_counter(), run.is_done
-    trained = launch(run, n_procs=where.n, device=where.device, source=source, family=family)
-    if not was_done:
-        log_trained(trained, time.perf_counter() - began)
-    shutil.rmtree(run.data, ignore_errors=True)  # The run is finished, so nothing reads the copy again.
-    if isinstance(data, AnnData):
-        settings_used = {**objective_to_dict(objective), "freeze": freeze, "lora": lora, **params, **config.to_dict()}
-        record(data, verb, {**settings_used, "run_dir": run.path}, trained.history)
-        remember(data, trained)
-    return trained
-
-
-def _identity(
-    source: CellSource,
-    layer: str | None,
-    matching: MatchSettings,
-    cells: Mapping[str, NDArray[Any]],
-    match: GeneMatch,
-) -> dict[str, Any]:
-    """Describe the data of a run; if any of this changes, it is a different run."""
-    return {
-        "fingerprint": fingerprint(source),
-        "layer": layer,
-        "cells": hash_cells(cells),
-        "tokens": hash_match(match),
-        **matching,
-    }
+                _set_up_again(run, spec, training)
+    return run
 
 
 def check_resume(resume: object, run_dir: object) -> None:
@@ -239,15 +279,16 @@ def check_resume(resume: object, run_dir: object) -> None:
         raise ValueError("Expected run_dir= with resume=True, got None. Pass the run directory to resume.")
 
 
-def _check_settings(model: CellModel, config: TrainConfig, freeze: Freeze, lora: LoraSettings | None) -> None:
+def _check_settings(training: Training) -> None:
     """Raise on settings that exclude each other or do not fit the model."""
-    check_tracker(config.logger)
-    if config.strategy == "fsdp" and config.precision == "fp16":
+    model, chosen, freeze = training.model, training.settings, training.freeze
+    check_tracker(chosen.logger)
+    if chosen.strategy == "fsdp" and chosen.precision == "fp16":
         raise ValueError(
             "Expected precision='bf16' or 'fp32' with strategy='fsdp', got 'fp16'. fp16 needs loss scaling, which does "
             "not support sharded weights. Leave precision= out."
         )
-    if lora is not None:
+    if training.lora is not None:
         if freeze == "encoder":
             raise TypeError(
                 "Expected lora= or freeze='encoder', got both. lora= adapts the encoder, but freeze='encoder' keeps it "
@@ -255,7 +296,7 @@ def _check_settings(model: CellModel, config: TrainConfig, freeze: Freeze, lora:
             )
         adapted_layers(model, frozen_weights(model, freeze))
     check_trainable(model, freeze)
-    cropping(model, config.max_len)  # raises if the token sequences would be too short
+    cropping(model, chosen.max_len)  # raises if the token sequences would be too short
 
 
 def check_trainable(model: CellModel, freeze: Freeze) -> None:
@@ -267,74 +308,40 @@ def check_trainable(model: CellModel, freeze: Freeze) -> None:
         )
 
 
-def _set_up(
-    run: Run,
-    spec: Mapping[str, Any],
-    data: Data,
-    source: CellSource,
-    model: CellModel,
-    match: GeneMatch,
-    objective: Objective,
-    config: TrainConfig,
-    cells: Mapping[str, NDArray[Any]],
-    where: Processes,
-) -> None:
+def _set_up(run: Run, spec: RunSpec, training: Training) -> None:
     """Write everything that another process needs to train the model to the run directory."""
-    warn_of_unread_cells(source, match, cells["train"])
-    seed = config.random_state or 0
-    if config.gene_init == "svd":
-        start_from_data(model, source, match, cells["train"], random_state=seed)
-    if isinstance(objective, Label) and model.heads_read_cells:
-        targets = {name.removeprefix("obs:"): column for name, column in cells.items() if name.startswith("obs:")}
+    model, source, cells, chosen = training.model, training.source, training.cells, training.settings
+    warn_of_unread_cells(source, training.match, cells.train)
+    if chosen.gene_init == "svd":
+        start_from_data(model, source, training.match, cells.train, random_state=chosen.random_state)
+    if isinstance(training.objective, Label) and model.heads_read_cells:
         with details():
             start_heads(
-                model,
-                source,
-                match,
-                cells["train"],
-                objective,
-                targets,
-                weights=cells.get("weights"),
-                device=where.device,
-                random_state=seed,
-            )
-    model.trained_on = record_training(model.trained_on, spec["verb"], data, source, cells["train"])
+                model, source, training.match, cells, training.objective,
+                device=training.where.device, random_state=chosen.random_state,
+            )  # fmt: skip
+    model.trained_on = record_training(model.trained_on, spec.verb, training.data, source, cells.train)
     model.save(run.model)
     _store(run, spec, source)
     run.create(spec, cells)
-    if where.n > 1:
-        log.info("to train on several machines, run on each of them: %s", cluster_command(run.path, where.n))
+    if training.where.n > 1:
+        command = cluster_command(run.path, training.where.n, training.family)
+        log.info("to train on several machines, run on each of them: %s", command)
 
 
-def _set_up_again(run: Run, spec: Mapping[str, Any], source: CellSource) -> None:
+def _set_up_again(run: Run, spec: RunSpec, training: Training) -> None:
     """Update settings that may change, and where the run finds its data, which may have moved since it was created."""
     run.check(spec)
-    if spec["data_reference"] != run.spec["data_reference"]:
-        _store(run, spec, source)
+    if spec.data_reference != run.spec.data_reference:
+        _store(run, spec, training.source)
     run.resume_with(spec)
 
 
-def _store(run: Run, spec: Mapping[str, Any], source: CellSource) -> None:
+def _store(run: Run, spec: RunSpec, source: CellSource) -> None:
     """Copy data to the run directory for the time of training if other processes could not find them."""
-    if spec["data_reference"] is None:
+    if spec.data_reference is None:
         shutil.rmtree(run.data, ignore_errors=True)
-        write_arrays(source, run.data, gene_key=spec["data"]["gene_key"])
-
-
-def hash_cells(cells: Mapping[str, NDArray[Any]]) -> str:
-    """Hash the split, labels and weights of the cells, because a run on other labels is a different run."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(cells):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(cells[name]).tobytes())
-    return digest.hexdigest()
-
-
-def hash_match(match: GeneMatch) -> str:
-    """Hash the token of each gene for each file, because a gene that a file did not measure is not a zero."""
-    files = {f"file {number}": file.token_ids for number, file in enumerate(match.files)}
-    of_cell = {} if match.file_of is None else {"file of": match.file_of}
-    return hash_cells({"tokens": match.token_ids, **files, **of_cell})
+        write_arrays(source, run.data, gene_key=spec.data.gene_key)
 
 
 def _reference(data: Data, layer: str | None) -> str | list[str] | None:
