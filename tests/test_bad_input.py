@@ -124,7 +124,8 @@ def poison_zip(adata: AnnData, folder: Path) -> None:
 def poison_run(adata: AnnData, folder: Path) -> None:
     train_otherwise(adata, folder)
     (folder / "run" / "done").unlink()
-    torch.save({"model": Malicious()}, folder / "run" / "last.pt")
+    for checkpoint in (folder / "run" / "checkpoints").iterdir():
+        torch.save({"model": Malicious()}, checkpoint)
 
 
 def load(adata: AnnData, folder: Path) -> object:

@@ -276,6 +276,7 @@ def test_run_continues_what_was_interrupted(pretrained: Path, tmp_path: Path) ->
     run = shutil.copytree(pretrained, tmp_path / "run")
     for name in ("done", "last.pt", "best_model.pt"):
         (run / name).unlink()
+    shutil.rmtree(run / "checkpoints")
     assert "not finished" in call("info", run).stdout
     done = shell("run", run)
     assert done.returncode == 0, done.stderr

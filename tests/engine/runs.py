@@ -38,13 +38,22 @@ def pretrain(data, run_dir: Path, *, config: dict | None = None, **settings) -> 
     return scllm.tl.pretrain(data, run_dir=run_dir, config=TrainConfig(**config or {}), **SETTINGS | settings)
 
 
-def start(run_dir: Path, *, data=TOY, config: dict | None = None, before: str = "", **settings) -> subprocess.Popen:
+def start(
+    run_dir: Path,
+    *,
+    data=TOY,
+    config: dict | None = None,
+    before: str = "",
+    environment: dict | None = None,
+    **settings,
+) -> subprocess.Popen:
     """Do the same in another process, after running the code ``before``."""
     settings = SETTINGS | settings | {"run_dir": str(run_dir), "config": config or {}}
     data = str(data) if isinstance(data, Path) else data
     return subprocess.Popen(
         [sys.executable, "-c", before + SCRIPT, json.dumps(data), json.dumps(settings)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
     )  # fmt: skip
 
 

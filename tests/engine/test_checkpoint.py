@@ -70,24 +70,59 @@ def test_a_full_disk_is_an_error_that_keeps_the_last_good_checkpoint(finished, t
     process = start(run_dir, before=LIMIT.format(size // 2 if full == "last.pt" else size + 10), **SETTINGS)
     output, _ = process.communicate()
     assert process.returncode == 1, output
-    assert re.search(naming("OSError", run_dir / full, "run_dir"), output)
+    assert re.search(naming("OSError", "step-" if full == "last.pt" else run_dir / full, "run_dir"), output)
     assert read_torch(run_dir / "last.pt")["step"] == step
-    assert not list(run_dir.glob(".last*"))
+    assert not list(run_dir.rglob(".*.new"))
     pretrain(toy, run_dir, **SETTINGS)
     assert_same_curve(curve(run_dir), curve(finished))
 
 
-@pytest.mark.parametrize("name", ["last.pt", "best_model.pt"])
-@pytest.mark.parametrize("damage", ["truncated", "empty", "of other bytes"])
-def test_a_damaged_checkpoint_is_an_error_that_names_it(toy, run_dir, name, damage):
-    content = (run_dir / name).read_bytes()
-    damaged = {"truncated": content[: len(content) // 2], "empty": b"", "of other bytes": bytes(range(256)) * 9}
-    (run_dir / name).write_bytes(damaged[damage])
-    with pytest.raises(ValueError, match=naming(name, "truncated", "damaged", "code")):
+DAMAGES = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "of other bytes": lambda content: bytes(range(256)) * 9,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights_are_an_error_that_names_them(toy, run_dir, damage):
+    content = (run_dir / "best_model.pt").read_bytes()
+    (run_dir / "best_model.pt").write_bytes(DAMAGES[damage](content))
+    with pytest.raises(ValueError, match=naming("best_model.pt", "truncated", "damaged", "code")):
         pretrain(toy, run_dir, **SETTINGS)
-    (run_dir / name).write_bytes(content)
+    (run_dir / "best_model.pt").write_bytes(content)
     pretrain(toy, run_dir, **SETTINGS)
     assert (run_dir / "done").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(toy, run_dir, damage):
+    whole, newest = curve(run_dir), run_dir / "checkpoints" / "step-14.pt"
+    newest.write_bytes(DAMAGES[damage](newest.read_bytes()))
+    with pytest.warns(UserWarning, match=naming(newest, "damaged", "step 12")):
+        pretrain(toy, run_dir, **SETTINGS)
+    assert_same_curve(curve(run_dir), whole)
+    assert (run_dir / "done").exists()
+
+
+def test_damaged_checkpoints_without_another_one_are_an_error(toy, run_dir):
+    for path in (run_dir / "checkpoints").iterdir():
+        os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=naming("step-14.pt", "truncated", "damaged", "code")):
+        pretrain(toy, run_dir, **SETTINGS)
+
+
+def test_the_newest_checkpoints_are_kept(toy, tmp_path):
+    pretrain(toy, tmp_path / "two", epochs=1, config={"save_every": 1})
+    pretrain(toy, tmp_path / "three", epochs=1, config={"save_every": 1, "keep_last": 3})
+    for name, steps in (("two", (6, 7)), ("three", (5, 6, 7))):
+        assert {path.name for path in (tmp_path / name / "checkpoints").iterdir()} == {f"step-{i}.pt" for i in steps}
+        assert (tmp_path / name / "last.pt").resolve().name == "step-7.pt"
+
+
+def test_only_errors_of_the_disk_are_called_so(tmp_path):
+    with pytest.raises(RuntimeError, match="something else"), checkpoint.writing(tmp_path / "file"):
+        raise RuntimeError("something else")
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best_model.pt"])
@@ -96,8 +131,10 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(toy, run_dir, name, dama
 )
 def test_code_in_place_of_a_checkpoint_is_not_executed(toy, run_dir, tmp_path, name, write):
     trace = tmp_path / "trace"
-    write({"model": TouchWhenLoaded(trace)}, run_dir / name)
-    with pytest.raises(ValueError, match=naming(name, "damaged", "code")):
+    files = [run_dir / name] if name == "best_model.pt" else (run_dir / "checkpoints").iterdir()
+    for file in files:
+        write({"model": TouchWhenLoaded(trace)}, file)
+    with pytest.raises(ValueError, match=naming(name if name == "best_model.pt" else "step-14.pt", "damaged", "code")):
         pretrain(toy, run_dir, **SETTINGS)
     assert not trace.exists()
 

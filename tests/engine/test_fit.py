@@ -116,7 +116,7 @@ def test_without_validation_cells_the_last_weights_are_kept(toy, tmp_path):
 def test_a_finished_run_has_the_files_that_the_design_lists(alone):
     names = {path.name for path in alone[0].iterdir() if not path.name.startswith(".")}
     assert names == {
-        "spec.json", "model", "cells.npz", "best_model.pt", "last.pt", "history.jsonl", "done",
+        "spec.json", "model", "cells.npz", "best_model.pt", "last.pt", "checkpoints", "history.jsonl", "done",
     }  # fmt: skip
 
 
@@ -146,6 +146,17 @@ def test_patience_is_the_number_of_epochs_without_a_better_loss(toy, tmp_path):
     assert len(losses) - 1 - int(np.argmin(losses)) == 2
 
 
+def test_validation_can_come_several_times_an_epoch_and_end_the_run_within_one(toy, tmp_path):
+    model = pretrain(toy, tmp_path / "all", epochs=1, config={"eval_every": 3})
+    assert model.history.loc[model.history["split"] == "validation", "step"].tolist() == [3, 6, 7]
+    config = {"gamma": 1.0, "patience": 2, "eval_every": 3}
+    model = pretrain(toy, tmp_path / "early", lr=0.1, epochs=20, config=config)
+    validation = model.history[model.history["split"] == "validation"]
+    assert len(validation) - 1 - int(np.argmin(validation["loss"])) == 2
+    assert validation["step"].max() % 7  # not at the end of an epoch
+    assert model.history["step"].max() == validation["step"].max() < 140
+
+
 def test_steps_can_end_a_run_within_an_epoch(toy, tmp_path):
     model = pretrain(toy, tmp_path / "run", epochs=None, config={"steps": 9, "log_every": 4})
     training = model.history[model.history["split"] == "train"]
@@ -153,10 +164,12 @@ def test_steps_can_end_a_run_within_an_epoch(toy, tmp_path):
     assert model.history[model.history["split"] == "validation"]["step"].tolist() == [7, 9]
 
 
+@pytest.mark.filterwarnings("ignore:.*is not finite at step")
 @pytest.mark.parametrize("n_procs", [1, 2])
-def test_a_loss_that_is_not_finite_ends_all_processes_before_the_update(toy, tmp_path, n_procs):
+def test_losses_that_stay_not_finite_end_all_processes_before_an_update(toy, tmp_path, n_procs):
     run_dir = tmp_path / "run"
-    with pytest.raises(RuntimeError, match=naming("finite", "step 2", "checkpoint is step 1", "lr")):
+    said = naming("finite", "step 6", "5th step in a row", "checkpoint is step 1", "lr")
+    with pytest.raises(RuntimeError, match=said):
         pretrain(toy, run_dir, lr=1e30, n_procs=n_procs, config={"save_every": 1})
     assert read_torch(run_dir / "last.pt")["step"] == 1
     assert curve(run_dir)["step"].tolist() == [1]
@@ -164,11 +177,12 @@ def test_a_loss_that_is_not_finite_ends_all_processes_before_the_update(toy, tmp
     assert not workers(run_dir)
 
 
+@pytest.mark.filterwarnings("ignore:.*is not finite at step")
 def test_reading_ahead_stops_after_an_error_whose_traceback_is_kept(toy, model, tmp_path):
     def reading():
         return [thread for thread in threading.enumerate() if thread.name == "scllm-prefetch"]
 
-    with pytest.raises(RuntimeError, match=naming("finite", "step 2")) as training:  # keeps the traceback alive
+    with pytest.raises(RuntimeError, match=naming("finite", "step 6")) as training:  # keeps the traceback alive
         pretrain(toy, tmp_path / "run", lr=1e30, batch_size=8)
     assert not reading()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from scllm.engine import sharding
 from scllm.engine.loader import Loader
 from scllm.engine.objectives import Label, objective_from_dict
 from scllm.models.base import HeadSpec
-from scllm.models.storage import read_torch
 
 
 @pytest.mark.parametrize("accumulate", [1, 16])
@@ -47,16 +47,48 @@ def test_a_killed_run_resumes_to_the_same_losses(toy, tmp_path):
     process.kill()
     process.communicate()
     wait_until(lambda: not workers(run_dir) + agents(run_dir), seconds=10)
-    # the checkpoint contains complete weights, like that of a single process
-    assert all(weight.shape == pretrained.shape for weight, pretrained in _weights(run_dir, tmp_path / "whole"))
+    # every rank has written its part, and the parts make complete weights
+    assert len(list((run_dir / "last.pt").glob("*.safetensors"))) == 2
+    whole, killed = (models.load(path, checkpoint="last") for path in (tmp_path / "whole", run_dir))
+    shapes = {name: weight.shape for name, weight in whole.state_dict().items()}
+    assert {name: weight.shape for name, weight in killed.state_dict().items()} == shapes
     pretrain(toy, run_dir, **settings)
     assert_same_curve(curve(run_dir), curve(tmp_path / "whole"))
 
 
-def _weights(*run_dirs):
-    first, second = (read_torch(run_dir / "last.pt")["model"] for run_dir in run_dirs)
-    assert first.keys() == second.keys()
-    return [(first[name], second[name]) for name in first]
+def test_sharded_runs_resume_on_any_number_of_processes(toy, tmp_path):
+    settings = {"epochs": 4, "dropout": 0.0, "config": {"strategy": "fsdp", "save_every": 3}}
+    pretrain(toy, tmp_path / "whole", **settings)
+    run_dir = tmp_path / "run"
+    for n_procs, step in ((2, 5), (1, 11), (2, 18)):
+        process = start(run_dir, n_procs=n_procs, **settings)
+        wait_for_step(run_dir, step)
+        process.kill()
+        process.communicate()
+        wait_until(lambda: not workers(run_dir) + agents(run_dir), seconds=10)
+        assert not (run_dir / "done").exists()
+    pretrain(toy, run_dir, **settings)
+    assert_same_curve(curve(run_dir), curve(tmp_path / "whole"))
+
+
+def test_shards_that_are_truncated_are_passed_over_for_the_checkpoint_before(toy, tmp_path):
+    settings = {"epochs": 2, "dropout": 0.0, "config": {"strategy": "fsdp", "save_every": 3}}
+    pretrain(toy, tmp_path / "run", **settings)
+    whole = curve(tmp_path / "run")
+    (tmp_path / "run" / "done").unlink()
+    (shard,) = (tmp_path / "run" / "last.pt").glob("*.safetensors")
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.warns(UserWarning, match=naming("step-14", "truncated", "step 12")):
+        pretrain(toy, tmp_path / "run", **settings)
+    assert_same_curve(curve(tmp_path / "run"), whole)
+
+
+def test_bf16_with_sharded_weights_differs_by_rounding_only(toy, tmp_path):
+    settings = {"epochs": 2, "dropout": 0.0, "n_procs": 2, "precision": "bf16"}
+    for strategy in ("ddp", "fsdp"):
+        pretrain(toy, tmp_path / strategy, config={"strategy": strategy}, **settings)
+    one, other = (curve(tmp_path / strategy)["loss"] for strategy in ("ddp", "fsdp"))
+    np.testing.assert_allclose(one, other, rtol=1e-2)
 
 
 def test_half_precision_with_sharded_weights_is_an_error(toy, tmp_path):

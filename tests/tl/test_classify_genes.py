@@ -176,7 +176,7 @@ def test_folds_keep_weights_only_on_request(adata, initial, markers, tmp_path):
     kept = classify_genes(adata.copy(), initial, run_dir=tmp_path / "kept", keep_models=True, **options)
     pd.testing.assert_frame_equal(first, kept)
     names = {name: {f.name for f in (tmp_path / name / "fold-1").iterdir()} for name in ("run", "kept")}
-    assert names["kept"] - names["run"] == {"model", "best_model.pt", "last.pt"}
+    assert names["kept"] - names["run"] == {"model", "best_model.pt", "last.pt", "checkpoints"}
 
 
 def test_a_head_on_genes_is_saved_and_loaded(adata, initial, markers, tmp_path):

@@ -248,7 +248,7 @@ def test_a_finished_fold_is_not_trained_again(adata, tiny, tmp_path):
     pd.testing.assert_frame_equal(adata.obs, whole.obs)
 
 
-WEIGHTS = {"model", "best_model.pt", "last.pt"}
+WEIGHTS = {"model", "best_model.pt", "last.pt", "checkpoints"}
 
 
 def test_folds_keep_predictions_and_weights_only_on_request(adata, tiny, tmp_path):

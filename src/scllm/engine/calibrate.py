@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import torch
 
+from scllm.engine import ranks
 from scllm.engine.device import autocast
 from scllm.engine.loader import Loader
 from scllm.models.base import CellModel
@@ -17,12 +19,12 @@ __all__ = ["calibrate"]
 # With this many cells, the log of the fitted temperature is halved: a few cells that are all classified correctly would
 # make every prediction look certain.
 _HALF_TRUSTED = 50
-_MAX_CELLS = 10_000  # all other processes wait during calibration
+_MAX_CELLS = 10_000
 
 
 @torch.no_grad()
 def calibrate(model: CellModel, validation: Loader, precision: str) -> None:
-    """Set the temperature of each classification head, in place (Guo et al. 2017)."""
+    """Set the temperature of each classification head, in place (Guo et al. 2017); all ranks must call this."""
     # scikit-learn takes a second to import, in every process of a run; only this function needs it
     from scllm.metrics import temperature
 
@@ -32,8 +34,8 @@ def calibrate(model: CellModel, validation: Loader, precision: str) -> None:
     model.eval()
     logits: dict[str, list[torch.Tensor]] = {spec.key: [] for spec in model.head_specs}
     labels: dict[str, list[torch.Tensor]] = {spec.key: [] for spec in model.head_specs}
-    with closing(validation.epoch(0)) as read:
-        for (batch,) in read:
+    with closing(validation.epoch(0, rank=ranks.rank(), world=ranks.world())) as read:
+        for batch in chain.from_iterable(read):
             batch = batch.to(model.device)
             with autocast(precision, model.device):
                 outputs = model.head_outputs(batch)
@@ -43,8 +45,8 @@ def calibrate(model: CellModel, validation: Loader, precision: str) -> None:
     specs = []
     for spec in model.head_specs:
         if spec.classes is not None:
-            known = torch.cat(labels[spec.key]).numpy()
-            found = temperature(torch.cat(logits[spec.key]).numpy(), known)
+            known = torch.cat(ranks.gathered(labels[spec.key])).numpy()
+            found = temperature(torch.cat(ranks.gathered(logits[spec.key])).numpy(), known)
             n_cells = int((known >= 0).sum())
             spec = replace(spec, temperature=found ** (n_cells / (n_cells + _HALF_TRUSTED)))
         specs.append(spec)

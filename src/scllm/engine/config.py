@@ -22,7 +22,8 @@ GeneInit = Literal["svd", "random"]
 
 # smallest value of each setting
 _LEAST = {
-    **dict.fromkeys(("batch_size", "epochs", "steps", "accumulate", "log_every", "patience", "max_len"), 1),
+    **dict.fromkeys(("batch_size", "epochs", "steps", "accumulate", "eval_every", "log_every", "keep_last"), 1),
+    **dict.fromkeys(("patience", "max_len"), 1),
     **dict.fromkeys(("warmup", "weight_decay", "max_restarts", "random_state"), 0),
 }
 # settings above 0, and settings from 0 to below 1, each with advice
@@ -96,6 +97,10 @@ class TrainConfig:
     save_every
         Number of steps between two checkpoints, or time (``"30s"``, ``"10min"``, ``"2h"``). There is one at the end of
         each epoch too; ``None``: only those.
+    keep_last
+        Number of checkpoints to keep. If the newest cannot be read, a run resumes from the one before.
+    timeout
+        How long processes wait for each other (``"10min"``). If one is lost or hangs, the others end after this time.
     use_dropout
         Whether to use the model's dropout in training. ``None``: yes in pretraining and in :func:`finetune` of scbert,
         no in all other fine-tuning, where heads are initialised on embeddings without dropout.
@@ -120,7 +125,10 @@ class TrainConfig:
     label_smoothing
         Fraction of each target that is spread over all labels, in fine-tuning with ``loss="ce"``.
     patience
-        Early stopping: number of epochs without a better validation loss after which training stops; ``None``: never.
+        Early stopping: number of validations without a better loss after which training stops; ``None``: never.
+    eval_every
+        Number of steps between two validations, for long epochs. At most 10,000 validation cells are used then, the
+        same ones each time. ``None``: all of them, at the end of each epoch.
     compile
         Whether to compile the blocks with ``torch.compile``.
     checkpointing
@@ -148,10 +156,13 @@ class TrainConfig:
     random_state: int | None = None
     log_every: int = 1
     save_every: int | str | None = "10min"
+    keep_last: int = 2
+    timeout: str = "10min"
     use_dropout: bool | None = None
     head_reads: HeadSetting | None = None
     label_smoothing: float = 0.0
     patience: int | None = None
+    eval_every: int | None = None
     compile: bool = False
     checkpointing: bool = False
 
@@ -159,8 +170,9 @@ class TrainConfig:
         n_steps, _ = self.save_interval()
         if n_steps is not None:
             object.__setattr__(self, "save_every", n_steps)  # a plain number
+        self.timeout_seconds()
         for name, hint in get_type_hints(type(self)).items():
-            if name == "save_every":
+            if name in ("save_every", "timeout"):
                 continue  # checked above
             value, kinds = getattr(self, name), get_args(hint)
             if value is None and type(None) in kinds:
@@ -187,13 +199,20 @@ class TrainConfig:
             return None, math.inf
         if isinstance(every, Integral) and not isinstance(every, bool) and every > 0:
             return int(every), math.inf
-        time = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h)", every) if isinstance(every, str) else None
-        if time is None or float(time[1]) == 0:
+        seconds = _seconds(every)
+        if seconds is None:
             raise ValueError(
                 f"Expected save_every to be a number of steps of at least 1 or a time such as '10min', got {every!r}. "
                 "Pass None for one checkpoint per epoch."
             )
-        return None, float(time[1]) * _SECONDS[time[2]]
+        return None, seconds
+
+    def timeout_seconds(self) -> float:
+        """Return ``timeout`` in seconds."""
+        seconds = _seconds(self.timeout)
+        if seconds is None:
+            raise ValueError(f"Expected timeout to be a time such as '10min', got {self.timeout!r}. Pass '10min'.")
+        return seconds
 
     def merged(self, given: Mapping[str, Any]) -> TrainConfig:
         """Return a copy with the arguments of a function; a setting given in both places is a ``TypeError``."""
@@ -249,6 +268,12 @@ class Settings(TrainConfig):
     def n_steps(self, n_cells: int) -> int:
         """Count the optimiser steps of the whole training."""
         return self.steps or self.steps_per_epoch(n_cells) * (self.epochs or 1)
+
+
+def _seconds(time: object) -> float | None:
+    """Convert a time such as ``"10min"`` to seconds; ``None`` if it is not a time above zero."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h)", time) if isinstance(time, str) else None
+    return None if found is None else float(found[1]) * _SECONDS[found[2]] or None
 
 
 def _plain(name: str, value: Any, kind: Any) -> Any:

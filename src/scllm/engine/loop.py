@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from scllm._log import log, show_progress
 from scllm.data.run_files import append_history, cut_history
-from scllm.engine import checkpoint, ranks, sharding
+from scllm.engine import ranks, sharding
+from scllm.engine.checkpoint import Checkpoints, save, writing
 from scllm.engine.config import Settings
 from scllm.engine.device import autocast
 from scllm.engine.loader import Loader
-from scllm.engine.objectives import Loss, Objective
-from scllm.engine.optim import learning_rate, optimizer, train_mode
-from scllm.engine.replicas import averaging, loss_module
+from scllm.engine.objectives import Objective
+from scllm.engine.optim import learning_rate, train_mode
 from scllm.engine.run import Run
 from scllm.engine.saving import Saving
-from scllm.kernels.draws import mix
-from scllm.models.base import Batch, CellModel
-from scllm.models.pruning import pruned_weights
+from scllm.engine.totals import Sums, Totals
+from scllm.engine.updates import Updates
+from scllm.models.base import CellModel
 
 __all__ = ["fit"]
 
@@ -72,17 +72,18 @@ def fit(
     rank, world, per_epoch = ranks.rank(), ranks.world(), batches.n_batches()
     n_steps = config.n_steps(len(batches.rows))
     n_epochs = -(-n_steps // per_epoch)
-    updates = _Updates(model, objective, config, precision)
-    step, best, since_best = _resume(run, updates)
+    updates = Updates(model, objective, config, precision)
+    checkpoints = Checkpoints(run.checkpoints, run.last, config.keep_last)
+    step, standing = _resume(run, updates, checkpoints)
     saved = step
     if from_start and validation is not None and step == 0:
-        best = _judge_start(model, validation, objective, precision, run, track)
+        standing.best = _judge_start(model, validation, objective, precision, run, track)
     quiet, saving = not show_progress(), Saving(config)
     bar = tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=quiet, leave=False)
     with bar, saving.listening():
-        while step < n_steps and (config.patience is None or since_best < config.patience):
+        while step < n_steps and not standing.is_over(config.patience):
             epoch = step // per_epoch
-            train_mode(model)  # because validation at the end of an epoch switches to evaluation mode
+            train_mode(model)
             read = batches.epoch(epoch, start=step % per_epoch, rank=rank, world=world, parts=config.accumulate)
             with closing(read):
                 began = time.perf_counter()
@@ -96,137 +97,84 @@ def fit(
                     report = objective.report(dict(means), step - 1)
                     line: dict[str, Any] = {"step": step, "epoch": epoch, "split": "train", **report, "lr": lr}
                     lines = []
-                    if step % config.log_every == 0:
+                    is_skipped = updates.skipped_in_a_row > 0
+                    if step % config.log_every == 0 and not is_skipped:
                         lines.append(line | {"grad_norm": float(f"{norm:.6g}"), **speed})
-                    ends = step % per_epoch == 0 or step == n_steps
-                    if ends:
-                        found = line if validation is None else evaluate(model, validation, objective, precision)
-                        _check_validation(found["loss"], step, saved)
+                    is_judged = step == n_steps or step % (config.eval_every or per_epoch) == 0
+                    if is_judged:
+                        validated, score = "", -step  # without validation cells, the last weights count as the best
                         if validation is not None:
+                            found = evaluate(model, validation, objective, precision)
+                            train_mode(model)
+                            score = found["loss"]
+                            _check_validation(score, step, saved)
                             lines.append({"step": step, "epoch": epoch, "split": "validation", **found, "lr": lr})
-                        # without validation cells, the last weights count as the best
-                        score = -step if validation is None else found["loss"]
-                        best, since_best = (score, 0) if score < best else (best, since_best + 1)
-                        validated = "" if validation is None else f", {found['loss']:.4g} on validation"
+                            validated = f", {score:.4g} on validation"
+                        standing.judge(score)
                         # a progress bar shows the same
                         say = log.info if quiet else log.debug
                         text = "epoch %d of %d, step %d of %d: loss %.4g%s"
                         say(text, epoch + 1, n_epochs, step, n_steps, means["loss"], validated)
                     if rank == 0:
                         _log_lines(run, lines, track)
-                    if ends or saving.is_due(step, asked=totals.asked):
-                        standing = {"step": step, "best": best, "since_best": since_best}
-                        _save(run, updates, standing, is_best=ends and since_best == 0)
+                    if is_judged or totals.asked or (saving.is_due(step) and not is_skipped):
+                        if is_judged and standing.since_best == 0:
+                            _save_best(run, model)
+                        updates.save(checkpoints, step, asdict(standing))
                         saved = step
                         saving.saved()
+                    if standing.is_over(config.patience):
+                        break
                     bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
                     bar.update()
                     began = time.perf_counter()
 
 
-class _Updates:
-    """Optimiser steps of a model."""
+@dataclass
+class _Standing:
+    """The best validation loss so far, and the number of validations since then."""
 
-    def __init__(self, model: CellModel, objective: Objective, config: Settings, precision: str) -> None:
-        self.model, self.objective, self.config, self.precision = model, objective, config, precision
-        self.device = model.device
-        self.sharded = sharding.is_sharded(model)
-        self.trained: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
-        self.loss = loss_module(model, objective)
-        self.optimizer = optimizer(model, config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.pruned = pruned_weights(model)
+    best: float = math.inf
+    since_best: int = 0
 
-    def update(self, parts: Sequence[Batch], step: int, lr: float, saved: int, *, asked: bool) -> tuple[_Totals, float]:
-        """Take one step on this rank's cells; return sums over all ranks, and the gradient's norm before clipping.
+    def judge(self, score: float) -> None:
+        """Take note of a validation."""
+        self.best, self.since_best = (score, 0) if score < self.best else (self.best, self.since_best + 1)
 
-        ``asked`` says whether this rank asks for a checkpoint.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        totals = self._gradients(parts, step, asked)
-        gradients = [cast(Tensor, weight.grad) for weight in self.trained]
-        self.scaler.unscale_(self.optimizer)
-        # gradients are averaged over ranks, and their count is summed
-        torch._foreach_div_(gradients, max(totals.count, 1) / ranks.world())
-        norm = sharding.full_norm(self.trained, self.config.clip)
-        loss = totals.means["loss"]
-        if not math.isfinite(loss) or not (norm.isfinite() or self.scaler.is_enabled()):
-            raise RuntimeError(
-                f"The loss or its gradient is not finite at step {step + 1} (loss {loss}, gradient norm "
-                f"{norm:.3g}). The weights were not updated; the last checkpoint is step {saved}. Lower lr, or use "
-                "precision='fp32'."
-            )
-        self.scaler.step(self.optimizer)
-        with torch.no_grad():
-            for weight, stays in self.pruned:
-                weight.mul_(stays)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return totals, float(norm)
-
-    def _gradients(self, parts: Sequence[Batch], step: int, asked: bool) -> _Totals:
-        """Average gradients of the summed loss over ranks; return sums over all ranks."""
-        self.model.at_step(step, self.config.random_state)
-        sums = _Sums(self.objective.logs(self.model), self.device)
-        with _seeded(self.device, self.config.random_state, step, ranks.rank()):
-            for number, batch in enumerate(parts, start=1):
-                batch = batch.to(self.device)
-                with averaging(self.loss, self.model, now=number == len(parts)):
-                    with autocast(self.precision, self.device):
-                        loss = self.loss(batch, step)
-                    self.scaler.scale(loss.sum).backward()
-                sums.add(loss, batch)
-        for weight in self.trained:
-            # heads without labels contribute zeros
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        return sums.reduced(asked)
-
-    def state(self) -> dict[str, Any]:
-        """Return the state to resume from; if the model is sharded, all ranks must call this."""
-        return {
-            "model": sharding.weights(self.model),
-            "optimizer": sharding.optimizer_state(self.model, self.optimizer),
-            "scaler": self.scaler.state_dict(),
-            "precision": self.precision,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Load a state that :meth:`state` returned."""
-        sharding.load_weights(self.model, state["model"])
-        sharding.load_optimizer(self.model, self.optimizer, state["optimizer"])
-        if state["scaler"]:
-            # empty if the run has not used loss scaling so far
-            self.scaler.load_state_dict(state["scaler"])
+    def is_over(self, patience: int | None) -> bool:
+        """Return whether to stop early."""
+        return patience is not None and self.since_best >= patience
 
 
-def _resume(run: Run, updates: _Updates) -> tuple[int, float, int]:
-    """Load the last checkpoint; return its step, best validation loss and the number of epochs since then."""
-    state = checkpoint.restore(run.last)
-    ranks.wait_for_all()
+def _resume(run: Run, updates: Updates, checkpoints: Checkpoints) -> tuple[int, _Standing]:
+    """Load the last checkpoint; return its step and standing."""
+    state = updates.restore(checkpoints)
+    step = 0 if state is None else state["step"]
+    # otherwise ranks whose directories differ would train a mixture, or wait for each other for ever
+    values = {"step": step, "specification of the run": json.dumps(run.spec.to_json(), sort_keys=True)}
+    ranks.check_same(values if updates.in_shards else {**values, "weights": updates.model.hash()})
     if ranks.rank() == 0:
-        cut_history(run.history, -1 if state is None else state["step"])
+        cut_history(run.history, -1 if state is None else step)
     if state is None:
-        return 0, math.inf, 0
-    updates.restore(state)
-    before = state.get("precision", updates.precision)
-    changed = "" if before == updates.precision else f" in {updates.precision} (trained in {before} so far)"
-    log.info("resuming at step %d%s", state["step"], changed)
-    return state["step"], state["best"], state["since_best"]
+        return 0, _Standing()
+    changed = (
+        ""
+        if state["precision"] == updates.precision
+        else (f" in {updates.precision} (trained in {state['precision']} so far)")
+    )
+    log.info("resuming at step %d%s", step, changed)
+    return step, _Standing(state["best"], state["since_best"])
 
 
-def _save(run: Run, updates: _Updates, standing: dict[str, float], *, is_best: bool) -> None:
-    if ranks.rank() != 0 and not updates.sharded:
-        return
-    state = updates.state()
+def _save_best(run: Run, model: CellModel) -> None:
+    """Write the weights as those with the best validation loss; all ranks must call this."""
+    weights = sharding.weights(model)
     if ranks.rank() == 0:
-        if is_best:
-            checkpoint.save(run.best, state["model"])
-        checkpoint.save(run.last, state | standing)
+        save(run.best, weights)
 
 
 def _log_lines(run: Run, lines: list[dict[str, Any]], track: Callable[[dict[str, Any]], None]) -> None:
-    with checkpoint.writing(run.history):
+    with writing(run.history):
         append_history(run.history, lines)
     for line in lines:
         track(line)
@@ -250,25 +198,11 @@ def _judge_start(
 ) -> float:
     """Validate the initial weights, which are the best so far, and return the loss."""
     found = evaluate(model, validation, objective, precision)
-    weights = sharding.weights(model)
     if ranks.rank() == 0:
         _log_lines(run, [{"step": 0, "epoch": 0, "split": "validation", **found, "lr": 0.0}], track)
-        checkpoint.save(run.best, weights)
+    _save_best(run, model)
     log.debug("starting from a validation loss of %.4g", found["loss"])
     return found["loss"]
-
-
-@contextmanager
-def _seeded(device: torch.device, random_state: int, step: int, rank: int) -> Iterator[None]:
-    """Seed dropout for one step and leave the caller's random generators unchanged."""
-    seed = int(mix(random_state, step, rank)) & (1 << 63) - 1
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # torch.manual_seed would seed all GPUs, also those whose state is not restored
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 @torch.no_grad()
@@ -276,7 +210,7 @@ def evaluate(model: CellModel, cells: Loader, objective: Objective, precision: s
     """Compute mean losses over all cells, the same for any number of ranks; masks are the same in every epoch."""
     model.eval()
     device = model.device
-    sums = _Sums(objective.logs(model), device)
+    sums = Sums(objective.logs(model), device)
     with closing(cells.epoch(0, rank=ranks.rank(), world=ranks.world())) as read:
         for number, parts in enumerate(read):
             for batch in parts:
@@ -288,18 +222,7 @@ def evaluate(model: CellModel, cells: Loader, objective: Objective, precision: s
     return found
 
 
-@dataclass(frozen=True)
-class _Totals:
-    """What was computed over all micro-batches and ranks."""
-
-    means: dict[str, float]  # losses, divided by `count`
-    count: float
-    n_cells: int
-    n_tokens: int
-    asked: bool  # whether a rank asks for a checkpoint
-
-
-def _speed(totals: _Totals, seconds: float, waited: float, device: torch.device) -> dict[str, float]:
+def _speed(totals: Totals, seconds: float, waited: float, device: torch.device) -> dict[str, float]:
     """Describe a step for the history: rates over all ranks, waiting and memory of this one.
 
     ``data_wait`` is the fraction of the time spent waiting for the batch, ``peak_memory`` is in GiB: of the GPU, or of
@@ -319,29 +242,3 @@ def _resident_memory() -> int:
     # in kilobytes on Linux, in bytes on macOS
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-class _Sums:
-    """Sums over micro-batches and ranks, which are divided once at the end."""
-
-    def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        # with all names from the start, because ranks without cells take part in the sum too
-        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("loss", *names)}
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.n_cells = self.n_tokens = 0
-
-    def add(self, loss: Loss, batch: Batch) -> None:
-        for name, value in {"loss": loss.sum, **loss.logged}.items():
-            self.sums[name] += value.detach()
-        self.count += loss.count
-        self.n_cells += batch.n_cells
-        self.n_tokens += len(batch.genes)
-
-    def reduced(self, asked: bool = False) -> _Totals:
-        """Sum over ranks."""
-        sizes = self.count.new_tensor([self.n_cells, self.n_tokens, asked])
-        flat = torch.cat([torch.stack([*self.sums.values(), self.count]), sizes])
-        ranks.sum_over_ranks(flat)
-        *sums, count, n_cells, n_tokens, n_asked = flat.tolist()
-        means = {name: value / max(count, 1) for name, value in zip(self.sums, sums, strict=True)}
-        return _Totals(means, count, int(n_cells), int(n_tokens), n_asked > 0)

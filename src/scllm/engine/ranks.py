@@ -6,16 +6,33 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["joined", "rank", "sum_over_ranks", "tie_to_parent", "wait_for_all", "world"]
+__all__ = [
+    "check_same",
+    "gathered",
+    "joined",
+    "rank",
+    "sum_over_ranks",
+    "tie_to_parent",
+    "wait_for_all",
+    "wait_for_first",
+    "world",
+]
 
 _PDEATHSIG = 1
+# while one process works alone; if it is lost, its closed connection ends the others
+_LONG = timedelta(days=7)
+
+# group of all processes in which they wait for a long time
+_patient: distributed.ProcessGroup | None = None
 
 
 def rank() -> int:
@@ -34,15 +51,58 @@ def wait_for_all() -> None:
         distributed.barrier()
 
 
+def wait_for_first() -> None:
+    """Wait until every process has reached this point, however long the first one works alone before it."""
+    if distributed.is_initialized():
+        distributed.barrier(group=_patient)
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raise an error that names what differs if processes have different values."""
+    if world() == 1:
+        return
+    found: list[Any] = [None] * world()
+    distributed.all_gather_object(found, dict(values))
+    for name, value in found[0].items():
+        other = next((number for number, one in enumerate(found) if one[name] != value), None)
+        if other is not None:
+            raise RuntimeError(
+                f"Expected all processes to have the same {name}, got {value} on rank 0 and {found[other][name]} on "
+                f"rank {other}. Start them on the same run directory, in a folder that all machines share, with the "
+                "same versions of scllm and torch."
+            )
+
+
 def sum_over_ranks(numbers: Tensor) -> None:
     """Sum a few numbers over all processes, in place."""
     if world() > 1:
         distributed.all_reduce(numbers)
 
 
+def gathered(parts: list[Any]) -> list[Any]:
+    """Return the parts of all processes, those of the first process first."""
+    if world() == 1:
+        return parts
+    found: list[list[Any]] = [[]] * world()
+    distributed.all_gather_object(found, parts)
+    return [part for of_rank in found for part in of_rank]
+
+
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Join the process group if torchrun started this process, and leave it together with the others."""
+def joined(device: torch.device, timeout: float) -> Iterator[None]:
+    """Join the process group if torchrun started this process, and leave it together with the others.
+
+    If an error is raised, print it and end the process at once. Leaving the group would wait for the others, which wait
+    for this one.
+
+    Parameters
+    ----------
+    device
+        Device of this process.
+    timeout
+        Seconds after which a process that waits for another one ends.
+    """
+    global _patient
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
@@ -51,13 +111,18 @@ def joined(device: torch.device) -> Iterator[None]:
     tie_to_parent(signal.SIGKILL)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # if a rank is lost, the others must end within minutes, not after the default half hour
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    _patient = distributed.new_group(backend="gloo", timeout=_LONG)
     try:
         yield
         distributed.barrier()
-    finally:
-        distributed.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    distributed.destroy_process_group()
 
 
 def tie_to_parent(number: signal.Signals) -> None:

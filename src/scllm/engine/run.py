@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import pandas as pd
 from scllm._log import log
 from scllm.data.run_files import read_history, read_json, write_json
 from scllm.engine.spec import Cells, RunSpec
+from scllm.models.base import CellModel
 
 __all__ = ["Run"]
 
@@ -48,8 +51,13 @@ class Run:
 
     @property
     def last(self) -> Path:
-        """Model, optimiser and step at the last checkpoint."""
+        """Link to the newest checkpoint: model, optimiser and step."""
         return self.path / "last.pt"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The newest checkpoints."""
+        return self.path / "checkpoints"
 
     @property
     def history(self) -> Path:
@@ -65,6 +73,11 @@ class Run:
     def log(self) -> Path:
         """Output of the processes of a run."""
         return self.path / "log.txt"
+
+    @property
+    def unstarted(self) -> Path:
+        """Exists as long as the initial model has no weights from the data yet."""
+        return self.path / "unstarted"
 
     @property
     def is_done(self) -> bool:
@@ -97,7 +110,7 @@ class Run:
         """Remove the files of a run that could not be set up, and nothing else."""
         for folder in (self.model, self.data):
             shutil.rmtree(folder, ignore_errors=True)
-        for name in ("spec.json", ".spec.json.new", "cells.npz", ".lock"):
+        for name in ("spec.json", ".spec.json.new", "cells.npz", ".lock", ".lock-owner", "unstarted"):
             (self.path / name).unlink(missing_ok=True)
 
     def resume_with(self, spec: RunSpec) -> None:
@@ -122,6 +135,16 @@ class Run:
         """Return the history so far."""
         return read_history(self.history)
 
+    def replace_model(self, model: CellModel) -> None:
+        """Write another model in place of the one that is there."""
+        fresh = self.path / ".model"
+        shutil.rmtree(fresh, ignore_errors=True)
+        model.save(fresh)
+        # file by file, so that a complete model folder exists whenever this process is killed
+        for file in fresh.iterdir():
+            file.replace(self.model / file.name)
+        fresh.rmdir()
+
     def finish(self) -> None:
         """Mark the run as done, after the final weights have been written."""
         (self.path / "done").write_text("")
@@ -137,12 +160,20 @@ class Run:
         while (handle := self._lock()) is None:
             if time.monotonic() > end:
                 raise RuntimeError(
-                    f"Expected only one process to train in '{self.path}', but another one is running. Wait until it "
-                    "has finished, or stop it."
+                    f"Expected only one process to train in '{self.path}', but another one is running"
+                    f"{self._owned_by()}. Wait until it has finished, or stop it."
                 )
             time.sleep(0.1)
-        with handle:
+        try:
             yield handle.fileno()
+        finally:
+            handle.close()
+            self._owner.unlink(missing_ok=True)
+
+    @property
+    def _owner(self) -> Path:
+        """Names the machine and process that hold the lock, where the file system knows no locks."""
+        return self.path / ".lock-owner"
 
     def _lock(self) -> IO[str] | None:
         """Open and lock the lock file; return ``None`` if another process holds it or has just removed it."""
@@ -155,5 +186,40 @@ class Run:
                 return handle
         except BlockingIOError:
             pass
+        except OSError as error:
+            # some network file systems have no locks
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
+                raise
+            if self._take_ownership():
+                return handle
         handle.close()
         return None
+
+    def _owned_by(self) -> str:
+        """Name the owner for a message, if a file does."""
+        if not self._owner.is_file():
+            return ""
+        host, _, number = self._owner.read_text().partition(" ")
+        return f" (process {number} on {host}; if it has ended, remove '{self._owner}')"
+
+    def _take_ownership(self) -> bool:
+        """Create the file that names the owner; return ``False`` if another process that still runs has done so."""
+        try:
+            with self._owner.open("x") as owner:
+                owner.write(f"{socket.gethostname()} {os.getpid()}")
+            return True
+        except FileExistsError:
+            host, _, number = self._owner.read_text().partition(" ")
+        if host == socket.gethostname() and number.isdigit() and not _is_running(int(number)):
+            self._owner.unlink(missing_ok=True)
+        return False
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

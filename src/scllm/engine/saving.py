@@ -38,9 +38,9 @@ class Saving:
         """Whether this rank asks for a checkpoint, which all ranks then save after the same step."""
         return self._told is not None or time.monotonic() - self._saved >= self._seconds
 
-    def is_due(self, step: int, *, asked: bool) -> bool:
-        """Return whether to save after a step; ``asked`` says whether any rank asked."""
-        return asked or (self._steps is not None and step % self._steps == 0)
+    def is_due(self, step: int) -> bool:
+        """Return whether to save after this step in any case."""
+        return self._steps is not None and step % self._steps == 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from scllm.engine import ranks
 from scllm.models.base import CellModel
 
-__all__ = ["full_norm", "is_sharded", "load_optimizer", "load_weights", "optimizer_state", "shard", "weights"]
+__all__ = ["full_norm", "is_sharded", "load_state_in_shards", "shard", "state_in_shards", "weights"]
+
+_MODEL, _OPTIMIZER = "model.", "optimizer."
 
 # methods that objectives call instead of `forward`: each must gather the weights it needs
 _ENTRIES = (
@@ -39,14 +41,21 @@ _ENTRIES = (
 )
 
 
-def shard(model: CellModel) -> None:
-    """Shard the weights of every block and of the rest of the model over the ranks, in place."""
+def shard(model: CellModel, precision: str = "fp32") -> None:
+    """Shard the weights of every block and of the rest of the model over the ranks, in place.
+
+    In bf16, the weights of blocks are gathered in bf16, which halves the communication; gradients are summed in fp32.
+    Embeddings stay in fp32, and with them the residual stream.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(model.device.type, (ranks.world(),))
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
         _gather_in(block, ("first",))
     fully_shard(model, mesh=mesh)
     _gather_in(model, _ENTRIES)
@@ -78,34 +87,38 @@ def weights(model: CellModel) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
-def load_weights(model: CellModel, state: Mapping[str, Any]) -> None:
-    """Load complete weights."""
-    if is_sharded(model):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+def state_in_shards(model: CellModel, optimise: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return this rank's part of the weights and of the optimiser's state, by name."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-        set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
-    else:
-        model.load_state_dict(state)
-
-
-def optimizer_state(model: CellModel, optimise: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the complete state of the optimiser; every rank must call this."""
-    if is_sharded(model):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_optimizer_state_dict(model, optimise, options=options)
-    return optimise.state_dict()
+    state = get_optimizer_state_dict(model, optimise, options=_flat())
+    return {
+        **{_MODEL + name: tensor for name, tensor in get_model_state_dict(model).items()},
+        # learning rates and the like are settings
+        **{_OPTIMIZER + name: value for name, value in state.items() if isinstance(value, Tensor)},
+    }
 
 
-def load_optimizer(model: CellModel, optimise: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the complete state of the optimiser."""
-    if is_sharded(model):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+def load_state_in_shards(model: CellModel, optimise: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Load what :func:`state_in_shards` returned."""
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
 
-        set_optimizer_state_dict(model, optimise, state, options=StateDictOptions(full_state_dict=True))
-    else:
-        optimise.load_state_dict(state)
+    weights = {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
+    set_model_state_dict(model, weights)
+    state = get_optimizer_state_dict(model, optimise, options=_flat())
+    known = {name.removeprefix(_OPTIMIZER): value for name, value in tensors.items() if name.startswith(_OPTIMIZER)}
+    set_optimizer_state_dict(model, optimise, {**state, **known}, options=_flat())
+
+
+def _flat() -> Any:
+    """Let every tensor of the optimiser's state have a name of its own."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def full_norm(trained: list[Tensor], clip: float | None) -> Tensor:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from scllm import models
@@ -15,6 +16,7 @@ from scllm._log import log
 from scllm.data.cells import CellSource
 from scllm.data.encode import Encoder
 from scllm.data.fingerprint import fingerprint, same_matrix, source_stamp
+from scllm.data.genes import GeneMatch
 from scllm.data.matching import match_source
 from scllm.data.source import open_source
 from scllm.engine import ranks
@@ -22,6 +24,7 @@ from scllm.engine.calibrate import calibrate
 from scllm.engine.checkpoint import restore, save, writing
 from scllm.engine.collapse import CollapseWatch
 from scllm.engine.device import resolve_device, resolve_precision
+from scllm.engine.initial import initialise
 from scllm.engine.loader import Loader
 from scllm.engine.loop import fit
 from scllm.engine.lora import add_adapters, merge_adapters
@@ -37,6 +40,8 @@ __all__ = ["LOCKED", "continue_run", "cropping", "train_here"]
 
 # environment variable of processes whose parent holds the lock of the run directory
 LOCKED = "SCLLM_RUN_LOCKED"
+# validation cells where they are evaluated several times an epoch
+_MAX_VALIDATION = 10_000
 
 
 def continue_run(run: Run, *, device: str = "auto", family: str | None = None) -> None:
@@ -62,13 +67,14 @@ def train_here(run: Run, device: str, source: CellSource | None, family: str | N
         Module of a model family from another package.
     """
     chosen = resolve_device(device)
-    with ranks.joined(chosen):
+    with ranks.joined(chosen, run.spec.train.timeout_seconds()):
         if run.is_done:
             # another process, which held the lock until now, has finished it; all ranks check this at the same time
             return
         spec = run.spec
         if source is None:
             source = _open(run, spec)
+        _start(run, spec, source, device, family)
         model = models.load(run.model, family=family)
         if not spec.train.use_dropout:
             without_dropout(model)  # before adapters are added, which have their own dropout
@@ -81,7 +87,7 @@ def train_here(run: Run, device: str, source: CellSource | None, family: str | N
         if config.compile or config.checkpointing:
             model.speed_up(compile=config.compile, checkpointing=config.checkpointing)
         if config.strategy == "fsdp" and ranks.world() > 1:
-            shard(model)
+            shard(model, precision)
         watch = CollapseWatch(run.history)
         with tracker(config.logger if ranks.rank() == 0 else None, run) as track:
 
@@ -102,8 +108,8 @@ def train_here(run: Run, device: str, source: CellSource | None, family: str | N
             )
         if ranks.rank() == 0:
             watch.finish()
-            _finish(run, family, chosen, validation if isinstance(objective, Label) else None, precision)
-        ranks.wait_for_all()
+        _finish(run, family, chosen, validation if isinstance(objective, Label) else None, precision)
+        ranks.wait_for_first()
 
 
 @contextmanager
@@ -114,6 +120,24 @@ def _locked_by_first_rank(run: Run) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def _start(run: Run, spec: RunSpec, source: CellSource, device: str, family: str | None) -> None:
+    """Compute the initial weights, if the process that wrote the directory has left that to this one."""
+    if ranks.rank() == 0 and run.unstarted.exists():
+        model = models.load(run.model, family=family)
+        objective = objective_from_dict(spec.objective)
+        match = _match(source, spec, model)
+        initialise(model, source, match, run.cells, objective, spec.train, device=device)
+        with writing(run.model):
+            run.replace_model(model)
+            run.unstarted.unlink()
+    ranks.wait_for_first()
+
+
+def _match(source: CellSource, spec: RunSpec, model: CellModel) -> GeneMatch:
+    """Find the token of each gene."""
+    return match_source(source, model.vocab, gene_key=spec.data.gene_key, min_coverage=spec.data.min_coverage)
 
 
 def _choose_trained(model: CellModel, spec: RunSpec) -> None:
@@ -148,8 +172,8 @@ def _open(run: Run, spec: RunSpec) -> CellSource:
 def _loaders(
     run: Run, spec: RunSpec, source: CellSource, model: CellModel, objective: Objective
 ) -> tuple[Loader, Loader | None]:
-    data, config, cells = spec.data, spec.train, run.cells
-    match = match_source(source, model.vocab, gene_key=data.gene_key, min_coverage=data.min_coverage)
+    config, cells = spec.train, run.cells
+    match = _match(source, spec, model)
     common: dict[str, Any] = {
         "source": source,
         "match": match,
@@ -162,13 +186,17 @@ def _loaders(
         "pinned": model.device.type == "cuda",
         "keep_whole": getattr(objective, "predicts_whole_cells", False),
     }
+    held_out = cells.validation
+    if config.eval_every is not None and len(held_out) > _MAX_VALIDATION:
+        chosen = np.random.default_rng(config.random_state).choice(held_out, _MAX_VALIDATION, replace=False)
+        held_out = np.sort(chosen)
     training = Loader(
         rows=cells.train,
         weights=cells.weights,
         downsample=config.downsample,
         **common | {"encoder": cropping(model, config.max_len)},
     )
-    return training, Loader(rows=cells.validation, training=False, **common) if len(cells.validation) else None
+    return training, Loader(rows=held_out, training=False, **common) if len(held_out) else None
 
 
 def cropping(model: CellModel, max_len: int | None) -> Encoder:
@@ -180,26 +208,26 @@ def cropping(model: CellModel, max_len: int | None) -> Encoder:
 
 
 def _finish(run: Run, family: str | None, device: torch.device, validation: Loader | None, precision: str) -> None:
-    """Write the best weights to the model folder and mark the run as done."""
+    """Write the best weights to the model folder and mark the run as done; heads are calibrated by all ranks."""
+    if ranks.rank() != 0 and validation is None:
+        return
     best = restore(run.best)
     assert best is not None
     model = models.load(run.model, family=family)
-    if any(".lora_" in name for name in best):
+    is_adapted = any(".lora_" in name for name in best)
+    if is_adapted:
         _choose_trained(model, run.spec)
-        model.load_state_dict(best)
+    model.load_state_dict(best)
+    if is_adapted:
         merge_adapters(model)
-        save(run.best, model.state_dict())
-    else:
-        model.load_state_dict(best)
     if validation is not None:
         calibrate(model.to(device), replace(validation, keep_empty=False), precision)
         model.cpu()
+    if ranks.rank() != 0:
+        return
+    if is_adapted:
+        save(run.best, model.state_dict())
     model.history = run.table()
-    fresh = run.path / ".model"
     with writing(run.model):
-        model.save(fresh)
-        # file by file, so that a complete model folder exists whenever this process is killed
-        for file in fresh.iterdir():
-            file.replace(run.model / file.name)
-        fresh.rmdir()
+        run.replace_model(model)
         run.finish()

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from scllm.data.encode import (
     BinEncoder,
@@ -27,6 +28,7 @@ from scllm.data.run_files import read_history, read_ledger, read_report
 from scllm.data.vocab import Vocab
 from scllm.models.base import CellModel, Checkpoint, HeadSpec, ModelConfig
 from scllm.models.int8 import prepare_int8
+from scllm.models.sharded import all_shards
 from scllm.models.storage import HUB, LEDGER, from_hub, is_native, load_weights, read_native, read_torch
 
 __all__ = [
@@ -261,12 +263,11 @@ def _load_unfinished(run: Path, checkpoint: str, family: str | None) -> CellMode
             "out to load a model folder."
         )
     file = run / _CHECKPOINTS[checkpoint]
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(
             f"Expected the checkpoint {file.name} in {run}, but the run has not saved one yet. Wait until it has."
         )
-    content = read_torch(file)
-    weights = content["model"] if checkpoint == "last" else content
+    weights = _weights_in(file) if checkpoint == "last" else read_torch(file)
     if any(".lora_" in name for name in weights):
         raise ValueError(
             f"Expected a run without adapters, but the weights in {file} are those of LoRA adapters, which are merged "
@@ -277,6 +278,14 @@ def _load_unfinished(run: Path, checkpoint: str, family: str | None) -> CellMode
     model.history = read_history(run / "history.jsonl")
     model.path = None  # the folder holds other weights
     return model
+
+
+def _weights_in(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint of a run: a file, or a folder of shards."""
+    if checkpoint.is_file():
+        return read_torch(checkpoint)["model"]
+    tensors = all_shards(checkpoint)
+    return {name.removeprefix("model."): weight for name, weight in tensors.items() if name.startswith("model.")}
 
 
 def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> CellModel:

@@ -138,3 +138,4 @@ def _remove_weights(run: Run, keep_models: bool) -> None:
         shutil.rmtree(run.model, ignore_errors=True)
         run.best.unlink(missing_ok=True)
         run.last.unlink(missing_ok=True)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)

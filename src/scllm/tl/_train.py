@@ -19,7 +19,7 @@ import torch
 from anndata import AnnData
 
 from scllm import settings
-from scllm._log import details, log
+from scllm._log import log
 from scllm._results import MatchSettings, record
 from scllm._typing import IntArray
 from scllm.data.arrays import write_arrays
@@ -32,11 +32,10 @@ from scllm.data.matching import match_source
 from scllm.data.source import RAW, has_layer, open_source
 from scllm.engine.config import Settings, TrainConfig
 from scllm.engine.device import check_gpus, resolve_device
-from scllm.engine.gene_init import start_from_data
-from scllm.engine.head_start import start_heads
+from scllm.engine.initial import initialise
 from scllm.engine.launch import cluster_command, launch
 from scllm.engine.lora import LoraSettings, adapted_layers
-from scllm.engine.objectives import Label, Objective, objective_to_dict
+from scllm.engine.objectives import Objective, objective_to_dict
 from scllm.engine.optim import Freeze, frozen_weights
 from scllm.engine.run import Run
 from scllm.engine.spec import Cells, DataSpec, RunSpec
@@ -181,6 +180,11 @@ class Training:
         """Module of the model family, if it is in another package."""
         return self.model.family if "." in self.model.family else None
 
+    @property
+    def starts_here(self) -> bool:
+        """Whether this process computes the initial weights, and not one that holds memory of the GPU anyway."""
+        return self.where.n == 1 or self.where.device == "cpu"
+
     def spec(self) -> RunSpec:
         """Return the specification of the run; if it changes, that is another run."""
         model = self.model
@@ -312,14 +316,11 @@ def _set_up(run: Run, spec: RunSpec, training: Training) -> None:
     """Write everything that another process needs to train the model to the run directory."""
     model, source, cells, chosen = training.model, training.source, training.cells, training.settings
     warn_of_unread_cells(source, training.match, cells.train)
-    if chosen.gene_init == "svd":
-        start_from_data(model, source, training.match, cells.train, random_state=chosen.random_state)
-    if isinstance(training.objective, Label) and model.heads_read_cells:
-        with details():
-            start_heads(
-                model, source, training.match, cells, training.objective,
-                device=training.where.device, random_state=chosen.random_state,
-            )  # fmt: skip
+    if training.starts_here:
+        initialise(model, source, training.match, cells, training.objective, chosen, device=training.where.device)
+    else:
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.unstarted.touch()
     model.trained_on = record_training(model.trained_on, spec.verb, training.data, source, cells.train)
     model.save(run.model)
     _store(run, spec, source)

@@ -1,0 +1,167 @@
+"""Optimiser steps of a model: gradients over micro-batches and ranks, and what a checkpoint holds of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from scllm._log import warn
+from scllm.engine import ranks, sharding
+from scllm.engine.checkpoint import Checkpoints
+from scllm.engine.config import Settings
+from scllm.engine.device import autocast
+from scllm.engine.objectives import Objective
+from scllm.engine.optim import optimizer
+from scllm.engine.replicas import averaging, loss_module
+from scllm.engine.totals import Sums, Totals
+from scllm.kernels.draws import mix
+from scllm.models.base import Batch, CellModel
+from scllm.models.pruning import pruned_weights
+
+__all__ = ["Updates"]
+
+# A step whose loss or gradient is not finite is left out. If as many follow each other, training has diverged.
+_MAX_SKIPPED = 5
+# GradScaler begins at 65,536 and halves the scale at each overflow; below this, gradients of fp16 have no digits left
+_LEAST_SCALE = 2.0**-10
+
+
+class Updates:
+    """Optimiser steps of a model."""
+
+    def __init__(self, model: CellModel, objective: Objective, config: Settings, precision: str) -> None:
+        self.model, self.objective, self.config, self.precision = model, objective, config, precision
+        self.device = model.device
+        self.in_shards = config.strategy == "fsdp"
+        self.trained: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
+        self.loss = loss_module(model, objective)
+        self.optimizer = optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.pruned = pruned_weights(model)
+        self.n_skipped = self.skipped_in_a_row = 0
+
+    def update(self, parts: Sequence[Batch], step: int, lr: float, saved: int, *, asked: bool) -> tuple[Totals, float]:
+        """Take one step on this rank's cells; return sums over all ranks, and the gradient's norm before clipping.
+
+        ``asked`` says whether this rank asks for a checkpoint.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        totals = self._gradients(parts, step, asked)
+        gradients = [cast(Tensor, weight.grad) for weight in self.trained]
+        self.scaler.unscale_(self.optimizer)
+        # gradients are averaged over ranks, and their count is summed
+        torch._foreach_div_(gradients, max(totals.count, 1) / ranks.world())
+        norm = float(sharding.full_norm(self.trained, self.config.clip))
+        loss = totals.means["loss"]
+        # loss and norm are the same on all ranks, so all of them leave out the same steps
+        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+            self.skipped_in_a_row = 0
+            self.scaler.step(self.optimizer)
+            with torch.no_grad():
+                for weight, stays in self.pruned:
+                    weight.mul_(stays)
+            self.scaler.update()
+            self._check_scale(step, saved)
+        else:
+            self._skip(step, loss, norm, saved)
+        self.optimizer.zero_grad(set_to_none=True)
+        return totals, norm
+
+    def _skip(self, step: int, loss: float, norm: float, saved: int) -> None:
+        """Leave out a step; raise if too many follow each other."""
+        self.n_skipped += 1
+        self.skipped_in_a_row += 1
+        seen = f"The loss or its gradient is not finite at step {step + 1} (loss {loss}, gradient norm {norm:.3g})."
+        if self.skipped_in_a_row == _MAX_SKIPPED:
+            raise RuntimeError(
+                f"{seen} That is the {_MAX_SKIPPED}th step in a row, so training has diverged. The weights were not "
+                f"updated in these steps; the last checkpoint is step {saved}. Lower lr, or use precision='fp32'."
+            )
+        if ranks.rank() == 0:
+            warn(f"{seen} The weights are not updated in this step ({self.n_skipped} left out so far).")
+
+    def _check_scale(self, step: int, saved: int) -> None:
+        """Raise if gradients overflow in fp16 at any scale."""
+        if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE:
+            raise RuntimeError(
+                f"Gradients overflow in fp16 at step {step + 1}, even at loss scale {self.scaler.get_scale():.3g}. "
+                f"The last checkpoint is step {saved}. Use precision='bf16' or 'fp32', with which the run can be "
+                "resumed, or lower lr."
+            )
+
+    def _gradients(self, parts: Sequence[Batch], step: int, asked: bool) -> Totals:
+        """Average gradients of the summed loss over ranks; return sums over all ranks."""
+        self.model.at_step(step, self.config.random_state)
+        sums = Sums(self.objective.logs(self.model), self.device)
+        with _seeded(self.device, self.config.random_state, step, ranks.rank()):
+            for number, batch in enumerate(parts, start=1):
+                batch = batch.to(self.device)
+                with averaging(self.loss, self.model, now=number == len(parts)):
+                    with autocast(self.precision, self.device):
+                        loss = self.loss(batch, step)
+                    self.scaler.scale(loss.sum).backward()
+                sums.add(loss, batch)
+        for weight in self.trained:
+            # heads without labels contribute zeros
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        return sums.reduced(asked)
+
+    def save(self, checkpoints: Checkpoints, step: int, standing: Mapping[str, Any]) -> None:
+        """Write a checkpoint; all ranks must call this."""
+        state = {"step": step, **standing, "scaler": self.scaler.state_dict(), "precision": self.precision}
+        if self.in_shards:
+            checkpoints.save_shards(step, sharding.state_in_shards(self.model, self.optimizer), state)
+        elif ranks.rank() == 0:
+            tensors = {"model": sharding.weights(self.model), "optimizer": self.optimizer.state_dict()}
+            checkpoints.save(step, {**tensors, **state})
+
+    def restore(self, checkpoints: Checkpoints) -> dict[str, Any] | None:
+        """Read the newest checkpoint that can be read; ``None`` if nothing has been saved yet."""
+        found, damaged = checkpoints.newest_first(), []
+        for path in found:
+            try:
+                state = self._read(checkpoints, path)
+            except ValueError as error:
+                damaged.append(error)
+                continue
+            if damaged and ranks.rank() == 0:
+                warn(f"{damaged[0]} Resuming from the one before, step {state['step']}.")
+            if state["scaler"]:
+                # empty if the run has not used loss scaling so far
+                self.scaler.load_state_dict(state["scaler"])
+            return state
+        if damaged:
+            raise damaged[0]
+        return None
+
+    def _read(self, checkpoints: Checkpoints, path: Path) -> dict[str, Any]:
+        """Read a checkpoint into model and optimiser; return the rest of the state."""
+        if path.is_file():
+            state = checkpoints.read(path)
+            self.model.load_state_dict(state.pop("model"))
+            self.optimizer.load_state_dict(state.pop("optimizer"))
+            return state
+        tensors = sharding.state_in_shards(self.model, self.optimizer)
+        state = checkpoints.read_shards(path, tensors)
+        sharding.load_state_in_shards(self.model, self.optimizer, tensors)
+        return state
+
+
+@contextmanager
+def _seeded(device: torch.device, random_state: int, step: int, rank: int) -> Iterator[None]:
+    """Seed dropout for one step and leave the caller's random generators unchanged."""
+    seed = int(mix(random_state, step, rank)) & (1 << 63) - 1
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        # torch.manual_seed would seed all GPUs, also those whose state is not restored
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
