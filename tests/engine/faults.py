@@ -116,7 +116,7 @@ def suffer(name: str, folder: Path) -> Outcome:
     fault, run_dir = FAULTS[name], folder / "run"
     data = [str(path) for path in write_parts(folder)] if fault.from_files else TOY
     config = CONFIG | fault.config
-    environment = {"FAULT": f"{fault.fault}:{folder}", "PYTHONPATH": _path()}
+    environment = {"FAULT": f"{fault.fault}:{folder}", "PYTHONPATH": search_path()}
     process = start(
         run_dir, data=data, n_procs=2, config=config, before=fault.before, environment=environment, **SETTINGS
     )
@@ -148,7 +148,12 @@ def ranks_with_different_directories(folder: Path) -> str:
         (folder / name / "done").unlink()
     # the second one resumes from an earlier step
     (folder / "two" / "checkpoints" / "step-7.pt").unlink()
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "PYTHONPATH": _path()}
+    group = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "PYTHONPATH": search_path(),
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "scllm", "run", str(folder / name), "--device", "cpu", "--family", "engine.faulty"],
@@ -162,7 +167,7 @@ def ranks_with_different_directories(folder: Path) -> str:
     return "\n".join(outputs)
 
 
-def _path() -> str:
+def search_path() -> str:
     """Where other processes find scllm and the faulty family."""
     here = [str(Path(scllm.__file__).parents[1]), str(Path(__file__).parents[1])]
     return os.pathsep.join([*here, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,6 +1,7 @@
 """A model family of another package that fails once, at a step of a rank that the environment names.
 
 ``FAULT="raise:5:1:/folder"`` raises at step 5 of rank 1, unless the folder says that it has done so before.
+``FAULT="memory:100:0:/folder"`` asks for more memory than there is in training with more than 100 tokens.
 """
 
 from __future__ import annotations
@@ -26,12 +27,18 @@ class Config(scgpt.Config):
 class Model(scgpt.Model):
     family = "engine.faulty"
 
+    def inputs(self, batch):
+        kind, n_tokens, *_ = os.environ.get("FAULT", "none:0:0:.").split(":")
+        if kind == "memory" and len(batch.genes) > int(n_tokens) and self.training:
+            torch.empty(1 << 60)  # more than any machine has
+        return super().inputs(batch)
+
     def at_step(self, step: int, random_state: int) -> None:
         super().at_step(step, random_state)
         self.is_broken = False
         kind, at, rank, folder = os.environ.get("FAULT", "none:0:0:.").split(":")
         marker = Path(folder) / f"done-{kind}"
-        if kind == "none" or step != int(at) or ranks.rank() != int(rank) or marker.exists():
+        if kind in ("none", "memory") or step != int(at) or ranks.rank() != int(rank) or marker.exists():
             return
         marker.touch()
         if kind == "raise":

@@ -23,7 +23,7 @@ GeneInit = Literal["svd", "random"]
 # smallest value of each setting
 _LEAST = {
     **dict.fromkeys(("batch_size", "epochs", "steps", "accumulate", "eval_every", "log_every", "keep_last"), 1),
-    **dict.fromkeys(("patience", "max_len"), 1),
+    **dict.fromkeys(("patience", "max_tokens", "max_len"), 1),
     **dict.fromkeys(("warmup", "weight_decay", "max_restarts", "random_state"), 0),
 }
 # settings above 0, and settings from 0 to below 1, each with advice
@@ -70,6 +70,9 @@ class TrainConfig:
         ``"fp32"``, ``"bf16"``, ``"fp16"`` (with loss scaling), or ``"auto"``.
     accumulate
         Number of micro-batches into which the cells of a step are split, to save memory (gradient accumulation).
+    max_tokens
+        Largest number of tokens in a micro-batch. Longer ones are cut, which does not change the result. ``None``: as
+        many as fit into the memory of the GPU, which is tried with the longest cells possible before the first step.
     max_len
         Largest number of tokens per cell in training, ``<cls>`` included: of longer cells a random subset is read, new
         in each epoch, which saves time and regularises. Validation and embedding read as much as the encoder gives.
@@ -147,6 +150,7 @@ class TrainConfig:
     clip: float | None = 1.0
     precision: Precision | None = None
     accumulate: int = 1
+    max_tokens: int | None = None
     max_len: int | None = None
     downsample: float | None = None
     gene_init: GeneInit | None = None

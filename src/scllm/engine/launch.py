@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from scllm import models
-from scllm._log import show_progress, warn
+from scllm._log import log, show_progress, warn
 from scllm.data.cells import CellSource
 from scllm.engine.collapse import CollapseWatch
 from scllm.engine.run import Run
@@ -50,8 +50,8 @@ def launch(
         with run.locked() as lock:
             if n_procs == 1:
                 train_here(run, device, source, family)
-            elif not run.is_done:
-                _train_in_processes(run, n_procs, device, family, lock)
+            else:
+                _train_with_fitting_batches(run, n_procs, device, family, lock)
     return models.load(run.path, family=family)
 
 
@@ -82,6 +82,25 @@ def cluster_command(run_dir: object, n_procs: int, family: str | None = None) ->
         f"torchrun --nnodes=NODES --nproc-per-node={n_procs} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
         f"-m scllm run {run_dir}{'' if family is None else f' --family {family}'}"
     )
+
+
+def _train_with_fitting_batches(run: Run, n_procs: int, device: str, family: str | None, lock: int) -> None:
+    """Train in processes, and start them again if one has run out of memory and noted a smaller micro-batch."""
+    while not run.is_done:
+        before = _noted(run.max_tokens)
+        try:
+            _train_in_processes(run, n_procs, device, family, lock)
+        except RuntimeError:
+            now = _noted(run.max_tokens)
+            if now == before:
+                raise
+            log.warning(
+                "memory ran out; resuming with at most %s tokens in a micro-batch, and the same batch_size", now
+            )
+
+
+def _noted(file: Path) -> str | None:
+    return file.read_text() if file.is_file() else None
 
 
 def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None, lock: int) -> None:

@@ -86,6 +86,11 @@ class Loader:
         chunks = self.source.chunked and self.training and self.weights is None
         return self.source.chunk_rows if chunks else 1
 
+    def largest(self, world: int) -> tuple[int, int]:
+        """Return the number of cells of one rank in a batch, and the number of tokens of the longest cell possible."""
+        encoder = self.encoder
+        return -(-self.batch_size // world), min(encoder.max_len, len(self.vocab) + encoder.n_specials)
+
     def n_batches(self) -> int:
         """Return the number of batches per epoch, the same on every rank."""
         return n_batches(len(self.rows), self.batch_size)

@@ -23,6 +23,7 @@ from scllm.engine.checkpoint import Checkpoints, save, writing
 from scllm.engine.config import Settings
 from scllm.engine.device import autocast
 from scllm.engine.loader import Loader
+from scllm.engine.memory import TokenLimit
 from scllm.engine.objectives import Objective
 from scllm.engine.optim import learning_rate, train_mode
 from scllm.engine.run import Run
@@ -72,7 +73,9 @@ def fit(
     rank, world, per_epoch = ranks.rank(), ranks.world(), batches.n_batches()
     n_steps = config.n_steps(len(batches.rows))
     n_epochs = -(-n_steps // per_epoch)
-    updates = Updates(model, objective, config, precision)
+    limit = TokenLimit(run.max_tokens, config.max_tokens)
+    largest = batches.largest(world) if model.device.type == "cuda" else None
+    updates = Updates(model, objective, config, precision, limit, largest)
     checkpoints = Checkpoints(run.checkpoints, run.last, config.keep_last)
     step, standing = _resume(run, updates, checkpoints)
     saved = step
@@ -105,7 +108,8 @@ def fit(
                         validated, score = "", -step  # without validation cells, the last weights count as the best
                         if validation is not None:
                             found = evaluate(model, validation, objective, precision)
-                            train_mode(model)
+                            if config.eval_every is not None:
+                                train_mode(model)
                             score = found["loss"]
                             _check_validation(score, step, saved)
                             lines.append({"step": step, "epoch": epoch, "split": "validation", **found, "lr": lr})

@@ -29,6 +29,7 @@ from scllm.engine.estimate import (
     mean_tokens,
 )
 from scllm.engine.loader import Loader
+from scllm.engine.memory import is_out_of_memory
 from scllm.models.base import Batch, CellModel
 
 __all__ = ["Forward", "predict"]
@@ -127,8 +128,16 @@ def predict(
     is_special = model.is_special.cpu()
 
     def run(part: int, batch: Batch) -> Tensor:
-        with torch.inference_mode(), autocast(chosen, devices[part]):
-            return forward(replicas[part], batch.to(devices[part])).float().cpu()
+        try:
+            with torch.inference_mode(), autocast(chosen, devices[part]):
+                return forward(replicas[part], batch.to(devices[part])).float().cpu()
+        except (RuntimeError, MemoryError) as error:
+            if batch.n_cells <= 1 or not is_out_of_memory(error):
+                raise
+            log.info("memory ran out with %d cells at a time; halving them (%s)", batch.n_cells, str(error)[:80])
+        # after the except clause, because the traceback holds what is in memory
+        half = batch.n_cells // 2
+        return torch.cat([run(part, batch.cells(0, half)), run(part, batch.cells(half, batch.n_cells))])
 
     row = n_empty = 0
     with (

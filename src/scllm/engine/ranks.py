@@ -19,6 +19,7 @@ __all__ = [
     "check_same",
     "gathered",
     "joined",
+    "largest_over_ranks",
     "rank",
     "sum_over_ranks",
     "tie_to_parent",
@@ -86,6 +87,12 @@ def gathered(parts: list[Any]) -> list[Any]:
     found: list[list[Any]] = [[]] * world()
     distributed.all_gather_object(found, parts)
     return [part for of_rank in found for part in of_rank]
+
+
+def largest_over_ranks(number: Tensor) -> None:
+    """Replace a number by the largest of all processes."""
+    if world() > 1:
+        distributed.all_reduce(number, distributed.ReduceOp.MAX)
 
 
 @contextmanager

@@ -70,6 +70,11 @@ class Run:
         return self.path / "data"
 
     @property
+    def max_tokens(self) -> Path:
+        """Largest number of tokens in a micro-batch, if memory has run out with more."""
+        return self.path / "max_tokens"
+
+    @property
     def log(self) -> Path:
         """Output of the processes of a run."""
         return self.path / "log.txt"

@@ -22,7 +22,9 @@ __all__ = ["Cells", "DataSpec", "RunSpec", "check_same"]
 _FREE = ("versions", "processes", "data_reference", "data_stamp")
 # training settings that may differ too, because the result does not depend on them, and others that may while a run has
 # not finished
-_FREE_SETTINGS = ("save_every", "keep_last", "log_every", "timeout", "max_restarts", "compile", "checkpointing")
+_FREE_SETTINGS = (
+    "save_every", "keep_last", "log_every", "timeout", "max_restarts", "max_tokens", "compile", "checkpointing",
+)  # fmt: skip
 _CHANGEABLE_SETTINGS = ("lr", "clip", "precision")
 # names of the columns of targets in the file of the cells
 _TARGET = "target:"

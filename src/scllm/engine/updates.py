@@ -11,11 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from scllm._log import warn
+from scllm._log import log, warn
 from scllm.engine import ranks, sharding
 from scllm.engine.checkpoint import Checkpoints
 from scllm.engine.config import Settings
 from scllm.engine.device import autocast
+from scllm.engine.memory import TokenLimit, is_out_of_memory, longest, micro_batches
 from scllm.engine.objectives import Objective
 from scllm.engine.optim import optimizer
 from scllm.engine.replicas import averaging, loss_module
@@ -35,7 +36,15 @@ _LEAST_SCALE = 2.0**-10
 class Updates:
     """Optimiser steps of a model."""
 
-    def __init__(self, model: CellModel, objective: Objective, config: Settings, precision: str) -> None:
+    def __init__(
+        self,
+        model: CellModel,
+        objective: Objective,
+        config: Settings,
+        precision: str,
+        limit: TokenLimit,
+        largest: tuple[int, int] | None = None,
+    ) -> None:
         self.model, self.objective, self.config, self.precision = model, objective, config, precision
         self.device = model.device
         self.in_shards = config.strategy == "fsdp"
@@ -45,6 +54,7 @@ class Updates:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.pruned = pruned_weights(model)
         self.n_skipped = self.skipped_in_a_row = 0
+        self.limit, self.untried = limit, largest
 
     def update(self, parts: Sequence[Batch], step: int, lr: float, saved: int, *, asked: bool) -> tuple[Totals, float]:
         """Take one step on this rank's cells; return sums over all ranks, and the gradient's norm before clipping.
@@ -53,7 +63,11 @@ class Updates:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        totals = self._gradients(parts, step, asked)
+        if self.untried is not None:
+            largest, self.untried = longest(parts[0], *self.untried), None
+            self._fitting_gradients([largest], step, asked)
+            self.optimizer.zero_grad(set_to_none=True)
+        totals = self._fitting_gradients(parts, step, asked)
         gradients = [cast(Tensor, weight.grad) for weight in self.trained]
         self.scaler.unscale_(self.optimizer)
         # gradients are averaged over ranks, and their count is summed
@@ -96,14 +110,57 @@ class Updates:
                 "resumed, or lower lr."
             )
 
+    def _fitting_gradients(self, parts: Sequence[Batch], step: int, asked: bool) -> Totals:
+        """Compute gradients in micro-batches that fit into memory."""
+        while True:
+            try:
+                return self._gradients(parts, step, asked)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                said = str(error).splitlines()[0]
+            # after the except clause, because the traceback holds what is in memory
+            self._shrink(parts, said)
+
+    def _shrink(self, parts: Sequence[Batch], said: str) -> None:
+        """Halve the micro-batches; if other ranks wait for this one, note that and end."""
+        tried = [piece for batch in parts for piece in micro_batches(batch, self.limit.n_tokens)]
+        n_tokens = max(len(piece.genes) for piece in tried)
+        if all(piece.n_cells <= 1 for piece in tried):
+            raise RuntimeError(
+                f"Expected memory for one cell of {n_tokens:,} tokens, but there is none left ({said}). Pass "
+                "TrainConfig(checkpointing=True) or a smaller max_len, or train a smaller model."
+            )
+        self.limit.halve(n_tokens)
+        self.limit.note()
+        text = f"Memory ran out with {n_tokens:,} tokens in a micro-batch ({said})"
+        if ranks.world() > 1:
+            raise RuntimeError(
+                f"{text}. When the run is resumed, it continues with at most {self.limit.n_tokens:,} and the same batch"
+                "_size."
+            )
+        log.warning("%s; continuing with at most %d, and the same batch_size", text, self.limit.n_tokens)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _micro_batches(self, parts: Sequence[Batch]) -> list[Batch]:
+        """Cut this rank's cells of a step; if weights are sharded, all ranks get equally many parts."""
+        pieces = [piece for batch in parts for piece in micro_batches(batch.to(self.device), self.limit.n_tokens)]
+        if sharding.is_sharded(self.model) and math.isfinite(self.limit.n_tokens):
+            n_parts = torch.tensor(len(pieces), device=self.device)
+            ranks.largest_over_ranks(n_parts)
+            pieces += [pieces[0].cells(0, 0)] * (int(n_parts) - len(pieces))
+        return pieces
+
     def _gradients(self, parts: Sequence[Batch], step: int, asked: bool) -> Totals:
         """Average gradients of the summed loss over ranks; return sums over all ranks."""
         self.model.at_step(step, self.config.random_state)
         sums = Sums(self.objective.logs(self.model), self.device)
+        pieces = self._micro_batches(parts)
         with _seeded(self.device, self.config.random_state, step, ranks.rank()):
-            for number, batch in enumerate(parts, start=1):
-                batch = batch.to(self.device)
-                with averaging(self.loss, self.model, now=number == len(parts)):
+            for number, batch in enumerate(pieces, start=1):
+                with averaging(self.loss, self.model, now=number == len(pieces)):
                     with autocast(self.precision, self.device):
                         loss = self.loss(batch, step)
                     self.scaler.scale(loss.sum).backward()

@@ -167,6 +167,22 @@ class Batch:
             lengths=lengths,
         )
 
+    def cells(self, first: int, last: int) -> Batch:
+        """Return the cells from ``first`` to before ``last``, without waiting for the GPU."""
+        begin, end = sum(self.lengths[:first]), sum(self.lengths[:last])
+        measured = self.measured
+        return Batch(
+            self.genes[begin:end],
+            None if self.values is None else self.values[begin:end],
+            self.cu_seqlens[first : last + 1] - begin,
+            self.lengths[first:last],
+            self.keys[first:last],
+            {name: column[first:last] for name, column in self.obs.items()},
+            None if measured is None else replace(measured, first=measured.first[first:last], n=measured.n[first:last]),
+            None if self.whole is None else self.whole.cells(first, last),
+            None if self.spacing is None else self.spacing[first:last],
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """Move the batch to a device, without waiting for it."""
 
