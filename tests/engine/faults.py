@@ -148,16 +148,12 @@ def ranks_with_different_directories(folder: Path) -> str:
         (folder / name / "done").unlink()
     # the second one resumes from an earlier step
     (folder / "two" / "checkpoints" / "step-7.pt").unlink()
-    group = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "PYTHONPATH": search_path(),
-    }
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    group |= {"PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "scllm", "run", str(folder / name), "--device", "cpu", "--family", "engine.faulty"],
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank, name in enumerate(("one", "two"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -40,7 +42,7 @@ def test_micro_batches_hold_all_cells_in_order_and_no_more_tokens_than_allowed(t
     assert torch.cat([part.obs["batch"] for part in parts]).tolist() == batch.obs["batch"].tolist()
     assert sum((part.lengths for part in parts), ()) == batch.lengths
     # no two neighbours would have fitted into one
-    for one, other in zip(parts, parts[1:], strict=False):
+    for one, other in pairwise(parts):
         assert len(one.genes) + other.lengths[0] > n_tokens
 
 

@@ -94,9 +94,7 @@ def _train_with_fitting_batches(run: Run, n_procs: int, device: str, family: str
             now = _noted(run.max_tokens)
             if now == before:
                 raise
-            log.warning(
-                "memory ran out; resuming with at most %s tokens in a micro-batch, and the same batch_size", now
-            )
+            log.warning("memory ran out; resuming with micro-batches of %s tokens at most and the same batch_size", now)
 
 
 def _noted(file: Path) -> str | None:

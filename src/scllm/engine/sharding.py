@@ -44,15 +44,15 @@ _ENTRIES = (
 def shard(model: CellModel, precision: str = "fp32") -> None:
     """Shard the weights of every block and of the rest of the model over the ranks, in place.
 
-    In bf16, the weights of blocks are gathered in bf16, which halves the communication; gradients are summed in fp32.
-    Embeddings stay in fp32, and with them the residual stream.
+    In bf16 on GPUs, the weights of blocks are gathered in bf16, which halves the communication; gradients are summed in
+    fp32. Embeddings stay in fp32, and with them the residual stream.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(model.device.type, (ranks.world(),))
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if precision == "bf16":
+    if precision == "bf16" and model.device.type == "cuda":  # on a CPU, autocast takes no norms with bf16 weights
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
