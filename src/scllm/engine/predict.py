@@ -128,16 +128,7 @@ def predict(
     is_special = model.is_special.cpu()
 
     def run(part: int, batch: Batch) -> Tensor:
-        try:
-            with torch.inference_mode(), autocast(chosen, devices[part]):
-                return forward(replicas[part], batch.to(devices[part])).float().cpu()
-        except (RuntimeError, MemoryError) as error:
-            if batch.n_cells <= 1 or not is_out_of_memory(error):
-                raise
-            log.info("memory ran out with %d cells at a time; halving them (%s)", batch.n_cells, str(error)[:80])
-        # after the except clause, because the traceback holds what is in memory
-        half = batch.n_cells // 2
-        return torch.cat([run(part, batch.cells(0, half)), run(part, batch.cells(half, batch.n_cells))])
+        return _computed(forward, replicas[part], batch, chosen)
 
     row = n_empty = 0
     with (
@@ -152,6 +143,21 @@ def predict(
             yield slice(row, row + n_cells), torch.cat(done)
             row += n_cells
     warn_of_empty_cells(n_empty, len(rows))
+
+
+def _computed(forward: Forward, replica: CellModel, batch: Batch, precision: str) -> Tensor:
+    """Compute the result for a batch, or for both halves of it if memory runs out."""
+    try:
+        with torch.inference_mode(), autocast(precision, replica.device):
+            return forward(replica, batch.to(replica.device)).float().cpu()
+    except (RuntimeError, MemoryError) as error:
+        if batch.n_cells <= 1 or not is_out_of_memory(error):
+            raise
+        log.info("memory ran out with %d cells at a time; halving them (%s)", batch.n_cells, str(error)[:80])
+    # after the except clause, because the traceback holds what is in memory
+    half = batch.n_cells // 2
+    halves = batch.cells(0, half), batch.cells(half, batch.n_cells)
+    return torch.cat([_computed(forward, replica, part, precision) for part in halves])
 
 
 def _n_empty(batch: Batch, is_special: Tensor) -> int:
