@@ -21,6 +21,7 @@ from scllm.data.run_files import append_history, cut_history
 from scllm.engine import checkpoint, ranks, sharding
 from scllm.engine.config import Settings
 from scllm.engine.device import autocast
+from scllm.engine.estimate import matrix_rate, training_flops
 from scllm.engine.loader import Loader
 from scllm.engine.objectives import Loss, Objective
 from scllm.engine.optim import learning_rate, optimizer, train_mode
@@ -91,7 +92,7 @@ def fit(
                     lr = learning_rate(step, epoch, n_steps, config)
                     totals, norm = updates.update(parts, step, lr, saved, asked=saving.is_asked)
                     step += 1
-                    speed = _speed(totals, time.perf_counter() - began, waited, model.device)
+                    speed = _speed(totals, time.perf_counter() - began, waited, updates)
                     means = totals.means
                     report = objective.report(dict(means), step - 1)
                     line: dict[str, Any] = {"step": step, "epoch": epoch, "split": "train", **report, "lr": lr}
@@ -136,6 +137,7 @@ class _Updates:
         self.optimizer = optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.pruned = pruned_weights(model)
+        self.flops = training_flops(model, objective)
 
     def update(self, parts: Sequence[Batch], step: int, lr: float, saved: int, *, asked: bool) -> tuple[_Totals, float]:
         """Take one step on this rank's cells; return sums over all ranks, and the gradient's norm before clipping.
@@ -168,7 +170,7 @@ class _Updates:
     def _gradients(self, parts: Sequence[Batch], step: int, asked: bool) -> _Totals:
         """Average gradients of the summed loss over ranks; return sums over all ranks."""
         self.model.at_step(step, self.config.random_state)
-        sums = _Sums(self.objective.logs(self.model), self.device)
+        sums = _Sums(self.objective.logs(self.model), self.device, self.flops)
         with _seeded(self.device, self.config.random_state, step, ranks.rank()):
             for number, batch in enumerate(parts, start=1):
                 batch = batch.to(self.device)
@@ -296,22 +298,24 @@ class _Totals:
     count: float
     n_cells: int
     n_tokens: int
+    flops: float  # counted operations, 0 if they cannot be counted
     asked: bool  # whether a rank asks for a checkpoint
 
 
-def _speed(totals: _Totals, seconds: float, waited: float, device: torch.device) -> dict[str, float]:
+def _speed(totals: _Totals, seconds: float, waited: float, updates: _Updates) -> dict[str, float]:
     """Describe a step for the history: rates over all ranks, waiting and memory of this one.
 
-    ``data_wait`` is the fraction of the time spent waiting for the batch, ``peak_memory`` is in GiB: of the GPU, or of
-    the process on a CPU.
+    ``mfu`` is the share of the matrix rate of all ranks, if the operations can be counted. ``data_wait`` is the
+    fraction of the time spent waiting for the batch, ``peak_memory`` is in GiB: of the GPU, or of the process on a CPU.
     """
+    device = updates.device
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_memory()
-    return {
-        "cells_per_s": round(totals.n_cells / seconds, 2),
-        "tokens_per_s": round(totals.n_tokens / seconds, 1),
-        "data_wait": round(waited / seconds, 4),
-        "peak_memory": round(used / 2**30, 3),
-    }
+    speed = {"cells_per_s": round(totals.n_cells / seconds, 2), "tokens_per_s": round(totals.n_tokens / seconds, 1)}
+    # the first rank writes the history, and measures the rate while the others wait for it
+    if totals.flops and ranks.rank() == 0:
+        rate = ranks.world() * matrix_rate(device, updates.precision)
+        speed["mfu"] = float(f"{totals.flops / seconds / rate:.3g}")
+    return speed | {"data_wait": round(waited / seconds, 4), "peak_memory": round(used / 2**30, 3)}
 
 
 def _resident_memory() -> int:
@@ -324,11 +328,14 @@ def _resident_memory() -> int:
 class _Sums:
     """Sums over micro-batches and ranks, which are divided once at the end."""
 
-    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, names: Sequence[str], device: torch.device, flops: Callable[[Sequence[int]], float] | None = None
+    ) -> None:
         # with all names from the start, because ranks without cells take part in the sum too
         self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("loss", *names)}
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.n_cells = self.n_tokens = 0
+        self.flops, self.count_flops = 0.0, flops
 
     def add(self, loss: Loss, batch: Batch) -> None:
         for name, value in {"loss": loss.sum, **loss.logged}.items():
@@ -336,12 +343,14 @@ class _Sums:
         self.count += loss.count
         self.n_cells += batch.n_cells
         self.n_tokens += len(batch.genes)
+        if self.count_flops is not None:
+            self.flops += self.count_flops(batch.lengths)
 
     def reduced(self, asked: bool = False) -> _Totals:
         """Sum over ranks."""
-        sizes = self.count.new_tensor([self.n_cells, self.n_tokens, asked])
+        sizes = self.count.new_tensor([self.n_cells, self.n_tokens, self.flops, asked])
         flat = torch.cat([torch.stack([*self.sums.values(), self.count]), sizes])
         ranks.sum_over_ranks(flat)
-        *sums, count, n_cells, n_tokens, n_asked = flat.tolist()
+        *sums, count, n_cells, n_tokens, flops, n_asked = flat.tolist()
         means = {name: value / max(count, 1) for name, value in zip(self.sums, sums, strict=True)}
-        return _Totals(means, count, int(n_cells), int(n_tokens), n_asked > 0)
+        return _Totals(means, count, int(n_cells), int(n_tokens), flops, n_asked > 0)

@@ -33,7 +33,7 @@ Source: TypeAlias = str | PathLike[str] | AnnData | pd.DataFrame | HasHistory
 
 _NO_LOSSES = (
     *("step", "epoch", "split", "lr", "mask_ratio", "commonest_answer"),
-    *("grad_norm", "cells_per_s", "tokens_per_s", "data_wait", "peak_memory"),
+    *("grad_norm", "cells_per_s", "tokens_per_s", "mfu", "data_wait", "peak_memory"),
 )
 _TRAINED_BY = ("pretrain", "finetune")
 _MAX_EPOCH_MARKS = 12
