@@ -23,6 +23,7 @@ from scllm.engine.config import Settings
 from scllm.engine.device import autocast
 from scllm.engine.estimate import matrix_rate, training_flops
 from scllm.engine.loader import Loader
+from scllm.engine.mean_prediction import mean_prediction
 from scllm.engine.objectives import Loss, Objective
 from scllm.engine.optim import learning_rate, optimizer, train_mode
 from scllm.engine.replicas import averaging, loss_module
@@ -78,6 +79,7 @@ def fit(
     saved = step
     if from_start and validation is not None and step == 0:
         best = _judge_start(model, validation, objective, precision, run, track)
+    baseline = mean_prediction(model, objective, batches, validation) if rank == 0 else {}
     quiet, saving = not show_progress(), Saving(config)
     bar = tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=quiet, leave=False)
     with bar, saving.listening():
@@ -114,7 +116,7 @@ def fit(
                         text = "epoch %d of %d, step %d of %d: loss %.4g%s"
                         say(text, epoch + 1, n_epochs, step, n_steps, means["loss"], validated)
                     if rank == 0:
-                        _log_lines(run, lines, track)
+                        _log_lines(run, [one | baseline for one in lines], track)
                     if ends or saving.is_due(step, asked=totals.asked):
                         standing = {"step": step, "best": best, "since_best": since_best}
                         _save(run, updates, standing, is_best=ends and since_best == 0)
