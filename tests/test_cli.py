@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from scllm.cli import _train, _use, app
 from scllm.cli._app import Debug, Verbose, _exit_code, _one_line
 
 # what the command line has beside the verb, and what only an AnnData in memory has
-ONLY_COMMAND = {"family", "out", "dry_run", "verbose", "debug"}
+ONLY_COMMAND = {"family", "out", "dry_run", "write_only", "verbose", "debug"}
 ONLY_VERB = {"copy"}
 
 
@@ -307,9 +308,46 @@ def test_dry_run_tells_the_cost_and_writes_nothing(data: Path, tmp_path: Path) -
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_written_run_is_started_by_the_printed_line(data: Path, tmp_path: Path) -> None:
+    run, whole = tmp_path / "my run", tmp_path / "whole"
+    options = ("--size", "tiny", "--epochs", 2, "--device", "cpu", "--run-dir")
+    written = call("pretrain", data, *options, run, "--write-only")
+    assert written.exit_code == 0, written.output
+    names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    assert names == {"spec.json", "cells.npz", "model"}
+    alone, together = (line.strip() for line in written.stdout.splitlines() if line.startswith("  "))
+    assert together.endswith(alone.removeprefix("python "))
+    # the same call may be repeated, and changes nothing
+    assert call("pretrain", data, *options, run, "--write-only").stdout == written.stdout
+    started = subprocess.run(shlex.split(alone), capture_output=True, text=True)
+    assert started.returncode == 0, started.stderr
+    assert call("pretrain", data, *options, whole).exit_code == 0
+    curves = [pd.read_json(path / "history.jsonl", lines=True) for path in (run, whole)]
+    np.testing.assert_allclose(curves[0]["loss"], curves[1]["loss"], rtol=1e-6)
+    assert "is finished" in call("pretrain", data, *options, run, "--write-only").stdout
+
+
+def test_a_family_of_another_package_is_named_in_the_printed_lines(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "mylab").mkdir()
+    (tmp_path / "mylab" / "tiny.py").write_text(
+        "from scllm.models.scgpt import FINETUNE, PRETRAIN, SIZES, Config\n"
+        "from scllm.models import scgpt\n\n\nclass Model(scgpt.Model):\n    family = 'mylab.tiny'\n"
+    )
+    run = tmp_path / "run"
+    written = shell(
+        "pretrain", data, "--model", "mylab.tiny", "--size", "tiny", "--run-dir", run, "--write-only",
+        PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+    )  # fmt: skip
+    assert written.returncode == 0, written.stderr
+    lines = [line for line in written.stdout.splitlines() if line.startswith("  ")]
+    assert len(lines) == 2
+    assert all(line.endswith(f"-m scllm run {run} --family mylab.tiny") for line in lines)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("pretrain", "DATA", "--dry-run", "--write-only"), "--dry-run or --write-only"),
         (("pretrain", "absent.h5ad"), "does not exist"),
         (("pretrain", "DATA", "--size", "huge"), "'huge'"),
         (("pretrain", "DATA", "--config", "absent.toml"), " absent.toml "),

@@ -12,7 +12,7 @@ import pytest
 from messages import naming
 
 from scllm import _checks
-from scllm._results import record, recorded, storable_table
+from scllm._results import record, recorded, storable_table, thinned_history
 
 
 @dataclass(frozen=True)
@@ -152,3 +152,30 @@ def test_any_column_of_obs_can_be_stored(tmp_path, column, text, extension) -> N
     back = getattr(ad, f"read_{extension}")(path).obs["column"]
     for found, expected in zip(back, text, strict=True):
         assert pd.isna(found) if expected is None else found == expected
+
+
+def history(n_steps: int, every: int) -> pd.DataFrame:
+    lines = [{"step": step, "split": "train", "loss": 1 / step} for step in range(1, n_steps + 1)]
+    lines += [{"step": step, "split": "validation", "loss": (step - 777) ** 2} for step in range(every, n_steps, every)]
+    return pd.DataFrame(lines).sort_values("step", kind="stable", ignore_index=True)
+
+
+def test_a_long_history_is_thinned_evenly_and_keeps_all_of_validation() -> None:
+    whole = history(50_000, every=100)
+    found = thinned_history(whole)
+    assert len(found) == 2_000
+    assert found.merge(whole).equals(found)  # rows are as they were, in the same order
+    validation, training = (found[found["split"] == split] for split in ("validation", "train"))
+    assert validation["step"].tolist() == list(range(100, 50_000, 100))
+    assert training["step"].iloc[[0, -1]].tolist() == [1, 50_000]
+    assert set(training["step"].diff().dropna()) <= {33, 34}
+    assert isinstance(found.index, pd.RangeIndex)
+    short = history(1_000, every=10)
+    assert thinned_history(short) is short
+
+
+def test_more_validation_than_rows_is_thinned_too_but_not_its_best_row() -> None:
+    found = thinned_history(history(6_000, every=2))
+    assert len(found) <= 2_000
+    assert 950 < (found["split"] == "validation").sum() <= 1_000
+    assert 776 in set(found.loc[found["loss"] == 1, "step"])

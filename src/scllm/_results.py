@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scllm import _keys
 from scllm._checks import missing_key
 from scllm._log import log
+from scllm._typing import IntArray
 
 __all__ = [
     "MatchSettings",
@@ -29,7 +30,11 @@ __all__ = [
     "record_name",
     "recorded",
     "storable_table",
+    "thinned_history",
 ]
+
+# rows of a training history that are written into an AnnData, whose files should stay small
+_MAX_ROWS = 2000
 
 
 class MatchSettings(TypedDict):
@@ -167,6 +172,28 @@ def match_settings(data: object, gene_key: str | None = None, min_coverage: floa
     key = params.get("gene_key") if gene_key is None else gene_key
     least = params.get("min_coverage", 0.3) if min_coverage is None else min_coverage
     return {"gene_key": None if key is None else str(key), "min_coverage": float(least)}
+
+
+def thinned_history(history: pd.DataFrame, n_rows: int = _MAX_ROWS) -> pd.DataFrame:
+    """Return at most ``n_rows`` rows of a training history: all of validation, and evenly spread rows of training.
+
+    If there are more than ``n_rows`` rows of validation, both splits are thinned, each to half. The best row of
+    validation stays.
+    """
+    if len(history) <= n_rows:
+        return history
+    is_validation = (history["split"] == "validation").to_numpy()
+    validation, training = is_validation.nonzero()[0], (~is_validation).nonzero()[0]
+    if len(validation) > n_rows:
+        best = validation[np.argmin(history["loss"].to_numpy(float)[validation])]
+        validation = np.union1d(_spread(validation, n_rows // 2 - 1), [best])
+    kept = np.union1d(validation, _spread(training, n_rows - len(validation)))
+    return history.iloc[kept].reset_index(drop=True)
+
+
+def _spread(rows: IntArray, n: int) -> IntArray:
+    """Return at most ``n`` of ``rows``, evenly spread from the first to the last."""
+    return rows if len(rows) <= n else rows[np.linspace(0, len(rows) - 1, n).round().astype(int)]
 
 
 def storable_table(table: pd.DataFrame) -> pd.DataFrame:

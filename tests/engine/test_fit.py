@@ -18,6 +18,7 @@ import scllm
 from scllm.data import genes
 from scllm.data.source import open_source
 from scllm.engine import loop
+from scllm.engine.estimate import matrix_rate
 from scllm.engine.predict import predict
 from scllm.models.storage import read_torch
 
@@ -74,6 +75,10 @@ def test_history_has_every_loss_of_every_step_and_epoch(alone):
     # the same step makes all cells and all their tokens
     tokens = training["tokens_per_s"] / training["cells_per_s"]
     assert tokens.between(2, 41).all()
+    # the operations of a step are those of its cells, whose lengths differ
+    flops = training["mfu"] * matrix_rate(torch.device("cpu"), "fp32") / training["cells_per_s"]
+    expected = 3 * tokens.map(alone[1].forward_flops)
+    np.testing.assert_allclose(flops, expected, rtol=0.05)
     assert np.isfinite(validation[terms].to_numpy(float)).all()
     assert set(training["mask_ratio"]) == {0.25, 0.5, 0.75}
     np.testing.assert_allclose(history["loss"], history["mse"] + history["mse_cell"])

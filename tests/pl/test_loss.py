@@ -11,6 +11,7 @@ from messages import naming
 
 from scllm._results import record
 from scllm.pl import loss_curves
+from scllm.pl._axes import GREY
 
 
 @pytest.fixture
@@ -169,3 +170,25 @@ def test_training_steps_are_whole_numbers():
     history = pd.DataFrame({"step": range(1, 6), "epoch": 0, "split": "train", "loss": 1.0})
     ticks = loss_curves(history, show=False).get_xticks()
     assert (ticks == ticks.round()).all()
+
+
+def test_mean_prediction_is_a_level_line_in_the_panels_that_have_it(history) -> None:
+    known = history.assign(mean_prediction=2.5, mean_prediction_masked=1.5)
+    axes = loss_curves(known, show=False)
+    assert [ax.get_ylabel() for ax in axes] == ["loss", "masked", "from_cell"]
+    assert [lines(ax).get("mean prediction", (0, [None]))[1][0] for ax in axes] == [2.5, 1.5, None]
+    line = next(line for line in axes[0].lines if line.get_label() == "mean prediction")
+    assert (line.get_linestyle(), line.get_color()) == ("--", GREY)
+    assert "mean prediction" in [text.get_text() for text in axes[0].get_legend().get_texts()]
+    drawn = lines(loss_curves(known, perplexity=True, show=False))
+    np.testing.assert_allclose(drawn["mean prediction"][1], np.exp(2.5))
+    assert "mean prediction" not in lines(loss_curves(history, show=False)[0])
+
+
+def test_mean_predictions_of_several_runs_have_one_label(history) -> None:
+    # a history may lack it in some lines, and a run of an earlier version in all
+    first = history.assign(mean_prediction=np.where(history["step"] < 50, np.nan, 2.5))
+    ax = loss_curves([first, first, history.assign(mean_prediction=2.0), history], metrics="loss", show=False)
+    levels = [line.get_ydata()[0] for line in ax.lines if line.get_label().endswith("mean prediction")]
+    assert levels == [2.0, 2.5]
+    assert [text.get_text() for text in ax.get_legend().get_texts()].count("mean prediction") == 1

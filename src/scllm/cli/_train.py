@@ -81,14 +81,21 @@ def pretrain(
         bool,
         typer.Option("--dry-run", help="Show what would be trained and what it costs, and write nothing."),
     ] = False,
+    write_only: Annotated[
+        bool,
+        typer.Option("--write-only", help="Write the run directory, print the lines that start it, and do not train."),
+    ] = False,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Pretrain a model on cells without labels. After a crash, the same command resumes the run."""
     from scllm import tl
-    from scllm.cli._estimate import what_would_run
+    from scllm.cli._estimate import how_to_start, what_would_run
     from scllm.tl._pretrain import prepare
+    from scllm.tl._train import write
 
+    if dry_run and write_only:
+        raise typer.BadParameter("Expected --dry-run or --write-only, got both. Leave one out.")
     begun = model if family is None else read_model(model, family)
     options = {
         "size": size,
@@ -112,6 +119,10 @@ def pretrain(
     }
     if dry_run:
         typer.echo(what_would_run(prepare(one_or_all(data), begun, **options), run_dir))
+        return
+    if write_only:
+        training = prepare(one_or_all(data), begun, **options)
+        typer.echo(how_to_start(write(training, run_dir=run_dir, resume=read_resume(resume)), training))
         return
     typer.echo(tl.pretrain(one_or_all(data), begun, run_dir=run_dir, resume=read_resume(resume), **options))
 

@@ -10,9 +10,9 @@ import torch
 
 from scllm.engine.config import Precision
 
-__all__ = ["autocast", "check_gpus", "resolve_device", "resolve_precision"]
+__all__ = ["DTYPES", "autocast", "check_gpus", "resolve_device", "resolve_precision"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -59,4 +59,4 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Run matrix products in the given precision; do nothing for fp32."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=_DTYPES[precision])
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=DTYPES[precision])

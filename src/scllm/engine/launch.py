@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from scllm.engine.run import Run
 from scllm.engine.worker import LOCKED, train_here
 from scllm.models.base import CellModel
 
-__all__ = ["cluster_command", "command", "launch"]
+__all__ = ["cluster_command", "command", "launch", "run_command"]
 
 # what torchrun prints before its own traceback when a process has failed
 _FAILED = "] failed (exitcode"
@@ -76,12 +77,22 @@ def command(run: Run, n_procs: int, device: str, family: str | None = None) -> l
     ]
 
 
+def run_command(run_dir: object, n_procs: int, family: str | None = None) -> str:
+    """Return the command that trains a run directory on one machine."""
+    program = "python" if n_procs == 1 else f"torchrun --standalone --nproc-per-node={n_procs}"
+    return f"{program} {_program(run_dir, family)}"
+
+
 def cluster_command(run_dir: object, n_procs: int, family: str | None = None) -> str:
     """Return the command to start on each of several machines to train a run directory together."""
     return (
         f"torchrun --nnodes=NODES --nproc-per-node={n_procs} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
-        f"-m scllm run {run_dir}{'' if family is None else f' --family {family}'}"
+        f"{_program(run_dir, family)}"
     )
+
+
+def _program(run_dir: object, family: str | None) -> str:
+    return f"-m scllm run {shlex.quote(str(run_dir))}{'' if family is None else f' --family {family}'}"
 
 
 def _train_with_fitting_batches(run: Run, n_procs: int, device: str, family: str | None, lock: int) -> None:

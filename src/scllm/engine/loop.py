@@ -22,7 +22,9 @@ from scllm.engine import ranks, sharding
 from scllm.engine.checkpoint import Checkpoints, save, writing
 from scllm.engine.config import Settings
 from scllm.engine.device import autocast
+from scllm.engine.estimate import matrix_rate
 from scllm.engine.loader import Loader
+from scllm.engine.mean_prediction import mean_prediction
 from scllm.engine.memory import TokenLimit
 from scllm.engine.objectives import Objective
 from scllm.engine.optim import learning_rate, train_mode
@@ -81,6 +83,7 @@ def fit(
     saved = step
     if from_start and validation is not None and step == 0:
         standing.best = _judge_start(model, validation, objective, precision, run, track)
+    baseline = mean_prediction(model, objective, batches, validation) if rank == 0 else {}
     quiet, saving = not show_progress(), Saving(config)
     bar = tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=quiet, leave=False)
     with bar, saving.listening():
@@ -95,7 +98,7 @@ def fit(
                     lr = learning_rate(step, epoch, n_steps, config)
                     totals, norm = updates.update(parts, step, lr, saved, asked=saving.is_asked)
                     step += 1
-                    speed = _speed(totals, time.perf_counter() - began, waited, model.device)
+                    speed = _speed(totals, time.perf_counter() - began, waited, updates)
                     means = totals.means
                     report = objective.report(dict(means), step - 1)
                     line: dict[str, Any] = {"step": step, "epoch": epoch, "split": "train", **report, "lr": lr}
@@ -120,7 +123,7 @@ def fit(
                         text = "epoch %d of %d, step %d of %d: loss %.4g%s"
                         say(text, epoch + 1, n_epochs, step, n_steps, means["loss"], validated)
                     if rank == 0:
-                        _log_lines(run, lines, track)
+                        _log_lines(run, [one | baseline for one in lines], track)
                     if is_judged or totals.asked or (saving.is_due(step) and not is_skipped):
                         if is_judged and standing.since_best == 0:
                             _save_best(run, model)
@@ -226,19 +229,20 @@ def evaluate(model: CellModel, cells: Loader, objective: Objective, precision: s
     return found
 
 
-def _speed(totals: Totals, seconds: float, waited: float, device: torch.device) -> dict[str, float]:
+def _speed(totals: Totals, seconds: float, waited: float, updates: Updates) -> dict[str, float]:
     """Describe a step for the history: rates over all ranks, waiting and memory of this one.
 
-    ``data_wait`` is the fraction of the time spent waiting for the batch, ``peak_memory`` is in GiB: of the GPU, or of
-    the process on a CPU.
+    ``mfu`` is the share of the matrix rate of all ranks, if the operations can be counted. ``data_wait`` is the
+    fraction of the time spent waiting for the batch, ``peak_memory`` is in GiB: of the GPU, or of the process on a CPU.
     """
+    device = updates.device
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_memory()
-    return {
-        "cells_per_s": round(totals.n_cells / seconds, 2),
-        "tokens_per_s": round(totals.n_tokens / seconds, 1),
-        "data_wait": round(waited / seconds, 4),
-        "peak_memory": round(used / 2**30, 3),
-    }
+    speed = {"cells_per_s": round(totals.n_cells / seconds, 2), "tokens_per_s": round(totals.n_tokens / seconds, 1)}
+    # the first rank writes the history, and measures the rate while the others wait for it
+    if totals.flops and ranks.rank() == 0:
+        rate = ranks.world() * matrix_rate(device, updates.precision)
+        speed["mfu"] = float(f"{totals.flops / seconds / rate:.3g}")
+    return speed | {"data_wait": round(waited / seconds, 4), "peak_memory": round(used / 2**30, 3)}
 
 
 def _resident_memory() -> int:

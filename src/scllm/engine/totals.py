@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,17 +22,21 @@ class Totals:
     count: float
     n_cells: int
     n_tokens: int
+    flops: float  # counted operations, 0 if they cannot be counted
     asked: bool  # whether a rank asks for a checkpoint
 
 
 class Sums:
     """Sums over micro-batches and ranks, which are divided once at the end."""
 
-    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, names: Sequence[str], device: torch.device, flops: Callable[[Sequence[int]], float] | None = None
+    ) -> None:
         # with all names from the start, because ranks without cells take part in the sum too
         self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("loss", *names)}
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.n_cells = self.n_tokens = 0
+        self.flops, self.count_flops = 0.0, flops
 
     def add(self, loss: Loss, batch: Batch) -> None:
         """Add a micro-batch of this rank."""
@@ -41,12 +45,14 @@ class Sums:
         self.count += loss.count
         self.n_cells += batch.n_cells
         self.n_tokens += len(batch.genes)
+        if self.count_flops is not None:
+            self.flops += self.count_flops(batch.lengths)
 
     def reduced(self, asked: bool = False) -> Totals:
         """Sum over ranks."""
-        sizes = self.count.new_tensor([self.n_cells, self.n_tokens, asked])
+        sizes = self.count.new_tensor([self.n_cells, self.n_tokens, self.flops, asked])
         flat = torch.cat([torch.stack([*self.sums.values(), self.count]), sizes])
         ranks.sum_over_ranks(flat)
-        *sums, count, n_cells, n_tokens, n_asked = flat.tolist()
+        *sums, count, n_cells, n_tokens, flops, n_asked = flat.tolist()
         means = {name: value / max(count, 1) for name, value in zip(self.sums, sums, strict=True)}
-        return Totals(means, count, int(n_cells), int(n_tokens), n_asked > 0)
+        return Totals(means, count, int(n_cells), int(n_tokens), flops, n_asked > 0)

@@ -16,6 +16,7 @@ from scllm.engine import ranks, sharding
 from scllm.engine.checkpoint import Checkpoints
 from scllm.engine.config import Settings
 from scllm.engine.device import autocast
+from scllm.engine.estimate import training_flops
 from scllm.engine.memory import TokenLimit, is_out_of_memory, longest, micro_batches
 from scllm.engine.objectives import Objective
 from scllm.engine.optim import optimizer
@@ -53,6 +54,7 @@ class Updates:
         self.optimizer = optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.pruned = pruned_weights(model)
+        self.flops = training_flops(model, objective)
         self.n_skipped = self.skipped_in_a_row = 0
         self.limit, self.untried = limit, largest
 
@@ -156,7 +158,7 @@ class Updates:
     def _gradients(self, parts: Sequence[Batch], step: int, asked: bool) -> Totals:
         """Average gradients of the summed loss over ranks; return sums over all ranks."""
         self.model.at_step(step, self.config.random_state)
-        sums = Sums(self.objective.logs(self.model), self.device)
+        sums = Sums(self.objective.logs(self.model), self.device, self.flops)
         pieces = self._micro_batches(parts)
         with _seeded(self.device, self.config.random_state, step, ranks.rank()):
             for number, batch in enumerate(pieces, start=1):

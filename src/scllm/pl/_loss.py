@@ -32,8 +32,8 @@ class HasHistory(Protocol):
 Source: TypeAlias = str | PathLike[str] | AnnData | pd.DataFrame | HasHistory
 
 _NO_LOSSES = (
-    *("step", "epoch", "split", "lr", "mask_ratio", "commonest_answer"),
-    *("grad_norm", "cells_per_s", "tokens_per_s", "data_wait", "peak_memory"),
+    *("step", "epoch", "split", "lr", "mask_ratio", "commonest_answer", "mean_prediction"),
+    *("grad_norm", "cells_per_s", "tokens_per_s", "mfu", "data_wait", "peak_memory"),
 )
 _TRAINED_BY = ("pretrain", "finetune")
 _MAX_EPOCH_MARKS = 12
@@ -55,7 +55,9 @@ def loss_curves(
 
     Thin lines are logged values, thick lines their running mean, and points the validation loss. Vertical lines mark
     epochs. The ring marks the step with the lowest validation loss, whose weights are kept. If the validation loss
-    rises while the training loss falls, the model overfits.
+    rises while the training loss falls, the model overfits. The dashed grey line is the loss of predicting each gene by
+    its mean, or by its frequency in gene language models: only a model below it has learnt from the other genes of a
+    cell. It is drawn if the history has it, which is the case after pretraining.
 
     Parameters
     ----------
@@ -100,6 +102,7 @@ def loss_curves(
     for panel, term in zip(axes, terms, strict=True):
         for curve, hue in zip(curves, hues):
             _draw(panel, curve, term, (hue, hues[1] if len(curves) == 1 else hue), smooth, perplexity)
+        _draw_mean_prediction(panel, curves, term, perplexity)
         _mark_epochs(panel, [curve.history for curve in curves])
         panel.set(xlabel="training step", ylabel=f"perplexity ({term})" if perplexity else term)
         panel.margins(x=0.02)
@@ -214,6 +217,16 @@ def _draw(ax: Axes, curve: _Curve, term: str, hues: tuple[str, str], smooth: int
         label = f"best: {value:.3g} at step {best_step:,}" if alone else "_best"
         ring = {"markersize": 10, "markerfacecolor": "none", "markeredgecolor": hues[1], "markeredgewidth": 1.6}
         ax.plot([best_step], [value], marker="o", linestyle="none", zorder=4, label=label, **ring)
+
+
+def _draw_mean_prediction(ax: Axes, curves: Sequence[_Curve], term: str, perplexity: bool) -> None:
+    """Draw the loss of predictions that ignore the cell, which differs between sources with other cells or masks."""
+    name = "mean_prediction" if term == "loss" else f"mean_prediction_{term}"
+    found = pd.concat([curve.history[name] for curve in curves if name in curve.history] or [pd.Series(dtype=float)])
+    for number, value in enumerate(sorted(found.dropna().unique())):
+        level = np.exp(value) if perplexity else value
+        label = "_mean prediction" if number else "mean prediction"
+        ax.axhline(level, color=GREY, linewidth=1.2, linestyle="--", zorder=1, label=label)
 
 
 def _best_step(curve: _Curve) -> int:

@@ -92,17 +92,17 @@ def log_training(path: Path, training: Training) -> None:
 
 
 def log_trained(model: CellModel, seconds: float) -> None:
-    """Log how long the training took, the best validation loss, and whether masked values are predicted at all."""
+    """Log how long the training took and the best validation loss, and whether the mean of each gene is better."""
     assert model.history is not None
     said = f"trained {model.history['step'].max()} steps in {seconds:.0f} s"
     validated = model.history[model.history["split"] == "validation"].dropna(subset="loss")
     if not validated.empty:
         best = validated.loc[validated["loss"].idxmin()]
         said += f": best validation loss {best['loss']:.4g}, at step {int(best['step'])}"
-        error = best.get("mse_share", 0)
-        if error > 1:
+        baseline = best.get("mean_prediction", float("inf"))
+        if best["loss"] > baseline:
             said += (
-                f"; the squared error of masked values is {error:.3g} times their variance, so their mean would be a "
-                "better prediction: train for more epochs, or with a higher lr"
+                f"; predicting each gene by its mean or frequency gives {baseline:.4g}, which is better: train for "
+                "more epochs, or with a higher lr"
             )
     log.info(said)

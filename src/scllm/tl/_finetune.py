@@ -145,7 +145,8 @@ def finetune(
     Writes
     ------
     ``adata.uns["scllm"]["finetune"]``
-        Settings, and the history as ``table``.
+        Settings, and the history as ``table``, thinned to 2,000 rows if it is longer. ``history`` of the model has all
+        rows.
     ``adata.uns["scllm"]["model"]``
         Path, family and hash of the model.
 

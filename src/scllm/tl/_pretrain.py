@@ -141,7 +141,8 @@ def pretrain(
     Writes
     ------
     ``adata.uns["scllm"]["pretrain"]``
-        Settings, and the history as ``table``.
+        Settings, and the history as ``table``, thinned to 2,000 rows if it is longer. ``history`` of the model has all
+        rows.
     ``adata.uns["scllm"]["model"]``
         Path, family and hash of the model.
 

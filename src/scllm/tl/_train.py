@@ -20,7 +20,7 @@ from anndata import AnnData
 
 from scllm import settings
 from scllm._log import log
-from scllm._results import MatchSettings, record
+from scllm._results import MatchSettings, record, thinned_history
 from scllm._typing import IntArray
 from scllm.data.arrays import write_arrays
 from scllm.data.cells import CellSource
@@ -234,7 +234,7 @@ def train(training: Training, *, run_dir: str | PathLike[str] | None, resume: bo
             **training.params,
             **training.settings.to_dict(),
         }
-        record(training.data, training.verb, {**settings_used, "run_dir": run.path}, trained.history)
+        record(training.data, training.verb, {**settings_used, "run_dir": run.path}, thinned_history(trained.history))
         remember(training.data, trained)
     return trained
 

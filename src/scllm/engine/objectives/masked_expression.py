@@ -60,6 +60,11 @@ class MaskedExpression:
                 f"zeros={self.zeros}, hidden={self.hidden}, swapped={self.swapped}. scFoundation uses 0.03, 0.8, 0.1."
             )
 
+    @property
+    def share_read(self) -> float:
+        """Share of a cell's expressed genes that the encoder reads in training."""
+        return 1 - self.mask_ratio[0] * (self.hidden + self.swapped)
+
     def __call__(self, model: CellModel, batch: Batch, step: int) -> Loss:
         """Sum the squared error over the genes to predict."""
         whole = batch if batch.whole is None else batch.whole

@@ -53,6 +53,11 @@ class MaskedValue:
                 f"Expected left_out of at least 0 and below 1, got {self.left_out}. Pass 0 to hold no genes out."
             )
 
+    @property
+    def share_read(self) -> float:
+        """Share of a cell's genes that the model reads in training."""
+        return 1 - self.left_out
+
     def ratio(self, step: int) -> float:
         """Return the share that is masked in a step."""
         return self.mask_ratio[int(mix(self.seed, step) % len(self.mask_ratio))]
