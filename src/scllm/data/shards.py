@@ -88,6 +88,8 @@ class Shards:
         seed, epoch, block = key
         for shard in range(rank, self.n_shards, world):
             its = rows[(shard - start) % self.n_shards :: self.n_shards]
+            if not len(its):
+                continue
             # the first shards have one row more if n_obs is no multiple of their number
             length, rest = divmod(sequence.n_draws, self.n_shards)
             first = shard * length + min(shard, rest) - (shard - start) // self.n_shards
@@ -139,8 +141,8 @@ class _Sequence:
         if self.weights is None:
             chunk = np.searchsorted(self.ends, draws, side="right")
             return self.firsts[chunk] + draws - self.ends[chunk] + self.lengths[chunk]
-        # Draw i is uniform between i and i + 1 of the cumulative weights, which sum to the number of draws: every row
-        # is drawn as often as its weight says, up to a draw or two.
+        # Draw i is uniform between i and i + 1 of the cumulative weights, which sum to the number of draws. A row is
+        # then drawn as often as its weight says on average, and nearly so in each epoch.
         at = draws + (mix(*self.key, draws, _SALT).view(np.uint64) >> np.uint64(11)) * 2.0**-53
         chunk = np.minimum(np.searchsorted(self.ends, at, side="right"), len(self.ends) - 1)
         rows = np.empty(len(draws), np.int64)
