@@ -122,8 +122,9 @@ class Loader:
             yield Read(rows, rows, (len(rows),))
 
     def _batches(self, reads: Iterator[Read], epoch: int, parts: int) -> Generator[list[Batch], None, None]:
-        # the next rows are read while these are encoded, and those after them only when these are no longer needed
-        with closing(prefetched(lambda: self._read(reads), ahead=1)) as blocks:
+        read = self._read(reads)
+        # the next block of a file is read while one is encoded, and the one after it when the first is used up
+        with closing(prefetched(lambda: read, ahead=1) if self.source.chunked else read) as blocks:
             for block in blocks:
                 yield from self._encode(*block, epoch, parts)
 
