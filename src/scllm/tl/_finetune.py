@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from numpy.typing import NDArray
 
 from scllm import _keys, models
 from scllm._checks import check_adata, missing_key
