@@ -8,8 +8,10 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from anndata import AnnData
 from engine.runs import wait_until
 from messages import naming
+from scipy import sparse
 
 import scllm
 from scllm.data import genes
@@ -91,6 +93,19 @@ def test_starting_later_gives_the_same_batches_and_reads_no_cell_before(loader):
 def test_more_processes_than_shards_are_an_error_of_the_call(loader):
     with pytest.raises(ValueError, match=naming("n_shards=64", 65)):
         loader.epoch(0, world=65)
+
+
+def test_in_memory_ranks_get_cells_of_about_the_same_length(toy, model):
+    # a cell has 1 to 40 genes, most of them few
+    n_genes = np.random.default_rng(0).geometric(0.1, 600).clip(max=40)
+    counts = sparse.csr_matrix((np.arange(40) < n_genes[:, None]).astype(np.float32))
+    source = open_source(AnnData(counts, var=toy.var))
+    cells = Loader(source, np.arange(600), genes.match(source.genes, model.vocab), model.encoder, model.vocab, 20)
+    ranks = [list(cells.epoch(0, rank=rank, world=3)) for rank in range(3)]
+    for step in zip(*ranks, strict=True):
+        n_tokens = [sum(parts[0].lengths) for parts in step]
+        # the longest cell, and one <cls> where a rank has one cell more
+        assert max(n_tokens) - min(n_tokens) <= max(max(parts[0].lengths) for parts in step) + 1
 
 
 def test_a_cell_that_is_drawn_twice_gets_two_keys(loader, toy, model):

@@ -13,8 +13,8 @@ from scllm.kernels.draws import mix
 
 __all__ = ["Shards", "check_world"]
 
-# Smallest number of chunks of a shard, so that a shard has cells from several parts of a small file. All of a file with
-# so few cells is read at once, where the size of chunks does not change the time.
+# Smallest number of chunks of a shard, so that a shard has cells from several parts of a small file. By default, a file
+# with so few cells is read in one or two blocks, where smaller chunks hardly take more time.
 _CHUNKS_A_SHARD = 4
 # separates the draws of cells from those of masks
 _SALT = 0x5A4D
