@@ -66,6 +66,6 @@ def loader(data: AnnData | str, *, batch_size: int = 64, training: bool = True) 
 
 
 def serial_epoch(cells: Loader, epoch: int = 0) -> list[int]:
-    """Run one epoch without the prefetch thread, whose CPU-seconds are hard to attribute; return the batch sizes."""
-    batches = cells._batches(cells._training_plan(epoch, 0, 1), epoch, 0, 1)
-    return [batch.n_cells for parts in batches for batch in parts]
+    """Run one epoch without the prefetch threads, whose CPU-seconds are hard to attribute; return the batch sizes."""
+    blocks = cells._read(cells._plan(epoch))
+    return [batch.n_cells for block in blocks for parts in cells._encode(*block, epoch, 1) for batch in parts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shlex
@@ -288,11 +289,14 @@ def test_run_continues_what_was_interrupted(pretrained: Path, tmp_path: Path) ->
 
 def test_settings_come_from_toml(data: Path, tmp_path: Path) -> None:
     config = tmp_path / "train.toml"
-    config.write_text('schedule = "cosine"\nsteps = 3\nlr = 1e-3\n')
+    mixture = '[group_weights]\nkey = "cell_type"\ntemperature = 0.5\n'
+    config.write_text(f'schedule = "cosine"\nsteps = 3\nlr = 1e-3\nn_shards = 8\nshuffle_cells = 1000\n{mixture}')
     run = tmp_path / "run"
     arguments = ("pretrain", data, "--size", "tiny", "--config", config, "--run-dir", run)
     assert call(*arguments).exit_code == 0
-    assert '"schedule": "cosine"' in (run / "spec.json").read_text()
+    found = json.loads((run / "spec.json").read_text())["train"]
+    assert (found["schedule"], found["n_shards"], found["shuffle_cells"]) == ("cosine", 8, 1000)
+    assert found["group_weights"] == {"key": "cell_type", "temperature": 0.5}
     given_twice = call(*arguments, "--lr", 1e-4)
     assert given_twice.exit_code == 2
     assert re.search(naming("lr", "0.0001", "0.001"), given_twice.stderr)

@@ -109,8 +109,7 @@ def sequences(data, encoder, vocab=VOCAB, training=False):
 
 def reads(loader):
     """The rows of each batch."""
-    plan = loader._training_plan(0, 0, 1) if loader.training else loader._in_order(0, 1)
-    return (rows.tolist() for read in plan for rows in np.split(read.rows, np.cumsum(read.sizes)[:-1]))
+    return (rows.tolist() for read in loader._plan(0) for rows in np.split(read.rows, np.cumsum(read.sizes)[:-1]))
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

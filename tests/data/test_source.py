@@ -288,6 +288,12 @@ def test_sources_on_disk_ask_for_chunks_of_rows(storage, is_chunked, adata, tmp_
     assert 64 <= source.chunk_rows <= 256 if is_chunked else source.chunk_rows == 1
 
 
+@pytest.mark.parametrize("storage", ["memory-csr", "arrays", "h5ad-csr", "zarr3-csr"])
+def test_sources_that_store_rows_know_their_lengths(storage, adata, tmp_path):
+    source = open_source(store(adata, storage, tmp_path))
+    np.testing.assert_array_equal(source.lengths, [source.read([row]).nnz for row in range(source.n_obs)])
+
+
 def test_view_does_not_copy_its_parent(adata):
     source = open_source(adata[10:20, 5:])
     assert source._store._store._matrix is adata.X

@@ -27,6 +27,9 @@ from scllm.engine.config import TrainConfig
         ({"lr": 0}, ValueError, ["0.0", "positive", "1e-4"]),
         ({"clip": float("nan")}, ValueError, ["nan", "positive", "None"]),
         ({"batch_size": 0}, ValueError, ["0", "1"]),
+        ({"n_shards": 0}, ValueError, ["0", "1"]),
+        ({"shuffle_cells": 0.5}, TypeError, ["0.5", "whole number"]),
+        ({"group_weights": {"key": "a", "temperature": 2}}, ValueError, ["'temperature'", "2"]),
         ({"weight_decay": -0.1}, ValueError, ["-0.1", "0"]),
         ({"downsample": 1}, ValueError, ["1.0", "0"]),
         ({"schedule": "cosin"}, ValueError, ["'cosin'", "'cosine'"]),
@@ -41,6 +44,9 @@ def test_invalid_settings_are_an_error_that_names_setting_and_value(settings, er
 def test_numpy_numbers_and_integers_for_floats_are_accepted_and_stored_as_plain_numbers():
     config = TrainConfig(batch_size=np.int64(4), lr=np.float32(0.1), weight_decay=0, clip=None, downsample=0)
     assert config == TrainConfig(batch_size=4, lr=float(np.float32(0.1)), weight_decay=0.0, clip=None, downsample=0.0)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config = TrainConfig(group_weights={"key": "tissue", "weights": {1: np.int64(2), "lung": np.float32(1)}})
+    assert config.group_weights == {"key": "tissue", "weights": {"1": 2.0, "lung": 1.0}}
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

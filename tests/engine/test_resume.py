@@ -129,6 +129,29 @@ def test_a_run_can_be_resumed_with_another_number_of_processes(toy, tmp_path):
     assert_same_curve(curve(run_dir), curve(tmp_path / "whole"))
 
 
+def test_a_file_gives_the_same_losses_in_1_and_4_processes_and_in_2_that_were_killed(toy, tmp_path):
+    file = tmp_path / "toy.h5ad"
+    toy.write_h5ad(file)
+    # a buffer of six of the seven batches of an epoch; 27 shards divide among neither 2 nor 4 processes
+    config = {"steps": 42, "save_every": 4, "shuffle_cells": 96, "n_shards": 27}
+    settings = {"epochs": None, "dropout": 0.0, "precision": "fp32", "config": config}
+    for n_procs in (1, 4):
+        pretrain(file, tmp_path / f"{n_procs}", n_procs=n_procs, **settings)
+    alone = curve(tmp_path / "1")
+    assert (alone["split"] == "train").sum() == 42
+    assert_same_curve(curve(tmp_path / "4"), alone)
+    killer = KillerAt(tmp_path / "2", 10, workers)
+    with pytest.raises(RuntimeError, match="exit status"):
+        pretrain(file, tmp_path / "2", n_procs=2, **settings)
+    killer.join()
+    in_two = curve(tmp_path / "2")
+    assert_same_curve(in_two, alone[: len(in_two)])
+    with pytest.raises(ValueError, match=naming("train.n_shards", 27, 64)):
+        pretrain(file, tmp_path / "2", **settings | {"config": config | {"n_shards": 64}})
+    pretrain(file, tmp_path / "2", **settings)
+    assert_same_curve(curve(tmp_path / "2"), alone)
+
+
 @pytest.fixture
 def killed(toy, tmp_path):
     """A run on a file that was killed before it was done."""

@@ -86,7 +86,7 @@ def source_stamp(source: CellSource) -> str | None:
 
 def _of_matrix(source: CellSource) -> str:
     """Digest the row lengths and the sample and, unless the file is large, all values."""
-    stored = None if source_stamp(source) is None else _stored_lengths(source)
+    stored = None if source_stamp(source) is None or not source.chunked else _stored_lengths(source)
     if stored is not None and stored.sum() > _READ_ALL:
         sampled = _of_some(source, stored)
         if sampled is not None:

@@ -40,6 +40,11 @@ class MappedRows:
         self._map()
         self.dtype = self._data.dtype
 
+    @property
+    def lengths(self) -> IntArray:
+        """Number of values stored in each row."""
+        return np.diff(self.indptr)
+
     def read(self, rows: IntArray) -> CSR:
         """Read rows in the given order."""
         with naming(self.folder, rows):

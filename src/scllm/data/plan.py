@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -12,15 +11,23 @@ from scllm._typing import FloatArray, IntArray
 
 __all__ = ["Read", "n_batches", "plan"]
 
-# number of chunks whose rows are shuffled together: enough for a batch to have cells from all over the file
-_CHUNKS_A_BLOCK = 64
-
 
 @dataclass(frozen=True)
 class Read:
-    """Rows to read at once, and the sizes of the consecutive batches that they are divided into."""
+    """Rows to read at once, for one or several consecutive batches.
+
+    Parameters
+    ----------
+    rows
+        Rows, batch by batch.
+    places
+        Place of each row in the order of the epoch over all ranks. A row that is drawn twice has two places.
+    sizes
+        Number of rows of each batch.
+    """
 
     rows: IntArray
+    places: IntArray
     sizes: tuple[int, ...]
 
 
@@ -35,12 +42,15 @@ def plan(
     *,
     seed: int,
     epoch: int,
+    start: int = 0,
     rank: int = 0,
     world: int = 1,
-    chunk: int = 1,
     weights: FloatArray | None = None,
+    lengths: IntArray | None = None,
 ) -> Iterator[Read]:
-    """Plan which rows one rank reads for every batch of one epoch.
+    """Plan which rows one rank reads for every batch of one epoch, where single rows are fast to read.
+
+    :meth:`scllm.data.shards.Shards.plan` does the same for files.
 
     Parameters
     ----------
@@ -50,66 +60,38 @@ def plan(
         Number of cells of one step, over all ranks.
     seed, epoch
         Random seed and number of the epoch, which together determine the order.
+    start
+        First batch to plan.
     rank, world
-        This process and the number of processes. With ``chunk=1``, the union over ranks does not depend on ``world``.
-    chunk
-        Number of consecutive rows that are read together: 1 in memory, ``chunk_rows`` of the source on disk.
+        This process and the number of processes. The union over ranks of a batch does not depend on ``world``.
     weights
-        Probability of drawing each row, up to a factor. Rows are then drawn with replacement (upsampling).
+        Probability of drawing each row, up to a factor. Rows are then drawn with replacement.
+    lengths
+        Number of values of each row. Ranks then get batches of about the same number of values, so that none waits
+        for another.
 
     Yields
     ------
-    One :class:`Read` per batch in memory, or one per block of at least 64 chunks on disk.
+    One :class:`Read` per batch.
     """
     rng = np.random.default_rng((seed, epoch))
-    if weights is not None:
-        # the storage may read the drawn rows in its own order; that does not change the batches
-        order = rng.choice(n_obs, size=n_obs, p=weights / weights.sum())
-        yield from _deal(order, batch_size, rank, world)
-    elif chunk == 1:
-        yield from _deal(rng.permutation(n_obs), batch_size, rank, world)
+    if weights is None:
+        order = rng.permutation(n_obs)
     else:
-        yield from _deal_chunks(n_obs, batch_size, rng, rank, world, chunk)
+        weights = weights.astype(np.float64)
+        order = rng.choice(n_obs, size=n_obs, p=weights / weights.sum())
+    for first in range(start * batch_size, n_obs, batch_size):
+        rows = order[first : first + batch_size]
+        mine = _dealt(None if lengths is None else lengths[rows], len(rows), rank, world)
+        yield Read(rows[mine], first + mine, (len(mine),))
 
 
-def _deal(order: IntArray, batch_size: int, rank: int, world: int) -> Iterator[Read]:
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size][rank::world]
-        yield Read(rows, (len(rows),))
-
-
-def _deal_chunks(
-    n_obs: int, batch_size: int, rng: np.random.Generator, rank: int, world: int, chunk: int
-) -> Iterator[Read]:
-    chunks = rng.permutation(-(-n_obs // chunk))
-    ends = np.cumsum(np.minimum(chunk, n_obs - chunks * chunk))
-    # every rank shuffles with its own generator, seeded after the permutation that all ranks share
-    mixing = np.random.default_rng((int(rng.integers(2**63)), rank))
-    # the sequence of shuffled chunks is cut into one part per rank, as long as the rank's shares of all batches
-    start = sum(sum(_shares(n_obs, batch_size, before, world)) for before in range(rank))
-    sizes = _shares(n_obs, batch_size, rank, world)
-    n_blocks = max(1, sum(sizes) // (_CHUNKS_A_BLOCK * chunk))
-    edges = np.linspace(0, len(sizes), n_blocks + 1).astype(int)
-    for first, last in pairwise(edges):
-        stop = start + sum(sizes[first:last])
-        rows = _rows_between(start, stop, chunks, ends, chunk)
-        yield Read(mixing.permutation(rows), tuple(sizes[first:last]))
-        start = stop
-
-
-def _shares(n_obs: int, batch_size: int, rank: int, world: int) -> list[int]:
-    """Count the cells of each batch that a rank gets, as in ``_deal``."""
-    n_whole, rest = divmod(n_obs, batch_size)
-    shares = [len(range(rank, n_cells, world)) for n_cells in (batch_size, rest)]
-    return [shares[0]] * n_whole + [shares[1]] * (rest > 0)
-
-
-def _rows_between(start: int, stop: int, chunks: IntArray, ends: IntArray, chunk: int) -> IntArray:
-    """Return rows ``start`` to ``stop`` of the concatenated chunks; ``ends`` holds the end of each chunk."""
-    if start == stop:
-        return np.empty(0, np.int64)
-    first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left")
-    lengths = np.diff(ends[first : last + 1], prepend=ends[first - 1] if first else 0)
-    rows = [np.arange(c * chunk, c * chunk + length) for c, length in zip(chunks[first : last + 1], lengths)]
-    skip = start - (ends[first] - lengths[0])
-    return np.concatenate(rows)[skip : skip + stop - start]
+def _dealt(lengths: IntArray | None, n: int, rank: int, world: int) -> IntArray:
+    """Return which of the ``n`` cells of a batch are this rank's."""
+    if lengths is None or world == 1:
+        return np.arange(rank, n, world)
+    # from the longest to the shortest, to the ranks in turn, there and back: 0 1 2 2 1 0 0 1 2 ...
+    turn = np.arange(n) % (2 * world)
+    by_length = np.argsort(-lengths, kind="stable")
+    # in the order of the batch again, so that the long cells are not all in the first micro-batch
+    return np.sort(by_length[np.minimum(turn, 2 * world - 1 - turn) == rank])

@@ -61,6 +61,11 @@ class MemoryRows:
         self._matrix = matrix
         self._is_canonical = bool(getattr(matrix, "has_canonical_format", True))
 
+    @property
+    def lengths(self) -> IntArray | None:
+        """Number of values stored in each row; ``None`` for a dense matrix."""
+        return np.diff(self._matrix.indptr) if sparse.issparse(self._matrix) else None
+
     def read(self, rows: IntArray) -> CSR:
         """Read rows in the given order."""
         matrix = self._matrix

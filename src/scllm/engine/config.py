@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from scllm._typing import HeadSetting
+from scllm.data.mixture import check_group_weights
 
 __all__ = ["Precision", "Settings", "TrainConfig"]
 
@@ -23,7 +24,7 @@ GeneInit = Literal["svd", "random"]
 # smallest value of each setting
 _LEAST = {
     **dict.fromkeys(("batch_size", "epochs", "steps", "accumulate", "eval_every", "log_every", "keep_last"), 1),
-    **dict.fromkeys(("patience", "max_tokens", "max_len"), 1),
+    **dict.fromkeys(("patience", "max_tokens", "max_len", "n_shards", "shuffle_cells"), 1),
     **dict.fromkeys(("warmup", "weight_decay", "max_restarts", "random_state"), 0),
 }
 # settings above 0, and settings from 0 to below 1, each with advice
@@ -82,6 +83,23 @@ class TrainConfig:
         Count downsampling (binomial thinning) of training cells as augmentation: the largest fraction of counts
         that is removed at random from a cell. ``None``: the default of the family (scfoundation: 0.8 in pretraining,
         all others 0).
+    n_shards
+        Number of shards into which the training cells of files are dealt, which is also the largest number of
+        processes. The order of cells depends on it, but not on the number of processes. Data in memory have no shards.
+    shuffle_cells
+        Number of cells of files that all processes together hold in memory, to shuffle them. A larger number mixes
+        cells that are further apart in a file, and takes memory. Data in memory are shuffled as a whole.
+    group_weights
+        Mixture weights: which groups of training cells, such as tissues or data sets, are drawn more or less often.
+        ``key`` is the column of ``obs`` with the group of each cell. An epoch still draws as many cells as there are,
+        some of them several times and others not at all.
+
+        - ``{"key": "tissue", "temperature": 0.5}``: the probability of a group is proportional to its number of cells
+          to the power of ``temperature``. With 1, all cells are equally likely, as without ``group_weights``. With 0,
+          all groups are.
+        - ``{"key": "tissue", "weights": {"blood": 2, "lung": 1}}``: the probability of a group is proportional to its
+          weight, whatever its number of cells; here two thirds of the cells are blood. All groups must be named; those
+          with weight 0 are left out.
     gene_init
         Initial gene embedding table: ``"svd"`` (right singular vectors of the log-normalised training cells, which also
         replace a trained table) or ``"random"`` (the table of the model, unchanged). ``None``: ``"svd"`` if
@@ -153,6 +171,9 @@ class TrainConfig:
     max_tokens: int | None = None
     max_len: int | None = None
     downsample: float | None = None
+    n_shards: int = 64
+    shuffle_cells: int = 1 << 16
+    group_weights: Mapping[str, Any] | None = None
     gene_init: GeneInit | None = None
     strategy: Strategy = "ddp"
     max_restarts: int = 0
@@ -175,8 +196,10 @@ class TrainConfig:
         if n_steps is not None:
             object.__setattr__(self, "save_every", n_steps)  # a plain number
         self.timeout_seconds()
+        if self.group_weights is not None:
+            object.__setattr__(self, "group_weights", check_group_weights(self.group_weights))
         for name, hint in get_type_hints(type(self)).items():
-            if name in ("save_every", "timeout"):
+            if name in ("save_every", "timeout", "group_weights"):
                 continue  # checked above
             value, kinds = getattr(self, name), get_args(hint)
             if value is None and type(None) in kinds:

@@ -1,10 +1,11 @@
-"""Batches of packed cells, prepared in a background thread while the model computes."""
+"""Batches of packed cells, read and encoded in background threads while the model computes."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from scllm.data.checks import read_checked
 from scllm.data.encode import Encoder, LevelEncoder
 from scllm.data.genes import GeneMatch
 from scllm.data.plan import Read, n_batches, plan
+from scllm.data.shards import Shards, check_world
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
 from scllm.kernels.draws import mix
@@ -52,7 +54,9 @@ class Loader:
     obs
         Columns to add to the batches, with values for all rows of the source.
     weights
-        Probability of sampling each of ``rows``, up to a factor.
+        Probability of drawing each of ``rows``, up to a factor.
+    n_shards, shuffle_cells
+        The order of cells in files, see :class:`~scllm.data.shards.Shards`.
     downsample
         Count downsampling (binomial thinning): the largest share of counts that is removed from a cell.
     keep_whole
@@ -74,22 +78,19 @@ class Loader:
     seed: int = 0
     obs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     weights: FloatArray | None = None
+    n_shards: int = 64
+    shuffle_cells: int = 1 << 16
     downsample: float = 0.0
     keep_whole: bool = False
     training: bool = True
     keep_empty: bool = False
     pinned: bool = False
 
-    @property
-    def chunk(self) -> int:
-        """Number of adjacent rows that are read together."""
-        chunks = self.source.chunked and self.training and self.weights is None
-        return self.source.chunk_rows if chunks else 1
-
     def largest(self, world: int) -> tuple[int, int]:
-        """Return the number of cells of one rank in a batch, and the number of tokens of the longest cell possible."""
-        encoder = self.encoder
-        return -(-self.batch_size // world), min(encoder.max_len, len(self.vocab) + encoder.n_specials)
+        """Return the largest number of cells of one rank in a batch, and of tokens of a cell."""
+        encoder, shards = self.encoder, self.n_shards if self.source.chunked else world
+        n_cells = -(-self.batch_size * -(-shards // world) // shards)
+        return n_cells, min(encoder.max_len, len(self.vocab) + encoder.n_specials)
 
     def n_batches(self) -> int:
         """Return the number of batches per epoch, the same on every rank."""
@@ -100,45 +101,54 @@ class Loader:
     ) -> Generator[list[Batch], None, None]:
         """Yield this rank's cells of each step in ``parts`` micro-batches, starting with batch ``start``.
 
-        A background thread reads ahead until the generator is exhausted or closed.
+        Background threads read and encode ahead until the generator is exhausted or closed.
         """
-        reads = self._training_plan(epoch, rank, world) if self.training else self._in_order(rank, world)
-        return prefetched(lambda: self._batches(reads, 0 if not self.training else epoch, start, parts))
+        if self.training and self.source.chunked:
+            check_world(world, self.n_shards)  # raises here, and not in a thread
+        reads = self._plan(epoch, start, rank, world)
+        return prefetched(lambda: self._batches(reads, epoch if self.training else 0, parts))
 
-    def _training_plan(self, epoch: int, rank: int, world: int) -> Iterator[Read]:
-        n = len(self.rows)
+    def _plan(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Read]:
+        if not self.training:
+            return self._in_order(start, rank, world)
+        n, size, seed, weights = len(self.rows), self.batch_size, self.seed, self.weights
+        if self.source.chunked:
+            shards = Shards(self.source.chunk_rows, self.n_shards, self.shuffle_cells)
+            return shards.plan(n, size, seed=seed, epoch=epoch, start=start, rank=rank, world=world, weights=weights)
+        lengths = getattr(self.source, "lengths", None) if world > 1 else None
+        if lengths is not None:
+            lengths = lengths[self.rows]
         return plan(
-            n,
-            self.batch_size,
-            seed=self.seed,
-            epoch=epoch,
-            rank=rank,
-            world=world,
-            chunk=self.chunk,
-            weights=self.weights,
+            n, size, seed=seed, epoch=epoch, start=start, rank=rank, world=world, weights=weights, lengths=lengths
         )
 
-    def _in_order(self, rank: int, world: int) -> Iterator[Read]:
-        for start in range(0, len(self.rows), self.batch_size):
-            rows = np.arange(start, min(start + self.batch_size, len(self.rows)))[rank::world]
-            yield Read(rows, (len(rows),))
+    def _in_order(self, start: int, rank: int, world: int) -> Iterator[Read]:
+        for first in range(start * self.batch_size, len(self.rows), self.batch_size):
+            rows = np.arange(first, min(first + self.batch_size, len(self.rows)))[rank::world]
+            yield Read(rows, rows, (len(rows),))
 
-    def _batches(self, reads: Iterable[Read], epoch: int, start: int, parts: int) -> Iterator[list[Batch]]:
-        batch = 0
+    def _batches(self, reads: Iterator[Read], epoch: int, parts: int) -> Generator[list[Batch], None, None]:
+        read = self._read(reads)
+        # the next block of a file is read while one is encoded, and the one after it when the first is used up
+        with closing(prefetched(lambda: read, ahead=1) if self.source.chunked else read) as blocks:
+            for block in blocks:
+                yield from self._encode(*block, epoch, parts)
+
+    def _read(self, reads: Iterator[Read]) -> Generator[tuple[Read, CSR, IntArray], None, None]:
+        """Read the counts of each plan in the order of the file, and say which of them belongs to each row."""
         for read in reads:
-            stop = batch + len(read.sizes)
-            if stop > start:
-                yield from self._encode(read, epoch, max(0, start - batch), parts)
-            batch = stop
+            ascending, place = np.unique(self.rows[read.rows], return_inverse=True)
+            yield read, read_checked(self.source, ascending), place
 
-    def _encode(self, read: Read, epoch: int, skip: int, parts: int) -> Iterator[list[Batch]]:
+    def _encode(
+        self, read: Read, counts: CSR, place: IntArray, epoch: int, parts: int
+    ) -> Generator[list[Batch], None, None]:
+        """Encode batch by batch, because arrays of a whole read do not fit the caches."""
         rows = self.rows[read.rows]
-        keys = mix(self.seed, epoch, rows)
-        # Rows are read in file order and encoded batch by batch, because arrays of a whole read do not fit the caches.
-        ascending, place = np.unique(rows, return_inverse=True)
-        counts = read_checked(self.source, ascending)
-        edges = np.concatenate([[0], np.cumsum(read.sizes)])
-        for first, last in zip(edges[skip:-1], edges[skip + 1 :], strict=True):
+        # a cell that is drawn twice in an epoch is masked twice
+        draws = () if self.weights is None or not self.training else (read.places,)
+        keys = mix(self.seed, epoch, rows, *draws)
+        for first, last in pairwise(np.cumsum([0, *read.sizes])):
             chosen = rows[first:last]
             tokens = self.match.tokens(_taken(counts, place[first:last]), chosen)
             sequences, spacing = self._sequences(tokens, chosen, keys[first:last])
@@ -207,27 +217,21 @@ def _taken(counts: CSR, rows: IntArray) -> CSR:
     return sparse.csr_matrix((data, indices, indptr), shape=(len(rows), counts.shape[1]))
 
 
-def prefetched(make: Callable[[], Iterator[T]], ahead: int = 4) -> Generator[T, None, None]:
-    """Iterate in a background thread that stays a few items ahead; its errors are raised in the calling thread."""
-    items: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(ahead)
-    stopped = threading.Event()
+def prefetched(make: Callable[[], Generator[T, None, None]], ahead: int = 4) -> Generator[T, None, None]:
+    """Iterate in a background thread; its errors are raised in the calling thread.
 
-    def put(item: tuple[T | None, BaseException | None]) -> None:
-        while not stopped.is_set():
-            try:
-                return items.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    At most ``ahead`` items are made, or being made, beside the one in use.
+    """
+    items: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    room, stopped = threading.Semaphore(ahead), threading.Event()
 
     def work() -> None:
         try:
-            for item in make():
-                put((item, None))
-                if stopped.is_set():
-                    return
-            put((None, StopIteration()))
+            with closing(make()) as made:
+                while room.acquire() and not stopped.is_set():
+                    items.put((next(made), None))
         except BaseException as error:  # raised again in the thread that waits for items
-            put((None, error))
+            items.put((None, error))
 
     thread = threading.Thread(target=work, daemon=True, name="scllm-prefetch")
     thread.start()
@@ -238,7 +242,9 @@ def prefetched(make: Callable[[], Iterator[T]], ahead: int = 4) -> Generator[T, 
                 return
             if error is not None:
                 raise error
+            room.release()
             yield item  # type: ignore[misc]
     finally:
         stopped.set()
+        room.release()
         thread.join()

@@ -193,6 +193,8 @@ def _loaders(
     training = Loader(
         rows=cells.train,
         weights=cells.weights,
+        n_shards=config.n_shards,
+        shuffle_cells=config.shuffle_cells,
         downsample=config.downsample,
         **common | {"encoder": cropping(model, config.max_len)},
     )

@@ -12,14 +12,13 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from numpy.typing import NDArray
 
 from scllm import _keys, models
 from scllm._checks import check_adata, missing_key
 from scllm._log import DataWarning, log, warn
 from scllm._names import listed
 from scllm._results import match_settings
-from scllm._typing import HeadSetting, IntArray
+from scllm._typing import FloatArray, HeadSetting, IntArray
 from scllm.data.cells import CellSource
 from scllm.data.source import open_source
 from scllm.engine.config import Precision, TrainConfig
@@ -30,7 +29,7 @@ from scllm.engine.spec import Cells
 from scllm.models.base import CellModel, HeadSpec
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, copy_to_train, resolve
-from scllm.tl._parts import column_or_all, divide
+from scllm.tl._parts import column_or_all, divide, mixture
 from scllm.tl._target import Target, find_target
 from scllm.tl._train import Data, Training, check_config, merged_config, processes, train
 
@@ -183,7 +182,8 @@ def finetune(
     specs = [_head(target, training) for target in targets]
     targets = _to_validate(targets, training, held_out)
     columns = {t.key: t.column.astype(np.float32) if t.classes is None else t.column for t in targets}
-    cells = Cells(training, held_out, columns, _balancing(targets, training) if upsample else None)
+    weights = _weights(source, targets, training, settings.group_weights, upsample=upsample)
+    cells = Cells(training, held_out, columns, weights)
     objective = Label(
         loss=loss_weights(loss),
         class_weight=_class_weights(class_weight, targets, training),
@@ -355,7 +355,26 @@ def _set_heads(model: CellModel, specs: Sequence[HeadSpec], reads: HeadSetting, 
             model.set_heads(replace(spec, pooling=pooling, reads=reads) for spec in specs)
 
 
-def _balancing(targets: Sequence[Target], training: IntArray) -> NDArray[np.float64]:
+def _weights(
+    source: CellSource,
+    targets: Sequence[Target],
+    training: IntArray,
+    group_weights: Mapping[str, Any] | None,
+    *,
+    upsample: bool,
+) -> FloatArray | None:
+    """Return the weights of training cells; ``None`` if each is read once an epoch."""
+    if not upsample:
+        return mixture(source, group_weights, training)
+    if group_weights is not None:
+        raise TypeError(
+            "Expected upsample=True or group_weights in config, got both, which each say how often cells are drawn. "
+            "Leave one out."
+        )
+    return _balancing(targets, training)
+
+
+def _balancing(targets: Sequence[Target], training: IntArray) -> FloatArray:
     """Compute the probability of drawing each training cell, so that labels are drawn equally often."""
     target = next((one for one in targets if one.classes is not None), None)
     if target is None:

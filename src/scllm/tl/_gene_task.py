@@ -75,7 +75,7 @@ def gene_config(model: CellModel, options: Options) -> Settings:
     config = merged_config(
         options.config, given, defaults, precision=options.precision, random_state=options.random_state
     )
-    for name in ("head_reads", "label_smoothing"):
+    for name in ("head_reads", "label_smoothing", "group_weights"):
         value = getattr(options.config, name, None)
         if value:
             raise TypeError(

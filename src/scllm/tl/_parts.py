@@ -1,16 +1,20 @@
-"""Split cells into training and validation cells."""
+"""Split cells into training and validation cells, and weigh groups of training cells."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from scllm._checks import obs_column
-from scllm._typing import IntArray
+from scllm._typing import FloatArray, IntArray
 from scllm.data.cells import CellSource
+from scllm.data.mixture import cell_weights
 from scllm.data.split import split_cells
 
-__all__ = ["column_or_all", "divide"]
+__all__ = ["column_or_all", "divide", "mixture"]
 
 
 def divide(
@@ -69,6 +73,16 @@ def divide(
         random_state=random_state,
     )
     return rows[part == 0], rows[part == 1]
+
+
+def mixture(source: CellSource, group_weights: Mapping[str, Any] | None, training: IntArray) -> FloatArray | None:
+    """Return the weights of training cells; ``None`` without ``group_weights``."""
+    if group_weights is None:
+        return None
+    key = group_weights["key"]
+    of_training = _groups(source, key, training)
+    groups = obs_column(source.obs(column_or_all(source, key)), key)
+    return cell_weights(group_weights, groups, of_training)
 
 
 def _check_whole(source: CellSource, group_key: str, validation: str, training: IntArray, held_out: IntArray) -> None:

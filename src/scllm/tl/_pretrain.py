@@ -30,7 +30,7 @@ from scllm.engine.spec import Cells
 from scllm.models.base import CellModel
 from scllm.tl._inputs import check_layer, take_medians
 from scllm.tl._model import ModelLike, resolve
-from scllm.tl._parts import divide
+from scllm.tl._parts import divide, mixture
 from scllm.tl._train import Data, Training, check_config, merged_config, processes, train
 
 __all__ = ["prepare", "pretrain"]
@@ -231,7 +231,7 @@ def prepare(
     objective = _objective(begun, settings.random_state, mask_ratio, left_out)
     training, held_out = divide(source, validation, group_key=group_key, random_state=seed)
     params = {"size": size, "dropout": dropout, "validation": validation, "group_key": group_key, "layer": layer}
-    cells = Cells(training, held_out)
+    cells = Cells(training, held_out, weights=mixture(source, settings.group_weights, training))
     return Training("pretrain", data, source, matching, begun, objective, settings, cells, where, params)
 
 

@@ -29,6 +29,7 @@ from scllm.data.encode import encoder_to_dict
 from scllm.data.fingerprint import fingerprint, hash_match, source_stamp
 from scllm.data.genes import GeneMatch
 from scllm.data.matching import match_source
+from scllm.data.shards import check_world
 from scllm.data.source import RAW, has_layer, open_source
 from scllm.engine.config import Settings, TrainConfig
 from scllm.engine.device import check_gpus, resolve_device
@@ -284,9 +285,11 @@ def check_resume(resume: object, run_dir: object) -> None:
 
 
 def _check_settings(training: Training) -> None:
-    """Raise on settings that exclude each other or do not fit the model."""
+    """Raise on settings that exclude each other or do not fit the data or the model."""
     model, chosen, freeze = training.model, training.settings, training.freeze
     check_tracker(chosen.logger)
+    if training.source.chunked:
+        check_world(training.where.n, chosen.n_shards)
     if chosen.strategy == "fsdp" and chosen.precision == "fp16":
         raise ValueError(
             "Expected precision='bf16' or 'fp32' with strategy='fsdp', got 'fp16'. fp16 needs loss scaling, which does "
