@@ -68,8 +68,8 @@ def attend_in_rectangles(query: Tensor, key: Tensor, value: Tensor, batch: Batch
     found = []
     for q, k, v, there in zip(asked, at.split(key), at.split(value), at.there, strict=True):
         mask = None if there is None else there[:, None, None]
-        heads = (x.transpose(1, 2) for x in (q, k, v))  # (n, h, l, d / h)
-        found.append(F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=d_head**-0.5).transpose(1, 2))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (n, h, l, d / h)
+        found.append(F.scaled_dot_product_attention(q, k, v, mask, scale=d_head**-0.5).transpose(1, 2))
     if not found:
         return query[..., :d_head] * 0
     if not first_only:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scllm._typing import IntArray
@@ -31,7 +33,8 @@ def groups(lengths: Sequence[int]) -> list[IntArray]:
     sizes = np.asarray(lengths, np.int64)
     order = np.argsort(-sizes, kind="stable")
     descending = sizes[order]
-    found, begin, end = [], 0, int((descending > 0).sum())
+    found: list[IntArray] = []
+    begin, end = 0, int((descending > 0).sum())
     while begin < end:
         # the first cell that is shorter than the longest of the group allows
         stop = int(np.searchsorted(-descending, -descending[begin] * (1 - _WASTE), side="right"))
@@ -97,5 +100,5 @@ def rectangles(lengths: tuple[int, ...], device: torch.device) -> Rectangles:
     return Rectangles(tuple(cells), tuple(tokens), tuple(there), _moved(places, device), _moved(order, device))
 
 
-def _moved(array: IntArray, device: torch.device) -> Tensor:
+def _moved(array: NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device, non_blocking=True)
