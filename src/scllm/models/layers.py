@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from scllm.models.attention import attend
 from scllm.models.base import Batch
+from scllm.models.entries import entry
 from scllm.models.int8 import has_plain_weights
+from scllm.models.pruning import BlockParts, Units, rows
 
 __all__ = [
     "Attention",
@@ -106,9 +108,17 @@ class Block(nn.Module):
         """Compile the part after the attention; the attention has another shape in every batch."""
         self._rest = torch.compile(Block._feed_forward, dynamic=True)
 
+    def parts(self) -> BlockParts:
+        """Locate heads and neurons for pruning."""
+        inner = self.attention
+        heads = Units((*rows(inner.qkv, 3), (inner.out, "weight", 1, 1)), inner.n_heads)
+        neurons = Units((*rows(self.up), (self.down, "weight", 1, 1)), self.up.out_features)
+        return BlockParts(heads, neurons, ((inner, "n_heads", 1),))
+
     def _all(self, x: Tensor, batch: Batch) -> Tensor:
         return self._rest(self, x, self.attention(x, batch))
 
+    @entry
     def first(self, x: Tensor, batch: Batch) -> Tensor:
         """Compute the block's output at the first token of each cell only, ``(t, d)`` to ``(b, d)``."""
         return self._rest(self, x[batch.first], self.attention.first(x, batch))

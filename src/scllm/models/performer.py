@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scllm.kernels.draws import mix
 from scllm.models.base import Batch
+from scllm.models.pruning import BlockParts, Units, rows
 from scllm.models.rectangles import rectangles
 
 __all__ = ["KeyMaximum", "PerformerAttention", "PerformerBlock", "attend_linearly", "original_names", "redraw"]
@@ -290,6 +291,13 @@ class PerformerBlock(nn.Module):
     def compile_feed_forward(self) -> None:
         """Compile the part after the attention; the attention has another shape in every batch."""
         self._rest = torch.compile(PerformerBlock._feed_forward, dynamic=True)
+
+    def parts(self) -> BlockParts:
+        """Locate heads and neurons for pruning."""
+        inner = self.attention
+        places = (*rows(inner.query), *rows(inner.key), *rows(inner.value), (inner.out, "weight", 1, 1))
+        neurons = Units((*rows(self.up), (self.down, "weight", 1, 1)), self.up.out_features)
+        return BlockParts(Units(places, inner.n_heads), neurons, ((inner, "n_heads", 1),))
 
     def _all(self, x: Tensor, batch: Batch) -> Tensor:
         return self._rest(self, x, self.attention(self.norm1(x), batch))
