@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks._timing import Row, copy_rate, gemm_rate
+from scllm._cpus import n_cpus
 
 # Freed memory stays with the process, for both sides of a comparison: on a virtual machine, returning it and getting it
 # again took three quarters of a training step.
@@ -38,7 +39,7 @@ def main() -> None:
 def _machine() -> str:
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.open() if "model name" in line] if info.exists() else []
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return f"{names[0] if names else platform.processor()}, {n_cpus()} cores, Python {platform.python_version()}"
 
 
 def _modules(numbers: set[int] | None) -> list[str]:

@@ -22,10 +22,10 @@ N_TOKENS, N_CELLS, ROUNDS = 36_574, 8, 5
 TARGET_FP32, TARGET_BF16, TARGET_DROPOUT = 1.35, 2.0, 3.5
 
 
-def base_model(n_tokens: int = N_TOKENS) -> CellModel:
-    """Build a model with 12 blocks x 8 heads x 512, feed-forward 512, and initial weights."""
+def base_model(n_tokens: int = N_TOKENS, size: str = "base") -> CellModel:
+    """Build a model (``"base"``: 12 blocks x 8 heads x 512, feed-forward 512) with initial weights."""
     torch.manual_seed(0)
-    return models.build("scgpt", vocab=Vocab.from_genes(f"G{i}" for i in range(n_tokens)), dropout=0.0)
+    return models.build("scgpt", vocab=Vocab.from_genes(f"G{i}" for i in range(n_tokens)), size=size, dropout=0.0)
 
 
 class Step:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from scllm.models.performer import PerformerAttention, attend_linearly, redraw
+from scllm.models import performer
+from scllm.models.performer import PerformerAttention, PerformerBlock, attend_linearly, redraw
 
 
 @pytest.fixture
@@ -88,3 +91,73 @@ def test_long_cells_are_read_in_parts(qkv):
     # repeated keys weigh alike: what is attended to stays the same
     together = attend_linearly(*long, projection, [1200], "cell")
     torch.testing.assert_close(together[:12], attend_linearly(*qkv, projection, [12], "cell"), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("key_maximum", ["cell", "batch"])
+@pytest.mark.parametrize("cell_by_cell", [True, False], ids=["cell by cell", "together"])
+def test_the_gradient_is_that_of_small_changes(qkv, key_maximum, cell_by_cell):
+    inputs = [x.double().requires_grad_() for x in qkv]
+    projection = torch.randn(16, 8, generator=torch.Generator().manual_seed(1)).double()
+    exact = written_out(*inputs, projection, [5, 0, 7], key_maximum)
+    found = attend_linearly(*inputs, projection, [5, 0, 7], key_maximum, cell_by_cell=cell_by_cell)
+    torch.testing.assert_close(found, exact)
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(2)).double()
+    gradients = (torch.autograd.grad((out * weight).sum(), inputs) for out in (found, exact))
+    torch.testing.assert_close(*gradients)
+
+
+def written_out(query, key, value, projection, lengths, key_maximum):
+    """The formulas of scBERT's Performer, for one cell after the other, differentiated by torch."""
+
+    def exponents(x):
+        return (x * 8**-0.25) @ projection.T
+
+    def features(x, highest):
+        return 16**-0.5 * (torch.exp(exponents(x) - x.square().sum(-1, keepdim=True) / (2 * 8**0.5) - highest) + 1e-4)
+
+    found = []
+    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value))):
+        if len(q):
+            of_keys = exponents(key if key_maximum == "batch" else k).detach().max()
+            kernel = torch.einsum(
+                "qhm,khm->hqk", features(q, exponents(q).detach().amax(-1, keepdim=True)), features(k, of_keys)
+            )
+            found.append(torch.einsum("hqk,khe->qhe", kernel / kernel.sum(-1, keepdim=True), v))
+    return torch.cat(found)
+
+
+def test_cells_of_any_length_are_computed_together(qkv):
+    long = [x.repeat(50, 1, 1) for x in qkv]
+    lengths = [1, 200, 190, 0, 7, 202]
+    projection = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    found, expected = (attend_linearly(*long, projection, lengths, "cell", cell_by_cell=one) for one in (False, True))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def kept_bytes(module, *inputs):
+    """Bytes of all tensors that a forward pass keeps for the backward pass, without the weights."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = module(*inputs)
+    for weight in (*module.parameters(), *module.buffers()):
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("cell_by_cell", [True, False], ids=["cell by cell", "together"])
+def test_few_bytes_per_token_are_kept_for_the_gradient(cell_by_cell, monkeypatch):
+    # the widths of scBERT: queries, keys, values and result have 640 numbers, the features of queries and keys 5,320
+    monkeypatch.setattr(performer, "attend_linearly", partial(attend_linearly, cell_by_cell=cell_by_cell))
+    block = PerformerBlock(200, 10, 64, 800, 0.0, False, "cell").train()
+    lengths = (1_500, 1_500)
+    batch = type("Lengths", (), {"lengths": lengths})
+    x = torch.randn(sum(lengths), 200, requires_grad=True)
+    # 10.2 kB for those four, 6.4 kB inside the feed-forward layer, 0.8 kB for each input of a layer or norm, and the
+    # matrix of 692 kB per cell; features alone would take 42 kB
+    assert kept_bytes(block, x, batch) / len(x) < 24_000

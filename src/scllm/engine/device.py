@@ -19,8 +19,8 @@ def resolve_device(device: str = "auto") -> torch.device:
     """Choose the device; under torchrun, each process uses the GPU of its local rank."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda"):
+        device = _of_this_process(device)
     unknown = ValueError(f"Expected device to be 'auto', 'cpu' or 'cuda', got {device!r}. Pass one of them.")
     if device != "cpu" and not device.startswith("cuda"):
         raise unknown
@@ -34,6 +34,17 @@ def resolve_device(device: str = "auto") -> torch.device:
             "'auto'."
         )
     return chosen
+
+
+def _of_this_process(device: str) -> str:
+    """Return the GPU of this process under torchrun; raise if another process would use the same one."""
+    n_processes, available = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if n_processes > 1 and (device != "cuda" or 0 < available < n_processes):
+        raise ValueError(
+            f"Expected a GPU for each of the {n_processes} processes on this machine, got device={device!r} with "
+            f"{available} GPU{'s' if available != 1 else ''}. Start one process for each GPU, with device='cuda'."
+        )
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def check_gpus(n_gpus: int) -> None:

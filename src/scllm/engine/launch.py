@@ -15,6 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from scllm import models
+from scllm._cpus import n_cpus
 from scllm._log import log, show_progress, warn
 from scllm.data.cells import CellSource
 from scllm.engine.collapse import CollapseWatch
@@ -116,7 +117,7 @@ def _train_in_processes(run: Run, n_procs: int, device: str, family: str | None,
     environment = os.environ | {LOCKED: "1"}
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
         # processes share the cores equally, unless the caller has set these variables
-        environment.setdefault(name, str(max(1, (os.cpu_count() or 1) // n_procs)))
+        environment.setdefault(name, str(max(1, n_cpus() // n_procs)))
     with run.log.open("w") as output:
         # In a new session, so that an interrupt in the terminal reaches the processes only through this one. They end
         # if this process ends (see `scllm.engine.agent`), and hold the lock until then.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,28 +17,11 @@ from torch import Tensor, nn
 
 from scllm.engine import ranks
 from scllm.models.base import CellModel
+from scllm.models.entries import entries
 
 __all__ = ["full_norm", "is_sharded", "load_state_in_shards", "shard", "state_in_shards", "weights"]
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
-
-# methods that objectives call instead of `forward`: each must gather the weights it needs
-_ENTRIES = (
-    "hidden",
-    "first_and_last",
-    "embed",
-    "head_inputs",
-    "head_outputs",
-    "apply_heads",
-    "gene_head_outputs",
-    "decode",
-    "decode_cell",
-    "gene_logits",
-    "gene_loss",
-    "permuted_logits",
-    "gene_states",
-    "expression",
-)
 
 
 def shard(model: CellModel, precision: str = "fp32") -> None:
@@ -56,20 +39,19 @@ def shard(model: CellModel, precision: str = "fp32") -> None:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-        _gather_in(block, ("first",))
+        _gather_in_entries(block)
     fully_shard(model, mesh=mesh)
-    _gather_in(model, _ENTRIES)
+    _gather_in_entries(model)
     # the warning is about in-place changes of a method's result, which scllm does not make
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
 
 
-def _gather_in(module: nn.Module, names: Sequence[str]) -> None:
-    """Make methods gather the weights they need, if the module has these methods."""
+def _gather_in_entries(module: nn.Module) -> None:
+    """Make the methods that are called instead of ``forward`` gather the weights they need."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    for name in names:
-        if hasattr(module, name):
-            register_fsdp_forward_method(module, name)
+    for name in entries(module):
+        register_fsdp_forward_method(module, name)
 
 
 def is_sharded(model: CellModel) -> bool:

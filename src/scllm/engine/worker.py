@@ -80,7 +80,7 @@ def train_here(run: Run, device: str, source: CellSource | None, family: str | N
             without_dropout(model)  # before adapters are added, which have their own dropout
         _choose_trained(model, spec)
         model.to(chosen)
-        objective = objective_from_dict(spec.objective)
+        objective = objective_from_dict(spec.objective, model.family)
         training, validation = _loaders(run, spec, source, model, objective)
         config, precision = spec.train, resolve_precision(spec.train.precision, chosen)
         log.debug("training on %s in %s, %d cells a step", chosen, precision, config.batch_size)

@@ -8,6 +8,7 @@ but not when a kernel that it calls changes in another file: delete ``kernels/__
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from types import FunctionType
 from typing import Any, ClassVar, cast
 
 import numba
-from numba.core import event
+from numba.core import config, event
 
+from scllm._cpus import n_cpus
 from scllm._log import log
 
 __all__ = ["RowKernel", "jit", "row_kernel"]
@@ -72,7 +74,8 @@ class RowKernel:
     The first argument is ``indptr``. The outer loop is a ``numba.prange`` whose iterations are independent, so that
     both variants and any number of threads give the same result. Threads are used only for large inputs and from the
     main thread: numba's built-in thread pool aborts the process when two threads enter it, and a loader thread should
-    not compete with the model for the cores. ``numba.set_num_threads`` and ``NUMBA_NUM_THREADS`` limit the threads.
+    not compete with the model for the cores. ``numba.set_num_threads`` and ``NUMBA_NUM_THREADS`` limit the threads;
+    without either, processes that torchrun started share the CPUs.
     """
 
     def __init__(self, function: Callable) -> None:
@@ -100,12 +103,23 @@ def _n_threads() -> int:
     """
     torch = sys.modules.get("torch")
     if torch is None:
-        return numba.get_num_threads()
+        return _shared_threads()
     before = torch.get_num_threads()
-    n_threads = numba.get_num_threads()
+    n_threads = _shared_threads()
     if torch.get_num_threads() != before:
         torch.set_num_threads(before)
     return n_threads
+
+
+def _shared_threads() -> int:
+    """Return the number of threads of numba, lowered to this process's share of the CPUs unless someone has set it."""
+    n_threads = numba.get_num_threads()
+    if "NUMBA_NUM_THREADS" in os.environ or n_threads != config.NUMBA_NUM_THREADS:  # type: ignore[attr-defined]
+        return n_threads
+    share = max(1, n_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if share < n_threads:
+        numba.set_num_threads(share)
+    return min(share, n_threads)
 
 
 def _renamed(function: Callable, variant: str) -> FunctionType:

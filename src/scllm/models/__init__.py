@@ -46,6 +46,8 @@ __all__ = [
 
 
 _TRAINING_LENGTH = 512
+# what a family's module defines, besides `read` for a published format
+_FAMILY = ("Config", "Model", "SIZES", "PRETRAIN", "FINETUNE")
 _CHECKPOINTS = {"best": "best_model.pt", "last": "last.pt"}
 
 
@@ -64,13 +66,30 @@ def families() -> list[str]:
 def family_module(family: str) -> ModuleType:
     """Import the module of a family; a name with a dot is the module of another package."""
     if "." in family:
-        return import_module(family)
+        return _checked(import_module(family), family)
     if family not in families():
         raise ValueError(
             f"Expected family to be one of {families()}, got {family!r}. For a family of your own package, pass its "
             "module, such as 'mylab.model'."
         )
     return import_module(f"{__name__}.{family}")
+
+
+def _checked(module: ModuleType, family: str) -> ModuleType:
+    """Return the module of a family from another package; raise if something is missing."""
+    missing = [name for name in _FAMILY if not hasattr(module, name)]
+    if missing:
+        raise ValueError(
+            f"Expected the module {family!r} to define {', '.join(_FAMILY)}, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. Add {'it' if len(missing) == 1 else 'them'}, as in "
+            "scllm.models.scgpt."
+        )
+    if getattr(module.Model, "family", None) != family:
+        raise ValueError(
+            f"Expected Model.family to be the name of its module, {family!r}, with which saved models are loaded, got "
+            f"{getattr(module.Model, 'family', None)!r}. Set it."
+        )
+    return module
 
 
 def training_length(family: str, config: ModelConfig) -> int | None:
@@ -316,7 +335,7 @@ def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> Cel
     checkpoint = Checkpoint(
         module.Config(**config["config"]),
         Vocab.from_dict(vocab),
-        encoder_from_dict(config["encoder"], arrays),
+        encoder_from_dict(config["encoder"], arrays, family),
         weights,
         heads,
     )

@@ -20,9 +20,10 @@ from scllm.data.encode import Encoder, encoder_to_dict
 from scllm.data.vocab import Vocab
 from scllm.models.batch import Batch, Outputs
 from scllm.models.config import ModelConfig
+from scllm.models.entries import entry
 from scllm.models.heads import HeadSpec, Level, Pooling
 from scllm.models.int8 import WeightDtype, to_float
-from scllm.models.pruning import compression
+from scllm.models.pruning import BlockParts, block_parts, compression
 from scllm.models.rank_weights import rank_weights
 from scllm.models.storage import check_empty, write_native
 
@@ -141,12 +142,14 @@ class CellModel(nn.Module):
         """Return the same cells with another target depth (counts; one number or ``(b,)``)."""
         raise ValueError(f"Models of the family {self.family!r} do not take a sequencing depth. Use another family.")
 
+    @entry
     def gene_logits(self, batch: Batch, at: Tensor) -> Tensor:
         """Compute logits of the tokens at positions ``at``, ``(n, n_tokens)``, from what the family may see."""
         raise ValueError(
             f"Models of the family {self.family!r} do not predict genes. Use a gene language model, such as 'gpt2'."
         )
 
+    @entry
     def gene_loss(self, batch: Batch, at: Tensor, genes: Tensor) -> Tensor:
         """Sum the cross-entropy (nats) of ``genes`` ``(n,)`` at positions ``at``, from what the family may see."""
         return nn.functional.cross_entropy(self.gene_logits(batch, at).float(), genes, reduction="sum")
@@ -163,9 +166,16 @@ class CellModel(nn.Module):
         """Make a new head on gene tokens; it is linear, so the mean of its outputs is its output for the mean state."""
         return nn.Linear(self.config.d_model, n_outputs)
 
-    def prunable(self) -> dict[str, Sequence[Any]]:
-        """Return the blocks that can be pruned, by the prefix of their fields in the configuration."""
-        return {"block": self.blocks}
+    def prunable(self) -> dict[str, list[BlockParts]]:
+        """Return what can be removed of each block, by the prefix of its fields in the configuration."""
+        return {"block": block_parts(self.blocks)}
+
+    def matrices(self) -> list[tuple[nn.Module, dict[str, tuple[int, ...]]]]:
+        """Return modules that multiply by matrices without being linear layers, for int8 and pruning.
+
+        With each module, the names of its matrices and the axes along which int8 weights share a scale.
+        """
+        return []
 
     def layers_changed(self) -> None:
         """Update the model after layers were replaced."""
@@ -176,6 +186,7 @@ class CellModel(nn.Module):
             f"CellModel.{name} describes what it returns."
         )
 
+    @entry
     def hidden(self, batch: Batch, *, layer: int = -1, first_only: bool = False) -> Tensor:
         """Compute hidden states after a block, ``(t, d)``; with ``first_only``, only of first tokens, ``(b, d)``."""
         x = self.inputs(batch)
@@ -186,6 +197,7 @@ class CellModel(nn.Module):
             x = block(x, batch)
         return blocks[-1].first(x, batch) if first_only else blocks[-1](x, batch)
 
+    @entry
     def first_and_last(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compute input embeddings of the first block and hidden states after the last block, ``(t, d)`` each."""
         first = last = self.inputs(batch)
@@ -238,12 +250,18 @@ class CellModel(nn.Module):
             values = None if batch.values is None else batch.values[gene]
             longest = self.encoder.max_len - self.encoder.n_specials
             weight = rank_weights(cell, values, batch.n_cells, pooling, spacing=batch.spacing, longest=longest)
-        else:
+        elif pooling == "mean":
             weight = 1 / torch.bincount(cell, minlength=batch.n_cells)[cell]
+        else:
+            raise ValueError(
+                f"Expected {type(self).__name__}.pool to know all poolings of the family, {self.poolings}, but it does "
+                f"not know {pooling!r}. Add it there."
+            )
         # summing a thousand terms in bfloat16 would lose most of them
         total = torch.zeros(shape, device=hidden.device)
         return total.index_add(0, cell, hidden[gene].float() * weight[:, None]).to(hidden.dtype)
 
+    @entry
     def embed(self, batch: Batch, *, pooling: Pooling | None = None, layer: int = -1) -> Tensor:
         """Compute the embedding of each cell, ``(b, d)``; ``pooling=None`` is the family's default."""
         how = pooling or self.pooling
@@ -258,6 +276,7 @@ class CellModel(nn.Module):
         """Pool hidden states of tokens into the vector of each cell that heads read, ``(b, d)``."""
         return self.pool(hidden, batch, self._head_pooling or self.pooling)
 
+    @entry
     def head_inputs(self, batch: Batch) -> Tensor:
         """Compute the inputs of the heads for each cell: ``(b, d)``, or ``(b, 2 d)`` if they read two embeddings."""
         match self._head_reads:
@@ -278,6 +297,7 @@ class CellModel(nn.Module):
     def _head_reads(self) -> HeadReads:
         return self.head_specs[0].reads if self.head_specs else "last"
 
+    @entry
     def head_outputs(self, batch: Batch) -> dict[str, Tensor]:
         """Compute logits (or values) of every head on cells, by key."""
         return self.apply_heads(self.head_inputs(batch))
@@ -288,10 +308,12 @@ class CellModel(nn.Module):
             return self.head_outputs(batch)
         return self.apply_heads(self.head_state(hidden, batch))
 
+    @entry
     def apply_heads(self, cell: Tensor) -> dict[str, Tensor]:
         """Compute logits (or values) of every head on cells, by key, from the inputs of the heads."""
         return {key: head(cell) for key, head in self.heads_on("cell").items()}
 
+    @entry
     def gene_head_outputs(self, batch: Batch) -> dict[str, Tensor]:
         """Compute logits of every head on genes, by key, for all tokens: ``(t, k)``."""
         hidden = self.hidden(batch)
@@ -335,7 +357,7 @@ class CellModel(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, path: str | PathLike[str], *, format: Literal["native", "scgpt", "geneformer"] = "native") -> None:
+    def save(self, path: str | PathLike[str], *, format: str = "native") -> None:
         """Save the model to a folder.
 
         Parameters

@@ -20,10 +20,11 @@ from scllm._log import quiet_imports
 from scllm.data.encode import Encoder, RankEncoder
 from scllm.data.vocab import Vocab
 from scllm.models.base import Batch, CellModel, ModelConfig, Outputs
+from scllm.models.hf_layers import attention_matrices, layer_parts, prunable_layers
 from scllm.models.int8 import has_plain_weights
 from scllm.models.layers import linear_cross_entropy
 from scllm.models.places import places
-from scllm.models.pruning import shrink
+from scllm.models.pruning import BlockParts, shrink
 
 __all__ = ["GeneLM", "Likelihood", "GeneLMConfig"]
 
@@ -135,8 +136,8 @@ class GeneLM(CellModel):
                 f"{encoder.max_len}. Pass a larger max_len= to the model, or an encoder with a smaller one."
             )
         if config.block_heads is not None:
-            for block, (n_heads, hidden) in zip(self.prunable()["block"], config.block_sizes(), strict=True):
-                shrink(block, (torch.arange(n_heads), torch.arange(hidden)))
+            for parts, (n_heads, hidden) in zip(self.prunable()["block"], config.block_sizes(), strict=True):
+                shrink(parts, (torch.arange(n_heads), torch.arange(hidden)))
         self.tied: dict[str, str] = {}
         """Weights that have two names and are stored once."""
         self.layers_changed()
@@ -148,10 +149,13 @@ class GeneLM(CellModel):
         weights = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
         self.tied = {name: first[id(w)] for name, w in weights if first.setdefault(id(w), name) != name}
 
-    def prunable(self) -> dict[str, Sequence[Any]]:
-        """Return the network's blocks; those of ALBERT are in groups."""
-        within = [module for block in self.blocks for module in block.modules()]
-        return {"block": [layer for layer in within if type(layer).__name__ == "AlbertLayer"] or self.blocks}
+    def prunable(self) -> dict[str, list[BlockParts]]:
+        """Return what can be removed of the network's layers."""
+        return {"block": [layer_parts(layer) for layer in prunable_layers(self.blocks)]}
+
+    def matrices(self) -> list[tuple[nn.Module, dict[str, tuple[int, ...]]]]:
+        """Return the attention of XLNet, whose weights are no linear layers."""
+        return attention_matrices(self.network)
 
     def _checked(self) -> str | None:
         """Return the module that maps states to logits, if there is one; raise if a network sees too much.

@@ -7,14 +7,17 @@ LLM.int8() (Dettmers et al., NeurIPS 2022, arXiv:2208.07339) and torchao use the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from re import fullmatch
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from scllm.models.base import CellModel
 
 __all__ = [
     "Int8Embedding",
@@ -34,8 +37,6 @@ _SHORTEST = 8
 # rows of activations at a time: in the caches, rounding them costs little compared with the product
 _ROWS = 256
 _STORED = (".weight_int8", "_int8")
-# XLNet's attention weights (d, h, e) are not linear layers; one scale for each output, where `o` maps back to d
-_XLNET = {"q": (0,), "k": (0,), "v": (0,), "r": (0,), "o": (1, 2)}
 
 
 def round_rows(weight: Tensor, dims: tuple[int, ...] = (1,)) -> tuple[Tensor, Tensor]:
@@ -112,7 +113,7 @@ class Int8Embedding(_Int8Weight, nn.Embedding):  # type: ignore[override]
         return self.weight_int8[input].to(self.scale.dtype) * self.scale[input]
 
 
-def to_int8(model: nn.Module, dtype: WeightDtype, names: Iterable[str] | None = None) -> None:
+def to_int8(model: CellModel, dtype: WeightDtype, names: Iterable[str] | None = None) -> None:
     """Round the weights of linear layers and tables to int8, in place.
 
     Parameters
@@ -122,25 +123,27 @@ def to_int8(model: nn.Module, dtype: WeightDtype, names: Iterable[str] | None = 
     dtype
         ``"int8_dynamic"`` rounds activations too.
     names
-        Which modules (or ``module.weight`` of XLNet's attention) to round. ``None``: all with long enough rows except
-        linear heads, which have few weights and read the small differences between cells.
+        Which modules (or ``module.matrix`` of those in the model's ``matrices``) to round. ``None``: all with long
+        enough rows except linear heads, which have few weights and read the small differences between cells.
     """
     chosen = None if names is None else set(names)
     tied: dict[int, nn.Module] = {}
+    others = {id(module): matrices for module, matrices in model.matrices()}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None):
             is_rounded = module.weight.shape[1] >= _SHORTEST and not fullmatch(r"heads\.\d+", name)
             # a file names weights that two layers share only once
             if is_rounded if chosen is None else name in chosen or id(module.weight) in tied:
                 _replace(model, name, _rounded(module, dtype, tied))
-        elif type(module).__name__ == "XLNetRelativeAttention":
-            if chosen is None or any(f"{name}.{which}" in chosen for which in _XLNET):
-                _round_attention(module)
-    model.weight_dtype = dtype  # type: ignore[assignment]
-    model.layers_changed()  # type: ignore[operator]
+        elif id(module) in others:
+            matrices = others.pop(id(module))
+            if chosen is None or any(f"{name}.{which}" in chosen for which in matrices):
+                _round_matrices(module, matrices)
+    model.weight_dtype = dtype
+    model.layers_changed()
 
 
-def prepare_int8(model: nn.Module, dtype: str, names: Iterable[str]) -> None:
+def prepare_int8(model: CellModel, dtype: str, names: Iterable[str]) -> None:
     """Convert the layers whose weights a file stores as int8, in place."""
     if dtype not in get_args(WeightDtype):
         raise ValueError(
@@ -152,7 +155,7 @@ def prepare_int8(model: nn.Module, dtype: str, names: Iterable[str]) -> None:
         to_int8(model, dtype, modules)  # type: ignore[arg-type]
 
 
-def to_float(model: nn.Module) -> None:
+def to_float(model: CellModel) -> None:
     """Convert int8 weights back to floats, in place; the rounding error remains."""
     tied: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -165,10 +168,10 @@ def to_float(model: nn.Module) -> None:
                 plain = nn.Embedding(*module.weight_int8.shape, device="meta")  # type: ignore[misc]
             plain.weight = tied.setdefault(id(module.weight_int8), nn.Parameter(module.weight))
             _replace(model, name, plain.train(module.training))
-        elif type(module).__name__ == "Int8XLNetRelativeAttention":
-            _attention_to_float(module)
-    model.weight_dtype = "float32"  # type: ignore[assignment]
-    model.layers_changed()  # type: ignore[operator]
+        elif hasattr(type(module), "int8_matrices"):
+            _matrices_to_float(module)
+    model.weight_dtype = "float32"
+    model.layers_changed()
 
 
 def has_plain_weights(module: nn.Module) -> bool:
@@ -185,8 +188,8 @@ def _rounded(module: nn.Module, dtype: WeightDtype, tied: dict[int, nn.Module]) 
 
 
 @cache
-def _int8_attention(kind: type[nn.Module]) -> type[nn.Module]:
-    """Make the class of XLNet's attention with int8 weights, which are converted to floats wherever it reads them.
+def _with_int8(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """Make a subclass of a module whose matrices are int8 and are converted to floats wherever it reads them.
 
     torch's own ``parametrize`` does the same, but keeps the module alive until the next garbage collection.
     """
@@ -194,7 +197,7 @@ def _int8_attention(kind: type[nn.Module]) -> type[nn.Module]:
     def floats(which: str) -> property:
         return property(lambda module: _floats(module, which))
 
-    return type(f"Int8{kind.__name__}", (kind,), {which: floats(which) for which in _XLNET})
+    return type(f"Int8{kind.__name__}", (kind,), {"int8_matrices": names, **{which: floats(which) for which in names}})
 
 
 def _floats(module: nn.Module, which: str) -> Tensor:
@@ -202,19 +205,20 @@ def _floats(module: nn.Module, which: str) -> Tensor:
     return getattr(module, f"{which}_int8").to(scale.dtype) * scale
 
 
-def _round_attention(module: nn.Module) -> None:
-    """Store the weights of XLNet's attention as int8, in place."""
-    for which, dims in _XLNET.items():
+def _round_matrices(module: nn.Module, matrices: Mapping[str, tuple[int, ...]]) -> None:
+    """Store matrices of a module as int8, in place, with a scale along the given axes."""
+    for which, dims in matrices.items():
         rounded, scale = round_rows(getattr(module, which), dims)
         delattr(module, which)
         module.register_parameter(f"{which}_int8", nn.Parameter(rounded, requires_grad=False))
         module.register_buffer(f"{which}_scale", scale)
-    module.__class__ = _int8_attention(type(module))  # type: ignore[arg-type]
+    module.__class__ = _with_int8(type(module), tuple(matrices))  # type: ignore[arg-type]
 
 
-def _attention_to_float(module: nn.Module) -> None:
-    """Convert the int8 weights of XLNet's attention back to floats, in place."""
-    floats = {which: nn.Parameter(_floats(module, which)) for which in _XLNET}
+def _matrices_to_float(module: nn.Module) -> None:
+    """Convert int8 matrices of a module back to floats, in place."""
+    names: tuple[str, ...] = type(module).int8_matrices  # type: ignore[attr-defined]
+    floats = {which: nn.Parameter(_floats(module, which)) for which in names}
     module.__class__ = type(module).__bases__[0]
     for which, weight in floats.items():
         delattr(module, f"{which}_int8")

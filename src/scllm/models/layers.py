@@ -1,17 +1,20 @@
-"""Layers shared by model families: attention over packed cells, transformer blocks, heads."""
+"""Layers shared by model families: transformer blocks, embeddings of values, heads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from scllm.models.attention import attend
 from scllm.models.base import Batch
+from scllm.models.entries import entry
 from scllm.models.int8 import has_plain_weights
+from scllm.models.pruning import BlockParts, Units, rows
 
 __all__ = [
     "Attention",
@@ -22,7 +25,6 @@ __all__ = [
     "ClassHead",
     "GradientReversal",
     "ValueNetwork",
-    "attend",
     "linear_cross_entropy",
     "mlp",
 ]
@@ -31,45 +33,6 @@ CellDecoder = Literal["inner product", "inner product, detach", "concat query", 
 
 _LOGIT_ROWS = 4096
 _HIGHEST_VALUE = 512  # scGPT clamps its continuous input to this value
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, batch: Batch, *, first_only: bool = False) -> Tensor:
-    """Compute attention within each cell of a packed batch.
-
-    Parameters
-    ----------
-    query
-        ``(t, h, d / h)``; with ``first_only``, only of the first token of each cell, ``(b, h, d / h)``.
-    key, value
-        ``(t, h, d / h)``.
-    batch
-        Where the cells begin and end.
-    first_only
-        Whether only the first token of each cell has a query.
-    """
-    if not batch.n_cells:
-        return query
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        from torch.nn.attention.varlen import varlen_attn  # imports the compiler, which takes a second
-
-        ends, longest = batch.cu_seqlens, max(batch.lengths)
-        ones = torch.arange(batch.n_cells + 1, device=query.device, dtype=torch.int32)
-        asked, most = (ones, 1) if first_only else (ends, longest)
-        return cast(Tensor, varlen_attn(query, key, value, asked, ends, most, longest))
-    lengths = list(batch.lengths)
-    queries = query.split([1] * batch.n_cells if first_only else lengths)
-    cells = [_attend_cell(*cell) for cell in zip(queries, key.split(lengths), value.split(lengths), strict=True)]
-    return torch.cat(cells)
-
-
-def _attend_cell(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Compute attention of one cell, ``(l, h, d / h)``."""
-    q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # (h, l, d / h)
-    if q.dtype == torch.bfloat16 and not q.is_cuda:
-        # bf16 matrix products are faster than the fused CPU kernel, which computes in fp32
-        scores = torch.bmm(q, k.transpose(1, 2)) * q.shape[-1] ** -0.5
-        return torch.bmm(scores.float().softmax(-1).to(v.dtype), v).transpose(0, 1)
-    return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1)
 
 
 class Attention(nn.Module):
@@ -145,9 +108,17 @@ class Block(nn.Module):
         """Compile the part after the attention; the attention has another shape in every batch."""
         self._rest = torch.compile(Block._feed_forward, dynamic=True)
 
+    def parts(self) -> BlockParts:
+        """Locate heads and neurons for pruning."""
+        inner = self.attention
+        heads = Units((*rows(inner.qkv, 3), (inner.out, "weight", 1, 1)), inner.n_heads)
+        neurons = Units((*rows(self.up), (self.down, "weight", 1, 1)), self.up.out_features)
+        return BlockParts(heads, neurons, ((inner, "n_heads", 1),))
+
     def _all(self, x: Tensor, batch: Batch) -> Tensor:
         return self._rest(self, x, self.attention(x, batch))
 
+    @entry
     def first(self, x: Tensor, batch: Batch) -> Tensor:
         """Compute the block's output at the first token of each cell only, ``(t, d)`` to ``(b, d)``."""
         return self._rest(self, x[batch.first], self.attention.first(x, batch))

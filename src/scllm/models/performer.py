@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from scllm.kernels.draws import mix
 from scllm.models.base import Batch
+from scllm.models.pruning import BlockParts, Units, rows
+from scllm.models.rectangles import rectangles
 
 __all__ = ["KeyMaximum", "PerformerAttention", "PerformerBlock", "attend_linearly", "original_names", "redraw"]
 
@@ -25,14 +28,25 @@ KeyMaximum = Literal["cell", "batch"]
 
 # keeps every feature positive; because of it, the maximum subtracted from the keys does not cancel exactly
 _FLOOR = 1e-4
-# tokens whose features are held at a time, so that they stay in the caches and memory does not grow with the cell
-_PART = 512
+# Numbers of features that are held at a time: on a CPU, those of some hundred tokens, which stay in the caches; on a
+# GPU, 256 MB, so that there are few launches.
+_HELD = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 def attend_linearly(
-    query: Tensor, key: Tensor, value: Tensor, projection: Tensor, lengths: Sequence[int], key_maximum: KeyMaximum
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor,
+    lengths: Sequence[int],
+    key_maximum: KeyMaximum,
+    *,
+    cell_by_cell: bool | None = None,
 ) -> Tensor:
-    """Compute attention within each cell of a packed batch, in float32.
+    """Compute attention within each cell of a packed batch, in float32 at least.
+
+    The features are many times larger than queries and keys. They are held for a part of the tokens at a time and
+    computed again in the backward pass, for which only queries, keys, values and one matrix per cell and head are kept.
 
     Parameters
     ----------
@@ -45,45 +59,131 @@ def attend_linearly(
     key_maximum
         Which maximum is subtracted from the keys' exponents: that of the same cell, or that of the whole batch, as in
         scBERT and scFoundation. With the latter, the result of a cell depends on the other cells of the batch.
+    cell_by_cell
+        Whether to loop over cells, or to compute cells of similar length together, padded, in a few launches.
+        ``None``: over cells on a CPU.
     """
-    if not len(lengths):
+    if not any(lengths):
         # a rank without cells: all three must take part in the backward pass
         return query + key + value
-    with torch.autocast(query.device.type, enabled=False):
-        cells = [x.float().transpose(0, 1).split(list(lengths), dim=1) for x in (query, key, value)]
-        weights = projection.float()
-        highest = max(_highest(k, weights) for k in cells[1]) if key_maximum == "batch" else None
-        attended = [_attend_cell(q, k, v, weights, highest) for q, k, v in zip(*cells, strict=True)]
-    return torch.cat(attended, dim=1).transpose(0, 1).to(query.dtype)
+    if cell_by_cell is None:
+        cell_by_cell = not query.is_cuda
+    if cell_by_cell:
+        split = zip(*(packed.transpose(0, 1)[None].split(list(lengths), dim=2) for packed in (query, key, value)))
+        cells = [cell for cell in split if cell[0].shape[2]]
+        found = _attend(cells, [None] * len(cells), projection, key_maximum)
+        return torch.cat(found, dim=2)[0].transpose(0, 1)
+    at = rectangles(tuple(lengths), query.device)
+    padded = zip(*([x.transpose(1, 2) for x in at.split(packed)] for packed in (query, key, value)))
+    found = _attend(list(padded), at.there, projection, key_maximum)
+    return at.join([part.transpose(1, 2) for part in found])
 
 
-def _attend_cell(query: Tensor, key: Tensor, value: Tensor, projection: Tensor, highest: Tensor | None) -> Tensor:
-    """Compute attention of one cell, ``(h, l, e)``, for a chunk of its tokens at a time."""
-    highest = _highest(key, projection) if highest is None else highest
-    # with a column of ones next to the values, one product gives the weighted sum and the sum of the weights
-    parts = zip(key.split(_PART, dim=1), F.pad(value, (0, 1), value=1.0).split(_PART, dim=1), strict=True)
-    gathered = sum(_features(k, _exponents(k, projection), highest).transpose(1, 2) @ v for k, v in parts)
-    found = []
-    for asked in query.split(_PART, dim=1):
-        exponents = _exponents(asked, projection)
-        found.append(_features(asked, exponents, exponents.detach().amax(-1, keepdim=True)) @ gathered)
-    both = torch.cat(found, dim=1)
-    return both[..., :-1] / both[..., -1:]
+def _attend(
+    cells: Sequence[tuple[Tensor, ...]], there: Sequence[Tensor | None], projection: Tensor, key_maximum: KeyMaximum
+) -> list[Tensor]:
+    """Compute attention of groups of cells of one length, ``(n, h, l, e)`` each; ``there`` marks what is no padding."""
+    # padding repeats a token of the same cell, and so does not change the maximum
+    highest = [_highest(key, projection) for _, key, _ in cells]
+    if key_maximum == "batch":
+        highest = [torch.stack([of_cells.amax() for of_cells in highest]).amax()] * len(cells)
+    groups = zip(cells, highest, there, strict=True)
+    return [cast(Tensor, _LinearAttention.apply(*cell, projection, most, inside)) for cell, most, inside in groups]
+
+
+class _LinearAttention(torch.autograd.Function):
+    """Linear attention of cells of one length, with features that are computed again for the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, projection: Tensor, highest: Tensor, there: Tensor | None
+    ) -> Tensor:
+        """Compute the weighted means of values, ``(n, h, l, e)``; the maximum of the keys counts as a constant."""
+        with torch.autocast(query.device.type, enabled=False):
+            gathered = sum(
+                _features(key[:, :, at], projection, highest).transpose(2, 3) @ _with_ones(value, there, at)
+                for at in _parts(key, projection)
+            )
+            found = torch.empty_like(query)
+            for at in _parts(query, projection):
+                both = _features(query[:, :, at], projection) @ gathered
+                found[:, :, at] = both[..., :-1] / both[..., -1:]
+        ctx.save_for_backward(query, key, value, projection, highest, there, gathered)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of queries, keys and values."""
+        query, key, value, projection, highest, there, gathered = ctx.saved_tensors
+        of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
+        of_gathered = torch.zeros_like(gathered)
+        with torch.autocast(query.device.type, enabled=False):
+            for at in _parts(query, projection):
+                features = _features(query[:, :, at], projection)
+                both = features @ gathered
+                of_mean = gradient[:, :, at] / both[..., -1:]
+                of_norm = -(of_mean * both[..., :-1]).sum(-1, keepdim=True) / both[..., -1:]
+                of_both = torch.cat([of_mean, of_norm], dim=-1)
+                of_gathered += features.transpose(2, 3) @ of_both
+                of_features = of_both @ gathered.transpose(2, 3)
+                of_query[:, :, at] = _through_features(query[:, :, at], projection, features, of_features)
+            for at in _parts(key, projection):
+                features = _features(key[:, :, at], projection, highest)
+                of_value[:, :, at] = (features @ of_gathered)[..., :-1]
+                of_features = _with_ones(value, there, at) @ of_gathered.transpose(2, 3)
+                of_key[:, :, at] = _through_features(key[:, :, at], projection, features, of_features)
+        if there is not None:
+            of_value *= there[:, None, :, None]
+        return of_query, of_key, of_value, None, None, None
+
+
+def _parts(x: Tensor, projection: Tensor) -> list[slice]:
+    """Split the tokens of cells, ``(n, h, l, e)``, so that the features of a part are not many."""
+    n, n_heads, length, _ = x.shape
+    step = max(1, _HELD[x.device.type] // (n * n_heads * len(projection)))
+    return [slice(begin, begin + step) for begin in range(0, length, step)]
+
+
+def _with_ones(value: Tensor, there: Tensor | None, at: slice) -> Tensor:
+    """Return values with a column of ones, so that one product gives the weighted sum and the sum of the weights."""
+    both = F.pad(_at_least_float(value[:, :, at]), (0, 1), value=1.0)
+    return both if there is None else both * there[:, None, at, None]
 
 
 @torch.no_grad()
 def _highest(key: Tensor, projection: Tensor) -> Tensor:
-    return torch.stack([_exponents(part, projection).amax() for part in key.split(_PART, dim=1)]).amax()
+    """Return the largest exponent of each cell's keys, ``(n, 1, 1, 1)``."""
+    with torch.autocast(key.device.type, enabled=False):
+        parts = [_exponents(key[:, :, at], projection).amax((1, 2, 3)) for at in _parts(key, projection)]
+    return torch.stack(parts).amax(0)[:, None, None, None]
 
 
 def _exponents(x: Tensor, projection: Tensor) -> Tensor:
-    """Compute ``w . x`` for each feature, ``(h, l, e)`` to ``(h, l, m)``, with ``x`` scaled by ``e ** -0.25``."""
-    return (x * x.shape[-1] ** -0.25) @ projection.T
+    """Compute ``w . x`` for each feature, ``(n, h, l, e)`` to ``(n, h, l, m)``, with ``x`` scaled by ``e ** -0.25``."""
+    x = _at_least_float(x)
+    return (x * x.shape[-1] ** -0.25) @ projection.to(x.dtype).T
 
 
-def _features(x: Tensor, exponents: Tensor, highest: Tensor) -> Tensor:
-    half_square = x.square().sum(-1, keepdim=True) / (2 * math.sqrt(x.shape[-1]))
-    return exponents.shape[-1] ** -0.5 * ((exponents - half_square - highest).exp() + _FLOOR)
+def _features(x: Tensor, projection: Tensor, highest: Tensor | None = None) -> Tensor:
+    """Compute the features of keys with their maximum, and those of queries, each with its own maximum."""
+    exponents = _exponents(x, projection)
+    highest = exponents.amax(-1, keepdim=True) if highest is None else highest
+    half_square = _at_least_float(x).square().sum(-1, keepdim=True) / (2 * math.sqrt(x.shape[-1]))
+    return exponents.sub_(half_square + highest).exp_().add_(_FLOOR).mul_(len(projection) ** -0.5)
+
+
+def _through_features(x: Tensor, projection: Tensor, features: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of ``x`` from that of its features, whose maximum is a constant; overwrites ``gradient``."""
+    # the derivative of the exponential is the exponential
+    of_exponents = gradient.mul_(features - _FLOOR * len(projection) ** -0.5)
+    x = _at_least_float(x)
+    of_square = of_exponents.sum(-1, keepdim=True) / math.sqrt(x.shape[-1])
+    return x.shape[-1] ** -0.25 * (of_exponents @ projection.to(x.dtype)) - x * of_square
+
+
+def _at_least_float(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class PerformerAttention(nn.Module):
@@ -191,6 +291,13 @@ class PerformerBlock(nn.Module):
     def compile_feed_forward(self) -> None:
         """Compile the part after the attention; the attention has another shape in every batch."""
         self._rest = torch.compile(PerformerBlock._feed_forward, dynamic=True)
+
+    def parts(self) -> BlockParts:
+        """Locate heads and neurons for pruning."""
+        inner = self.attention
+        places = (*rows(inner.query), *rows(inner.key), *rows(inner.value), (inner.out, "weight", 1, 1))
+        neurons = Units((*rows(self.up), (self.down, "weight", 1, 1)), self.up.out_features)
+        return BlockParts(Units(places, inner.n_heads), neurons, ((inner, "n_heads", 1),))
 
     def _all(self, x: Tensor, batch: Batch) -> Tensor:
         return self._rest(self, x, self.attention(self.norm1(x), batch))

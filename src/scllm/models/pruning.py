@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from scllm.models.base import CellModel
 
 __all__ = [
+    "BlockParts",
     "Kept",
+    "Units",
+    "block_parts",
     "compression",
-    "heads",
     "keep",
-    "neurons",
     "prune_structured",
     "prune_weights",
     "pruned_weights",
+    "rows",
     "shrink",
 ]
 
@@ -66,76 +68,62 @@ class Units:
                 module.out_features, module.in_features = left.shape
 
 
+@dataclass(frozen=True)
+class BlockParts:
+    """What pruning removes of a block, which says so itself by a method ``parts``.
+
+    Parameters
+    ----------
+    heads
+        Weights of the heads: queries, keys, values and the output projection.
+    neurons
+        Weights of the neurons of the feed-forward layer: their inputs and outputs.
+    counts
+        Attributes that hold the number of heads: module, name, and how much each head adds to it.
+    """
+
+    heads: Units
+    neurons: Units
+    counts: tuple[tuple[Any, str, int], ...]
+
+
 Kept = tuple[Tensor, Tensor]
 """Heads and neurons that are kept in a block."""
 
 
-def heads(block: Any) -> Units:
-    """Locate the heads of a block: weights of their queries, keys and values, and the output projection."""
-    match type(block).__name__:
-        case "Block":
-            inner = block.attention
-            return Units((*_rows(inner.qkv, 3), (inner.out, "weight", 1, 1)), inner.n_heads)
-        case "PerformerBlock":
-            inner = block.attention
-            rows = (*_rows(inner.query), *_rows(inner.key), *_rows(inner.value))
-            return Units((*rows, (inner.out, "weight", 1, 1)), inner.n_heads)
-        case "GPT2Block":
-            return Units((*_rows(block.attn.c_attn, 3), (block.attn.c_proj, "weight", 1, 1)), block.attn.num_heads)
-        case "AlbertLayer":
-            inner = block.attention
-            rows = (*_rows(inner.query), *_rows(inner.key), *_rows(inner.value))
-            return Units((*rows, (inner.dense, "weight", 1, 1)), inner.num_attention_heads)
-        case "XLNetLayer":
-            inner = block.rel_attn
-            matrices = tuple((inner, name, 1, 1) for name in ("q", "k", "v", "o", "r", "seg_embed"))
-            biases = tuple((inner, name, 0, 1) for name in ("r_r_bias", "r_s_bias", "r_w_bias"))
-            return Units((*matrices, *biases), inner.n_head)
-    raise _unknown(block)
+def rows(linear: nn.Module, repeats: int = 1) -> tuple[tuple[nn.Module, str, int, int], ...]:
+    """Locate units that are outputs of a linear layer."""
+    return (linear, "weight", 0, repeats), (linear, "bias", 0, repeats)
 
 
-def neurons(block: Any) -> Units:
-    """Locate the neurons of a block's feed-forward layer: their input weights and output weights."""
-    match type(block).__name__:
-        case "Block" | "PerformerBlock":
-            up, down = block.up, block.down
-        case "GPT2Block":
-            up, down = block.mlp.c_fc, block.mlp.c_proj
-        case "AlbertLayer":
-            up, down = block.ffn, block.ffn_output
-        case "XLNetLayer":
-            up, down = block.ff.layer_1, block.ff.layer_2
-        case _:
-            raise _unknown(block)
-    return Units((*_rows(up), (down, "weight", 1, 1)), up.out_features)
+def block_parts(blocks: Sequence[Any]) -> list[BlockParts]:
+    """Ask each block for what can be removed of it."""
+    for block in blocks:
+        if not hasattr(block, "parts"):
+            raise ValueError(
+                f"Structured pruning expects blocks with a method parts(), but {type(block).__name__!r}, a block of "
+                "this model, has none. Define it (see scllm.models.layers.Block), or use structured=False."
+            )
+    return [block.parts() for block in blocks]
 
 
-def shrink(block: Any, kept: Kept) -> None:
+def shrink(parts: BlockParts, kept: Kept) -> None:
     """Remove all heads and neurons of a block except those kept, in place."""
     kept_heads, kept_neurons = kept
-    neurons(block).keep(kept_neurons)
-    heads(block).keep(kept_heads)
-    n = len(kept_heads)
-    match type(block).__name__:
-        case "GPT2Block":
-            block.attn.num_heads, block.attn.split_size = n, n * block.attn.head_dim
-        case "AlbertLayer":
-            inner = block.attention
-            inner.num_attention_heads, inner.all_head_size = n, n * inner.attention_head_size
-        case "XLNetLayer":
-            block.rel_attn.n_head = n
-        case _:
-            block.attention.n_heads = n
+    parts.neurons.keep(kept_neurons)
+    parts.heads.keep(kept_heads)
+    for module, name, each in parts.counts:
+        setattr(module, name, each * len(kept_heads))
 
 
-def keep(blocks: Sequence[Any], amount: float) -> list[Kept]:
+def keep(blocks: Sequence[BlockParts], amount: float) -> list[Kept]:
     """Which heads and neurons stay in each block when a share ``amount`` of both goes.
 
     A unit counts as much as the norm of its weights (Li et al., ICLR 2017, arXiv:1608.08710). Heads of all blocks are
     compared, each with the mean of its block, since blocks differ in scale; every block keeps its largest at least.
     Neurons go block by block, so that all blocks stay about as wide; in eights, which is what matrix units read.
     """
-    norms = [heads(block).norms() for block in blocks]
+    norms = [block.heads.norms() for block in blocks]
     relative = torch.cat([norm / norm.mean().clamp(min=1e-30) for norm in norms])
     largest = torch.cat([torch.arange(len(norm)) == norm.argmax() for norm in norms])
     relative[largest] = torch.inf
@@ -200,40 +188,28 @@ def compression(model: CellModel) -> str:
     return ", ".join([*said, f"pruned: {zeros:.0%} of the linear weights are zero"] if zeros > 0.01 else said)
 
 
-def _loses(block: Any, kept: Kept) -> bool:
+def _loses(block: BlockParts, kept: Kept) -> bool:
     """Return whether a block loses heads or neurons."""
-    return len(kept[0]) < heads(block).n or len(kept[1]) < neurons(block).n
+    return len(kept[0]) < block.heads.n or len(kept[1]) < block.neurons.n
 
 
-def _rows(linear: nn.Module, repeats: int = 1) -> tuple[tuple[nn.Module, str, int, int], ...]:
-    """Locate units that are outputs of a linear layer."""
-    return (linear, "weight", 0, repeats), (linear, "bias", 0, repeats)
-
-
-def _unknown(block: Any) -> ValueError:
-    return ValueError(
-        "Structured pruning expects the blocks of a family of scllm, GPT-2, ALBERT or XLNet, got blocks of type "
-        f"{type(block).__name__!r}, whose heads it does not know. Use structured=False."
-    )
-
-
-def _kept_neurons(block: Any, amount: float) -> Tensor:
+def _kept_neurons(block: BlockParts, amount: float) -> Tensor:
     """Return the neurons with the largest norms, in their order."""
-    norms = neurons(block).norms()
+    norms = block.neurons.norms()
     n = len(norms)
     step = 8 if n % 8 == 0 and n >= 64 else 1
     left = max(step, step * round((1 - amount) * n / step))
     return norms.argsort(descending=True, stable=True)[:left].sort().values
 
 
-def _linear_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yield matrices of linear layers and of XLNet's attention, except those of heads, gene tables and adapters."""
+def _linear_weights(model: CellModel) -> Iterator[Tensor]:
+    """Yield all matrices that tokens are multiplied by, except those of heads, gene tables and adapters."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    others = {id(module): names for module, names in model.matrices()}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and id(module.weight) not in tables and not _is_beside(name):
             yield module.weight
-        elif type(module).__name__ == "XLNetRelativeAttention":
-            yield from (getattr(module, which) for which in ("q", "k", "v", "o", "r"))
+        yield from (getattr(module, which) for which in others.get(id(module), ()))
 
 
 def _is_beside(name: str) -> bool:

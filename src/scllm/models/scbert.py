@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from scllm.data.encode import Encoder, LevelEncoder
 from scllm.data.vocab import Vocab
 from scllm.models.base import Batch, CellModel, Checkpoint, HeadSpec, ModelConfig, Outputs, Pooling
+from scllm.models.entries import entry
 from scllm.models.performer import KeyMaximum, PerformerBlock, original_names, redraw
 from scllm.models.storage import gene_list, plain_weights, read_torch, renamed
 
@@ -158,6 +159,7 @@ class Model(CellModel):
         heads = {} if self.decoder is None else self.decode(hidden)
         return Outputs(hidden, self.pool(hidden, batch, self.pooling), heads | self._labels(hidden, batch))
 
+    @entry
     def decode(self, hidden: Tensor) -> dict[str, Tensor]:
         """Compute logits of levels from hidden states ``(n, d)``: ``level`` ``(n, n_levels + 1)``."""
         if self.decoder is None:

@@ -20,8 +20,10 @@ from scllm.data.encode import DepthEncoder, Encoder
 from scllm.data.encode.depth import SOURCE, TARGET
 from scllm.data.vocab import Vocab
 from scllm.models.base import Batch, CellModel, Checkpoint, ModelConfig, Outputs, Pooling
+from scllm.models.entries import entry
 from scllm.models.layers import Block
 from scllm.models.performer import KeyMaximum, PerformerBlock, original_names, redraw
+from scllm.models.pruning import BlockParts, block_parts
 from scllm.models.storage import gene_list, plain_weights, read_torch, renamed, require
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "SoftBins", "read"]
@@ -200,9 +202,9 @@ class Model(CellModel):
         """Blocks of the encoder, first to last."""
         return list(self.layers)
 
-    def prunable(self) -> dict[str, Sequence[Any]]:
-        """Return the blocks of the encoder and those of the decoder."""
-        return {"block": self.blocks, "decoder_block": list(self.decoder_layers)}
+    def prunable(self) -> dict[str, list[BlockParts]]:
+        """Return what can be removed of the blocks of the encoder and of those of the decoder."""
+        return {"block": block_parts(self.blocks), "decoder_block": block_parts(list(self.decoder_layers))}
 
     @property
     def n_positions(self) -> int:
@@ -270,6 +272,7 @@ class Model(CellModel):
 
     # --- decoder ---
 
+    @entry
     def gene_states(self, hidden: Tensor, batch: Batch, shown: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
         """Compute the decoder's state of every gene, then of both depths, in each cell, ``(b, p, d_decoder)``.
 
@@ -302,6 +305,7 @@ class Model(CellModel):
         genes = torch.arange(n, device=device).repeat(batch.n_cells)
         return Batch(genes, None, ends, (n,) * batch.n_cells, batch.keys)
 
+    @entry
     def expression(self, states: Tensor) -> Tensor:
         """Predict ``log1p`` of normalised expression from the decoder's states, ``(..., d_decoder)`` to ``(...)``."""
         return self.out(states).squeeze(-1)

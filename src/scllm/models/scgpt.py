@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from scllm.data.encode import BinEncoder, Encoder, ValueEncoder
 from scllm.data.vocab import Vocab, read_tokens
 from scllm.models.base import Batch, CellModel, Checkpoint, HeadSpec, ModelConfig, Outputs
+from scllm.models.entries import entry
 from scllm.models.layers import (
     BinTable,
     Block,
@@ -186,6 +187,7 @@ class Model(CellModel):
             heads["batch"] = self.batch_head(GradientReversal.apply(cell))
         return Outputs(hidden, cell, heads | self.head_outputs_after(hidden, batch))
 
+    @entry
     def decode(self, hidden: Tensor, cell_of: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Predict ``value`` and ``zero`` logits from hidden states of tokens ``(n, d)`` of the cells ``cell_of``."""
         if self.config.batch_labels:
@@ -195,6 +197,7 @@ class Model(CellModel):
             predicted["zero"] = self.zero_decoder(hidden).squeeze(1)
         return predicted
 
+    @entry
     def decode_cell(self, cell: Tensor, genes: Tensor, cell_of: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Predict values of ``genes`` ``(n,)`` from the embeddings of the cells ``cell_of``."""
         if self.cell_decoder is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scllm.models.base import Batch
+from scllm.models.entries import entry
 from scllm.models.gene_lm import GeneLM, GeneLMConfig, Likelihood
 
 __all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model"]
@@ -59,6 +60,7 @@ class Model(GeneLM):
 
     family = "xlnet"
 
+    @entry
     def permuted_logits(self, batch: Batch, order: Tensor, at: Tensor) -> Tensor:
         """Compute logits of the tokens at positions ``at``, ``(n, n_tokens)``, each only from tokens of lower order.
 

@@ -280,7 +280,7 @@ def _objective(
 ) -> Objective:
     """Return the objective of the family, with the settings that were passed."""
     settings: dict[str, Any] = model.config.objective()
-    objective = objective_from_dict(settings)
+    objective = objective_from_dict(settings, model.family)
     known = {field.name for field in fields(objective)}
     if mask_ratio is not None:
         shares = (float(mask_ratio),) if isinstance(mask_ratio, Real) else tuple(mask_ratio)
@@ -296,7 +296,7 @@ def _objective(
             f"{surplus[0]}={settings[surplus[0]]!r} cannot be used with {model.family}. Its objective is "
             f"{settings['kind']}, with the settings {sorted(known - {'seed'})}. Leave it out."
         )
-    return objective_from_dict(settings)
+    return objective_from_dict(settings, model.family)
 
 
 def _is_family(name: str) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+from scllm._foreign import foreign_class, foreign_name
+from scllm._names import listed
 from scllm.engine.objectives.base import Loss, Objective
 from scllm.engine.objectives.gene_label import GeneLabel
 from scllm.engine.objectives.label import Label, LossName, loss_weights
@@ -38,14 +40,25 @@ _KINDS: dict[str, type] = {kind.__name__: kind for kind in _ALL}
 
 
 def objective_to_dict(objective: Objective) -> dict[str, Any]:
-    """Return plain settings of an objective."""
-    return {"kind": type(objective).__name__, **asdict(objective)}  # type: ignore[call-overload]
+    """Return plain settings of an objective; the kind of one from another package is its full name."""
+    kind = type(objective)
+    name = kind.__name__ if _KINDS.get(kind.__name__) is kind else foreign_name(kind)
+    return {"kind": name, **asdict(objective)}  # type: ignore[call-overload]
 
 
-def objective_from_dict(saved: Mapping[str, Any]) -> Objective:
-    """Make the objective that :func:`objective_to_dict` described."""
+def objective_from_dict(saved: Mapping[str, Any], family: str | None = None) -> Objective:
+    """Make the objective that :func:`objective_to_dict` described.
+
+    An objective from the package of ``family``, which the caller must have passed, is imported.
+    """
     settings = dict(saved)
-    kind: type[Any] = _KINDS[settings.pop("kind")]
+    name = str(settings.pop("kind"))
+    kind: type[Any] | None = foreign_class(name, family) if "." in name else _KINDS.get(name)
+    if kind is None:
+        raise ValueError(
+            f"Expected an objective of kind {listed(sorted(_KINDS))}, got {name!r}. For one of your own package, write "
+            "its full name, such as 'mylab.task.Task'."
+        )
     unknown = sorted(set(settings) - {field.name for field in fields(kind)})
     if unknown:
         raise ValueError(
