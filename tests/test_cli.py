@@ -392,3 +392,20 @@ def test_demo_draws_scores_and_continues(tmp_path: Path, monkeypatch) -> None:
         assert (tmp_path / "demo" / name).exists()
     assert {"X_scllm", "X_pca"} <= set(ad.read_h5ad(tmp_path / "demo" / "embedding.h5ad").obsm)
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_a_soma_is_read_and_cannot_be_written_into(data: Path, pretrained: Path, tuned: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tiledbsoma", reason="needs the extra 'census'")
+    from somas import write_soma
+
+    write_soma(ad.read_h5ad(data), tmp_path / "soma")
+    done = [
+        call("embed", place, pretrained, "--out", tmp_path / f"{number}.npy")
+        for number, place in enumerate((data, tmp_path / "soma"))
+    ]
+    assert [one.exit_code for one in done] == [0, 0], done[1].output
+    np.testing.assert_array_equal(np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy"))
+    for command, model, out in (("embed", pretrained, "a.h5ad"), ("classify", tuned, "a.csv")):
+        refused = call(command, tmp_path / "soma", model, "--out", tmp_path / out)
+        assert refused.exit_code == 2
+        assert re.search(naming(tmp_path / "soma", "--out .npy"), refused.output)

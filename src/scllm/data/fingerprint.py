@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,9 +30,11 @@ def fingerprint(source: CellSource) -> str:
 
     The first digest covers the names of the genes in their order. The second covers the number of values in each row
     and the content of 1024 rows that are drawn at random with a fixed seed. The third covers all values; it is omitted
-    for a CSR matrix in a file with more than 67 million values. The matrix is hashed in canonical form: columns sorted,
-    duplicates summed, no explicit zeros, and one number type. Therefore a matrix has the same fingerprint whether it is
-    CSR, CSC or dense, in memory, in one file or in several. Compare fingerprints with :func:`same_matrix`.
+    for a CSR matrix in a file, or a TileDB-SOMA, with more than 67 million values. The matrix is hashed in canonical
+    form: columns sorted, duplicates summed, no explicit zeros, and one number type. Therefore a matrix has the same
+    fingerprint whether it is CSR, CSC or dense, in memory, in one file or in several. Only for a TileDB-SOMA of that
+    size whose ``obs`` has no column ``nnz`` (the Census has one), the second digest is another: it covers the number of
+    all values instead of that in each row. Compare fingerprints with :func:`same_matrix`.
 
     Without the third digest, a change can be missed. If values change in ``k`` of ``n`` cells, but not the number of
     genes that each of them expresses, the probability of missing it is ``(1 - k / n) ** 1024``: 36 % if one cell in a
@@ -55,15 +56,17 @@ def same_matrix(one: str, other: str) -> bool:
 
 
 def source_stamp(source: CellSource) -> str | None:
-    """Hash size and modification time of the files of a source; ``None`` unless all of it is on disk.
+    """Hash the state of the files of a source, or of what is at its address; ``None`` if any of it is in memory.
 
     The stamp is not part of the fingerprint. It only avoids reading an unchanged file again.
     """
-    parts = getattr(source, "parts", [source])
-    paths: list[Path | None] = [getattr(part, "path", None) for part in parts]
-    if None in paths:
-        return None
-    return _digest(repr([(part.layer, stamp(path)) for part, path in zip(parts, paths)]).encode())  # type: ignore[arg-type]
+    stamps = [(part.layer, _stamp(part)) for part in getattr(source, "parts", [source])]
+    return None if any(found is None for _, found in stamps) else _digest(repr(stamps).encode())
+
+
+def _stamp(part: Any) -> str | None:
+    path = getattr(part, "path", None)
+    return getattr(part, "stamp", None) if path is None else stamp(path)
 
 
 def _of_matrix(source: CellSource) -> str:
@@ -73,6 +76,8 @@ def _of_matrix(source: CellSource) -> str:
         sampled = _of_some(source, stored)
         if sampled is not None:
             return sampled
+    if stored is None and (n_values := _n_values(source)) > _READ_ALL:
+        return _digest(str((source.n_obs, n_values)).encode(), *_sampled(source)[1:])
     lengths, content = _of_all(source)
     sampled = _of_some(source, lengths)
     assert sampled is not None
@@ -85,14 +90,26 @@ def _stored_lengths(source: CellSource) -> IntArray | None:
     return None if any(lengths is None for lengths in found) else np.concatenate(found)
 
 
+def _n_values(source: CellSource) -> int:
+    """Number of values in the parts of a source that tell it without listing the length of each row."""
+    return sum(getattr(part, "n_values", None) or 0 for part in getattr(source, "parts", [source]))
+
+
 def _of_some(source: CellSource, lengths: IntArray) -> str | None:
     """Digest a sample of rows; ``None`` if ``lengths`` counts stored zeros or duplicates."""
+    rows, n_stored, columns, values = _sampled(source)
+    if not np.array_equal(n_stored, lengths[rows]):
+        return None
+    return _digest(lengths.astype("<i8"), columns, values)
+
+
+def _sampled(source: CellSource) -> tuple[IntArray, NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Read a sample of rows: which ones, their lengths, columns and values."""
     rows = np.random.default_rng(0).choice(source.n_obs, min(_ROWS, source.n_obs), replace=False)
     rows.sort()
     block = _canonical(source.read(rows))
-    if not np.array_equal(np.diff(block.indptr), lengths[rows]):
-        return None
-    return _digest(lengths.astype("<i8"), block.indices.astype("<i4"), block.data.astype("<f8"))
+    lengths = np.diff(block.indptr).astype("<i8")
+    return rows, lengths, block.indices.astype("<i4"), block.data.astype("<f8")
 
 
 def _of_all(source: CellSource) -> tuple[IntArray, str]:
