@@ -60,6 +60,7 @@ def embed(
 ) -> None:
     """Embed cells."""
     from scllm import tl
+    from scllm.data.row_file import Share, own_share
 
     _check_ending(out, (".npy", ".zarr", ".h5ad"))
     options = {
@@ -80,7 +81,8 @@ def embed(
         _write(adata, out)
     else:
         tl.embed(one_or_all(data), read_model(model, family), out=out, **options)
-    typer.echo(f"embedding written to {out}")
+    share = own_share() if out.suffix != ".h5ad" else Share(0, 1)
+    typer.echo(f"embedding written to {out}" if share.world == 1 else f"part {share.rank} of {share.world} is written")
 
 
 def classify(
