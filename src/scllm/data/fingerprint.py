@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from scllm._typing import CSR, IntArray
 from scllm.data.anndata_file import stamp
@@ -77,11 +78,8 @@ def _of_matrix(source: CellSource) -> str:
         if sampled is not None:
             return sampled
     if stored is None and (n_values := _n_values(source)) > _READ_ALL:
-        return _digest(str((source.n_obs, n_values)).encode(), *_sampled(source)[1:])
-    lengths, content = _of_all(source)
-    sampled = _of_some(source, lengths)
-    assert sampled is not None
-    return f"{sampled}-{content}"
+        return _of_rows(_canonical(source.read(_sampled_rows(source))), np.array([source.n_obs, n_values]))
+    return _of_all(source)
 
 
 def _stored_lengths(source: CellSource) -> IntArray | None:
@@ -97,31 +95,33 @@ def _n_values(source: CellSource) -> int:
 
 def _of_some(source: CellSource, lengths: IntArray) -> str | None:
     """Digest a sample of rows; ``None`` if ``lengths`` counts stored zeros or duplicates."""
-    rows, n_stored, columns, values = _sampled(source)
-    if not np.array_equal(n_stored, lengths[rows]):
-        return None
-    return _digest(lengths.astype("<i8"), columns, values)
-
-
-def _sampled(source: CellSource) -> tuple[IntArray, NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Read a sample of rows: which ones, their lengths, columns and values."""
-    rows = np.random.default_rng(0).choice(source.n_obs, min(_ROWS, source.n_obs), replace=False)
-    rows.sort()
+    rows = _sampled_rows(source)
     block = _canonical(source.read(rows))
-    lengths = np.diff(block.indptr).astype("<i8")
-    return rows, lengths, block.indices.astype("<i4"), block.data.astype("<f8")
+    return _of_rows(block, lengths) if np.array_equal(np.diff(block.indptr), lengths[rows]) else None
 
 
-def _of_all(source: CellSource) -> tuple[IntArray, str]:
-    """Count the values in each row, and digest all of them."""
-    lengths, columns, values = [], hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+def _sampled_rows(source: CellSource) -> IntArray:
+    return np.sort(np.random.default_rng(0).choice(source.n_obs, min(_ROWS, source.n_obs), replace=False))
+
+
+def _of_rows(block: CSR, lengths: IntArray) -> str:
+    return _digest(lengths.astype("<i8"), block.indices.astype("<i4"), block.data.astype("<f8"))
+
+
+def _of_all(source: CellSource) -> str:
+    """Digest the row lengths and the sample, and all values, in one pass."""
+    lengths, sampled = [np.empty(0, np.int64)], [source.read(slice(0, 0))]
+    columns, values = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+    rows = _sampled_rows(source)
     for start in range(0, source.n_obs, _ROWS):
         block = _canonical(source.read(slice(start, start + _ROWS)))
         lengths.append(np.diff(block.indptr))
         columns.update(block.indices.astype("<i4", copy=False).data)
         values.update(_narrow(block.data).data)
-    found = np.concatenate([*lengths, np.empty(0, np.int64)])
-    return found, _digest(found.astype("<i8"), columns.digest(), values.digest())
+        sampled.append(block[rows[(rows >= start) & (rows < start + _ROWS)] - start])
+    found = np.concatenate(lengths)
+    content = _digest(found.astype("<i8"), columns.digest(), values.digest())
+    return f"{_of_rows(sparse.vstack(sampled, format='csr'), found)}-{content}"
 
 
 def _canonical(block: CSR) -> CSR:
