@@ -435,3 +435,35 @@ def test_demo_draws_scores_and_continues(tmp_path: Path, monkeypatch) -> None:
         assert (tmp_path / "demo" / name).exists()
     assert {"X_scllm", "X_pca"} <= set(ad.read_h5ad(tmp_path / "demo" / "embedding.h5ad").obsm)
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_a_soma_is_read_and_cannot_be_written_into(data: Path, pretrained: Path, tuned: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tiledbsoma", reason="needs the extra 'census'")
+    from somas import write_soma
+
+    write_soma(ad.read_h5ad(data), tmp_path / "soma")
+    done = [
+        call("embed", place, pretrained, "--out", tmp_path / f"{number}.npy")
+        for number, place in enumerate((data, tmp_path / "soma"))
+    ]
+    assert [one.exit_code for one in done] == [0, 0], done[1].output
+    np.testing.assert_array_equal(np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy"))
+    for command, model, out in (("embed", pretrained, "a.h5ad"), ("classify", tuned, "a.csv")):
+        refused = call(command, tmp_path / "soma", model, "--out", tmp_path / out)
+        assert refused.exit_code == 2
+        assert re.search(naming(tmp_path / "soma", "--out .npy"), refused.output)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".zarr"])
+def test_processes_share_the_cells_of_one_embedding(data: Path, pretrained: Path, tmp_path: Path, suffix: str) -> None:
+    out, alone = tmp_path / f"shared{suffix}", tmp_path / f"alone{suffix}"
+    assert call("embed", data, pretrained, "--out", alone).exit_code == 0
+    command = [sys.executable, "-m", "scllm", "embed", str(data), str(pretrained), "--out", str(out)]
+    ranks = [
+        subprocess.Popen(command, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "3"}, stderr=subprocess.PIPE)
+        for rank in range(3)
+    ]
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0, 0], [one.stderr.read() for one in ranks]
+    found, expected = (np.load(path) if suffix == ".npy" else zarr.open_array(path)[:] for path in (out, alone))
+    np.testing.assert_array_equal(found, expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [alone.name, out.name]

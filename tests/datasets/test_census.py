@@ -29,6 +29,7 @@ from scipy import sparse
 
 import scllm
 from scllm import datasets, tl
+from scllm.data import soma
 from scllm.data.source import open_source
 from scllm.datasets import _download, _soma
 
@@ -259,7 +260,7 @@ def unreadable(mini, tmp_path) -> tuple[Path, Path, Path]:
 
 def test_failed_reads_are_tried_again(mini, unreadable, monkeypatch, caplog) -> None:
     uri, aside, values = unreadable
-    monkeypatch.setattr(_soma, "_FIRST_WAIT", 0.3)
+    monkeypatch.setattr(soma, "_FIRST_WAIT", 0.3)
     comes_back = threading.Timer(0.5, aside.rename, [values])
     comes_back.start()
     found = datasets.census(uri=uri, obs_filter=B_CELLS)
@@ -269,7 +270,7 @@ def test_failed_reads_are_tried_again(mini, unreadable, monkeypatch, caplog) -> 
 
 
 def test_reads_that_keep_failing_end_in_an_error(unreadable, monkeypatch) -> None:
-    monkeypatch.setattr(_soma, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(soma, "_FIRST_WAIT", 0.01)
     with pytest.raises(ConnectionError, match=naming(153, 5, "a0.tdb")):
         datasets.census(uri=unreadable[0], obs_filter=B_CELLS)
 

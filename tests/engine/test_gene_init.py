@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scanpy as sc
@@ -69,3 +71,32 @@ def test_genes_that_are_not_measured_keep_their_initial_embedding(cells):
     assert changed[:80].all()
     assert not changed[80:].any()
     assert torch.isfinite(model.gene_table()).all()
+
+
+def test_cells_on_disk_are_read_once_and_give_the_same_bits(cells, tmp_path, monkeypatch):
+    monkeypatch.setattr("scllm.engine.gene_init._ROWS", 37)
+    cells[:150].write_h5ad(tmp_path / "a.h5ad")
+    cells[150:, 20:].copy().write_h5ad(tmp_path / "b.h5ad")
+    vocab = models.Vocab.from_genes(cells.var_names)
+    n_read = []
+    for data in (tmp_path, [cells[:150].copy(), cells[150:, 20:].copy()]):
+        source = open_source(data)
+        read, rows = source.read, []
+        monkeypatch.setattr(source, "read", lambda asked, read=read, rows=rows: (rows.extend(asked), read(asked))[1])
+        match = match_source(source, vocab)
+        n_read.append((gene_vectors(source, match, np.arange(0, 300, 2), 8, len(vocab)), rows))
+    (on_disk, rows), (in_memory, _) = n_read
+    np.testing.assert_array_equal(on_disk, in_memory)
+    assert rows == list(range(0, 300, 2))
+
+
+def test_cells_are_read_in_each_pass_if_a_copy_would_fill_the_disk(cells, tmp_path, monkeypatch, caplog):
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    source, vocab = open_source(tmp_path / "a.h5ad"), models.Vocab.from_genes(cells.var_names)
+    match = match_source(source, vocab)
+    copied = gene_vectors(source, match, np.arange(300), 8, len(vocab))
+    full = SimpleNamespace(free=1000)
+    monkeypatch.setattr("scllm.engine.gene_init.shutil.disk_usage", lambda folder: full)
+    with caplog.at_level("INFO", "scllm"):
+        np.testing.assert_array_equal(gene_vectors(source, match, np.arange(300), 8, len(vocab)), copied)
+    assert "TMPDIR" in caplog.text

@@ -43,14 +43,19 @@ __all__ = [
 ]
 
 DataPaths = Annotated[
-    list[str], typer.Argument(metavar="DATA...", help="One or more .h5ad or .zarr files, or a folder of them.")
+    list[str],
+    typer.Argument(
+        metavar="DATA...",
+        help="One or more .h5ad or .zarr files, TileDB-SOMA folders or addresses, or a folder of them.",
+    ),
 ]
 WrittenData = Annotated[
     list[str],
     typer.Argument(
         metavar="DATA...",
-        help="One or more .h5ad or .zarr files, or a folder of them. In the output, cells whose name occurs in several "
-        "files get the number of their file (AAAC-0, AAAC-1). Genes that a file lacks are zero.",
+        help="One or more .h5ad or .zarr files, or a folder of them; for --out .npy and .zarr also TileDB-SOMA. In an "
+        "output with cell names, those that occur in several files get the number of their file (AAAC-0, AAAC-1). "
+        "Genes that a file lacks are zero.",
     ),
 ]
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A model or run directory.")]

@@ -60,6 +60,7 @@ def embed(
 ) -> None:
     """Embed cells."""
     from scllm import tl
+    from scllm.data.row_file import Share, own_share
 
     _check_ending(out, (".npy", ".zarr", ".h5ad"))
     options = {
@@ -80,7 +81,8 @@ def embed(
         _write(adata, out)
     else:
         tl.embed(one_or_all(data), read_model(model, family), out=out, **options)
-    typer.echo(f"embedding written to {out}")
+    share = own_share() if out.suffix != ".h5ad" else Share(0, 1)
+    typer.echo(f"embedding written to {out}" if share.world == 1 else f"part {share.rank} of {share.world} is written")
 
 
 def classify(
@@ -150,18 +152,19 @@ def _read(paths: list[str], out: Path, *, backed: bool = False) -> AnnData:
     """Read the data as an AnnData; with ``backed``, the matrix of a single .h5ad stays on disk."""
     import anndata as ad
 
-    from scllm.data.source import open_source
+    from scllm.data.soma import is_soma
+    from scllm.data.source import files_in, open_source
 
-    files = []
-    for path in map(Path, paths):
+    files: list[Path] = []
+    for path in paths:
         open_source(path)  # raises if scllm cannot read the path
-        inside = sorted(file for file in path.iterdir() if file.suffix in (".h5ad", ".zarr")) if path.is_dir() else []
-        if path.is_dir() and path.suffix != ".zarr" and not inside:
+        inside = [] if is_soma(path) else files_in(Path(path))
+        if not inside or any(is_soma(file) for file in inside):
             raise ValueError(
                 f"Expected .h5ad or .zarr files in '{path}', which --out .h5ad and labels need. Pass such files, or "
-                "--out .npy."
+                "--out .npy or .zarr."
             )
-        files += inside if inside and path.suffix != ".zarr" else [path]
+        files += inside
     if len(files) > 1 and out.resolve() in [file.resolve() for file in files]:
         raise ValueError(
             f"--out '{out}' is one of the {len(files)} input files and would be replaced by the cells of all of them. "
@@ -169,7 +172,7 @@ def _read(paths: list[str], out: Path, *, backed: bool = False) -> AnnData:
         )
     if backed and len(files) == 1 and files[0].suffix == ".h5ad":
         return ad.read_h5ad(files[0], backed="r")
-    read = [ad.read_zarr(file) if file.suffix == ".zarr" else ad.read_h5ad(file) for file in files]
+    read = [ad.read_zarr(file) if file.is_dir() else ad.read_h5ad(file) for file in files]
     return read[0] if len(read) == 1 else _united(read)
 
 

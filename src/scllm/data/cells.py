@@ -104,9 +104,19 @@ class StoredCells:
         return getattr(self._store, "path", None)
 
     @property
+    def stamp(self) -> str | None:
+        """Digest of the state of a matrix at an address; ``None`` for any other, see ``path``."""
+        return getattr(self._store, "stamp", None)
+
+    @property
     def lengths(self) -> IntArray | None:
         """Number of values stored for each cell; ``None`` if it is not known without reading them."""
         return getattr(self._store, "lengths", None)
+
+    @property
+    def n_values(self) -> int | None:
+        """Number of values of all cells, if it is known although ``lengths`` may not be."""
+        return getattr(self._store, "n_values", None)
 
     @property
     def obs_names(self) -> pd.Index:
@@ -136,7 +146,8 @@ class ConcatenatedCells:
     """Several sources concatenated along the cells, over the union of their genes."""
 
     def __init__(self, parts: Sequence[CellSource]) -> None:
-        self.parts = list(parts)
+        # parts of parts, such as the files of a folder in a list, are parts
+        self.parts: list[CellSource] = [one for part in parts for one in getattr(part, "parts", [part])]
         for part in self.parts:
             if not part.genes.is_unique:
                 twice = part.genes[part.genes.duplicated()][0]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from scllm._typing import CSR, IntArray
 from scllm.data.anndata_file import stamp
@@ -33,9 +33,11 @@ def fingerprint(source: CellSource) -> str:
 
     The first digest covers the names of the genes in their order. The second covers the number of values in each row
     and the content of 1024 rows that are drawn at random with a fixed seed. The third covers all values; it is omitted
-    for a CSR matrix in a file with more than 67 million values. The matrix is hashed in canonical form: columns sorted,
-    duplicates summed, no explicit zeros, and one number type. Therefore a matrix has the same fingerprint whether it is
-    CSR, CSC or dense, in memory, in one file or in several. Compare fingerprints with :func:`same_matrix`.
+    for a CSR matrix in a file, or a TileDB-SOMA, with more than 67 million values. The matrix is hashed in canonical
+    form: columns sorted, duplicates summed, no explicit zeros, and one number type. Therefore a matrix has the same
+    fingerprint whether it is CSR, CSC or dense, in memory, in one file or in several. Only for a TileDB-SOMA of that
+    size whose ``obs`` has no column ``nnz`` (the Census has one), the second digest is another: it covers the number of
+    all values instead of that in each row. Compare fingerprints with :func:`same_matrix`.
 
     Without the third digest, a change can be missed. If values change in ``k`` of ``n`` cells, but not the number of
     genes that each of them expresses, the probability of missing it is ``(1 - k / n) ** 1024``: 36 % if one cell in a
@@ -73,15 +75,17 @@ def hash_match(match: GeneMatch) -> str:
 
 
 def source_stamp(source: CellSource) -> str | None:
-    """Hash size and modification time of the files of a source; ``None`` unless all of it is on disk.
+    """Hash the state of the files of a source, or of what is at its address; ``None`` if any of it is in memory.
 
     The stamp is not part of the fingerprint. It only avoids reading an unchanged file again.
     """
-    parts = getattr(source, "parts", [source])
-    paths: list[Path | None] = [getattr(part, "path", None) for part in parts]
-    if None in paths:
-        return None
-    return _digest(repr([(part.layer, stamp(path)) for part, path in zip(parts, paths)]).encode())  # type: ignore[arg-type]
+    stamps = [(part.layer, _stamp(part)) for part in getattr(source, "parts", [source])]
+    return None if any(found is None for _, found in stamps) else _digest(repr(stamps).encode())
+
+
+def _stamp(part: Any) -> str | None:
+    path = getattr(part, "path", None)
+    return getattr(part, "stamp", None) if path is None else stamp(path)
 
 
 def _of_matrix(source: CellSource) -> str:
@@ -91,10 +95,9 @@ def _of_matrix(source: CellSource) -> str:
         sampled = _of_some(source, stored)
         if sampled is not None:
             return sampled
-    lengths, content = _of_all(source)
-    sampled = _of_some(source, lengths)
-    assert sampled is not None
-    return f"{sampled}-{content}"
+    if stored is None and (n_values := _n_values(source)) > _READ_ALL:
+        return _of_rows(_canonical(source.read(_sampled_rows(source))), np.array([source.n_obs, n_values]))
+    return _of_all(source)
 
 
 def _stored_lengths(source: CellSource) -> IntArray | None:
@@ -103,26 +106,40 @@ def _stored_lengths(source: CellSource) -> IntArray | None:
     return None if any(lengths is None for lengths in found) else np.concatenate(found)
 
 
+def _n_values(source: CellSource) -> int:
+    """Number of values in the parts of a source that tell it without listing the length of each row."""
+    return sum(getattr(part, "n_values", None) or 0 for part in getattr(source, "parts", [source]))
+
+
 def _of_some(source: CellSource, lengths: IntArray) -> str | None:
     """Digest a sample of rows; ``None`` if ``lengths`` counts stored zeros or duplicates."""
-    rows = np.random.default_rng(0).choice(source.n_obs, min(_ROWS, source.n_obs), replace=False)
-    rows.sort()
+    rows = _sampled_rows(source)
     block = _canonical(source.read(rows))
-    if not np.array_equal(np.diff(block.indptr), lengths[rows]):
-        return None
+    return _of_rows(block, lengths) if np.array_equal(np.diff(block.indptr), lengths[rows]) else None
+
+
+def _sampled_rows(source: CellSource) -> IntArray:
+    return np.sort(np.random.default_rng(0).choice(source.n_obs, min(_ROWS, source.n_obs), replace=False))
+
+
+def _of_rows(block: CSR, lengths: IntArray) -> str:
     return _digest(lengths.astype("<i8"), block.indices.astype("<i4"), block.data.astype("<f8"))
 
 
-def _of_all(source: CellSource) -> tuple[IntArray, str]:
-    """Count the values in each row, and digest all of them."""
-    lengths, columns, values = [], hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+def _of_all(source: CellSource) -> str:
+    """Digest the row lengths and the sample, and all values, in one pass."""
+    lengths, sampled = [np.empty(0, np.int64)], [source.read(slice(0, 0))]
+    columns, values = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+    rows = _sampled_rows(source)
     for start in range(0, source.n_obs, _ROWS):
         block = _canonical(source.read(slice(start, start + _ROWS)))
         lengths.append(np.diff(block.indptr))
         columns.update(block.indices.astype("<i4", copy=False).data)
         values.update(_narrow(block.data).data)
-    found = np.concatenate([*lengths, np.empty(0, np.int64)])
-    return found, _digest(found.astype("<i8"), columns.digest(), values.digest())
+        sampled.append(block[rows[(rows >= start) & (rows < start + _ROWS)] - start])
+    found = np.concatenate(lengths)
+    content = _digest(found.astype("<i8"), columns.digest(), values.digest())
+    return f"{_of_rows(sparse.vstack(sampled, format='csr'), found)}-{content}"
 
 
 def _canonical(block: CSR) -> CSR:

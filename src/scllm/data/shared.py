@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-__all__ = ["shared_folder"]
+__all__ = ["locked", "shared_folder"]
 
 # The folders in use and their locks. The key includes the process, because a forked process must not remove them.
 _used: dict[tuple[int, Path], IO[str]] = {}
@@ -40,11 +40,11 @@ def shared_folder(name: str, write: Callable[[Path], None]) -> Path:
         if lock != _lock_of(folder):
             _remove_if_unused(lock)
     while True:
-        handle = _locked(_lock_of(folder), fcntl.LOCK_SH)
+        handle = locked(_lock_of(folder), fcntl.LOCK_SH)
         if folder.is_dir():
             break
         handle.close()
-        with _locked(_lock_of(folder), fcntl.LOCK_EX):
+        with locked(_lock_of(folder), fcntl.LOCK_EX):
             if not folder.is_dir():
                 _write(folder, write)
     if not any(process == os.getpid() for process, _ in _used):
@@ -66,7 +66,7 @@ def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
-def _locked(file: Path, kind: int) -> IO[str]:
+def locked(file: Path, kind: int) -> IO[str]:
     """Open and lock a file; waits for the lock, or raises ``BlockingIOError`` with ``LOCK_NB``."""
     while True:
         handle = file.open("w")
@@ -106,7 +106,7 @@ def _release(process: int) -> None:
 def _remove_if_unused(lock: Path) -> None:
     """Remove a folder and its lock, unless a process uses it or has just removed it."""
     try:
-        handle = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handle = locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return
     with handle:

@@ -1,8 +1,10 @@
-"""Opening a matrix of cells by genes: AnnData, ``.h5ad``, ``.zarr``, folders, and lists of these."""
+"""Opening a matrix of cells by genes: AnnData, ``.h5ad``, ``.zarr``, TileDB-SOMA, folders, and lists of these."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,16 @@ from scllm.data.arrays import is_folder_of_arrays, open_arrays
 from scllm.data.cells import CellSource, ConcatenatedCells, StoredCells
 from scllm.data.genecorpus import RankedCells, is_genecorpus
 from scllm.data.mapped import TransposedRows
+from scllm.data.soma import is_address, is_soma, open_soma, soma_layers
 from scllm.data.storage import DenseRows, MemoryRows, RowStore, SelectedRows, SparseRows
 
-__all__ = ["RAW", "has_layer", "layer_names", "open_source", "places_in_source"]
+__all__ = ["RAW", "files_in", "has_layer", "layer_names", "open_source", "places_in_source"]
 
 # the layer that stands for ``.raw``, unless a layer of this name is there
 RAW = "raw"
 _RAW_X, _RAW_VAR = "raw/X", "raw/var"
+# how annbatch names the groups of a collection; both kinds have been of version 0.1.0 so far
+_COLLECTIONS, _DATASET = ("annbatch-preshuffled", "annbatch-grouped"), re.compile(r"dataset_(\d+)")
 
 
 def open_source(data: AnnData | str | os.PathLike | Sequence | CellSource, *, layer: str | None = None) -> CellSource:
@@ -38,7 +43,11 @@ def open_source(data: AnnData | str | os.PathLike | Sequence | CellSource, *, la
         One of the following:
 
         - an ``AnnData``, which may be backed or a view;
-        - a path to ``.h5ad`` or ``.zarr``, or a folder of such files, which are read in the order of their names;
+        - a path to ``.h5ad`` or ``.zarr``;
+        - a TileDB-SOMA experiment, or a Census with one organism: a folder, or an address such as ``s3://...``, which
+          needs the extra ``census``;
+        - a collection of annbatch (``.zarr``);
+        - a folder of any of these, which are read in the order of their names;
         - a folder from :func:`~scllm.data.arrays.write_arrays`;
         - a folder of rank-ordered token sequences (``scllm genecorpus``);
         - a list of any of these. The source has the union of their genes, in the order in which they first appear. A
@@ -46,7 +55,7 @@ def open_source(data: AnnData | str | os.PathLike | Sequence | CellSource, *, la
         - a source, which is returned unchanged.
     layer
         Layer that holds the matrix; ``None`` is ``X``. ``"raw"`` is ``raw.X`` with the genes of ``raw.var``, unless
-        there is a layer of that name.
+        there is a layer of that name. In a TileDB-SOMA, the name of a matrix in ``X``, and ``None`` is ``"raw"``.
 
     Returns
     -------
@@ -63,7 +72,7 @@ def open_source(data: AnnData | str | os.PathLike | Sequence | CellSource, *, la
         case AnnData():
             return _open_adata(data, layer)
         case str() | os.PathLike():
-            return _open_path(Path(data), layer)
+            return open_soma(data, layer=layer) if is_address(data) else _open_path(Path(data), layer)
         case StoredCells() | ConcatenatedCells() | CellSource():
             if layer not in (None, data.layer):
                 raise ValueError(
@@ -88,8 +97,11 @@ def layer_names(data: object) -> list[str | None]:
     match data:
         case AnnData():
             return [*([] if data.X is None else [None]), *data.layers, *_raw_of(data.raw is not None, data.layers)]
+        case str() | os.PathLike() if is_address(data):
+            return soma_layers(data)
         case str() | os.PathLike():
-            found = [_matrices_in(AnnDataFile(file)) for file in _files(Path(data))]
+            files = files_in(Path(data))
+            found = [soma_layers(file) if is_soma(file) else _matrices_in(AnnDataFile(file)) for file in files]
         case list() | tuple():
             found = [layer_names(part) for part in data]
         case _:
@@ -178,14 +190,14 @@ def _by_rows(matrix: Any) -> Any:
 def _open_path(path: Path, layer: str | None) -> CellSource:
     if not path.exists():
         raise FileNotFoundError(
-            f"Expected a path to .h5ad or .zarr, or a folder of such files, but '{path}' does not exist. Check the "
-            f"path; the current directory is '{Path.cwd()}'."
+            f"Expected a path to .h5ad, .zarr or TileDB-SOMA, or a folder of these, but '{path}' does not exist. Check "
+            f"the path; the current directory is '{Path.cwd()}'."
         )
     if is_folder_of_arrays(path):
         return _open_written(path, layer)
     if is_genecorpus(path):
         return RankedCells(path)
-    files = _files(path)
+    files = files_in(path)
     if files == [path]:
         return _open_file(path, layer)
     if not files:
@@ -197,6 +209,8 @@ def _open_path(path: Path, layer: str | None) -> CellSource:
 
 
 def _open_file(path: Path, layer: str | None) -> StoredCells:
+    if is_soma(path):
+        return open_soma(path, layer=layer)
     if path.is_file() and not h5py.is_hdf5(path):
         raise ValueError(
             f"Expected an .h5ad file written by anndata, but '{path}' is not an HDF5 file. If it was copied or "
@@ -271,11 +285,25 @@ def _open_rows(file: AnnDataFile, key: str) -> RowStore:
     )
 
 
-def _files(path: Path) -> list[Path]:
-    """List the AnnData files of a path: the path itself, or the files in a folder."""
-    if path.is_file() or (path / "zarr.json").exists() or (path / ".zgroup").exists():
+def files_in(path: Path) -> list[Path]:
+    """List the files of a path: the path itself, the data sets of a collection, or the files in a folder."""
+    if path.is_file() or is_soma(path):
         return [path]
-    return sorted(file for file in path.iterdir() if file.suffix in (".h5ad", ".zarr")) if path.is_dir() else []
+    if (path / "zarr.json").exists() or (path / ".zgroup").exists():
+        return _datasets_in(path) or [path]
+    if not path.is_dir():
+        return []
+    inside = (file for file in path.iterdir() if file.suffix in (".h5ad", ".zarr") or is_soma(file))
+    return sorted(one for file in inside for one in (files_in(file) if file.is_dir() else [file]))
+
+
+def _datasets_in(path: Path) -> list[Path]:
+    """List the data sets of an annbatch collection in the order of their numbers; none for another zarr."""
+    attributes = json.loads((path / "zarr.json").read_text())["attributes"] if (path / "zarr.json").exists() else {}
+    if attributes.get("encoding-type") not in _COLLECTIONS:
+        return []
+    found = [(_DATASET.fullmatch(file.name), file) for file in path.iterdir()]
+    return [file for _, file in sorted((int(name[1]), file) for name, file in found if name)]
 
 
 def _no_layer(layer: str, names: Sequence[str | None], name: str) -> str:

@@ -22,10 +22,11 @@ from scllm._names import listed
 from scllm._results import record
 from scllm._typing import IntArray
 from scllm._words import size_in_words, time_in_words
+from scllm.data.soma import ID, is_address
 from scllm.datasets._download import Download, check_target, in_parts
 from scllm.datasets._filter import checked_filter, closest, compared_texts
 from scllm.datasets._samples import draw_samples, samples_of
-from scllm.datasets._soma import ID, Experiment, open_experiment
+from scllm.datasets._soma import Experiment, open_experiment
 
 __all__ = ["census"]
 
@@ -159,7 +160,7 @@ def _digest(params: Mapping[str, Any], ids: IntArray) -> str:
 
 def _absolute(uri: str) -> str:
     """Make a path absolute, because TileDB keeps to the working directory in which it was first used."""
-    return uri if "://" in uri else str(Path(uri).absolute())
+    return uri if is_address(uri) else str(Path(uri).absolute())
 
 
 def _draw(

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import requests
-from scipy import sparse
 
 from scllm._checks import missing_key
-from scllm._log import log
 from scllm._typing import CSR, IntArray
+from scllm.data.soma import (
+    CELL_NAMES,
+    GENE_NAMES,
+    ID,
+    first_line,
+    is_address,
+    named,
+    patiently,
+    read_counts,
+    tiledbsoma,
+)
 
-__all__ = ["ID", "Experiment", "open_experiment"]
+__all__ = ["Experiment", "open_experiment"]
 
-T = TypeVar("T")
-
-ID = "soma_joinid"
+_KEPT = ": what was already written to out= is kept"
 _RELEASES = "https://census.cellxgene.cziscience.com/cellxgene-census/v1/release.json"
 _TIMEOUT = 10
-# retries after 1, 2, 4 and 8 seconds
-_TRIES, _FIRST_WAIT = 5, 1.0
 # tiledbsoma's default of a gigabyte for each column is more than a part of a download takes
 _BUFFER = 2**27
-# columns that name cells and genes, the best first; the Census itself names cells by their id only
-_CELL_NAMES, _GENE_NAMES = ("obs_id", ID), ("feature_id", "var_id", ID)
 
 
 @dataclass(frozen=True)
@@ -69,46 +71,41 @@ class Experiment:
             return found.concat().to_pandas()
 
         try:
-            table = _patiently(read, "the table of cells", fatal=_is_about_filter)
-        except _soma().SOMAError as error:
+            table = patiently(read, "the table of cells", fatal=_is_about_filter)
+        except tiledbsoma().SOMAError as error:
             raise ValueError(
                 f"Expected obs_filter to compare columns with values of their type, got {obs_filter!r} "
-                f"({_first_line(error)}). Write it like \"cell_type == 'B cell' and nnz > 500\"."
+                f"({first_line(error)}). Write it like \"cell_type == 'B cell' and nnz > 500\"."
             ) from error
         return table.sort_values(ID, ignore_index=True)
 
     def obs(self, ids: IntArray) -> pd.DataFrame:
         """Read all columns of cells, given their ids in increasing order."""
-        table = _patiently(
-            lambda: self.soma.obs.read(coords=(ids,)).concat().to_pandas(), f"the table of {len(ids):,} cells"
+        table = patiently(
+            lambda: self.soma.obs.read(coords=(ids,)).concat().to_pandas(),
+            f"the table of {len(ids):,} cells",
+            kept=_KEPT,
         )
-        return _named(table, _CELL_NAMES)
+        return named(table, CELL_NAMES)
 
     @cached_property
     def var(self) -> pd.DataFrame:
         """The table of genes, in the order of their ids."""
-        table = _patiently(lambda: self._rna.var.read().concat().to_pandas(), "the table of genes")
-        return _named(table, _GENE_NAMES)
+        table = patiently(lambda: self._rna.var.read().concat().to_pandas(), "the table of genes")
+        return named(table, GENE_NAMES)
 
     def counts(self, ids: IntArray) -> CSR:
         """Read the counts of cells, given their ids in increasing order, ``(n_cells, n_genes)``."""
-        return _patiently(lambda: self._read_counts(ids), f"the counts of {len(ids):,} cells")
+        gene_ids = self.var[ID].to_numpy(np.int64)
+        return patiently(
+            lambda: read_counts(self._rna.X["raw"], ids, gene_ids, np.dtype(np.float32)),
+            f"the counts of {len(ids):,} cells",
+            kept=_KEPT,
+        )
 
     @property
     def _rna(self) -> Any:
         return self.soma.ms["RNA"]
-
-    def _read_counts(self, ids: IntArray) -> CSR:
-        gene_ids = self.var[ID].to_numpy()
-        cells, genes, values = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.float32)]
-        for table in self._rna.X["raw"].read((ids, slice(None))).tables():
-            cells.append(np.searchsorted(ids, table["soma_dim_0"].to_numpy()))
-            genes.append(np.searchsorted(gene_ids, table["soma_dim_1"].to_numpy()))
-            values.append(table["soma_data"].to_numpy().astype(np.float32, copy=False))
-        found = (np.concatenate(values), (np.concatenate(cells), np.concatenate(genes)))
-        matrix = sparse.csr_matrix(found, shape=(len(ids), len(gene_ids)))
-        matrix.sort_indices()
-        return matrix
 
 
 @contextmanager
@@ -127,13 +124,13 @@ def open_experiment(uri: str | None, census_version: str, organism: str) -> Iter
 
     where = f"the Census of version {census_version!r}" if uri is None else repr(uri)
     # on this machine, what cannot be opened is something else; elsewhere, the connection may have failed
-    fatal = _soma().SOMAError if is_local else _soma().DoesNotExistError
+    fatal = tiledbsoma().SOMAError if is_local else tiledbsoma().DoesNotExistError
     try:
-        census = _patiently(opened, where, fatal=lambda error: isinstance(error, fatal))
+        census = patiently(opened, where, fatal=lambda error: isinstance(error, fatal))
     except fatal as error:
         raise ValueError(
             f"Expected a TileDB-SOMA laid out like the Census at {where}, got something else "
-            f"({_first_line(error)}). Pass the folder that holds 'census_data' and 'census_info' as uri=."
+            f"({first_line(error)}). Pass the folder that holds 'census_data' and 'census_info' as uri=."
         ) from error
     with census:
         yield Experiment(_organism(census, organism, where), _build_date(census))
@@ -148,12 +145,6 @@ def _packages() -> ModuleType:
             f'{error}. Run: pip install "scllm-tools[census]"'
         ) from error
     return cellxgene_census
-
-
-def _soma() -> ModuleType:
-    import tiledbsoma
-
-    return tiledbsoma
 
 
 def _check_release(version: str) -> None:
@@ -172,7 +163,7 @@ def _check_release(version: str) -> None:
 
 
 def _is_local(uri: str) -> bool:
-    return "://" not in uri or uri.startswith("file://")
+    return not is_address(uri) or uri.startswith("file://")
 
 
 def _check_local(uri: str) -> None:
@@ -212,43 +203,6 @@ def _build_date(census: Any) -> str | None:
     return None if "census_build_date" not in summary else str(summary["census_build_date"])
 
 
-def _patiently(read: Callable[[], T], what: str, fatal: Callable[[Exception], bool] = lambda error: False) -> T:
-    """Read, and try again a few times with growing pauses, because connections fail now and then.
-
-    An error that is ``fatal`` is raised at once.
-    """
-    for number in range(_TRIES):
-        try:
-            return read()
-        except (OSError, _soma().SOMAError) as error:
-            if fatal(error):
-                raise
-            reason = _first_line(error)
-            if number == _TRIES - 1:
-                raise ConnectionError(
-                    f"Expected to read {what}, but it failed {_TRIES} times (last: {reason}). Check the connection and "
-                    "call again with the same arguments: what was already written to out= is kept."
-                ) from error
-            wait = _FIRST_WAIT * 2**number
-            log.warning("reading %s again in %.0f s, because it failed: %s", what, wait, reason)
-            time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _is_about_filter(error: Exception) -> bool:
     """Whether tiledbsoma rejects the filter, for which it has no type of error of its own."""
     return "querycondition" in str(error).replace("_", "").lower()
-
-
-def _named(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Sort a table by id and index it by the first of the columns ``names`` that is there and unique."""
-    table = table.sort_values(ID, ignore_index=True)
-    for column, values in table.items():
-        if isinstance(values.dtype, pd.CategoricalDtype):
-            table[column] = values.cat.remove_unused_categories()
-    name = next(name for name in names if name in table and table[name].is_unique)
-    return table.set_index(pd.Index(table[name].astype(str).to_numpy(object)))

@@ -1,12 +1,18 @@
 """Initial gene embeddings from the data: right singular vectors of the log-normalised matrix.
 
 As with the gene2vec embeddings of scBERT (Yang et al. 2022), co-expressed genes start with similar embeddings. This
-takes seconds and streams over the cells, so that no matrix of cells by genes is held in memory.
+takes seconds and streams over the cells, so that no matrix of cells by genes is held in memory. Cells on disk are read
+once: the passes after the first one read a temporary copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,11 +20,12 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
-from scllm._log import progress
+from scllm._log import log, progress
 from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.cells import CellSource
 from scllm.data.checks import read_checked
 from scllm.data.genes import GeneMatch
+from scllm.data.mapped import MappedRows, write_rows
 from scllm.data.value_kind import is_log_like
 from scllm.models.base import CellModel
 
@@ -29,6 +36,11 @@ _MAX_CELLS = 200_000  # more cells do not change the singular vectors noticeably
 _TARGET_SUM = 1e4
 # singular values below this multiple of the median are taken for noise
 _STANDS_OUT = 1.05
+# a value of the temporary copy: float64, and the int32 of its gene
+_BYTES = 12
+
+# reads all cells in blocks of log-normalised values, with their rows; the argument describes what for
+Pass = Callable[[str], Iterator[tuple[CSR, IntArray]]]
 
 
 def start_from_data(
@@ -57,20 +69,10 @@ def gene_vectors(
     rng = np.random.default_rng(random_state)
     if len(rows) > _MAX_CELLS:
         rows = np.sort(rng.choice(rows, _MAX_CELLS, replace=False))
-    measured = match.measured
-    means = _means(source, match, rows, n_tokens) if match.files else None
-    k = min(n_vectors, len(measured), len(rows))
-    basis = rng.standard_normal((len(measured), min(k + 10, len(measured))))
-    for step in range(4):
-        gathered = np.zeros_like(basis)
-        for block in _filled(source, match, rows, n_tokens, means, f"gene vectors, pass {step + 1} of 4"):
-            gathered += block.T @ (block @ basis)
-        basis, _ = np.linalg.qr(gathered)
+    with _passes(source, match, rows, n_tokens) as one_pass:
+        basis, small = _subspace(one_pass, match, min(n_vectors, len(match.measured), len(rows)), rng)
+    measured, k = match.measured, min(n_vectors, len(match.measured), len(rows))
     # the eigenvalues of the small matrix B^T A^T A B are the squared singular values in the subspace
-    small = np.zeros((basis.shape[1],) * 2)
-    for block in _filled(source, match, rows, n_tokens, means, "gene vectors"):
-        projected = block @ basis
-        small += projected.T @ projected
     squared, order = np.linalg.eigh(small)
     vectors = (basis @ order)[:, ::-1][:, :k]
     strength = np.sqrt(np.maximum(squared[::-1][:k], 0))
@@ -88,11 +90,26 @@ def gene_vectors(
     return full
 
 
-def _filled(
-    source: CellSource, match: GeneMatch, rows: IntArray, n_tokens: int, means: FloatArray | None, desc: str
-) -> Iterator[CSR | LinearOperator]:
+def _subspace(one_pass: Pass, match: GeneMatch, k: int, rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
+    """Find a basis B of the strongest singular vectors of the cells A, and B^T A^T A B."""
+    means = _means(one_pass, match) if match.files else None
+    n_genes = len(match.measured)
+    basis = rng.standard_normal((n_genes, min(k + 10, n_genes)))
+    for step in range(4):
+        gathered = np.zeros_like(basis)
+        for block in _filled(one_pass, match, means, f"gene vectors, pass {step + 1} of 4"):
+            gathered += block.T @ (block @ basis)
+        basis, _ = np.linalg.qr(gathered)
+    small = np.zeros((basis.shape[1],) * 2)
+    for block in _filled(one_pass, match, means, "gene vectors"):
+        projected = block @ basis
+        small += projected.T @ projected
+    return basis, small
+
+
+def _filled(one_pass: Pass, match: GeneMatch, means: FloatArray | None, desc: str) -> Iterator[CSR | LinearOperator]:
     """Yield log-normalised blocks of cells, with the mean of a gene in cells whose file did not measure it."""
-    for block, cells in _log_normalised(source, match, rows, n_tokens, desc):
+    for block, cells in one_pass(desc):
         if means is None:
             yield block
             continue
@@ -101,14 +118,54 @@ def _filled(
         yield aslinearoperator(block) + aslinearoperator(of_cell) @ aslinearoperator(lacking * means)
 
 
-def _means(source: CellSource, match: GeneMatch, rows: IntArray, n_tokens: int) -> FloatArray:
+def _means(one_pass: Pass, match: GeneMatch) -> FloatArray:
     """Compute the mean of each gene over the cells whose file measured it."""
     total, n_cells = np.zeros((2, len(match.measured)))
-    for block, cells in _log_normalised(source, match, rows, n_tokens, "gene vectors, means"):
+    for block, cells in one_pass("gene vectors, means"):
         lacking, of_cell = _lacking(match, cells)
         total += np.asarray(block.sum(0)).ravel()
         n_cells += of_cell.sum(0) @ ~lacking
     return total / np.maximum(n_cells, 1)
+
+
+@contextmanager
+def _passes(source: CellSource, match: GeneMatch, rows: IntArray, n_tokens: int) -> Iterator[Pass]:
+    """Yield a function that reads all cells: from memory, or from a temporary copy of what is on disk.
+
+    The copy holds the same numbers, so the result is the same to the bit. It takes 12 bytes per expressed gene of up to
+    200,000 cells; if that is more than half of the free space, the data are read in each pass.
+    """
+
+    def from_source(desc: str) -> Iterator[tuple[CSR, IntArray]]:
+        return _log_normalised(source, match, rows, n_tokens, desc)
+
+    if not source.chunked:
+        yield from_source
+        return
+    with tempfile.TemporaryDirectory(prefix="scllm-genes-") as folder:
+        blocks = (block for block, _ in from_source("reading cells for gene vectors"))
+        first = next(blocks)
+        needed, free = _BYTES * first.nnz * len(rows) / first.shape[0], shutil.disk_usage(folder).free
+        if needed > free / 2:
+            log.info(
+                "reading the cells in each pass for gene vectors, because a copy would take %.1f of the %.1f GB that "
+                "are free in '%s'; set TMPDIR to a folder on a larger disk",
+                needed / 1e9,
+                free / 1e9,
+                folder,
+            )
+            yield from_source
+            return
+        write_rows(chain([first], blocks), Path(folder))
+        copied = MappedRows(Path(folder), len(match.measured))
+
+        def from_copy(desc: str) -> Iterator[tuple[CSR, IntArray]]:
+            starts = range(0, len(rows), _ROWS)
+            for start in progress(starts, desc=desc, total=len(starts), unit="block"):
+                places = np.arange(start, min(start + _ROWS, len(rows)))
+                yield copied.read(places), rows[places]
+
+        yield from_copy
 
 
 def _lacking(match: GeneMatch, cells: IntArray) -> tuple[NDArray[np.bool_], FloatArray]:

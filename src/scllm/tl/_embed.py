@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
-import zarr
 from anndata import AnnData
 from torch import Tensor
 
 from scllm import _keys
 from scllm._checks import check_adata, groups
+from scllm._log import log
 from scllm._results import free_key, record, record_name
 from scllm._typing import FloatArray, IntArray
+from scllm.data.fingerprint import source_stamp
 from scllm.data.genes import GeneMatch
-from scllm.data.replace import replaced_when_whole
+from scllm.data.row_file import BLOCK, own_share, rows_when_whole
 from scllm.data.source import open_source
 from scllm.engine.config import Precision
 from scllm.engine.predict import predict
 from scllm.models.base import Batch, CellModel, Pooling
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
-from scllm.tl._train import Data
+from scllm.tl._train import Data, hash_match
 
 __all__ = ["embed", "embed_genes"]
-
-# number of cells in one chunk of a .zarr
-_BLOCK = 16_384
 
 
 def embed(
@@ -61,7 +58,8 @@ def embed(
     Parameters
     ----------
     data
-        An AnnData, a path to ``.h5ad`` or ``.zarr``, a list of those, or a source.
+        An AnnData; a path to ``.h5ad``, ``.zarr``, a TileDB-SOMA (or its address) or a collection of annbatch; a list
+        or a folder of those; or a source.
     model
         A model, or the path of a model or run directory. ``None``: the model last recorded on ``data``.
     pooling
@@ -91,7 +89,8 @@ def embed(
         Key in ``obsm``.
     out
         A ``.zarr`` or ``.npy`` file to which the embedding of data given as a path is streamed. The file appears only
-        when it is complete.
+        when it is complete. Several processes share the cells if ``RANK`` and ``WORLD_SIZE`` are set, as torchrun does:
+        each call embeds its own part, and the last to finish makes the file appear.
     batch_size
         Number of cells per forward pass; changes only speed and memory.
     device
@@ -158,10 +157,18 @@ def embed(
     def forward(replica: CellModel, batch: Batch) -> Tensor:
         return replica.embed(batch, pooling=pooling, layer=hidden_layer)
 
-    results = predict(
-        chosen, source, match, forward, batch_size=batch_size, device=device, precision=precision, n_gpus=n_gpus
-    )
-    embedding = _collected(results, source.n_obs, out)
+    def run(rows: slice) -> Iterator[tuple[slice, Tensor]]:
+        cells = np.arange(rows.start, rows.stop)
+        return predict(
+            chosen, source, match, forward, rows=cells, batch_size=batch_size, device=device, precision=precision,
+            n_gpus=n_gpus,
+        )  # fmt: skip
+
+    if out is None:
+        embedding = _collected(run(slice(0, source.n_obs)), source.n_obs)
+    else:
+        depends_on = [chosen.hash(), source_stamp(source), pooling, hidden_layer, layer, hash_match(match), precision]
+        _stream(run, source.n_obs, Path(fspath(out)), repr(depends_on))
     if adata is None:
         return None if out is not None else embedding
     adata = adata.copy() if copy else adata
@@ -339,33 +346,35 @@ def _is_group(path: Path) -> bool:
     return file.is_file() and json.loads(file.read_text()).get("node_type") != "array"
 
 
-def _collected(
-    results: Iterator[tuple[slice, Tensor]], n_cells: int, out: str | PathLike[str] | None
-) -> FloatArray | None:
-    """Collect all rows in an array in memory, or stream them to a file that appears only when it is complete."""
-    if out is None:
-        return _filled(results, n_cells, None)
-    with replaced_when_whole(Path(fspath(out))) as fresh:
-        _filled(results, n_cells, fresh)
-    return None
-
-
-def _filled(results: Iterator[tuple[slice, Tensor]], n_cells: int, path: Path | None) -> FloatArray | None:
-    target = None
+def _collected(results: Iterator[tuple[slice, Tensor]], n_cells: int) -> FloatArray:
+    """Collect all rows in an array in memory."""
+    embedding = np.empty((0, 0), np.float32)
     for rows, values in _blocks(results):
-        shape = (n_cells, values.shape[1])
-        if path is not None and path.suffix == ".npy":
-            # mapped again for each block, because pages that stay mapped count as used memory
-            mode: Literal["w+", "r+"] = "r+" if rows.start else "w+"
-            np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=shape)[rows] = values
-            continue
-        if target is None and path is None:
-            target = np.empty(shape, np.float32)
-        elif target is None:
-            chunks = (min(n_cells, _BLOCK), shape[1])
-            target = zarr.create_array(path, shape=shape, dtype="float32", chunks=chunks, overwrite=True)
-        target[rows] = values
-    return target
+        if not rows.start:
+            embedding = np.empty((n_cells, values.shape[1]), np.float32)
+        embedding[rows] = values
+    return embedding
+
+
+def _stream(run: Callable[[slice], Iterator[tuple[slice, Tensor]]], n_cells: int, out: Path, key: str) -> None:
+    """Embed the cells that are the share of this process, and write them to a file that appears when it is complete."""
+    share = own_share()
+    rows = share.rows(n_cells)
+    if share.world > 1:
+        log.info(
+            "embedding cells %d to %d, the share of process %d of %d; '%s' appears when all have finished",
+            rows.start,
+            rows.stop,
+            share.rank,
+            share.world,
+            out,
+        )
+    with rows_when_whole(out, n_cells, share, key) as file:
+        if file is None:
+            log.info("keeping the rows that process %d has written before", share.rank)
+            return
+        for place, values in _blocks(run(rows)) if rows.stop > rows.start else ():
+            file.write(rows.start + place.start, values)
 
 
 def _blocks(results: Iterator[tuple[slice, Tensor]]) -> Iterator[tuple[slice, FloatArray]]:
@@ -375,7 +384,7 @@ def _blocks(results: Iterator[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Fl
     for rows, values in results:
         parts.append(values)
         stop = rows.stop
-        if stop - start >= _BLOCK:
+        if stop - start >= BLOCK:
             yield slice(start, stop), torch.cat(parts).numpy()
             parts, start = [], stop
     if parts:

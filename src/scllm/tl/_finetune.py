@@ -80,7 +80,8 @@ def finetune(
     Parameters
     ----------
     data
-        An AnnData, which may be backed; a path to ``.h5ad`` or ``.zarr``; or a list or a folder of such files.
+        An AnnData, which may be backed; a path to ``.h5ad`` or ``.zarr``; a TileDB-SOMA or its address; a collection
+        of annbatch; or a list or a folder of these.
     model
         The model to start from, or its path; it is not changed. ``None``: the one last recorded on ``data``.
     key

@@ -80,8 +80,9 @@ def pretrain(
     Parameters
     ----------
     data
-        An AnnData, which may be backed; a path to ``.h5ad`` or ``.zarr``; or a list or a folder of such files. For
-        geneformer also a folder of ranked token sequences, as written by ``scllm genecorpus``.
+        An AnnData, which may be backed; a path to ``.h5ad`` or ``.zarr``; a TileDB-SOMA or its address; a collection
+        of annbatch; or a list or a folder of these. For geneformer also a folder of ranked token sequences, as written
+        by ``scllm genecorpus``.
     model
         Name of a family to train from random weights, or a model (or its path) to start from. That model is not
         changed, and its heads are not kept.

@@ -30,6 +30,7 @@ from scllm.data.fingerprint import fingerprint, hash_match, source_stamp
 from scllm.data.genes import GeneMatch
 from scllm.data.matching import match_source
 from scllm.data.shards import check_world
+from scllm.data.soma import is_address
 from scllm.data.source import RAW, has_layer, open_source
 from scllm.engine.config import Settings, TrainConfig
 from scllm.engine.device import check_gpus, resolve_device
@@ -358,10 +359,15 @@ def _reference(data: Data, layer: str | None) -> str | list[str] | None:
         stored, held = (open_source(one, layer=layer) for one in (path, data))
         return path if stored.var.equals(held.var) else None
     if isinstance(data, (str, PathLike)):
-        return data if "://" in str(data) else str(Path(data).absolute())
+        return _absolute(data)
     if isinstance(data, (list, tuple)) and all(isinstance(part, (str, PathLike)) for part in data):
-        return [str(Path(fspath(part)).absolute()) for part in data]
+        return [_absolute(part) for part in data]
     return None
+
+
+def _absolute(data: str | PathLike[str]) -> str:
+    """Return a path that means the same in another folder; an address is returned as it is."""
+    return fspath(data) if is_address(data) else str(Path(data).absolute())
 
 
 def _writable(path: Path) -> Path:
