@@ -47,7 +47,11 @@ def all_shards(folder: Path) -> dict[str, Tensor]:
     from torch.distributed import checkpoint
 
     found = checkpoint.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(part.size, dtype=part.properties.dtype) for name, part in found.items()}
+    tensors = {
+        name: torch.empty(part.size, dtype=part.properties.dtype)
+        for name, part in found.items()
+        if isinstance(part, checkpoint.metadata.TensorStorageMetadata)
+    }
     read_shards(folder, tensors)
     return tensors
 
