@@ -312,9 +312,10 @@ def test_dry_run_tells_the_cost_and_writes_nothing(data: Path, tmp_path: Path) -
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_written_run_is_started_by_the_printed_line(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["scgpt", "gpt2"])  # the second one needs medians of the data
+def test_a_written_run_is_started_by_the_printed_line(data: Path, tmp_path: Path, family: str) -> None:
     run, whole = tmp_path / "my run", tmp_path / "whole"
-    options = ("--size", "tiny", "--epochs", 2, "--device", "cpu", "--run-dir")
+    options = ("--model", family, "--size", "tiny", "--epochs", 2, "--device", "cpu", "--run-dir")
     written = call("pretrain", data, *options, run, "--write-only")
     assert written.exit_code == 0, written.output
     names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
@@ -326,6 +327,7 @@ def test_a_written_run_is_started_by_the_printed_line(data: Path, tmp_path: Path
     started = subprocess.run(shlex.split(alone), capture_output=True, text=True)
     assert started.returncode == 0, started.stderr
     assert call("pretrain", data, *options, whole).exit_code == 0
+    assert (run / "spec.json").read_text() == (whole / "spec.json").read_text()
     curves = [pd.read_json(path / "history.jsonl", lines=True) for path in (run, whole)]
     np.testing.assert_allclose(curves[0]["loss"], curves[1]["loss"], rtol=1e-6)
     assert "is finished" in call("pretrain", data, *options, run, "--write-only").stdout

@@ -91,7 +91,7 @@ def pretrain(
     """Pretrain a model on cells without labels. After a crash, the same command resumes the run."""
     from scllm import tl
     from scllm.cli._estimate import how_to_start, what_would_run
-    from scllm.tl._pretrain import prepare
+    from scllm.tl._pretrain import prepare, set_medians
     from scllm.tl._train import write
 
     if dry_run and write_only:
@@ -122,6 +122,7 @@ def pretrain(
         return
     if write_only:
         training = prepare(one_or_all(data), begun, **options)
+        set_medians(training)
         typer.echo(how_to_start(write(training, run_dir=run_dir, resume=read_resume(resume)), training))
         return
     typer.echo(tl.pretrain(one_or_all(data), begun, run_dir=run_dir, resume=read_resume(resume), **options))

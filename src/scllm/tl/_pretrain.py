@@ -174,11 +174,7 @@ def pretrain(
         config=config,
         random_state=random_state,
     )
-    encoder = prepared.model.encoder
-    if isinstance(encoder, RankEncoder) and encoder.medians is None:
-        cells, n_tokens = prepared.cells.train, len(prepared.model.vocab)
-        medians = token_medians(prepared.source, prepared.match, cells, n_tokens)
-        prepared.model.encoder = replace(encoder, medians=medians)
+    set_medians(prepared)
     return train(prepared, run_dir=run_dir, resume=resume)
 
 
@@ -234,6 +230,15 @@ def prepare(
     params = {"size": size, "dropout": dropout, "validation": validation, "group_key": group_key, "layer": layer}
     cells = Cells(training, held_out, weights=mixture(source, settings.group_weights, training))
     return Training("pretrain", data, source, matching, begun, objective, settings, cells, where, params)
+
+
+def set_medians(prepared: Training) -> None:
+    """Give an encoder of ranks that has no medians those of the training cells, which reads all of them."""
+    encoder = prepared.model.encoder
+    if isinstance(encoder, RankEncoder) and encoder.medians is None:
+        cells, n_tokens = prepared.cells.train, len(prepared.model.vocab)
+        medians = token_medians(prepared.source, prepared.match, cells, n_tokens)
+        prepared.model.encoder = replace(encoder, medians=medians)
 
 
 def _names(source: CellSource, gene_key: str | None) -> list[str]:
