@@ -242,7 +242,7 @@ def test_it_is_quantised(model, cells, tmp_path):
 
 
 def test_heads_and_neurons_of_its_own_block_are_pruned(model, cells, tmp_path):
-    small = tl.prune(model, amount=0.5)
+    small = tl.prune(model, amount=0.5, structured=True)
     assert sum(small.config.block_heads) == 4
     assert small.config.block_hidden == (32, 32)
     assert small.layers[0].n_heads == small.config.block_heads[0]
@@ -257,7 +257,7 @@ def test_heads_and_neurons_of_its_own_block_are_pruned(model, cells, tmp_path):
 def test_a_block_that_does_not_say_what_can_be_removed_is_an_error(mylab, model, monkeypatch):
     monkeypatch.delattr(mylab.MeanBlock, "parts")
     with pytest.raises(ValueError, match=naming("'MeanBlock'", "parts()", "structured=False")):
-        tl.prune(model, amount=0.5)
+        tl.prune(model, amount=0.5, structured=True)
 
 
 def test_a_saved_model_is_loaded_only_with_its_family_named(model, cells, tmp_path):

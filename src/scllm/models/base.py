@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import pandas as pd
 import torch
@@ -249,7 +249,8 @@ class CellModel(nn.Module):
         if pooling in ("ranked", "linear"):
             values = None if batch.values is None else batch.values[gene]
             longest = self.encoder.max_len - self.encoder.n_specials
-            weight = rank_weights(cell, values, batch.n_cells, pooling, spacing=batch.spacing, longest=longest)
+            how = cast(Literal["ranked", "linear"], pooling)
+            weight = rank_weights(cell, values, batch.n_cells, how, spacing=batch.spacing, longest=longest)
         elif pooling == "mean":
             weight = 1 / torch.bincount(cell, minlength=batch.n_cells)[cell]
         else:

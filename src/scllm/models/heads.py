@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from scllm._labels import Categories
 from scllm._typing import HeadReads
@@ -12,7 +12,8 @@ from scllm._typing import HeadReads
 __all__ = ["HeadSpec", "Level", "Pooling"]
 
 Level = Literal["cell", "gene"]
-Pooling = Literal["cls", "mean", "ranked", "linear", "max", "all"]
+Pooling: TypeAlias = str
+"""How hidden states of a cell become one vector; a family lists what it knows in ``CellModel.poolings``."""
 
 
 @dataclass(frozen=True)
