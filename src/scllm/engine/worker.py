@@ -126,7 +126,7 @@ def _start(run: Run, spec: RunSpec, source: CellSource, device: str, family: str
     """Compute the initial weights, if the process that wrote the directory has left that to this one."""
     if ranks.rank() == 0 and run.unstarted.exists():
         model = models.load(run.model, family=family)
-        objective = objective_from_dict(spec.objective)
+        objective = objective_from_dict(spec.objective, model.family)
         match = _match(source, spec, model)
         initialise(model, source, match, run.cells, objective, spec.train, device=device)
         with writing(run.model):
