@@ -18,7 +18,7 @@ from scllm._checks import check_adata, groups
 from scllm._log import log
 from scllm._results import free_key, record, record_name
 from scllm._typing import FloatArray, IntArray
-from scllm.data.fingerprint import source_stamp
+from scllm.data.fingerprint import hash_match, source_stamp
 from scllm.data.genes import GeneMatch
 from scllm.data.row_file import BLOCK, own_share, rows_when_whole
 from scllm.data.source import open_source
@@ -27,7 +27,7 @@ from scllm.engine.predict import predict
 from scllm.models.base import Batch, CellModel, Pooling
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
-from scllm.tl._train import Data, hash_match
+from scllm.tl._train import Data
 
 __all__ = ["embed", "embed_genes"]
 
