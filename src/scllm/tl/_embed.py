@@ -124,32 +124,9 @@ def embed(
     64
     """
     adata = data if isinstance(data, AnnData) else None
-    if adata is not None:
-        check_adata(adata, copy, key_added)
-        free_key(adata, "obsm", key_added)
-    if adata is None and copy:
-        raise TypeError(
-            f"Expected data to be an AnnData with copy=True, got a {type(data).__name__}. Leave copy out: the "
-            "embedding is returned, or written to the file given as out=."
-        )
-    if adata is not None and out is not None:
-        raise TypeError(
-            f"Expected data to be a path with out={str(out)!r}, got an AnnData. Remove out=: the embedding of an "
-            "AnnData is written to its obsm."
-        )
-    if out is not None:
-        _check_out(Path(fspath(out)), data)
+    _check_destination(data, out, key_added, copy)
     chosen = resolve(model, adata)
-    if not -chosen.config.n_layers - 1 <= hidden_layer <= -1:
-        raise ValueError(
-            f"Expected hidden_layer to be from {-chosen.config.n_layers - 1} (input of the first block) to -1 (output "
-            f"of the last block), got {hidden_layer}. Leave it out for the last block."
-        )
-    if pooling is not None and pooling not in chosen.poolings:
-        raise ValueError(
-            f"Expected pooling to be one of {', '.join(map(repr, chosen.poolings))} or None for this {chosen.family} "
-            f"model, got {pooling!r}. Leave it out for the default of the family."
-        )
+    _check_choice(chosen, pooling, hidden_layer)
     source = open_source(data, layer=layer)
     check_layer(source, chosen, layer, data)
     match = gene_match(data, source, chosen, gene_key, min_coverage)
@@ -189,6 +166,40 @@ def embed(
     trained_on = _of_all(adata, "trained_on", key, chosen.trained_on)
     record(adata, "embed", params, models=models, heads=heads, trained_on=trained_on)
     return adata if copy else None
+
+
+def _check_destination(data: object, out: str | PathLike[str] | None, key_added: str, copy: bool) -> None:
+    """Raise if the embedding cannot be written where the caller wants it."""
+    adata = data if isinstance(data, AnnData) else None
+    if adata is not None:
+        check_adata(adata, copy, key_added)
+        free_key(adata, "obsm", key_added)
+    if adata is None and copy:
+        raise TypeError(
+            f"Expected data to be an AnnData with copy=True, got a {type(data).__name__}. Leave copy out: the "
+            "embedding is returned, or written to the file given as out=."
+        )
+    if adata is not None and out is not None:
+        raise TypeError(
+            f"Expected data to be a path with out={str(out)!r}, got an AnnData. Remove out=: the embedding of an "
+            "AnnData is written to its obsm."
+        )
+    if out is not None:
+        _check_out(Path(fspath(out)), data)
+
+
+def _check_choice(model: CellModel, pooling: Pooling | None, hidden_layer: int) -> None:
+    """Raise if the model has no such block or pooling."""
+    if not -model.config.n_layers - 1 <= hidden_layer <= -1:
+        raise ValueError(
+            f"Expected hidden_layer to be from {-model.config.n_layers - 1} (input of the first block) to -1 (output "
+            f"of the last block), got {hidden_layer}. Leave it out for the last block."
+        )
+    if pooling is not None and pooling not in model.poolings:
+        raise ValueError(
+            f"Expected pooling to be one of {', '.join(map(repr, model.poolings))} or None for this {model.family} "
+            f"model, got {pooling!r}. Leave it out for the default of the family."
+        )
 
 
 def _of_all(adata: AnnData, name: str, key_added: str, table: pd.DataFrame | None) -> pd.DataFrame | None:
