@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
+import socket
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -20,6 +25,7 @@ from scllm.data.source import open_source
 from scllm.engine import loop
 from scllm.engine.estimate import matrix_rate
 from scllm.engine.predict import predict
+from scllm.engine.run import Run
 from scllm.models.storage import read_torch
 
 
@@ -240,3 +246,40 @@ def test_every_step_is_in_training_mode_except_for_frozen_modules(toy, model, tm
     scllm.tl.finetune(toy, model, key="cell_type", freeze=1, config=config, **options)
     assert len(modes) > 4
     assert set(modes) == {(True, False, True)}
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_the_process_that_trains_can_compute_the_initial_weights(toy, model, tmp_path, monkeypatch, verb):
+    """As on several GPUs, where the process that writes the directory leaves them alone."""
+
+    def trained(name):
+        if verb == "pretrain":
+            return pretrain(toy, tmp_path / name, epochs=1)
+        return scllm.tl.finetune(toy, model, key="cell_type", run_dir=tmp_path / name, device="cpu", epochs=1)
+
+    here = trained("here")
+    monkeypatch.setattr("scllm.tl._train.Training.starts_here", False)
+    there = trained("there")
+    assert not (tmp_path / "there" / "unstarted").exists()
+    assert_same_curve(curve(tmp_path / "there"), curve(tmp_path / "here"))
+    assert there.hash() == here.hash()
+
+
+def test_where_the_file_system_has_no_locks_a_file_names_the_process(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("scllm.engine.run._PATIENCE", 0.3)
+    run = Run(tmp_path / "run")
+    with run.locked():
+        assert str(os.getpid()) in (run.path / ".lock-owner").read_text()
+        with pytest.raises(RuntimeError, match=naming(run.path, "one process", os.getpid())), run.locked():
+            pass
+    assert not (run.path / ".lock-owner").exists()
+    # the owner has ended without removing the file
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (run.path / ".lock-owner").write_text(f"{socket.gethostname()} {process.pid}")
+    with run.locked():
+        assert str(os.getpid()) in (run.path / ".lock-owner").read_text()
