@@ -105,8 +105,19 @@ def test_two_consecutive_reads_of_all_ranks_fit_into_shuffle_cells(n_obs, size, 
 def test_a_step_is_shared_out_as_evenly_as_shards_are(n_obs, size, world, chunk):
     for step in steps(n_obs, size, chunk=chunk, world=world)[:-1]:
         n_cells = [len(rows) for rows in step]
+        assert max(n_cells) <= Shards(chunk).largest_share(size, world)
         # the shards of 64 cells in a row are all different, and a rank has at most one shard more than another
         assert max(n_cells) - min(n_cells) <= 2
+
+
+@given(st.integers(1, 300), shards_and_ranks)
+@settings(deadline=None, max_examples=50)
+def test_the_largest_share_of_a_batch_is_known(size, shared_by):
+    n_shards, world = shared_by
+    found = steps(2000, size, chunk=1, n_shards=n_shards, world=world)
+    assert max(len(rows) for step in found for rows in step) <= Shards(1, n_shards).largest_share(size, world)
+    if n_shards % world == 0:
+        assert len(found[0][0]) == Shards(1, n_shards).largest_share(min(size, 2000), world)
 
 
 def test_seed_and_epoch_determine_the_order():

@@ -80,6 +80,14 @@ class Shards:
             sizes = np.bincount(mine // batch_size, minlength=last - first)[skipped:]
             yield Read(rows[mine], first * batch_size + mine, tuple(sizes.tolist()))
 
+    def largest_share(self, batch_size: int, world: int) -> int:
+        """Bound the number of cells of a batch that one rank has."""
+        share = -(-batch_size // world)
+        if self.n_shards % world:
+            # the rank of the first shards may come again early, at each return from the last shard to the first
+            share += 1 + (batch_size - 1) // self.n_shards
+        return min(share, batch_size)
+
     def _block(
         self, sequence: _Sequence, start: int, stop: int, key: tuple[int, int, int], rank: int, world: int
     ) -> IntArray:

@@ -88,8 +88,8 @@ class Loader:
 
     def largest(self, world: int) -> tuple[int, int]:
         """Return the largest number of cells of one rank in a batch, and of tokens of a cell."""
-        encoder, shards = self.encoder, self.n_shards if self.source.chunked else world
-        n_cells = -(-self.batch_size * -(-shards // world) // shards)
+        encoder, shards = self.encoder, self._shards
+        n_cells = -(-self.batch_size // world) if shards is None else shards.largest_share(self.batch_size, world)
         return n_cells, min(encoder.max_len, len(self.vocab) + encoder.n_specials)
 
     def n_batches(self) -> int:
@@ -103,17 +103,22 @@ class Loader:
 
         Background threads read and encode ahead until the generator is exhausted or closed.
         """
-        if self.training and self.source.chunked:
+        if self._shards:
             check_world(world, self.n_shards)  # raises here, and not in a thread
         reads = self._plan(epoch, start, rank, world)
         return prefetched(lambda: self._batches(reads, epoch if self.training else 0, parts))
+
+    @property
+    def _shards(self) -> Shards | None:
+        """The order of training cells in files."""
+        is_sharded = self.training and self.source.chunked
+        return Shards(self.source.chunk_rows, self.n_shards, self.shuffle_cells) if is_sharded else None
 
     def _plan(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Read]:
         if not self.training:
             return self._in_order(start, rank, world)
         n, size, seed, weights = len(self.rows), self.batch_size, self.seed, self.weights
-        if self.source.chunked:
-            shards = Shards(self.source.chunk_rows, self.n_shards, self.shuffle_cells)
+        if (shards := self._shards) is not None:
             return shards.plan(n, size, seed=seed, epoch=epoch, start=start, rank=rank, world=world, weights=weights)
         lengths = getattr(self.source, "lengths", None) if world > 1 else None
         if lengths is not None:
