@@ -198,9 +198,10 @@ def pretrain(run_dir: str, device: str) -> None:
 def killed(run_dir: Path, device: str) -> int:
     """Start the same in another process and kill it after some steps; return the last step in the history.
 
-    This process must not have used the GPU before, because the other one is forked, so that it need not import all.
+    Without a GPU, the other process is forked, so that it need not import everything again.
     """
-    process = multiprocessing.get_context("fork").Process(target=pretrain, args=(str(run_dir), device))
+    method = "spawn" if device == "cuda" else "fork"
+    process = multiprocessing.get_context(method).Process(target=pretrain, args=(str(run_dir), device))
     process.start()
     history, end = run_dir / "history.jsonl", time.monotonic() + 60
     try:

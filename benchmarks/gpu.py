@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,18 @@ __all__ = ["PARTS", "main"]
 
 # name -> module with a function of that name, and its seconds when all parts have TOTAL; the most important first
 PARTS = {
-    "attention": ("benchmarks._gpu_checks", 40),
+    "attention": ("benchmarks._gpu_checks", 35),
     "pretraining": ("benchmarks._gpu_rows", 90),
-    "embedding": ("benchmarks._gpu_rows", 40),
+    "embedding": ("benchmarks._gpu_rows", 35),
     "geneformer": ("benchmarks._gpu_rows", 35),
-    "precision": ("benchmarks._gpu_checks", 35),
+    "precision": ("benchmarks._gpu_checks", 30),
     "resume": ("benchmarks._gpu_checks", 45),
     "performers": ("benchmarks._gpu_rows", 30),
-    "two_ranks": ("benchmarks._gpu_checks", 40),
+    "two_ranks": ("benchmarks._gpu_checks", 55),
 }
 TOTAL = 345  # seconds; parts seldom need all of theirs, so the last ones have time too
 # seconds that a part needs to start, and before its end for its last case
 _START, _END = 5, 3
-# parts are forked from a server that has imported everything and never uses the GPU
-_CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run_all(names: list[str], options: argparse.Namespace) -> int:
     began = time.monotonic()
-    _CONTEXT.set_forkserver_preload(sorted({module for module, _ in PARTS.values()}))
+    context = _context(options.device)
     report: dict[str, Any] = {"machine": _machine(options.device), "tiny": options.tiny, "parts": {}}
     write_json(options.out, report)
     for name in names:
@@ -70,7 +69,7 @@ def _run_all(names: list[str], options: argparse.Namespace) -> int:
             part: dict[str, Any] = {"status": "skipped", "reason": f"{left:.0f} s were left of {options.seconds:.0f} s"}
         else:
             print(f"{name} (up to {limit:.0f} s)", file=sys.stderr, flush=True)
-            part = _in_process(name, options, limit)
+            part = _in_process(context, name, options, limit)
         report["parts"][name] = part
         report["seconds"] = round(time.monotonic() - began, 1)
         write_json(options.out, report)
@@ -79,13 +78,13 @@ def _run_all(names: list[str], options: argparse.Namespace) -> int:
     return int(any(part["status"] != "done" for part in report["parts"].values()))
 
 
-def _in_process(name: str, options: argparse.Namespace, limit: float) -> dict[str, Any]:
+def _in_process(context: BaseContext, name: str, options: argparse.Namespace, limit: float) -> dict[str, Any]:
     """Run a part in a process of its own and return what it measured until it ended or was stopped."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         file, log = Path(folder) / "part.json", Path(folder) / "log"
         cases = Cases(options.device, TINY if options.tiny else FULL, file, time.time() + limit - _END)
-        process = _CONTEXT.Process(target=_run, args=(name, cases, log))
+        process = context.Process(target=_run, args=(name, cases, log))
         process.start()
         process.join(limit)
         reason = f"stopped after {limit:.0f} s" if process.is_alive() else ""
@@ -103,6 +102,26 @@ def _in_process(name: str, options: argparse.Namespace, limit: float) -> dict[st
         print(said[-4_000:], file=sys.stderr)
         part |= {"reason": reason, "log": said[-4_000:]}
     return part | {"cases": found}
+
+
+def _context(device: str) -> BaseContext:
+    """Return how parts start: forked from a server that has imported everything, or, if that used the GPU, afresh."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that asking for GPUs does not start CUDA
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(sorted({module for module, _ in PARTS.values()}))
+    if device == "cpu":
+        return server
+    probe = server.Process(target=_start_cuda)
+    probe.start()
+    probe.join()
+    return server if probe.exitcode == 0 else multiprocessing.get_context("spawn")
+
+
+def _start_cuda() -> None:
+    """Start CUDA in this process, which is an error if a process that it was forked from has done so."""
+    import torch
+
+    torch.cuda.init()
 
 
 def _run(name: str, cases: Cases, log: Path) -> None:
