@@ -141,7 +141,7 @@ class _LinearAttention(torch.autograd.Function):
 def _parts(x: Tensor, projection: Tensor) -> list[slice]:
     """Split the tokens of cells, ``(n, h, l, e)``, so that the features of a part are not many."""
     n, n_heads, length, _ = x.shape
-    step = max(1, _HELD[x.device.type] // (n * n_heads * len(projection)))
+    step = max(1, _HELD.get(x.device.type, _HELD["cpu"]) // (n * n_heads * len(projection)))
     return [slice(begin, begin + step) for begin in range(0, length, step)]
 
 
