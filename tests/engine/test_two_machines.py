@@ -14,16 +14,12 @@ from engine.runs import assert_same_curve, curve, wait_for_step, wait_until
 
 from scllm.engine.run import Run
 from scllm.engine.worker import continue_run
-from scllm.tl import TrainConfig
-from scllm.tl._pretrain import prepare
-from scllm.tl._train import write
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-SETTINGS = {
-    **{"size": "tiny", "epochs": 12, "batch_size": 16, "dropout": 0.0, "validation": 0.1, "precision": "fp32"},
-    **{"device": "cpu", "n_procs": 1, "n_gpus": None, "lr": None, "mask_ratio": None, "left_out": None},
-    **{"group_key": None, "layer": None, "gene_key": None, "min_coverage": None, "random_state": 0},
-}
+SETTINGS = (
+    *("--size", "tiny", "--epochs", "12", "--batch-size", "16", "--dropout", "0", "--validation", "0.1"),
+    *("--precision", "fp32", "--device", "cpu"),
+)
 # without it, a launcher that comes back waits for an address that torch 2.13 publishes only in the first round
 RETURNS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
@@ -106,9 +102,10 @@ def machines() -> Iterator[Machines]:
 @pytest.mark.slow
 def test_a_machine_that_loses_power_and_comes_back_changes_nothing(toy, machines, tmp_path):
     run_dir, whole = tmp_path / "run", tmp_path / "whole"
-    # in memory, because batches of a file depend on the number of processes
-    training = prepare(toy, "scgpt", **SETTINGS, config=TrainConfig(save_every=3))
-    write(training, run_dir=run_dir, resume=False)
+    toy.write_h5ad(tmp_path / "toy.h5ad")
+    (tmp_path / "train.toml").write_text("save_every = 3\n")
+    given = [tmp_path / "toy.h5ad", "--config", tmp_path / "train.toml", "--run-dir", run_dir, "--write-only"]
+    subprocess.run([sys.executable, "-m", "scllm", "pretrain", *given, *SETTINGS], check=True, capture_output=True)
     shutil.copytree(run_dir, whole)
     continue_run(Run(whole), device="cpu")
 
