@@ -78,7 +78,7 @@ def test_tables_are_those_that_were_written(source, adata) -> None:
     assert isinstance(source, CellSource)
     assert list(source.genes) == list(source.var.index) == list(adata.var_names)
     assert list(source.obs_names) == list(adata.obs_names)
-    found = source.obs(["age", "cell_type"])
+    found = source.obs(["age", "cell_type"]).set_axis(source.obs_names)
     pd.testing.assert_frame_equal(found, adata.obs[["age", "cell_type"]], check_categorical=False)
     with pytest.raises(KeyError, match=naming("'celltype'", "'cell_type'")):
         source.obs(["celltype"])

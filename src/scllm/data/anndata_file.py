@@ -105,7 +105,7 @@ class Tables(Protocol):
         ...
 
     def obs(self, columns: Sequence[str]) -> pd.DataFrame:
-        """Read columns of ``obs``, indexed by the names of the cells."""
+        """Read columns of ``obs``, without the names of the cells."""
         ...
 
 
@@ -119,7 +119,7 @@ class MemoryTables:
 
     def obs(self, columns: Sequence[str]) -> pd.DataFrame:
         """Take columns of ``obs``."""
-        return self._obs[list(columns)]
+        return self._obs[list(columns)].reset_index(drop=True)
 
 
 class FileTables:
@@ -139,7 +139,8 @@ class FileTables:
     def obs(self, columns: Sequence[str]) -> pd.DataFrame:
         """Read columns of ``obs``."""
         obs = self._file.root["obs"]
-        return pd.DataFrame({column: _column(obs[column]) for column in columns}, index=self.obs_names)
+        rows = pd.RangeIndex(obs[obs.attrs["_index"]].shape[0])
+        return pd.DataFrame({column: _column(obs[column]) for column in columns}, index=rows)
 
     def close(self) -> None:
         """Close the file."""

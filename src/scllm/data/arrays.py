@@ -61,7 +61,8 @@ def write_arrays(
     cells = positions(slice(None) if rows is None else rows, source.n_obs)
     write_rows((source.read(cells[start : start + chunk]) for start in range(0, max(1, len(cells)), chunk)), folder)
     with h5py.File(folder / "cells.partial", "w") as file:
-        write_elem(file, "obs", storable_table(source.obs(list(obs)).iloc[cells]))
+        named = source.obs(list(obs)).set_axis(source.obs_names)
+        write_elem(file, "obs", storable_table(named.iloc[cells]))
         write_elem(file, "var", storable_table(_naming_columns(source.var, gene_key)))
         if source.layer is not None:
             file.attrs["layer"] = source.layer

@@ -54,7 +54,7 @@ class CellSource(Protocol):
         ...
 
     def obs(self, columns: Sequence[str]) -> pd.DataFrame:
-        """Read columns of ``obs``, indexed by the names of the cells."""
+        """Read columns of ``obs``, without the names of the cells, which take more memory than most columns."""
         ...
 
 
@@ -213,7 +213,7 @@ class ConcatenatedCells:
         """Read columns of ``obs``; categorical columns get the union of the categories."""
         tables = [part.obs(columns) for part in self.parts]
         united = {column: _united([table[column] for table in tables]) for column in columns}
-        return pd.DataFrame(united, index=tables[0].index.append([table.index for table in tables[1:]]))
+        return pd.DataFrame(united, index=pd.RangeIndex(self.n_obs))
 
     def close(self) -> None:
         """Close the parts."""

@@ -101,9 +101,8 @@ class RankedCells:
             if column not in self.obs_columns:
                 raise missing_key(column, self.obs_columns, f"a column of {self.path}")
         if not columns:
-            return pd.DataFrame(index=self.obs_names)
-        table = self._sequences.select_columns(list(columns))[:].to_pandas()
-        return table.set_index(self.obs_names)
+            return pd.DataFrame(index=pd.RangeIndex(self.n_obs))
+        return self._sequences.select_columns(list(columns))[:].to_pandas()
 
 
 def is_genecorpus(path: Path) -> bool:

@@ -271,8 +271,7 @@ class _Tables:
 
     def obs(self, columns: Sequence[str]) -> pd.DataFrame:
         """Read columns of ``obs``."""
-        table = self._read(columns)[list(columns)]
-        return table.set_index(self.obs_names)
+        return self._read(columns)[list(columns)].reset_index(drop=True)
 
     def _read(self, columns: Sequence[str]) -> pd.DataFrame:
         """Read columns in the order of the ids."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from anndata import AnnData
 from anndata.io import read_elem
@@ -91,12 +92,21 @@ def warn_of_seen(ledger: pd.DataFrame | None, obs: pd.DataFrame, *, what: str = 
 
 def _origins(obs: pd.DataFrame) -> pd.DataFrame:
     """Count the cells of each data set and donor; what is unknown is an empty text."""
-    cells = pd.DataFrame(index=obs.index)
-    for name, names in (("dataset", _DATASET), ("donor", _DONOR)):
-        column = _first(names, obs.columns)
-        cells[name] = "" if column is None else obs[column].astype(object).map(str, na_action="ignore").fillna("")
-    counted = cells.groupby(["dataset", "donor"], sort=True).size().rename("n_cells").reset_index()
+    cells = pd.DataFrame({"dataset": _texts(obs, _DATASET), "donor": _texts(obs, _DONOR)})
+    counted = cells.groupby(["dataset", "donor"], observed=True).size().rename("n_cells").reset_index()
+    counted = counted.astype({"dataset": object, "donor": object})
     return counted[(counted["dataset"] != "") | (counted["donor"] != "")].reset_index(drop=True)
+
+
+def _texts(obs: pd.DataFrame, names: tuple[str, ...]) -> pd.Categorical:
+    """Return a column as texts; categories, because a text for each of many cells would take much memory."""
+    column = _first(names, obs.columns)
+    if column is None:
+        return pd.Categorical.from_codes(np.zeros(len(obs), np.int8), [""])
+    codes, values = pd.factorize(obs[column])
+    texts = [*map(str, values), ""]  # the last one stands for missing values, whose code is -1
+    categories = sorted(set(texts))
+    return pd.Categorical.from_codes(pd.Index(categories).get_indexer(texts)[codes], categories)
 
 
 def _first(names: tuple[str, ...], columns: Any) -> str | None:
