@@ -80,6 +80,14 @@ def test_generated_cells_are_told_apart_by_their_shape(seed, scale, log, n_genes
     assert value_kind(sparse.csr_matrix(values, dtype=dtype)) == expected(scale, log)
 
 
+def test_scaled_counts_of_few_genes_are_not_taken_for_integers_because_they_are_large():
+    counts = sparse.csr_matrix(np.random.default_rng(0).poisson(1.5, (40, 30)))
+    values = sparse.csr_matrix(scaled(counts, "1e6"), dtype=np.float32)
+    assert values.data.min() > 5_000
+    assert value_kind(values) == "scaled"
+    assert np.array_equal(as_counts(values).data, values.data)
+
+
 def test_pbmc68k_reduced_raw_is_logged_though_765_genes_are_kept_to_3_decimals():
     import scanpy as sc
 

@@ -28,6 +28,8 @@ _UNITS = (1, 2, 3)
 _FEWEST_TESTS = 5
 # share of values that must pass: of real multiples nearly all do, of other values a fifth to a half
 _PASSES = 0.8
+# up to this value, noise of 1e-4 is far below the distance of integers
+_TELLING = 1_000
 
 
 def is_near_integer(values: NDArray) -> NDArray[np.bool_]:
@@ -48,12 +50,27 @@ def as_counts(matrix: CSR) -> CSR:
     rounded = np.rint(matrix.data)
     if np.array_equal(rounded, matrix.data):
         return matrix
-    n_far = np.concatenate([[0], np.cumsum(~is_near_integer(matrix.data))])
-    holds_counts = np.diff(n_far[matrix.indptr]) == 0
+    holds_counts = _holds_counts(matrix)
     data = np.where(np.repeat(holds_counts, np.diff(matrix.indptr)), rounded, matrix.data)
     clean = type(matrix)((data, matrix.indices, matrix.indptr), shape=matrix.shape)
     clean.has_canonical_format = matrix.has_canonical_format
     return clean
+
+
+def _holds_counts(matrix: CSR) -> NDArray[np.bool_]:
+    """Return which cells hold integers up to noise, ``(n_cells,)``.
+
+    Large values are near integers by chance, so a cell that has no other values must hold integers exactly.
+    """
+    values = matrix.data
+    telling = (values > 0) & (values <= _TELLING)
+    inexact = np.abs(values - np.rint(values)) > 1e-3
+    far, n_telling, n_inexact = (_row_sums(matrix, flags) for flags in (~is_near_integer(values), telling, inexact))
+    return (far == 0) & ((n_telling > 0) | (n_inexact == 0))
+
+
+def _row_sums(matrix: CSR, flags: NDArray[np.bool_]) -> NDArray[np.int64]:
+    return np.diff(np.concatenate([[0], np.cumsum(flags)])[matrix.indptr])
 
 
 def value_kind(matrix: CSR) -> ValueKind:
@@ -63,8 +80,7 @@ def value_kind(matrix: CSR) -> ValueKind:
     count. Logarithms become such multiples after ``expm1`` (or its equivalent for base 2 or 10). Cells that hold counts
     are ignored, unless all cells do.
     """
-    far = np.concatenate([[0], np.cumsum(~is_near_integer(matrix.data))])
-    odd = np.flatnonzero(np.diff(far[matrix.indptr]))
+    odd = np.flatnonzero(~_holds_counts(matrix))
     if not len(odd):
         return "counts"
     chosen = odd[np.linspace(0, len(odd) - 1, min(JUDGED_CELLS, len(odd))).astype(int)]

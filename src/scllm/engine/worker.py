@@ -108,6 +108,7 @@ def train_here(run: Run, device: str, source: CellSource | None, family: str | N
             )
         if ranks.rank() == 0:
             watch.finish()
+        ranks.wait_for_first()  # until the best weights, which all ranks read, are written
         _finish(run, family, chosen, validation if isinstance(objective, Label) else None, precision)
         ranks.wait_for_first()
 
