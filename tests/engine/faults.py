@@ -74,7 +74,7 @@ FAULTS = {
     ),
     "one rank raises alone": Fault(fault=f"raise:{STEP}:1", cause=("ArithmeticError", "this rank fails alone")),
     "disk full": Fault(
-        before="import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n",
+        before="import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (800_000, 800_000))\n",
         cause=("OSError", "step-", "could not be written"),
     ),
     "a rank hangs": Fault(
