@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from scllm._typing import HeadSetting
 from scllm.data.mixture import check_group_weights
+from scllm.data.plan import n_batches
 
 __all__ = ["Precision", "Settings", "TrainConfig"]
 
@@ -290,7 +291,7 @@ class Settings(TrainConfig):
 
     def steps_per_epoch(self, n_cells: int) -> int:
         """Count the optimiser steps of one epoch, the same on every rank."""
-        return -(-n_cells // self.batch_size)
+        return n_batches(n_cells, self.batch_size)
 
     def n_steps(self, n_cells: int) -> int:
         """Count the optimiser steps of the whole training."""
