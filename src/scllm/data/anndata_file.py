@@ -18,6 +18,7 @@ import zarr
 from anndata.io import read_elem
 
 from scllm._typing import IntArray
+from scllm.data.opened import opened
 
 __all__ = ["AnnDataFile", "FileTables", "MemoryTables", "Tables", "is_array", "naming", "stamp"]
 
@@ -37,6 +38,7 @@ class AnnDataFile:
         self._process = os.getpid()
         # opened here, so that a broken file is an error at once, and a file that is deleted later stays readable
         self._open()
+        opened(self)
 
     @property
     def root(self) -> Any:

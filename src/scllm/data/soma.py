@@ -20,6 +20,7 @@ from scllm._log import log
 from scllm._names import listed
 from scllm._typing import CSR, IntArray
 from scllm.data.cells import StoredCells
+from scllm.data.opened import opened
 from scllm.data.storage import stored_dtype
 from scllm.kernels.ragged import take_rows
 
@@ -132,6 +133,7 @@ class _Experiment:
         self._root: Any = None
         self._of_parent: Any = None
         self._process = os.getpid()
+        opened(self)
         self.uri = self._find()
         self._measurement = self._choose()
 

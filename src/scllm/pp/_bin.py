@@ -12,6 +12,7 @@ from scllm._results import free_key, record, record_name
 from scllm.data.checks import check_source
 from scllm.data.encode.bins import Ties, check_n_bins, check_ties, tie_draws
 from scllm.data.genes import check_unique
+from scllm.data.opened import closes_files
 from scllm.data.source import open_source, places_in_source
 from scllm.data.tokens import Tokens
 from scllm.kernels.binning import bin_rows
@@ -20,6 +21,7 @@ from scllm.pp._stored import stored_rows
 __all__ = ["bin_expression"]
 
 
+@closes_files()
 def bin_expression(
     adata: AnnData,
     *,

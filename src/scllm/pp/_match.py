@@ -15,6 +15,7 @@ from scllm import _keys
 from scllm._checks import check_adata
 from scllm._results import record
 from scllm.data import genes
+from scllm.data.opened import closes_files
 from scllm.data.source import open_source
 from scllm.data.vocab import Vocab
 
@@ -29,6 +30,7 @@ class HasVocab(Protocol):
     vocab: Vocab
 
 
+@closes_files()
 def match_genes(
     adata: AnnData,
     vocab: Vocab | HasVocab | Iterable[str] | str | PathLike[str],

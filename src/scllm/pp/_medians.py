@@ -18,6 +18,7 @@ from scllm.data.checks import check_source, layer_with_counts
 from scllm.data.genes import GeneMatch, check_unique, name_columns, strip_version
 from scllm.data.genes import match as match_names
 from scllm.data.medians import exact_medians, streamed_medians, token_medians
+from scllm.data.opened import closes_files
 from scllm.data.source import has_layer, open_source
 from scllm.data.vocab import Vocab
 from scllm.pp._stored import stored_rows
@@ -25,6 +26,7 @@ from scllm.pp._stored import stored_rows
 __all__ = ["gene_medians"]
 
 
+@closes_files()
 def gene_medians(
     data: AnnData | str | PathLike[str] | CellSource | Sequence[str | PathLike[str]],
     *,

@@ -16,6 +16,7 @@ from scllm._typing import FloatArray
 from scllm.data.checks import check_source, layer_with_counts
 from scllm.data.genes import check_unique
 from scllm.data.medians import exact_medians
+from scllm.data.opened import closes_files
 from scllm.data.source import open_source, places_in_source
 from scllm.kernels.ranking import rank_rows, scaled
 from scllm.pp._stored import stored_rows
@@ -23,6 +24,7 @@ from scllm.pp._stored import stored_rows
 __all__ = ["rank_expression"]
 
 
+@closes_files()
 def rank_expression(
     adata: AnnData,
     *,

@@ -16,6 +16,7 @@ from scllm._results import record
 from scllm.data.checks import check_source, layer_with_counts
 from scllm.data.encode.bins import check_n_bins
 from scllm.data.genes import check_unique
+from scllm.data.opened import closes_files
 from scllm.data.source import open_source
 from scllm.data.value_kind import is_near_integer
 from scllm.pp._bin import bin_expression
@@ -27,6 +28,7 @@ Flavor = Literal["seurat_v3", "seurat_v3_paper", "seurat", "cell_ranger"]
 _LEAST_VARYING = 4
 
 
+@closes_files()
 def recipe_scgpt(
     adata: AnnData,
     *,

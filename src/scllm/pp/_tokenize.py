@@ -18,6 +18,7 @@ from scllm.data import genes
 from scllm.data.checks import check_source, layer_with_counts, read_checked, warn_of_empty_cells
 from scllm.data.encode import BinEncoder, Encoder, RankEncoder, ValueEncoder
 from scllm.data.medians import token_medians
+from scllm.data.opened import closes_files
 from scllm.data.source import open_source
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
@@ -30,6 +31,7 @@ class _Model(Protocol):
     encoder: Encoder
 
 
+@closes_files()
 def tokenize(
     adata: AnnData,
     *,

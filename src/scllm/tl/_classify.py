@@ -16,6 +16,7 @@ from scllm._labels import Categories
 from scllm._log import warn
 from scllm._results import drop_labels, free_key, record, record_classes, record_keys
 from scllm._typing import FloatArray
+from scllm.data.opened import closes_files
 from scllm.data.source import open_source
 from scllm.engine.config import Precision
 from scllm.engine.predict import predict
@@ -26,6 +27,7 @@ from scllm.tl._model import ModelLike, gene_match, remember, resolve
 __all__ = ["classify", "columns_of_heads"]
 
 
+@closes_files()
 def classify(
     adata: AnnData,
     model: ModelLike | None = None,

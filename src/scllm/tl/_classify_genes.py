@@ -17,6 +17,7 @@ from scllm._checks import check_adata, check_options
 from scllm._log import log
 from scllm._results import free_key, record, record_name
 from scllm._typing import FloatArray, IntArray
+from scllm.data.opened import closes_files
 from scllm.data.source import open_source
 from scllm.engine.lora import adapted_layers, lora_settings
 from scllm.engine.objectives import LossName, loss_weights
@@ -36,6 +37,7 @@ __all__ = ["classify_genes", "gene_folds"]
 METRICS = ("accuracy", "macro_f1", "balanced_accuracy", "auroc", "auprc")
 
 
+@closes_files()
 def classify_genes(
     adata: AnnData,
     model: ModelLike | None = None,

@@ -23,6 +23,7 @@ from scllm._results import drop_labels, free_key, match_settings, record, record
 from scllm._typing import CSR, FloatArray, IntArray
 from scllm.data.cells import CellSource
 from scllm.data.fingerprint import fingerprint, hash_arrays, hash_match
+from scllm.data.opened import closes_files
 from scllm.data.source import RAW, has_layer, open_source
 from scllm.data.split import PARTS, split_cells
 from scllm.engine.config import TrainConfig
@@ -44,6 +45,7 @@ _OPTIONS = inspect.signature(finetune).parameters
 _OF_CLASSIFY = ("gene_key", "min_coverage", "device", "precision")
 
 
+@closes_files()
 def cross_validate(
     adata: AnnData,
     model: ModelLike | None = None,

@@ -20,6 +20,7 @@ from scllm._results import free_key, record, record_name
 from scllm._typing import FloatArray, IntArray
 from scllm.data.fingerprint import hash_match, source_stamp
 from scllm.data.genes import GeneMatch
+from scllm.data.opened import closes_files
 from scllm.data.row_file import BLOCK, own_share, rows_when_whole
 from scllm.data.source import open_source
 from scllm.engine.config import Precision
@@ -32,6 +33,7 @@ from scllm.tl._train import Data
 __all__ = ["embed", "embed_genes"]
 
 
+@closes_files()
 def embed(
     data: Data,
     model: ModelLike | None = None,
@@ -214,6 +216,7 @@ def _of_all(adata: AnnData, name: str, key_added: str, table: pd.DataFrame | Non
     return found[["embedding", *found.columns.drop("embedding")]]
 
 
+@closes_files()
 def embed_genes(
     adata: AnnData,
     model: ModelLike | None = None,

@@ -20,6 +20,7 @@ from scllm._names import listed
 from scllm._results import match_settings
 from scllm._typing import FloatArray, HeadSetting, IntArray
 from scllm.data.cells import CellSource
+from scllm.data.opened import closes_files
 from scllm.data.source import open_source
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.lora import Lora, LoraSettings, lora_settings
@@ -36,6 +37,7 @@ from scllm.tl._train import Data, Training, check_config, merged_config, process
 __all__ = ["check_class_weight", "finetune"]
 
 
+@closes_files()
 def finetune(
     data: Data,
     model: ModelLike | None = None,

@@ -12,6 +12,7 @@ from scllm import _keys, metrics
 from scllm._checks import check_adata
 from scllm._results import free_key, record, record_name
 from scllm._typing import IntArray
+from scllm.data.opened import closes_files
 from scllm.data.source import open_source
 from scllm.engine.likelihood import N_ORDERS, gene_nats
 from scllm.engine.predict import predict
@@ -29,6 +30,7 @@ _CELLS = 64
 _NEW = 2**20
 
 
+@closes_files()
 def perplexity(
     adata: AnnData,
     model: ModelLike | None = None,

@@ -23,6 +23,7 @@ from scllm.data import genes
 from scllm.data.cells import CellSource
 from scllm.data.encode import RankEncoder
 from scllm.data.medians import token_medians
+from scllm.data.opened import closes_files
 from scllm.data.source import open_source
 from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.objectives import Objective, objective_from_dict
@@ -36,6 +37,7 @@ from scllm.tl._train import Data, Training, check_config, merged_config, process
 __all__ = ["prepare", "pretrain"]
 
 
+@closes_files()
 def pretrain(
     data: Data,
     model: ModelLike = "scgpt",

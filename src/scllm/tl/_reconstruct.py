@@ -17,6 +17,7 @@ from scllm._results import free_key, record, record_name
 from scllm._typing import CSR, FloatArray
 from scllm.data.cells import CellSource
 from scllm.data.genes import GeneMatch
+from scllm.data.opened import closes_files
 from scllm.data.source import open_source, places_in_source
 from scllm.engine.objectives.masks import drawn_share
 from scllm.engine.predict import predict
@@ -27,6 +28,7 @@ from scllm.tl._model import ModelLike, gene_match, remember, resolve
 __all__ = ["reconstruct"]
 
 
+@closes_files()
 def reconstruct(
     adata: AnnData,
     model: ModelLike | None = None,

@@ -1,0 +1,42 @@
+"""Closing the files that a call has opened, when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+from weakref import WeakSet
+
+__all__ = ["closes_files", "opened"]
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_of_call: ContextVar[WeakSet[_Closable] | None] = ContextVar("_of_call", default=None)
+
+
+def opened(file: _Closable) -> None:
+    """Note that this file was opened, for :func:`closes_files`."""
+    files = _of_call.get()
+    if files is not None:
+        files.add(file)
+
+
+@contextmanager
+def closes_files() -> Iterator[None]:
+    """Decorate a function so that all files opened during a call are closed when it returns or raises.
+
+    That their variables end is not enough. A traceback, such as the one that a notebook keeps of the last error, keeps
+    all variables of the call, and HDF5 lets nobody write to a file that is still open.
+    """
+    files: WeakSet[_Closable] = WeakSet()
+    token = _of_call.set(files)
+    try:
+        yield
+    finally:
+        _of_call.reset(token)
+        for file in [*files]:
+            file.close()
