@@ -56,7 +56,7 @@ def run() -> Row:
 def _check(adata, cells) -> None:
     """Compare the first batch with that of the numpy collate, for the same random subset of genes."""
     batch = next(cells.epoch(0))[0]
-    rows = next(cells._training_plan(0, 0, 1)).rows
+    rows = next(cells._plan(0)).rows
     expected = collate(adata.X[rows].toarray(), keys=mix(cells.seed, 0, rows))
     for found, wanted in zip((batch.genes, batch.values, batch.cu_seqlens), expected, strict=True):
         np.testing.assert_array_equal(found.numpy(), wanted.numpy())
