@@ -67,9 +67,9 @@ class KillerAt(threading.Thread):
         os.kill(self.choose(self.run_dir)[-1], signal.SIGKILL)
 
 
-def test_a_run_killed_five_times_has_the_history_of_an_uninterrupted_run(expected, tmp_path):
+def test_a_run_killed_three_times_has_the_history_of_an_uninterrupted_run(expected, tmp_path):
     run_dir = tmp_path / "run"
-    steps = np.sort(np.random.default_rng(0).choice(np.arange(1, 40), 5, replace=False))
+    steps = np.sort(np.random.default_rng(0).choice(np.arange(1, 40), 3, replace=False))
     for step in steps:
         process = start(run_dir, **LONG)
         wait_for_step(run_dir, step)
