@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from scllm.kernels.draws import mix, uniform_entries
-from scllm.kernels.thinning import thin
+from scllm.kernels.thinning import thin, thin_to
 
 
 def one_cell(counts, key, most):
@@ -84,3 +84,15 @@ def test_empty_rows_stay_empty():
 def test_a_share_of_nothing_takes_nothing():
     counts = np.array([5.0, 40.0, 7.0])
     assert one_cell(counts, int(mix(0, 1)), 0.0).tolist() == counts.tolist()
+
+
+def test_cells_are_thinned_to_about_a_total_and_shallower_ones_are_unchanged():
+    counts = np.random.default_rng(0).poisson(5, (40, 300)).astype(np.float32)
+    indptr, ids = np.arange(41) * 300, np.tile(np.arange(300), 40)
+    totals = np.where(np.arange(40) < 20, 500.0, 10_000.0)
+    indptr, ids, kept = thin_to(indptr, ids, counts.ravel(), mix(0, np.arange(40)), totals)
+    left = np.add.reduceat(kept, indptr[:-1])
+    np.testing.assert_array_equal(left[20:], counts[20:].sum(1))
+    # five standard deviations of a binomial total of 1,500 counts, each kept with a probability of one third
+    assert np.abs(left[:20] - 500).max() < 5 * np.sqrt(1_500 * (1 / 3) * (2 / 3))
+    assert (kept > 0).all()

@@ -281,3 +281,45 @@ def test_category_style_hides_values_with_a_row_of_its_own():
     model = models.build("scgpt", vocab=["a", "b"], size="tiny", value_style="category")
     assert model.config.mask_value == model.config.n_value_bins - 1
     assert replace(model.config).mask_value == model.config.mask_value
+
+
+@pytest.fixture
+def with_skip():
+    return models.build("scgpt", vocab=list("abcd"), size="tiny", pooled_skip=True).eval()
+
+
+def test_pooled_skip_adds_the_normalised_weighted_mean_of_the_genes_to_cls(with_skip):
+    cls = int(with_skip.vocab.ids(["<cls>"])[0])
+    genes, values = np.array([cls, 0, 2, cls, 1]), np.array([0, 10, 30, 0, -1], np.float32)
+    batch = Batch.from_tokens(Tokens(np.array([0, 3, 5]), genes, values))
+    plain = replace(with_skip.config, pooled_skip=False)
+    with torch.no_grad():
+        found = with_skip.inputs(batch)
+        with_skip.config = plain
+        without = with_skip.inputs(batch)
+        vectors = with_skip.embed_genes(batch.genes)
+        expected = torch.nn.functional.layer_norm((10 * vectors[1] + 30 * vectors[2]) / 40, (64,))
+    torch.testing.assert_close(found[0] - without[0], expected, atol=1e-5, rtol=1e-5)
+    # the only gene of the second cell is masked
+    torch.testing.assert_close(found[3:], without[3:])
+    torch.testing.assert_close(found[1:3], without[1:3])
+
+
+@pytest.mark.parametrize("style", ["continuous", "category"])
+def test_pooled_skip_does_not_see_masked_values(style):
+    model = models.build("scgpt", vocab=list("abcd"), size="tiny", pooled_skip=True, value_style=style).eval()
+    cls, mask = int(model.vocab.ids(["<cls>"])[0]), model.config.mask_value
+    genes, values = np.array([cls, 0, 1, 2]), np.array([0, 5, mask, 9], np.float32)
+    batch = Batch.from_tokens(Tokens(np.array([0, 4]), genes, values))
+    other = batch.with_genes(torch.tensor([cls, 0, 3, 2]))
+    with torch.no_grad():
+        torch.testing.assert_close(model.inputs(batch)[0], model.inputs(other)[0])
+
+
+def test_a_model_with_pooled_skip_is_saved_and_loaded(with_skip, tmp_path):
+    with_skip.save(tmp_path / "model")
+    loaded = models.load(tmp_path / "model")
+    assert loaded.config.pooled_skip
+    assert loaded.hash() == with_skip.hash()
+    with pytest.raises(ValueError, match="pooled_skip"):
+        with_skip.save(tmp_path / "published", format="scgpt")

@@ -21,6 +21,7 @@ Schedule = Literal["step", "cosine", "linear", "constant"]
 Strategy = Literal["ddp", "fsdp"]
 Logger = Literal["tensorboard", "wandb"]
 GeneInit = Literal["svd", "random"]
+ViewDownsample = Literal["match", "none"]
 
 # smallest value of each setting
 _LEAST = {
@@ -34,6 +35,7 @@ _POSITIVE = {
     "gamma": "Pass 1 to keep the learning rate constant.",
     "layer_decay": "Pass 1 to use the same learning rate in all blocks.",
     "clip": "Pass None for no limit.",
+    "relational_weight": "Pass relational=False to leave the term out.",
 }
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 _BELOW_ONE = {"label_smoothing": "A common value is 0.1.", "downsample": "Pass 0 to train on all counts."}
@@ -101,6 +103,18 @@ class TrainConfig:
         - ``{"key": "tissue", "weights": {"blood": 2, "lung": 1}}``: the probability of a group is proportional to its
           weight, whatever its number of cells; here two thirds of the cells are blood. All groups must be named; those
           with weight 0 are left out.
+    relational
+        Whether :func:`pretrain` adds the relational term to the loss: the cosine similarities between the embeddings of
+        the cells of a step are regressed on those between the first 50 principal components of their log-normalised
+        profiles (relational knowledge distillation, Park et al. 2019). What is embedded is a view of each cell, see
+        ``view_downsample``. This takes another forward and backward pass per step. ``None``: no.
+    relational_weight
+        Weight of the relational term, which is a mean over all pairs of cells of a step. ``None``: the default of the
+        family, at which both terms are of similar size at the start.
+    view_downsample
+        ``"match"``: the counts of each view are downsampled (binomial thinning) towards the depth of a randomly drawn
+        training cell, so that embeddings do not depend on the sequencing depth. ``"none"``: views have all counts. Data
+        without counts have views at their full depth.
     gene_init
         Initial gene embedding table: ``"svd"`` (right singular vectors of the log-normalised training cells, which also
         replace a trained table) or ``"random"`` (the table of the model, unchanged). ``None``: ``"svd"`` if
@@ -175,6 +189,9 @@ class TrainConfig:
     n_shards: int = 64
     shuffle_cells: int = 1 << 16
     group_weights: Mapping[str, Any] | None = None
+    relational: bool | None = None
+    relational_weight: float | None = None
+    view_downsample: ViewDownsample = "match"
     gene_init: GeneInit | None = None
     strategy: Strategy = "ddp"
     max_restarts: int = 0
@@ -288,6 +305,7 @@ class Settings(TrainConfig):
     gene_init: GeneInit
     use_dropout: bool
     random_state: int
+    relational: bool = False
 
     def steps_per_epoch(self, n_cells: int) -> int:
         """Count the optimiser steps of one epoch, the same on every rank."""

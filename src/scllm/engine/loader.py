@@ -20,9 +20,11 @@ from scllm.data.checks import read_checked
 from scllm.data.encode import Encoder, LevelEncoder
 from scllm.data.genes import GeneMatch
 from scllm.data.plan import Read, n_batches, plan
+from scllm.data.reference import Reference
 from scllm.data.shards import Shards, check_world
 from scllm.data.tokens import Tokens
 from scllm.data.vocab import Vocab
+from scllm.engine.relational import COLUMN
 from scllm.kernels.draws import mix
 from scllm.kernels.ragged import take_rows
 from scllm.kernels.thinning import thin
@@ -31,6 +33,9 @@ from scllm.models.batch import Batch, Measured
 __all__ = ["Loader", "prefetched"]
 
 T = TypeVar("T")
+
+# makes the random draws of views independent of those of the cells themselves
+_VIEW = 12
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Loader:
         The order of cells in files, see :class:`~scllm.data.shards.Shards`.
     downsample
         Count downsampling (binomial thinning): the largest share of counts that is removed from a cell.
+    reference
+        Principal components of the cells, for batches with views for relational pretraining.
     keep_whole
         Whether batches also contain the complete cells, with all their counts and genes.
     training
@@ -81,6 +88,7 @@ class Loader:
     n_shards: int = 64
     shuffle_cells: int = 1 << 16
     downsample: float = 0.0
+    reference: Reference | None = None
     keep_whole: bool = False
     training: bool = True
     keep_empty: bool = False
@@ -158,6 +166,7 @@ class Loader:
             tokens = self.match.tokens(_taken(counts, place[first:last]), chosen)
             sequences, spacing = self._sequences(tokens, chosen, keys[first:last])
             whole = self._whole(tokens, chosen) if self.keep_whole else None
+            view = self._view(tokens, chosen, keys[first:last])
             cuts = np.linspace(first, last, parts + 1).astype(int)
             batches = [
                 Batch.from_tokens(
@@ -167,6 +176,7 @@ class Loader:
                     Measured.of(self.match, rows[a:b]),
                     None if whole is None else Batch.from_tokens(whole.slice(a - first, b - first), keys[a:b]),
                     None if spacing is None else spacing[a - first : b - first],
+                    None if view is None else view.cells(a - first, b - first),
                 )
                 for a, b in pairwise(cuts)
                 if b > a or self.keep_empty
@@ -209,6 +219,16 @@ class Loader:
             return tokens.lengths
         # genes without a median are not read
         return np.diff(np.concatenate([[0], np.cumsum(~np.isnan(medians)[tokens.genes])])[tokens.indptr])
+
+    def _view(self, tokens: Tokens, rows: IntArray, keys: IntArray) -> Batch | None:
+        """Make views of cells at the depths of others, with the principal components of the whole cells."""
+        if self.reference is None:
+            return None
+        keys = mix(keys, _VIEW)
+        thinned = self.reference.at_other_depths(tokens, keys)
+        sequences = self._encoded(self.encoder, thinned, rows, keys if self.training else None)
+        coordinates = self.reference.coordinates(tokens, self.match, rows)
+        return Batch.from_tokens(sequences, keys, {COLUMN: coordinates}, Measured.of(self.match, rows))
 
     def _whole(self, tokens: Tokens, rows: IntArray) -> Tokens:
         """Make the token sequences of cells with all their genes, not truncated."""

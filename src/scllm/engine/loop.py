@@ -28,6 +28,7 @@ from scllm.engine.mean_prediction import mean_prediction
 from scllm.engine.memory import TokenLimit
 from scllm.engine.objectives import Objective
 from scllm.engine.optim import learning_rate, train_mode
+from scllm.engine.relational import relational_loss
 from scllm.engine.run import Run
 from scllm.engine.saving import Saving
 from scllm.engine.totals import Sums, Totals
@@ -83,7 +84,7 @@ def fit(
     saved = step
     if from_start and validation is not None and step == 0:
         standing.best = _judge_start(model, validation, objective, precision, run, track)
-    baseline = mean_prediction(model, objective, batches, validation) if rank == 0 else {}
+    baseline = mean_prediction(model, objective, batches, validation, config.relational_weight) if rank == 0 else {}
     quiet, saving = not show_progress(), Saving(config)
     bar = tqdm(total=n_steps, initial=step, desc="training", unit="step", disable=quiet, leave=False)
     with bar, saving.listening():
@@ -110,7 +111,7 @@ def fit(
                     if is_judged:
                         validated, score = "", -step  # without validation cells, the last weights count as the best
                         if validation is not None:
-                            found = evaluate(model, validation, objective, precision)
+                            found = evaluate(model, validation, objective, precision, config.relational_weight)
                             if config.eval_every is not None:
                                 train_mode(model)
                             score = found["loss"]
@@ -213,18 +214,29 @@ def _judge_start(
 
 
 @torch.no_grad()
-def evaluate(model: CellModel, cells: Loader, objective: Objective, precision: str) -> dict[str, float]:
-    """Compute mean losses over all cells, the same for any number of ranks; masks are the same in every epoch."""
+def evaluate(
+    model: CellModel, cells: Loader, objective: Objective, precision: str, relational_weight: float | None = None
+) -> dict[str, float]:
+    """Compute mean losses over all cells, the same for any number of ranks; masks are the same in every epoch.
+
+    If batches have views, the loss includes the relational term with this weight.
+    """
     model.eval()
     device = model.device
-    sums = Sums(objective.logs(model), device)
+    sums, relation = Sums(objective.logs(model), device), torch.zeros((), dtype=torch.float64, device=device)
     with closing(cells.epoch(0, rank=ranks.rank(), world=ranks.world())) as read:
         for number, parts in enumerate(read):
             for batch in parts:
                 batch = batch.to(device)
                 with autocast(precision, device):
                     sums.add(objective(model, batch, number), batch)
-    found = objective.report(sums.reduced().means, 0)
+                    if batch.view is not None:
+                        relation += relational_loss(model, batch.view).sum
+    totals = sums.reduced()
+    if cells.reference is not None:
+        ranks.sum_over_ranks(relation)
+        totals = totals.with_term("relational", float(relation) / max(totals.n_cells, 1), relational_weight or 0.0)
+    found = objective.report(dict(totals.means), 0)
     found.pop("mask_ratio", None)  # differs between batches
     return found
 

@@ -24,6 +24,7 @@ from scllm.engine.objectives import (
     Objective,
     PermutedGene,
 )
+from scllm.engine.relational import COLUMN, constant_loss
 from scllm.models.base import CellModel
 
 __all__ = ["mean_prediction"]
@@ -33,12 +34,17 @@ _SOME = 1024
 
 
 def mean_prediction(
-    model: CellModel, objective: Objective, training: Loader, validation: Loader | None
+    model: CellModel,
+    objective: Objective,
+    training: Loader,
+    validation: Loader | None,
+    relational_weight: float | None = None,
 ) -> dict[str, float]:
     """Compute the loss of predicting each gene by its mean or frequency, by column of the history.
 
     Means and frequencies are those in at most 1,024 training cells. They are scored on at most 1,024 validation cells,
-    or on other training cells if there are none. Masks are not drawn: the result is the mean over all of them.
+    or on other training cells if there are none. Masks are not drawn: the result is the mean over all of them. The
+    relational term, if there is one, is that of equal embeddings of all cells.
 
     Returns
     -------
@@ -65,6 +71,12 @@ def mean_prediction(
         case _:
             return {}
     weights = {name: getattr(objective, "from_cell", 1.0) if name.endswith("_cell") else 1.0 for name in terms}
+    if training.reference is not None:
+        if [*terms] == ["loss"]:
+            terms = {"objective": terms.pop("loss")}
+            weights = {"objective": 1.0}
+        terms["relational"] = constant_loss(np.concatenate([*asked.references()]))
+        weights["relational"] = relational_weight or 0.0
     loss = sum(weights[name] * value for name, value in terms.items())
     by_term = {f"mean_prediction_{name}": value for name, value in terms.items()} if len(terms) > 1 else {}
     return {name: float(f"{value:.6g}") for name, value in {"mean_prediction": loss, **by_term}.items()}
@@ -126,6 +138,13 @@ class _Cells:
     def frequencies(self) -> FloatArray:
         """Count how often each gene occurs, ``(n_tokens,)``."""
         return self.moments(lambda n, m: (1.0, 0.0)).weight
+
+    def references(self) -> Iterator[FloatArray]:
+        """Yield the principal components of batches of cells, ``(b, k)``."""
+        with closing(replace(self.loader, rows=self.rows, obs={}, weights=None, pinned=False).epoch(0)) as read:
+            for batch in (part for parts in read for part in parts):
+                assert batch.view is not None
+                yield batch.view.obs[COLUMN].numpy()
 
     def _batches(self) -> Iterator[tuple[IntArray, IntArray, IntArray, FloatArray]]:
         """Yield rows, and the cell, the gene and the value of each token; a token without a value has a zero."""

@@ -67,6 +67,7 @@ def longest(batch: Batch, n_cells: int, length: int) -> Batch:
     tokens = torch.arange(n_cells * length) % max(1, len(batch.genes))
     cells = torch.arange(n_cells) % max(1, batch.n_cells)
     whole = None if batch.whole is None else longest(batch.whole, n_cells, max(batch.whole.lengths))
+    view = None if batch.view is None else longest(batch.view, n_cells, length)
     measured = batch.measured
     return replace(
         batch,
@@ -78,5 +79,6 @@ def longest(batch: Batch, n_cells: int, length: int) -> Batch:
         obs={name: column[cells] for name, column in batch.obs.items()},
         measured=None if measured is None else replace(measured, first=measured.first[cells], n=measured.n[cells]),
         whole=whole,
+        view=view,
         spacing=None if batch.spacing is None else batch.spacing[cells],
     )

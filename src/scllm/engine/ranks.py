@@ -18,6 +18,7 @@ from torch import Tensor, distributed
 __all__ = [
     "check_same",
     "gathered",
+    "gathered_rows",
     "joined",
     "largest_over_ranks",
     "rank",
@@ -87,6 +88,20 @@ def gathered(parts: list[Any]) -> list[Any]:
     found: list[list[Any]] = [[]] * world()
     distributed.all_gather_object(found, parts)
     return [part for of_rank in found for part in of_rank]
+
+
+def gathered_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, those of the first process first; their number may differ."""
+    if world() == 1:
+        return rows
+    sizes = rows.new_zeros(world(), dtype=torch.int64)
+    sizes[rank()] = len(rows)
+    distributed.all_reduce(sizes)
+    longest = int(sizes.max())
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    found = [torch.empty_like(padded) for _ in range(world())]
+    distributed.all_gather(found, padded)
+    return torch.cat([part[:size] for part, size in zip(found, sizes.tolist(), strict=True)])
 
 
 def largest_over_ranks(number: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scllm.engine import ranks
 from scllm.engine.objectives import Loss, Objective
+from scllm.engine.relational import Peers, relational_loss
 from scllm.engine.sharding import is_sharded
 from scllm.models.base import Batch, CellModel
 
@@ -37,15 +38,18 @@ def averaging(loss: nn.Module, model: CellModel, *, now: bool) -> AbstractContex
 
 
 class _LossModule(nn.Module):
-    """The objective as a forward pass, because DistributedDataParallel wraps modules."""
+    """The objective and the relational term as forward passes, because DistributedDataParallel wraps modules."""
 
     def __init__(self, model: CellModel, objective: Objective) -> None:
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, batch: Batch, step: int) -> Loss:
-        """Compute the loss of a micro-batch."""
-        loss = self.objective(self.model, batch, step)
+    def forward(self, batch: Batch, step: int | None, peers: Peers | None = None) -> Loss:
+        """Compute the loss of a micro-batch in a step; without a step, the relational term of a view."""
+        if step is None:
+            loss = relational_loss(self.model, batch, peers)
+        else:
+            loss = self.objective(self.model, batch, step)
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         return replace(loss, sum=_OfAllWeights.apply(loss.sum, *trained))
 

@@ -85,6 +85,11 @@ class Run:
         return self.path / "unstarted"
 
     @property
+    def reference(self) -> Path:
+        """Principal components of the cells, for relational pretraining."""
+        return self.path / "reference.npz"
+
+    @property
     def is_done(self) -> bool:
         """Whether the final weights have been written."""
         return (self.path / "done").exists()
@@ -115,7 +120,7 @@ class Run:
         """Remove the files of a run that could not be set up, and nothing else."""
         for folder in (self.model, self.data):
             shutil.rmtree(folder, ignore_errors=True)
-        for name in ("spec.json", ".spec.json.new", "cells.npz", ".lock", ".lock-owner", "unstarted"):
+        for name in ("spec.json", ".spec.json.new", "cells.npz", "reference.npz", ".lock", ".lock-owner", "unstarted"):
             (self.path / name).unlink(missing_ok=True)
 
     def resume_with(self, spec: RunSpec) -> None:

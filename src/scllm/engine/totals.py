@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,10 @@ class Totals:
     n_tokens: int
     flops: float  # counted operations, 0 if they cannot be counted
     asked: bool  # whether a rank asks for a checkpoint
+
+    def with_term(self, name: str, mean: float, weight: float) -> Totals:
+        """Return the same with another term of the loss, which has a count of its own."""
+        return replace(self, means={**self.means, "loss": self.means["loss"] + weight * mean, name: mean})
 
 
 class Sums:

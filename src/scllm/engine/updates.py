@@ -20,6 +20,7 @@ from scllm.engine.estimate import training_flops
 from scllm.engine.memory import TokenLimit, is_out_of_memory, longest, micro_batches
 from scllm.engine.objectives import Objective
 from scllm.engine.optim import optimizer
+from scllm.engine.relational import Peers
 from scllm.engine.replicas import averaging, loss_module
 from scllm.engine.totals import Sums, Totals
 from scllm.kernels.draws import mix
@@ -70,10 +71,7 @@ class Updates:
             self._fitting_gradients([largest], step, asked)
             self.optimizer.zero_grad(set_to_none=True)
         totals = self._fitting_gradients(parts, step, asked)
-        gradients = [cast(Tensor, weight.grad) for weight in self.trained]
         self.scaler.unscale_(self.optimizer)
-        # gradients are averaged over ranks, and their count is summed
-        torch._foreach_div_(gradients, max(totals.count, 1) / ranks.world())
         norm = float(sharding.full_norm(self.trained, self.config.clip))
         loss = totals.means["loss"]
         # loss and norm are the same on all ranks, so all of them leave out the same steps
@@ -156,21 +154,49 @@ class Updates:
         return pieces
 
     def _gradients(self, parts: Sequence[Batch], step: int, asked: bool) -> Totals:
-        """Average gradients of the summed loss over ranks; return sums over all ranks."""
+        """Compute gradients of the mean loss over all ranks; return means over all ranks."""
         self.model.at_step(step, self.config.random_state)
         sums = Sums(self.objective.logs(self.model), self.device, self.flops)
-        pieces = self._micro_batches(parts)
+        pieces, relational = self._micro_batches(parts), self.config.relational
         with _seeded(self.device, self.config.random_state, step, ranks.rank()):
             for number, batch in enumerate(pieces, start=1):
-                with averaging(self.loss, self.model, now=number == len(pieces)):
+                # replicas are averaged once, after the last term; shards cannot be divided before they are
+                is_last = number == len(pieces) and (not relational or self.in_shards)
+                with averaging(self.loss, self.model, now=is_last):
                     with autocast(self.precision, self.device):
                         loss = self.loss(batch, step)
                     self.scaler.scale(loss.sum).backward()
                 sums.add(loss, batch)
+            totals = sums.reduced(asked)
+            gradients = [weight.grad for weight in self.trained if weight.grad is not None]
+            # gradients are averaged over ranks, and their count is summed
+            torch._foreach_div_(gradients, max(totals.count, 1) / ranks.world())
+            if relational:
+                totals = totals.with_term("relational", self._relate(pieces, totals.n_cells), self._weight)
         for weight in self.trained:
             # heads without labels contribute zeros
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        return sums.reduced(asked)
+        return totals
+
+    def _relate(self, pieces: Sequence[Batch], n_cells: int) -> float:
+        """Add the gradient of the relational term; return its mean over the cells of all ranks."""
+        views = [cast(Batch, batch.view) for batch in pieces]
+        # a single micro-batch is embedded once, and cells of several ones before any of them is compared
+        peers = None if len(views) == 1 else Peers.embedded(self.model, views, self.precision)
+        scale, total = 2 * self._weight * ranks.world() / max(n_cells, 1), torch.zeros((), device=self.device)
+        for number, view in enumerate(views, start=1):
+            with averaging(self.loss, self.model, now=number == len(views)):
+                with autocast(self.precision, self.device):
+                    loss = self.loss(view, None, peers)
+                self.scaler.scale(loss.sum * scale).backward()
+            total += loss.sum.detach()
+        ranks.sum_over_ranks(total)
+        return float(total) / max(n_cells, 1)
+
+    @property
+    def _weight(self) -> float:
+        """Weight of the relational term."""
+        return self.config.relational_weight or 0.0
 
     def save(self, checkpoints: Checkpoints, step: int, standing: Mapping[str, Any]) -> None:
         """Write a checkpoint; all ranks must call this."""

@@ -18,6 +18,7 @@ from scllm.data.encode import Encoder
 from scllm.data.fingerprint import fingerprint, same_matrix, source_stamp
 from scllm.data.genes import GeneMatch
 from scllm.data.matching import match_source
+from scllm.data.reference import Reference
 from scllm.data.source import open_source
 from scllm.engine import ranks
 from scllm.engine.calibrate import calibrate
@@ -129,8 +130,10 @@ def _start(run: Run, spec: RunSpec, source: CellSource, device: str, family: str
         model = models.load(run.model, family=family)
         objective = objective_from_dict(spec.objective, model.family)
         match = _match(source, spec, model)
-        initialise(model, source, match, run.cells, objective, spec.train, device=device)
+        reference = initialise(model, source, match, run.cells, objective, spec.train, device=device)
         with writing(run.model):
+            if reference is not None:
+                reference.save(run.reference)
             run.replace_model(model)
             run.unstarted.unlink()
     ranks.wait_for_first()
@@ -186,6 +189,7 @@ def _loaders(
         "keep_empty": ranks.world() > 1,
         "pinned": model.device.type == "cuda",
         "keep_whole": getattr(objective, "predicts_whole_cells", False),
+        "reference": Reference.load(run.reference) if config.relational else None,
     }
     held_out = cells.validation
     if config.eval_every is not None and len(held_out) > _MAX_VALIDATION:

@@ -7,10 +7,10 @@ from numba import prange
 from numpy.typing import NDArray
 
 from scllm.kernels._jit import row_kernel
-from scllm.kernels.draws import draw
+from scllm.kernels.draws import draw, uniform_entries
 from scllm.kernels.ragged import restrict
 
-__all__ = ["thin"]
+__all__ = ["thin", "thin_to"]
 
 _SHARE, _COUNT = np.uint64(3), np.uint64(4)  # salts that no other draw uses
 _STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -38,15 +38,48 @@ def thin(
     -------
     ``indptr``, ``ids`` and ``counts`` of the remaining counts, without zeros.
     """
+    shares = uniform_entries(np.arange(len(keys) + 1), np.zeros(len(keys), np.int64), keys, int(_SHARE))
+    return _kept(indptr, ids, counts, keys, 1 - most * shares)
+
+
+def thin_to(
+    indptr: NDArray[np.integer],
+    ids: NDArray[np.integer],
+    counts: NDArray,
+    keys: NDArray[np.int64],
+    totals: NDArray[np.floating],
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray]:
+    """Downsample the counts of each cell to about a given total; cells with a lower one stay as they are.
+
+    Parameters
+    ----------
+    indptr, ids, counts, keys
+        As in :func:`thin`.
+    totals
+        Expected sum of the counts of each row.
+
+    Returns
+    -------
+    As in :func:`thin`.
+    """
+    row = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    sums = np.bincount(row, weights=counts, minlength=len(indptr) - 1)
+    return _kept(indptr, ids, counts, keys, np.minimum(totals / np.maximum(sums, 1e-12), 1.0))
+
+
+def _kept(
+    indptr: NDArray[np.integer], ids: NDArray[np.integer], counts: NDArray, keys: NDArray[np.int64], p: NDArray
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray]:
+    """Keep each molecule of a row with its probability ``p``."""
     kept = np.empty_like(counts)
-    _thin(indptr, ids, counts, keys.view(np.uint64), most, kept)
+    _thin(indptr, ids, counts, keys.view(np.uint64), np.asarray(p, np.float64), kept)
     return restrict(indptr, ids, kept, np.arange(int(ids.max(initial=0)) + 1))
 
 
 @row_kernel
-def _thin(indptr, ids, counts, keys, most, kept):
+def _thin(indptr, ids, counts, keys, probability, kept):
     for row in prange(indptr.size - 1):
-        p = 1.0 - most * draw(keys[row], _SHARE, np.uint64(0))
+        p = probability[row]
         for j in range(indptr[row], indptr[row + 1]):
             left, n, piece = np.int64(np.rint(counts[j])), 0, np.uint64(ids[j])
             while left > 0:

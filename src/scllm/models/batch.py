@@ -84,6 +84,8 @@ class Batch:
         The same cells before count downsampling and truncation, for objectives that predict those.
     spacing
         Number of genes of the cell per gene that was read, ``(b,)`` float32, if random subsets of genes were drawn.
+    view
+        The same cells at other sequencing depths and with other subsets of genes, for relational pretraining.
     """
 
     genes: Tensor
@@ -95,6 +97,7 @@ class Batch:
     measured: Measured | None = None
     whole: Batch | None = None
     spacing: Tensor | None = None
+    view: Batch | None = None
 
     @classmethod
     def from_tokens(
@@ -105,6 +108,7 @@ class Batch:
         measured: Measured | None = None,
         whole: Batch | None = None,
         spacing: FloatArray | None = None,
+        view: Batch | None = None,
     ) -> Batch:
         """Pack the token sequences of cells."""
         keys = np.zeros(len(tokens), np.int64) if keys is None else keys
@@ -118,6 +122,7 @@ class Batch:
             measured,
             whole,
             None if spacing is None else torch.from_numpy(spacing.astype(np.float32)),
+            view,
         )
 
     @property
@@ -181,6 +186,7 @@ class Batch:
             None if measured is None else replace(measured, first=measured.first[first:last], n=measured.n[first:last]),
             None if self.whole is None else self.whole.cells(first, last),
             None if self.spacing is None else self.spacing[first:last],
+            None if self.view is None else self.view.cells(first, last),
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -206,6 +212,7 @@ class Batch:
             None if self.measured is None else self.measured._mapped(change),
             None if self.whole is None else self.whole._mapped(change),
             None if self.spacing is None else change(self.spacing),
+            None if self.view is None else self.view._mapped(change),
         )
 
     def padded(self, *, pad_id: int, pad_value: float = 0) -> tuple[Tensor, Tensor | None, Tensor]:

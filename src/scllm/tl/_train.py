@@ -27,6 +27,7 @@ from scllm.data.cells import CellSource
 from scllm.data.checks import warn_of_empty_cells
 from scllm.data.encode import encoder_to_dict
 from scllm.data.fingerprint import fingerprint, hash_match, source_stamp
+from scllm.data.genecorpus import RankedCells
 from scllm.data.genes import GeneMatch
 from scllm.data.matching import match_source
 from scllm.data.shards import check_world
@@ -124,6 +125,8 @@ def merged_config(
         defaults = {name: value for name, value in defaults.items() if name != "epochs"}
     general = {
         "downsample": 0.0,
+        "relational": False,
+        "relational_weight": 20.0,
         "use_dropout": True,
         "schedule": "step",
         "warmup": 0,
@@ -291,6 +294,15 @@ def _check_settings(training: Training) -> None:
     check_tracker(chosen.logger)
     if training.source.chunked:
         check_world(training.where.n, chosen.n_shards)
+    if chosen.relational and training.verb != "pretrain":
+        raise TypeError(
+            "Expected relational=True only in tl.pretrain, whose loss has the relational term. Leave it out."
+        )
+    if chosen.relational and isinstance(training.source, RankedCells):
+        raise ValueError(
+            f"Expected expression values with relational=True, but {training.source.path} holds only the order of "
+            "genes. Pass the counts, or relational=False."
+        )
     if chosen.strategy == "fsdp" and chosen.precision == "fp16":
         raise ValueError(
             "Expected precision='bf16' or 'fp32' with strategy='fsdp', got 'fp16'. fp16 needs loss scaling, which does "
@@ -321,7 +333,11 @@ def _set_up(run: Run, spec: RunSpec, training: Training) -> None:
     model, source, cells, chosen = training.model, training.source, training.cells, training.settings
     warn_of_unread_cells(source, training.match, cells.train)
     if training.starts_here:
-        initialise(model, source, training.match, cells, training.objective, chosen, device=training.where.device)
+        where = training.where.device
+        reference = initialise(model, source, training.match, cells, training.objective, chosen, device=where)
+        if reference is not None:
+            run.path.mkdir(parents=True, exist_ok=True)
+            reference.save(run.reference)
     else:
         run.path.mkdir(parents=True, exist_ok=True)
         run.unstarted.touch()
