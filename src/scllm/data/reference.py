@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 
 from scllm._typing import FloatArray, IntArray
@@ -65,9 +66,9 @@ class Reference:
         length = np.linalg.norm(found, axis=1, keepdims=True)
         return np.divide(found, length, out=np.zeros_like(found), where=length > 1e-6)
 
-    def at_other_depths(self, tokens: Tokens, keys: IntArray) -> Tokens:
+    def at_other_depths(self, tokens: Tokens, keys: NDArray[np.int64]) -> Tokens:
         """Downsample the counts of each cell towards the depth of a randomly drawn cell, if that is lower."""
-        if not len(self.depths):
+        if tokens.values is None or not len(self.depths):
             return tokens
         draws = uniform_entries(np.arange(len(keys) + 1), np.zeros(len(keys), np.int64), keys, _DEPTH)
         depths = self.depths[(draws * len(self.depths)).astype(np.int64)]
