@@ -152,6 +152,14 @@ def test_the_history_has_the_term_and_its_baseline(whole):
     assert (whole["mean_prediction_relational"] > 0).all()
 
 
+def test_views_are_embedded_without_dropout(whole, toy, tmp_path):
+    model = pretrain(toy, tmp_path / "run", dropout=0.5, epochs=None, config=CONFIG | {"steps": 1})
+    assert model.config.dropout == 0.5
+    found = curve(tmp_path / "run").query("split == 'train'")
+    assert found["relational"].iloc[0] == pytest.approx(whole["relational"].iloc[0], rel=1e-5)
+    assert found["mse"].iloc[0] != pytest.approx(whole["mse"].iloc[0], rel=1e-3)
+
+
 def test_an_interrupted_run_resumes_to_the_same_curve(whole, toy, tmp_path):
     settings = {"dropout": 0.0, "config": CONFIG | {"save_every": 2}}
     interrupted(toy, tmp_path / "run", 9, **settings)

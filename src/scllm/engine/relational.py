@@ -8,7 +8,8 @@ cell, and a random subset of its genes is read. Embeddings therefore have to agr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -23,7 +24,7 @@ from scllm.engine.device import autocast
 from scllm.engine.objectives import Loss
 from scllm.models.base import Batch, CellModel
 
-__all__ = ["COLUMN", "Peers", "constant_loss", "relational_loss"]
+__all__ = ["COLUMN", "Peers", "constant_loss", "relational_loss", "without_noise"]
 
 # column of a view with the principal components of the whole cell, scaled to unit length
 COLUMN = "reference"
@@ -70,6 +71,21 @@ def relational_loss(model: CellModel, view: Batch, peers: Peers | None = None) -
     difference = own @ peers.embeddings.T - reference @ peers.reference.T
     total = (difference**2).sum() / max(len(peers.embeddings), 1)
     return Loss(total, torch.tensor(view.n_cells, device=total.device))
+
+
+@contextmanager
+def without_noise(model: CellModel) -> Iterator[None]:
+    """Switch off dropout for forward and backward passes of the relational term.
+
+    Dropout makes embeddings of different cells unlike each other, which lowers the loss without any learning.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def constant_loss(reference: FloatArray) -> float:

@@ -20,7 +20,7 @@ from scllm.engine.estimate import training_flops
 from scllm.engine.memory import TokenLimit, is_out_of_memory, longest, micro_batches
 from scllm.engine.objectives import Objective
 from scllm.engine.optim import optimizer
-from scllm.engine.relational import Peers
+from scllm.engine.relational import Peers, without_noise
 from scllm.engine.replicas import averaging, loss_module
 from scllm.engine.totals import Sums, Totals
 from scllm.kernels.draws import mix
@@ -181,15 +181,16 @@ class Updates:
     def _relate(self, pieces: Sequence[Batch], n_cells: int) -> float:
         """Add the gradient of the relational term; return its mean over the cells of all ranks."""
         views = [cast(Batch, batch.view) for batch in pieces]
-        # a single micro-batch is embedded once, and cells of several ones before any of them is compared
-        peers = None if len(views) == 1 else Peers.embedded(self.model, views, self.precision)
         scale, total = 2 * self._weight * ranks.world() / max(n_cells, 1), torch.zeros((), device=self.device)
-        for number, view in enumerate(views, start=1):
-            with averaging(self.loss, self.model, now=number == len(views)):
-                with autocast(self.precision, self.device):
-                    loss = self.loss(view, None, peers)
-                self.scaler.scale(loss.sum * scale).backward()
-            total += loss.sum.detach()
+        with without_noise(self.model):
+            # a single micro-batch is embedded once, and cells of several ones before any of them is compared
+            peers = None if len(views) == 1 else Peers.embedded(self.model, views, self.precision)
+            for number, view in enumerate(views, start=1):
+                with averaging(self.loss, self.model, now=number == len(views)):
+                    with autocast(self.precision, self.device):
+                        loss = self.loss(view, None, peers)
+                    self.scaler.scale(loss.sum * scale).backward()
+                total += loss.sum.detach()
         ranks.sum_over_ranks(total)
         return float(total) / max(n_cells, 1)
 

@@ -278,7 +278,7 @@ class PerformerBlock(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """``(t, d)`` to ``(t, d)``."""
-        if self.checkpointing and self.training:
+        if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self._all, x, batch, use_reentrant=False)
         return self._all(x, batch)
 
