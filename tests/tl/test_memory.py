@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import weakref
 from contextlib import contextmanager
 
@@ -86,6 +87,7 @@ def test_a_model_is_freed_with_its_last_name(family, way, cells):
 @every_family
 @pytest.mark.parametrize("how", ["compile", "checkpointing"])
 def test_a_model_that_was_sped_up_for_training_is_freed_with_its_last_name(family, how, cells):
+    importlib.import_module("torch._dynamo")  # keeps the frames, and with them the variables, of its first import
     with no_collection():
         model = built(family, cells)
         model.speed_up(**{how: True})
