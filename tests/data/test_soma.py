@@ -6,7 +6,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 from anndata import AnnData
 from messages import naming
 from scipy import sparse
+from threads import read_at_once
 
 from scllm.data import fingerprint as prints
 from scllm.data.cells import CellSource
@@ -101,15 +101,10 @@ def test_a_pickled_or_closed_source_reads_the_same(source, adata) -> None:
     assert_same(source.read(ROWS), adata.X[ROWS])
 
 
-def test_two_threads_read_at_once(source, adata) -> None:
-    blocks = {}
-    threads = [threading.Thread(target=lambda i=i: blocks.update({i: source.read(ROWS[i:])})) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(4):
-        assert_same(blocks[i], adata.X[ROWS[i:]])
+def test_four_threads_read_at_once(source, adata) -> None:
+    requests = [ROWS[i:] for i in range(4)]
+    for rows, block in zip(requests, read_at_once(source, requests), strict=True):
+        assert_same(block, adata.X[rows])
 
 
 def test_an_open_source_does_not_see_what_is_written_later(adata, tmp_path) -> None:
