@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -48,6 +50,18 @@ def test_numpy_numbers_and_integers_for_floats_are_accepted_and_stored_as_plain_
     config = TrainConfig(group_weights={"key": "tissue", "weights": {1: np.int64(2), "lung": np.float32(1)}})
     assert config.group_weights == {"key": "tissue", "weights": {"1": 2.0, "lung": 1.0}}
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "offer"), [("learning_rate", "mean 'lr'?"), ("epoch", "mean 'epochs'?"), ("dropout", "function itself")]
+)
+def test_an_unknown_setting_is_an_error_that_offers_the_closest(name, offer):
+    with pytest.raises(TypeError, match=naming(f"'{name}'", "'epochs'", offer)):
+        TrainConfig(**{name: 3})
+
+
+def test_the_signature_lists_the_settings():
+    assert list(signature(TrainConfig).parameters) == [field.name for field in fields(TrainConfig)]
 
 
 @pytest.mark.parametrize(("name", "offer"), [("epoch", "mean 'epochs'?"), ("dropout", "function")])

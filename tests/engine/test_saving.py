@@ -78,7 +78,7 @@ def test_intervals_are_steps_or_times(every, found):
     assert TrainConfig(save_every=every).save_interval() == found
 
 
-@pytest.mark.parametrize("every", [0, -1, True, 2.5, "10", "0s", "ten minutes"])
+@pytest.mark.parametrize("every", [0, -1, True, 2.5, "10", "0s", "ten minutes", "10 minutes"])
 def test_an_interval_that_is_neither_is_an_error(every):
-    with pytest.raises(ValueError, match=naming("save_every", repr(every), "10min")):
+    with pytest.raises(ValueError, match=naming("save_every", repr(every), "s, min or h", "10min")):
         TrainConfig(save_every=every)

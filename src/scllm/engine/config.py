@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
+from functools import wraps
 from numbers import Integral, Real
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from scllm._typing import HeadSetting
 from scllm.data.mixture import check_group_weights
 from scllm.data.plan import n_batches
 
 __all__ = ["Precision", "Settings", "TrainConfig"]
+
+T = TypeVar("T")
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["step", "cosine", "linear", "constant"]
@@ -37,10 +40,45 @@ _POSITIVE = {
     "clip": "Pass None for no limit.",
     "relational_weight": "Pass relational=False to leave the term out.",
 }
-_SECONDS = {"s": 1, "min": 60, "h": 3600}
 _BELOW_ONE = {"label_smoothing": "A common value is 0.1.", "downsample": "Pass 0 to train on all counts."}
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+# what other libraries call a setting, if that is not close to its name here
+_NAMES_ELSEWHERE = {
+    "learning_rate": "lr",
+    "seed": "random_state",
+    "max_steps": "steps",
+    "warmup_steps": "warmup",
+    "max_grad_norm": "clip",
+    "gradient_accumulation_steps": "accumulate",
+}
 
 
+def _checks_names(cls: type[T]) -> type[T]:
+    """Decorate a dataclass so that an unknown setting is a ``TypeError`` that offers the closest one."""
+    init: Callable[..., None] = cls.__init__
+
+    @wraps(init)
+    def checked(self: T, *args: Any, **given: Any) -> None:
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise TypeError(_not_a_setting(unknown[0], known))
+        init(self, *args, **given)
+
+    cls.__init__ = checked  # type: ignore[method-assign]
+    return cls
+
+
+def _not_a_setting(name: str, known: Collection[str]) -> str:
+    """Say that there is no such setting, and offer the closest one."""
+    found = _NAMES_ELSEWHERE.get(name)
+    close = [found] if found is not None else get_close_matches(name, known, n=1, cutoff=0.8)
+    elsewhere = "Pass freeze, loss, dropout and others to the function itself."
+    offer = f"Did you mean {close[0]!r}?" if close else elsewhere
+    return f"Expected training settings out of {sorted(known)}, got {name!r}. {offer}"
+
+
+@_checks_names
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of a training run; ``None`` stands for the default of the function and the model family.
@@ -76,7 +114,7 @@ class TrainConfig:
         Number of micro-batches into which the cells of a step are split, to save memory (gradient accumulation).
     max_tokens
         Largest number of tokens in a micro-batch. Longer ones are cut, which does not change the result. ``None``: as
-        many as fit into the memory of the GPU, which is tried with the longest cells possible before the first step.
+        many as fit into memory. On a GPU, that is tried out before the first step, with cells of the largest length.
     max_len
         Largest number of tokens per cell in training, ``<cls>`` included: of longer cells a random subset is read, new
         in each epoch, which saves time and regularises. Validation and embedding read as much as the encoder gives.
@@ -131,8 +169,8 @@ class TrainConfig:
     log_every
         Number of steps between two lines of the history.
     save_every
-        Number of steps between two checkpoints, or time (``"30s"``, ``"10min"``, ``"2h"``). There is one at the end of
-        each epoch too; ``None``: only those.
+        Number of steps between two checkpoints, or time (``"30s"``, ``"10min"``, ``"2h"``). One is also saved after
+        each validation, which is at the end of each epoch unless ``eval_every`` is set. ``None``: only these.
     keep_last
         Number of checkpoints to keep. If the newest cannot be read, a run resumes from the one before.
     timeout
@@ -247,8 +285,8 @@ class TrainConfig:
         seconds = _seconds(every)
         if seconds is None:
             raise ValueError(
-                f"Expected save_every to be a number of steps of at least 1 or a time such as '10min', got {every!r}. "
-                "Pass None for one checkpoint per epoch."
+                "Expected save_every to be a number of steps of at least 1, or a time in s, min or h such as '10min', "
+                f"got {every!r}. Pass None to save only after each validation."
             )
         return None, seconds
 
@@ -256,7 +294,9 @@ class TrainConfig:
         """Return ``timeout`` in seconds."""
         seconds = _seconds(self.timeout)
         if seconds is None:
-            raise ValueError(f"Expected timeout to be a time such as '10min', got {self.timeout!r}. Pass '10min'.")
+            raise ValueError(
+                f"Expected timeout to be a time in s, min or h, got {self.timeout!r}. Pass for example '10min'."
+            )
         return seconds
 
     def merged(self, given: Mapping[str, Any]) -> TrainConfig:
@@ -285,10 +325,8 @@ class TrainConfig:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(saved) - known)
         if unknown:
-            close = get_close_matches(unknown[0], known, n=1, cutoff=0.8)
-            elsewhere = "Pass freeze, loss, dropout and others to the function itself, and put settings in no [table]."
-            offer = f"Did you mean {close[0]!r}?" if close else elsewhere
-            raise ValueError(f"Expected training settings out of {sorted(known)}, got {unknown[0]!r}. {offer}")
+            in_table = " Write settings above any [table]." if isinstance(saved[unknown[0]], Mapping) else ""
+            raise ValueError(_not_a_setting(unknown[0], known) + in_table)
         return cls(**saved)
 
 
