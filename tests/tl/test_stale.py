@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -126,11 +127,11 @@ def test_a_finished_run_is_not_returned_for_136_other_cells_of_200(finished, cel
         ("objective.class_weight", {"class_weight": "balanced"}),
         ("params.layer", {"layer": None}),
         ("freeze", {"freeze": "encoder"}),
-        ("data.cells", {"validation": 0.3}),
+        ("data.cells (the split, labels and weights of cells)", {"validation": 0.3}),
     ],
 )
 def test_a_finished_run_is_not_returned_for_other_settings(what, option, finished, cells, model):
-    with pytest.raises(ValueError, match=what):
+    with pytest.raises(ValueError, match=re.escape(what)):
         finetune(cells, model, run_dir=finished, **OPTIONS | option)
 
 

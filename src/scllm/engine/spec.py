@@ -26,6 +26,13 @@ _FREE_SETTINGS = (
     "save_every", "keep_last", "log_every", "timeout", "max_restarts", "max_tokens", "compile", "checkpointing",
 )  # fmt: skip
 _CHANGEABLE_SETTINGS = ("lr", "clip", "precision")
+# what the digests in a specification are digests of
+_MEANING = {
+    "data.fingerprint": " (the matrix and its genes)",
+    "data.cells": " (the split, labels and weights of cells)",
+    "data.tokens": " (the token of each gene)",
+    "weights": " (the initial weights)",
+}
 # names of the columns of targets in the file of the cells
 _TARGET = "target:"
 
@@ -192,10 +199,12 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path, fr
     pairs = {name: (ours.get(name), theirs.get(name)) for name in sorted({*ours, *theirs} - set(free))}
     different = [(name, *pair) for name, pair in pairs.items() if not _agree(name, *pair)]
     if different:
-        seen = "; ".join(f"{name} was {_cut(one)}, now {_cut(other)}" for name, one, other in different[:6])
+        seen = "; ".join(
+            f"{name}{_MEANING.get(name, '')} was {_cut(one)}, now {_cut(other)}" for name, one, other in different[:6]
+        )
         raise ValueError(
-            f"Expected the settings of the run in '{path}', got others ({seen}). Pass the same settings to resume it, "
-            "or another run_dir."
+            f"Expected the settings of the run in '{path}', got others: {seen}. Pass the same data and settings to "
+            "resume it, or another run_dir."
         )
 
 
