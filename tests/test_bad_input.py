@@ -229,6 +229,9 @@ CASES = {
         lambda adata, folder: None, pretrain(n_gpus=8), naming("n_gpus", 8), rf"at most {torch.cuda.device_count()}\b",
         "device='cpu'|n_gpus=",
     ),
+    "a list of GPUs": Case(
+        lambda adata, folder: None, pretrain(n_gpus=[0, 1]), naming("n_gpus", "[0, 1]"), "whole number", "Leave it out",
+    ),
     "other settings": Case(
         train_otherwise, pretrain(lr=1e-3), naming("train.lr was 0.002, now 0.001"), "/run'", "another run_dir",
     ),

@@ -80,9 +80,7 @@ def is_address(data: str | os.PathLike) -> bool:
 
 def is_soma(path: str | os.PathLike) -> bool:
     """Whether this is an address, or a folder that TileDB wrote."""
-    return is_address(path) or any(
-        (Path(path) / name).exists() for name in ("__tiledb_group.tdb", "__group", "__schema")
-    )
+    return is_address(path) or any((Path(path) / name).exists() for name in _OF_TILEDB)
 
 
 def open_soma(uri: str | os.PathLike, *, layer: str | None = None) -> StoredCells:

@@ -165,12 +165,9 @@ def _resume(run: Run, updates: Updates, checkpoints: Checkpoints) -> tuple[int, 
         cut_history(run.history, -1 if state is None else step)
     if state is None:
         return 0, _Standing()
-    changed = (
-        ""
-        if state["precision"] == updates.precision
-        else (f" in {updates.precision} (trained in {state['precision']} so far)")
-    )
-    log.info("resuming at step %d%s", step, changed)
+    log.info("resuming at step %d", step)
+    if state["precision"] != updates.precision:
+        log.info("continuing in %s, after training in %s so far", updates.precision, state["precision"])
     return step, _Standing(state["best"], state["since_best"])
 
 

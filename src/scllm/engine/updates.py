@@ -128,7 +128,7 @@ class Updates:
         n_tokens = max(len(piece.genes) for piece in tried)
         if all(piece.n_cells <= 1 for piece in tried):
             raise RuntimeError(
-                f"Expected memory for one cell of {n_tokens:,} tokens, but there is none left ({said}). Pass "
+                f"Expected enough memory for one cell of {n_tokens:,} tokens, but it ran out ({said}). Pass "
                 "TrainConfig(checkpointing=True) or a smaller max_len, or train a smaller model."
             )
         self.limit.halve(n_tokens)
@@ -136,8 +136,8 @@ class Updates:
         text = f"Memory ran out with {n_tokens:,} tokens in a micro-batch ({said})"
         if ranks.world() > 1:
             raise RuntimeError(
-                f"{text}. When the run is resumed, it continues with at most {self.limit.n_tokens:,} and the same batch"
-                "_size."
+                f"{text}. When the run is resumed, it continues with at most {self.limit.n_tokens:,} and the same "
+                "batch_size."
             )
         log.warning("%s; continuing with at most %d, and the same batch_size", text, self.limit.n_tokens)
         self.optimizer.zero_grad(set_to_none=True)

@@ -37,7 +37,7 @@ from scllm.engine.spec import RunSpec
 from scllm.engine.tracking import tracker
 from scllm.models.base import CellModel
 
-__all__ = ["LOCKED", "continue_run", "cropping", "train_here"]
+__all__ = ["LOCKED", "continue_run", "train_here", "training_encoder"]
 
 # environment variable of processes whose parent holds the lock of the run directory
 LOCKED = "SCLLM_RUN_LOCKED"
@@ -201,12 +201,12 @@ def _loaders(
         n_shards=config.n_shards,
         shuffle_cells=config.shuffle_cells,
         downsample=config.downsample,
-        **common | {"encoder": cropping(model, config.max_len)},
+        **common | {"encoder": training_encoder(model, config.max_len)},
     )
     return training, Loader(rows=held_out, training=False, **common) if len(held_out) else None
 
 
-def cropping(model: CellModel, max_len: int | None) -> Encoder:
+def training_encoder(model: CellModel, max_len: int | None) -> Encoder:
     """Return the model's encoder, with a shorter ``max_len`` for training if one is set."""
     encoder = model.encoder
     if max_len is None or max_len >= encoder.max_len:

@@ -20,7 +20,7 @@ from scllm.engine.estimate import (
     flops_per_cell,
     mean_tokens,
 )
-from scllm.engine.worker import cropping
+from scllm.engine.worker import training_encoder
 from scllm.models.base import CellModel
 
 __all__ = ["Cost", "log_trained", "log_training", "training_cost"]
@@ -52,7 +52,7 @@ def training_cost(training: Training) -> Cost:
     n_trained = min(n_steps * config.batch_size, n_epochs * len(training_cells))
     n_validated = n_epochs * len(validation_cells)
     reader = copy.copy(model)
-    reader.encoder = cropping(model, config.max_len)
+    reader.encoder = training_encoder(model, config.max_len)
     n_tokens = mean_tokens(reader, source, match, training_cells)
     trained = flops_per_cell(reader, n_tokens)
     validated = flops_per_cell(model, mean_tokens(model, source, match, validation_cells), training=False)

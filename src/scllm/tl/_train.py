@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
+from numbers import Integral
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from scllm.engine.optim import Freeze, frozen_weights
 from scllm.engine.run import Run
 from scllm.engine.spec import Cells, DataSpec, RunSpec
 from scllm.engine.tracking import check_tracker
-from scllm.engine.worker import cropping
+from scllm.engine.worker import training_encoder
 from scllm.models.base import CellModel
 from scllm.models.storage import is_native
 from scllm.tl._cost import log_trained, log_training
@@ -76,12 +77,10 @@ class Processes:
 
 
 def processes(n_gpus: int | None, n_procs: int | None, device: str) -> Processes:
-    """Choose all available GPUs, or else one CPU process; raise if fewer GPUs are available than requested."""
+    """Choose the processes: those asked for, or one for each GPU, or one on the CPU; raise if there are fewer GPUs."""
     if n_gpus is not None and n_procs is not None:
         raise TypeError(f"Expected n_gpus= or n_procs=, got both: {n_gpus} and {n_procs}. Leave one out.")
-    for name, n in (("n_gpus", n_gpus), ("n_procs", n_procs)):
-        if n is not None and n < 1:
-            raise ValueError(f"Expected {name} of at least 1, got {n}. Leave it out to have it chosen.")
+    n_gpus, n_procs = _checked_number("n_gpus", n_gpus), _checked_number("n_procs", n_procs)
     if n_gpus is not None:
         if device == "cpu":
             raise TypeError(
@@ -95,6 +94,17 @@ def processes(n_gpus: int | None, n_procs: int | None, device: str) -> Processes
         check_gpus(n)
         return Processes(n, "cuda")
     return Processes(n_procs or 1, device if kind == "cuda" else "cpu")
+
+
+def _checked_number(name: str, n: int | None) -> int | None:
+    """Return a number of processes as a plain integer, which can be written to a run directory."""
+    if n is None:
+        return None
+    if isinstance(n, bool) or not isinstance(n, Integral):
+        raise TypeError(f"Expected {name} to be a whole number, got {n!r}. Leave it out to have it chosen.")
+    if n < 1:
+        raise ValueError(f"Expected {name} of at least 1, got {n}. Leave it out to have it chosen.")
+    return int(n)
 
 
 def check_config(config: object) -> None:
@@ -316,7 +326,7 @@ def _check_settings(training: Training) -> None:
             )
         adapted_layers(model, frozen_weights(model, freeze))
     check_trainable(model, freeze)
-    cropping(model, chosen.max_len)  # raises if the token sequences would be too short
+    training_encoder(model, chosen.max_len)  # raises if the token sequences would be too short
 
 
 def check_trainable(model: CellModel, freeze: Freeze) -> None:
