@@ -231,6 +231,7 @@ CASES = {
     ),
     "a list of GPUs": Case(
         lambda adata, folder: None, pretrain(n_gpus=[0, 1]), naming("n_gpus", "[0, 1]"), "whole number", "Leave it out",
+        TypeError,
     ),
     "other settings": Case(
         train_otherwise, pretrain(lr=1e-3), naming("train.lr was 0.002, now 0.001"), "/run'", "another run_dir",

@@ -51,9 +51,9 @@ def census(
 ) -> AnnData | Path:
     """Draw whole samples of cells with raw counts from the CZ CELLxGENE Census.
 
-    A sample is all cells of a donor within a data set that pass the filter. Samples are drawn at random without passing
-    ``n_cells``; one that no longer fits is skipped. Whole samples keep their mix of cell types, and whole donors can
-    later be held out.
+    A sample is all cells of a donor within a data set that pass the filter. Samples are drawn at random up to at most
+    ``n_cells``; a sample that no longer fits is skipped. Whole samples keep their mix of cell types, and whole donors
+    can later be held out.
 
     A cell can be in several data sets of the Census. Only its primary copy is read, unless ``obs_filter`` names
     ``is_primary_data`` itself.
@@ -68,7 +68,7 @@ def census(
     n_cells
         Largest number of cells. ``None``: all that pass the filter.
     by
-        Column of ``obs`` that, within a data set, tells samples apart.
+        Column of ``obs`` by which the cells of a data set are divided into samples.
     uri
         Folder or address of a TileDB-SOMA to read instead of the public Census, which needs a connection.
     census_version

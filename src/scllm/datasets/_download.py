@@ -37,7 +37,7 @@ def check_target(out: str | os.PathLike[str]) -> Path:
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"Expected out to end in .h5ad or .zarr, got '{out}'. Add one of the two.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"Expected out in an existing folder, but '{path.parent}' is none. Create it.")
+        raise FileNotFoundError(f"Expected out in an existing folder, but '{path.parent}' is not one. Create it.")
     return path
 
 

@@ -22,7 +22,7 @@ def samples_of(cells: pd.DataFrame, columns: list[str]) -> tuple[pd.DataFrame, I
 
 
 def draw_samples(n_cells_each: IntArray, n_cells: int | None, random_state: int) -> NDArray[np.bool_]:
-    """Draw whole samples at random without passing ``n_cells``; a sample that no longer fits is passed over.
+    """Draw whole samples at random up to at most ``n_cells``; a sample that no longer fits is skipped.
 
     Returns
     -------
