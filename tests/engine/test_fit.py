@@ -265,6 +265,13 @@ def test_the_process_that_trains_can_compute_the_initial_weights(toy, model, tmp
     assert there.hash() == here.hash()
 
 
+def test_a_set_up_that_was_killed_leaves_nothing_that_changes_the_next_one(toy, tmp_path):
+    (tmp_path / "left").mkdir()
+    for name in ("cells.npz", "reference.npz", "unstarted"):
+        (tmp_path / "left" / name).touch()
+    assert pretrain(toy, tmp_path / "left", epochs=1).hash() == pretrain(toy, tmp_path / "fresh", epochs=1).hash()
+
+
 def test_where_the_file_system_has_no_locks_a_file_names_the_process(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOTSUP, "Operation not supported")

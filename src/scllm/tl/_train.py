@@ -343,13 +343,12 @@ def _set_up(run: Run, spec: RunSpec, training: Training) -> None:
     model, source, cells, chosen = training.model, training.source, training.cells, training.settings
     warn_of_unread_cells(source, training.match, cells.train)
     if training.starts_here:
+        run.unstarted.unlink(missing_ok=True)  # left by a set-up that was killed
         where = training.where.device
         reference = initialise(model, source, training.match, cells, training.objective, chosen, device=where)
         if reference is not None:
-            run.path.mkdir(parents=True, exist_ok=True)
             reference.save(run.reference)
     else:
-        run.path.mkdir(parents=True, exist_ok=True)
         run.unstarted.touch()
     model.trained_on = record_training(model.trained_on, spec.verb, training.data, source, cells.train)
     model.save(run.model)
@@ -456,7 +455,7 @@ def _is_left_over(entry: Path) -> bool:
             return is_native(entry)
         case "data":
             return entry.is_dir() and all(file.suffix == ".npy" or file.stem == "cells" for file in entry.iterdir())
-    return entry.name == "cells.npz" or entry.name.startswith(".")
+    return entry.name in ("cells.npz", "reference.npz", "unstarted") or entry.name.startswith(".")
 
 
 def warn_of_unread_cells(source: CellSource, match: GeneMatch, rows: IntArray) -> None:
