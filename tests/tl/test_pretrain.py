@@ -270,6 +270,13 @@ def test_invalid_arguments_are_named(train, tmp_path, options, error, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_several_processes_of_torchrun_cannot_each_start_a_training(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=naming("WORLD_SIZE=2", "n_gpus=", "scllm run RUN_DIR")):
+        train(run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_directory_that_cannot_be_made_is_named(train, tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):

@@ -80,6 +80,13 @@ def processes(n_gpus: int | None, n_procs: int | None, device: str) -> Processes
     """Choose the processes: those asked for, or one for each GPU, or one on the CPU; raise if there are fewer GPUs."""
     if n_gpus is not None and n_procs is not None:
         raise TypeError(f"Expected n_gpus= or n_procs=, got both: {n_gpus} and {n_procs}. Leave one out.")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        raise RuntimeError(
+            f"Expected one process to call this function, got {world} (WORLD_SIZE={world}), such as torchrun starts. "
+            "Call it without torchrun and pass n_gpus=, or let `scllm pretrain --write-only` write the run directory "
+            "and run `torchrun ... -m scllm run RUN_DIR`."
+        )
     n_gpus, n_procs = _checked_number("n_gpus", n_gpus), _checked_number("n_procs", n_procs)
     if n_gpus is not None:
         if device == "cpu":
