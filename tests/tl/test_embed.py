@@ -199,6 +199,7 @@ def test_settings_are_recorded(adata, tiny):
         ({"layer": "counts"}, KeyError, naming("layer 'counts'", "adata")),
         ({"out": "a.npy"}, TypeError, naming("out='a.npy'", "AnnData", "obsm")),
         ({"n_gpus": 8}, ValueError, naming("n_gpus", 8)),
+        ({"n_gpus": [0, 1]}, TypeError, naming("n_gpus", "[0, 1]")),
         ({"device": "tpu3"}, ValueError, naming("device", "'tpu3'")),
     ],
 )

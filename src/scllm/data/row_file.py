@@ -136,7 +136,7 @@ def rows_when_whole(path: Path, n_rows: int, share: Share, key: str) -> Iterator
             )
         done.touch()
         n_done = len(list(folder.glob("*.done")))
-        log.info("wrote the rows of process %d; %d of %d processes have finished", share.rank, n_done, share.world)
+        log.info("finishing the rows of process %d; %d of %d processes are done", share.rank, n_done, share.world)
         if n_done == share.world:
             with replaced_when_whole(path) as fresh:
                 (folder / path.name).rename(fresh)

@@ -161,7 +161,8 @@ class TrainConfig:
         ``"ddp"``: every process holds the whole model. ``"fsdp"``: weights, gradients and optimiser state are sharded
         over the processes, for models that do not fit on one GPU.
     max_restarts
-        How often a failed group of processes is restarted.
+        How often the processes of a run on this machine are started again after one of them has failed. They resume
+        from the last checkpoint.
     logger
         Where losses are logged besides ``history.jsonl``: ``"tensorboard"`` or ``"wandb"``.
     random_state

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import get_args
 
 import torch
 
 from scllm.engine.config import Precision
 
-__all__ = ["DTYPES", "autocast", "check_gpus", "resolve_device", "resolve_precision"]
+__all__ = ["DTYPES", "autocast", "check_gpus", "check_number", "resolve_device", "resolve_precision"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,12 +48,19 @@ def _of_this_process(device: str) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
+def check_number(name: str, n: int) -> int:
+    """Return a number of processes or GPUs as a plain integer; raise unless it is a whole number of at least 1."""
+    if isinstance(n, bool) or not isinstance(n, Integral):
+        raise TypeError(f"Expected {name} to be a whole number, got {n!r}. Leave it out to use the default.")
+    if n < 1:
+        raise ValueError(f"Expected {name} of at least 1, got {n}. Leave it out to use the default.")
+    return int(n)
+
+
 def check_gpus(n_gpus: int) -> None:
     """Raise an error if this machine has fewer GPUs than requested."""
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if n_gpus < 1:
-        raise ValueError(f"Expected n_gpus of at least 1, got {n_gpus}. Leave it out to use the default.")
-    if n_gpus > available:
+    if check_number("n_gpus", n_gpus) > available:
         advice = "Leave n_gpus out, and pass device='cpu'." if available == 0 else f"Use n_gpus={available}."
         raise ValueError(f"Expected n_gpus of at most {available}, the GPUs of this machine, got {n_gpus}. {advice}")
 

@@ -128,8 +128,8 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
-    # torchrun stops its workers if it is terminated, but not if it is killed
-    # not by SIGTERM, after which a rank goes on to a checkpoint, and may wait for others that are no longer there
+    # torchrun stops its workers if it is terminated, but not if it is killed. They do not get SIGTERM then: a rank
+    # would go on to a checkpoint, and might wait for others that are no longer there.
     tie_to_parent(signal.SIGKILL)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -20,11 +20,11 @@ __all__ = ["Cells", "DataSpec", "RunSpec", "check_same"]
 
 # what may differ when a run is resumed
 _FREE = ("versions", "processes", "data_reference", "data_stamp")
-# training settings that may differ too, because the result does not depend on them, and others that may while a run has
-# not finished
+# training settings that may differ too, because the result does not depend on them
 _FREE_SETTINGS = (
     "save_every", "keep_last", "log_every", "timeout", "max_restarts", "max_tokens", "compile", "checkpointing",
 )  # fmt: skip
+# training settings that may differ while the run has not finished
 _CHANGEABLE_SETTINGS = ("lr", "clip", "precision")
 # what the digests in a specification are digests of
 _MEANING = {

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
-from numbers import Integral
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from scllm.data.shards import check_world
 from scllm.data.soma import is_address
 from scllm.data.source import RAW, has_layer, open_source
 from scllm.engine.config import Settings, TrainConfig
-from scllm.engine.device import check_gpus, resolve_device
+from scllm.engine.device import check_gpus, check_number, resolve_device
 from scllm.engine.initial import initialise
 from scllm.engine.launch import cluster_command, launch
 from scllm.engine.lora import LoraSettings, adapted_layers
@@ -87,7 +86,8 @@ def processes(n_gpus: int | None, n_procs: int | None, device: str) -> Processes
             "Call it without torchrun and pass n_gpus=, or let `scllm pretrain --write-only` write the run directory "
             "and run `torchrun ... -m scllm run RUN_DIR`."
         )
-    n_gpus, n_procs = _checked_number("n_gpus", n_gpus), _checked_number("n_procs", n_procs)
+    n_gpus = None if n_gpus is None else check_number("n_gpus", n_gpus)
+    n_procs = None if n_procs is None else check_number("n_procs", n_procs)
     if n_gpus is not None:
         if device == "cpu":
             raise TypeError(
@@ -101,17 +101,6 @@ def processes(n_gpus: int | None, n_procs: int | None, device: str) -> Processes
         check_gpus(n)
         return Processes(n, "cuda")
     return Processes(n_procs or 1, device if kind == "cuda" else "cpu")
-
-
-def _checked_number(name: str, n: int | None) -> int | None:
-    """Return a number of processes as a plain integer, which can be written to a run directory."""
-    if n is None:
-        return None
-    if isinstance(n, bool) or not isinstance(n, Integral):
-        raise TypeError(f"Expected {name} to be a whole number, got {n!r}. Leave it out to have it chosen.")
-    if n < 1:
-        raise ValueError(f"Expected {name} of at least 1, got {n}. Leave it out to have it chosen.")
-    return int(n)
 
 
 def check_config(config: object) -> None:
@@ -204,7 +193,10 @@ class Training:
 
     @property
     def starts_here(self) -> bool:
-        """Whether this process computes the initial weights, and not one that holds memory of the GPU anyway."""
+        """Whether this process computes the initial weights; on several GPUs, the first training process does.
+
+        This process would otherwise hold memory of a GPU for as long as the training lasts.
+        """
         return self.where.n == 1 or self.where.device == "cpu"
 
     def spec(self) -> RunSpec:
