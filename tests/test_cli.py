@@ -466,3 +466,12 @@ def test_processes_share_the_cells_of_one_embedding(data: Path, pretrained: Path
     found, expected = (np.load(path) if suffix == ".npy" else zarr.open_array(path)[:] for path in (out, alone))
     np.testing.assert_array_equal(found, expected)
     assert sorted(path.name for path in tmp_path.iterdir()) == [alone.name, out.name]
+
+
+def test_processes_do_not_share_a_copy_of_the_data(
+    data: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused = call("embed", data, pretrained, "--out", tmp_path / "a.h5ad")
+    assert refused.exit_code == 2
+    assert re.search(naming("a.h5ad", "WORLD_SIZE=3", ".npy"), refused.output)

@@ -60,9 +60,15 @@ def embed(
 ) -> None:
     """Embed cells."""
     from scllm import tl
-    from scllm.data.row_file import Share, own_share
+    from scllm.data.row_file import own_share
 
     _check_ending(out, (".npy", ".zarr", ".h5ad"))
+    share = own_share()
+    if out.suffix == ".h5ad" and share.world > 1:
+        raise ValueError(
+            f"Expected --out to end in .npy or .zarr, which several processes can write together, got '{out}' with "
+            f"WORLD_SIZE={share.world}. Change the extension, or start one process."
+        )
     options = {
         "pooling": pooling,
         "hidden_layer": hidden_layer,
@@ -81,7 +87,6 @@ def embed(
         _write(adata, out)
     else:
         tl.embed(one_or_all(data), read_model(model, family), out=out, **options)
-    share = own_share() if out.suffix != ".h5ad" else Share(0, 1)
     typer.echo(f"embedding written to {out}" if share.world == 1 else f"part {share.rank} of {share.world} is written")
 
 
