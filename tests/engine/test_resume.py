@@ -284,7 +284,7 @@ def test_long_settings_are_cut_in_the_message(toy, tmp_path):
     pretrain(toy, run.path, epochs=1)
     spec = replace(run.spec, heads=[f"type {i}" for i in range(100)])
     write_json(run.path / "spec.json", spec.to_json())
-    with pytest.raises(ValueError, match=r"\(heads was .{60}, now .{60}; verb was 'pretrain', now 'finetune'\)"):
+    with pytest.raises(ValueError, match=r": heads was .{60}, now .{60}; verb was 'pretrain', now 'finetune'\. "):
         run.check(replace(spec, heads=[f"other {i}" for i in range(100)], verb="finetune"))
 
 
