@@ -395,3 +395,21 @@ def test_agreement_is_that_of_a_slow_count():
 def test_agreement_needs_the_same_cells():
     with pytest.raises(ValueError, match=naming((3, 2), (4, 2))):
         metrics.agreement(np.ones((3, 2)), np.ones((4, 2)))
+
+
+def test_label_transfer_on_drawn_cells_is_close_to_that_of_all() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.choice(["a", "b", "c"], 4000, p=[0.9, 0.09, 0.01])
+    values = rng.normal(size=(4000, 3)) + 1.5 * (labels[:, None] == np.array(["a", "b", "c"]))
+    halves = values[:2000], labels[:2000], values[2000:], labels[2000:]
+    every = metrics.label_transfer(*halves)
+    drawn = metrics.label_transfer(*halves, max_cells=500)
+    assert drawn != every
+    assert drawn == pytest.approx(every, abs=0.03)
+
+
+def test_labels_that_the_reference_lacks_are_not_transferred() -> None:
+    reference, values = np.array([[0.0], [9.0]]), np.array([[1.0], [8.0], [5.0]])
+    found = metrics.label_transfer(reference, ["a", "b"], values, ["a", "a", "c"], n_neighbors=1)
+    assert found == 0.5
+    assert np.isnan(metrics.label_transfer(reference, ["a", "b"], values, ["c", "c", "c"]))

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 
 from scllm._results import record
-from scllm.metrics import BATCH_METRICS, BIO_METRICS
+from scllm.metrics import BATCH_METRICS, BIO_METRICS, TRANSFER_METRICS
 from scllm.pl import benchmark_table
 
-COLUMNS = [*BIO_METRICS, "bio", *BATCH_METRICS, "batch", "overall"]
+COLUMNS = [*BIO_METRICS, "bio", *BATCH_METRICS, "batch", "overall", *TRANSFER_METRICS]
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_every_score_is_written_best_embedding_first(table) -> None:
     ax = benchmark_table(table, show=False)
     ranked = table.sort_values("overall", ascending=False)
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ranked.index.tolist()
-    order = [*BIO_METRICS, *BATCH_METRICS, "bio", "batch", "overall"]
+    order = [*BIO_METRICS, *BATCH_METRICS, *TRANSFER_METRICS, "bio", "batch", "overall"]
     expected = [[f"{score:.2f}" for score in row] for row in ranked[order].to_numpy()]
     assert list(numbers(ax).values()) == expected
 
@@ -58,7 +58,7 @@ def test_best_of_a_column_is_bold(table) -> None:
 
 
 def test_recorded_table_is_drawn_without_batches(table, adata) -> None:
-    record(adata, "benchmark", {}, table.drop(columns=[*BATCH_METRICS, "batch"]))
+    record(adata, "benchmark", {}, table.drop(columns=[*BATCH_METRICS, *TRANSFER_METRICS, "batch"]))
     ax = benchmark_table(adata, show=False)
     assert all(len(texts) == len(BIO_METRICS) + 1 for texts in numbers(ax).values())
 

@@ -175,6 +175,59 @@ def test_classes_too_small_for_the_folds_are_ignored_with_a_warning(embedded) ->
         benchmark(embedded, use_rep="X_good", key="cell_type")
 
 
+def transferred_slowly(values, labels, reference) -> float:
+    """Label each cell outside the reference by its 15 nearest cells in it; return the accuracy."""
+    right = []
+    for cell in np.flatnonzero(~reference):
+        distance = np.linalg.norm(values[reference] - values[cell], axis=1)
+        votes = pd.Series(labels[reference][np.argsort(distance)[:15]]).value_counts()
+        if labels[cell] in labels[reference]:
+            right.append(sorted(votes.index[votes == votes.max()])[0] == labels[cell])
+    return float(np.mean(right))
+
+
+def test_labels_are_transferred_between_a_reference_and_the_other_batches(embedded) -> None:
+    embedded.obs["study"] = pd.Categorical(np.random.default_rng(0).choice(["x", "y/z", "w"], 60))
+    embedded.obs["cell_type"] = embedded.obs["cell_type"].astype(str)
+    # a class that the reference lacks
+    embedded.obs.loc[embedded.obs_names[embedded.obs["study"] != "y/z"][:5], "cell_type"] = "C"
+    names = ["X_good", "X_noise"]
+    table = benchmark(embedded, use_rep=names, key="cell_type", batch_key="study", reference="y/z")
+    labels, is_reference = embedded.obs["cell_type"].to_numpy(), (embedded.obs["study"] == "y/z").to_numpy()
+    for name in names:
+        for column, inside in zip(metrics.TRANSFER_METRICS, (is_reference, ~is_reference), strict=True):
+            expected = transferred_slowly(embedded.obsm[name], labels, inside)
+            assert table.loc[name, column] == pytest.approx(expected)
+    assert table.loc["X_good", "transfer_from_reference"] > table.loc["X_noise", "transfer_from_reference"] + 0.2
+    without = benchmark(embedded, use_rep=names, key="cell_type", batch_key="study")
+    pd.testing.assert_frame_equal(table.drop(columns=list(metrics.TRANSFER_METRICS)), without)
+    assert "transfer" not in embedded.uns["scllm"]["benchmark"]
+
+
+@pytest.mark.parametrize("each", [True, "each"])
+def test_each_batch_can_be_the_reference_in_turn(embedded, tmp_path, each) -> None:
+    embedded.obs["study"] = pd.Categorical(np.random.default_rng(0).choice([1, 2, 3], 60))
+    options = {"use_rep": ["X_good", "X_noise"], "key": "cell_type", "batch_key": "study"}
+    alone = [benchmark(embedded, **options, reference=name) for name in ("1", "2", "3")]
+    table = benchmark(embedded, **options, reference=each)
+    embedded.write_h5ad(tmp_path / "a.h5ad")
+    entry = ad.read_h5ad(tmp_path / "a.h5ad").uns["scllm"]["benchmark"]
+    long = entry["transfer"].set_index(["reference", "embedding"])
+    assert entry["params"]["reference"] == each
+    for column in metrics.TRANSFER_METRICS:
+        separate = pd.concat([one[column] for one in alone], keys=["1", "2", "3"], names=["reference"])
+        np.testing.assert_allclose(long.loc[separate.index, column], separate)
+        np.testing.assert_allclose(table[column], separate.unstack("reference").mean(axis=1)[table.index])
+
+
+def test_a_reference_is_a_batch(embedded) -> None:
+    with pytest.raises(TypeError, match=naming("batch_key=", "reference='first'")):
+        benchmark(embedded, use_rep="X_good", key="cell_type", reference="first")
+    with pytest.raises(KeyError, match=naming("'firs'", "obs['batch']", "Did you mean 'first'", "'each'")):
+        benchmark(embedded, use_rep="X_good", key="cell_type", batch_key="batch", reference="firs")
+    assert "scllm" not in embedded.uns
+
+
 def test_bad_input_is_named(embedded) -> None:
     embedded.obs["one"] = pd.Categorical(["A"] * 60)
     with pytest.raises(KeyError, match="Did you mean 'cell_type'"):

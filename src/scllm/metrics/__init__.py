@@ -14,6 +14,7 @@ from scllm.metrics._embeddings import (
     clustering_agreement,
     graph_connectivity,
     knn_accuracy,
+    label_transfer,
     logistic_regression_scores,
     silhouette_batch,
     silhouette_label,
@@ -25,6 +26,7 @@ __all__ = [
     "BATCH_METRICS",
     "BIO_METRICS",
     "BIO_WEIGHT",
+    "TRANSFER_METRICS",
     "agreement",
     "batch_mixing",
     "bootstrap_interval",
@@ -35,6 +37,7 @@ __all__ = [
     "expected_calibration_error",
     "graph_connectivity",
     "knn_accuracy",
+    "label_transfer",
     "logistic_regression_scores",
     "mean_roc",
     "permutation_bound",
@@ -48,5 +51,6 @@ __all__ = [
 
 BIO_METRICS = ("nmi", "ari", "silhouette_label", "knn_accuracy", "logreg_accuracy", "logreg_macro_f1")
 BATCH_METRICS = ("silhouette_batch", "graph_connectivity", "batch_mixing")
+TRANSFER_METRICS = ("transfer_from_reference", "transfer_to_reference")
 BIO_WEIGHT = 0.6
 """Weight of the bio mean in the overall score; the batch mean has weight 0.4 (scIB)."""

@@ -29,6 +29,7 @@ __all__ = [
     "clustering_agreement",
     "graph_connectivity",
     "knn_accuracy",
+    "label_transfer",
     "logistic_regression_scores",
     "silhouette_batch",
     "silhouette_label",
@@ -213,6 +214,55 @@ def knn_accuracy(graph: CSR, labels: ArrayLike) -> float:
     """
     _, label = np.unique(np.asarray(labels), return_inverse=True)
     return float(np.mean(_neighbour_counts(graph, label).argmax(axis=1) == label))
+
+
+def label_transfer(
+    reference: FloatArray,
+    reference_labels: ArrayLike,
+    embedding: FloatArray,
+    labels: ArrayLike,
+    *,
+    n_neighbors: int = 15,
+    max_cells: int = 20_000,
+    random_state: int = 0,
+) -> float:
+    """Accuracy of labels that cells take over from their nearest neighbours (Euclidean) in a reference.
+
+    The neighbours vote. Of labels with equally many votes, the first in alphabetical order is taken. Cells whose class
+    the reference lacks are left out; NaN if no other cell is there.
+
+    Parameters
+    ----------
+    reference, reference_labels
+        Embedding ``(n_reference, d)`` and class of each cell of the reference.
+    embedding, labels
+        ``(n, d)`` and the class of each cell that gets a label.
+    n_neighbors
+        Number of neighbours that vote; fewer if the reference has fewer cells.
+    max_cells
+        The cost is that of comparing all pairs. If there are more cells on one side, about this many are drawn, from
+        each class in proportion to its size, and at least 10 from each.
+    random_state
+        Seed for drawing cells.
+
+    Examples
+    --------
+    >>> reference = np.array([[0.0], [0.1], [5.0], [5.1]])
+    >>> label_transfer(reference, ["B", "B", "T", "T"], np.array([[0.2], [2.0]]), ["B", "T"], n_neighbors=2)
+    0.5
+    """
+    known, sought = np.asarray(reference_labels), np.asarray(labels)
+    asked = np.flatnonzero(np.isin(sought, known))
+    if not len(asked):
+        return float("nan")
+    voters, _ = _stratified(known, max_cells, random_state)
+    drawn, weights = _stratified(sought[asked], max_cells, random_state)
+    asked = asked[drawn]
+    search = NearestNeighbors(n_neighbors=min(n_neighbors, len(voters))).fit(reference[voters])
+    nearest = search.kneighbors(embedding[asked], return_distance=False)
+    names, code = np.unique(known[voters], return_inverse=True)
+    votes = np.stack([(code[nearest] == each).sum(axis=1) for each in range(len(names))], axis=1)
+    return float(np.average(names[votes.argmax(axis=1)] == sought[asked], weights=weights))
 
 
 def _neighbour_counts(graph: CSR, group: IntArray) -> FloatArray:

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 
 from scllm._checks import missing_key
 from scllm._results import recorded
-from scllm.metrics import BATCH_METRICS, BIO_METRICS
+from scllm.metrics import BATCH_METRICS, BIO_METRICS, TRANSFER_METRICS
 from scllm.pl._axes import GREY, one_axis, show_or_return
 
 __all__ = ["benchmark_table"]
@@ -25,11 +25,18 @@ _TITLES = {
     "silhouette_batch": "silhouette\nbatch",
     "graph_connectivity": "graph\nconnectivity",
     "batch_mixing": "batch\nmixing",
+    "transfer_from_reference": "from\nreference",
+    "transfer_to_reference": "to\nreference",
     "bio": "bio",
     "batch": "batch",
     "overall": "overall",
 }
-_HEADINGS = {"bio conservation": BIO_METRICS, "batch correction": BATCH_METRICS, "means": ("bio", "overall")}
+_HEADINGS = {
+    "bio conservation": BIO_METRICS,
+    "batch correction": BATCH_METRICS,
+    "label transfer": TRANSFER_METRICS,
+    "means": ("bio", "overall"),
+}
 _GAP = 0.25  # between groups of columns
 
 
@@ -87,7 +94,7 @@ def _places(table: pd.DataFrame) -> dict[str, float]:
     """Return the left edge of each column: scores by kind, then means; without batches there is one mean."""
     means = ("bio", "batch", "overall") if "batch" in table else ("overall",)
     places, left = {}, 0.0
-    for kind in (BIO_METRICS, BATCH_METRICS, means):
+    for kind in (BIO_METRICS, BATCH_METRICS, TRANSFER_METRICS, means):
         present = [name for name in kind if name in table]
         places |= {name: left + at for at, name in enumerate(present)}
         left += len(present) + _GAP * bool(present)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scllm import _keys, metrics
-from scllm._checks import check_adata, embedding, groups, labels
+from scllm._checks import check_adata, embedding, groups, labels, missing_key
 from scllm._log import log, progress, warn
 from scllm._names import listed
 from scllm._results import record
@@ -35,6 +36,7 @@ def benchmark(
     use_rep: str | Sequence[str] = (_keys.EMBEDDING, _keys.PCA),
     key: str,
     batch_key: str | None = None,
+    reference: str | Literal[True] | None = None,
 ) -> pd.DataFrame:
     """Score how well cell embeddings separate cell types and mix batches, with PCA as the baseline.
 
@@ -57,6 +59,11 @@ def benchmark(
     batch_key
         Column of ``obs`` with batches. It adds the batch scores, which have a weight of 0.4 in the overall score.
 
+    reference
+        Batch of ``batch_key`` (a study, a donor) between which and the others labels are transferred by the 15 nearest
+        neighbours, in both directions. ``"each"`` or ``True``: every batch in turn is the reference of the others, and
+        the scores are means over batches. Cells of classes that the other side lacks are not scored.
+
     Returns
     -------
     A table with one row per embedding (the index) and these columns:
@@ -64,12 +71,16 @@ def benchmark(
     - ``nmi`` and ``ari`` of Leiden clusters at the best resolution, ``silhouette_label``, ``knn_accuracy``,
       ``logreg_accuracy`` and ``logreg_macro_f1`` (5-fold), and their mean ``bio``;
     - with ``batch_key``, ``silhouette_batch``, ``graph_connectivity``, ``batch_mixing`` and their mean ``batch``;
-    - ``overall``, which is ``0.6 bio + 0.4 batch``, or ``bio`` without batches.
+    - ``overall``, which is ``0.6 bio + 0.4 batch``, or ``bio`` without batches;
+    - with ``reference``, which changes no other score, ``transfer_from_reference`` (the accuracy of labels that the
+      other batches get from the reference) and ``transfer_to_reference`` (that of labels of the reference from all
+      others).
 
     Writes
     ------
     ``adata.uns["scllm"]["benchmark"]``
-        ``params`` and the same ``table``.
+        ``params`` and the same ``table``; with ``reference``, also ``transfer``, a table with both accuracies for each
+        embedding and each reference.
 
     Examples
     --------
@@ -87,6 +98,7 @@ def benchmark(
     scored_classes = classes[cells].cat.remove_unused_categories()
     scored_batches = None if batches is None else batches[cells].cat.remove_unused_categories()
     _check_classes(scored_classes, scored_batches, key, batch_key)
+    references = _references(reference, scored_batches, batch_key)
     for name in _trained_on(adata, names, key):
         log.warning(
             "obsm[%r] was computed with a model that was fine-tuned on a column %r. If it was trained on the labels of "
@@ -104,8 +116,13 @@ def benchmark(
         rows[name] |= scores
     rows = {name: _with_means(row) for name, row in rows.items()}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("embedding")
-    params = {"use_rep": names, "key": key, "batch_key": batch_key, "n_cells": int(cells.sum())}
-    record(adata, "benchmark", params, table)
+    params = {"use_rep": names, "key": key, "batch_key": batch_key, "reference": reference, "n_cells": int(cells.sum())}
+    transfer = None
+    if scored_batches is not None and references:
+        scored = {name: values[cells] for name, values in embeddings.items()}
+        transfer = _transfers(scored, truth, scored_batches.to_numpy(), references)
+        table = table.join(transfer.groupby("embedding")[list(metrics.TRANSFER_METRICS)].mean())
+    record(adata, "benchmark", params, table, transfer=transfer)
     return table
 
 
@@ -157,6 +174,39 @@ def _check_classes(classes: pd.Series, batches: pd.Series | None, key: str, batc
             f"Expected at least 2 batches in obs[{batch_key!r}] among the labelled cells, got one "
             f"({batches.cat.categories[0]!r}). Leave `batch_key` out to score without batches."
         )
+
+
+def _references(reference: str | Literal[True] | None, batches: pd.Series | None, batch_key: str | None) -> list[str]:
+    """Return the batches that are references in turn; none without ``reference``."""
+    if reference is None:
+        return []
+    if batches is None:
+        raise TypeError(
+            f"Expected batch_key= with reference={reference!r}, which is a batch of that column. Pass both, or leave "
+            "reference out."
+        )
+    names = batches.cat.categories.tolist()
+    if reference is True or reference == "each":
+        return names
+    if str(reference) not in names:
+        raise missing_key(
+            reference, names, f"a batch of obs[{batch_key!r}] among the scored cells", "Pass one of these, or 'each'."
+        )
+    return [str(reference)]
+
+
+def _transfers(
+    embeddings: Mapping[str, FloatArray], truth: IntArray, batch: NDArray[np.object_], references: Sequence[str]
+) -> pd.DataFrame:
+    """Transfer labels between each reference and all other batches in each embedding."""
+    pairs = [(name, reference) for name in embeddings for reference in references]
+    rows = []
+    for name, reference in progress(pairs, desc="transferring labels", total=len(pairs)):
+        inside = batch == reference
+        known, others = (embeddings[name][inside], truth[inside]), (embeddings[name][~inside], truth[~inside])
+        accuracies = [metrics.label_transfer(*known, *others), metrics.label_transfer(*others, *known)]
+        rows.append([name, reference, *accuracies])
+    return pd.DataFrame(rows, columns=["embedding", "reference", *metrics.TRANSFER_METRICS])
 
 
 def _embedding(adata: AnnData, name: str) -> FloatArray:
