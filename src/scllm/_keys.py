@@ -9,6 +9,7 @@ __all__ = [
     "CELL_TYPE",
     "COUNTS",
     "CROSS_VALIDATED",
+    "DISTANCE",
     "EMBEDDING",
     "FOLD",
     "GENES",
@@ -64,9 +65,11 @@ SPLIT = "split"
 LABEL = "scllm_label"
 PROBABILITY = "_prob"
 """Suffix: ``obs["scllm_label_prob"]``."""
+DISTANCE = "_distance"
+"""Suffix: ``obs["scllm_label_distance"]``, the distance to the known cells."""
 
 UNKNOWN = "unknown"
-"""No key: the label of cells that no class is probable enough for."""
+"""No key: the label of cells that are too far from the known cells, or that no class is probable enough for."""
 
 CROSS_VALIDATED = "_cv"
 """Suffix: ``obs["cell_type_cv"]``."""

@@ -136,8 +136,9 @@ def _key_table(adata: AnnData) -> pd.DataFrame:
 
 
 def drop_labels(adata: AnnData, column: str) -> None:
-    """Remove a column of labels or values of an earlier call, with its probabilities and the names of its classes."""
-    adata.obs = adata.obs.drop(columns=[column, column + _keys.PROBABILITY], errors="ignore")
+    """Remove a column of labels or values of an earlier call, with its scores and the names of its classes."""
+    columns = [column, column + _keys.PROBABILITY, column + _keys.DISTANCE]
+    adata.obs = adata.obs.drop(columns=columns, errors="ignore")
     adata.obsm.pop(column + _keys.PROBABILITIES, None)
     names = _class_names(adata)
     if (names["column"] == column).any():

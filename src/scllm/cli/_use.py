@@ -98,8 +98,20 @@ def classify(
     key_added: Annotated[
         str, typer.Option(help="Column to write; with several heads, _<key> is appended.")
     ] = "scllm_label",
+    unknown: Annotated[
+        str | None,
+        typer.Option(help="How cells of unseen types are found, to be labelled unknown: probability or distance."),
+    ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Cells whose best label has a lower probability are labelled unknown.")
+        float | None,
+        typer.Option(help="Lowest probability (--unknown distance: largest distance) of a cell of a known type."),
+    ] = None,
+    fpr: Annotated[
+        float | None,
+        typer.Option(
+            help="With --unknown, instead of --threshold: share of the cells of known types that may be labelled "
+            "unknown. [default: 0.05]"
+        ),
     ] = None,
     layer: Layer = None,
     gene_key: GeneKey = None,
@@ -121,7 +133,9 @@ def classify(
         adata,
         chosen,
         key_added=key_added,
+        unknown=unknown,  # type: ignore[arg-type]
         threshold=threshold,
+        fpr=fpr,
         layer=layer,
         gene_key=gene_key,
         min_coverage=min_coverage,
@@ -132,7 +146,8 @@ def classify(
     if out.suffix == ".h5ad":
         _write(adata, out)
     else:
-        named = [name + more for name in columns_of_heads(chosen, key_added) for more in ("", _keys.PROBABILITY)]
+        scores = ("", _keys.PROBABILITY, *([_keys.DISTANCE] if unknown == "distance" else []))
+        named = [name + more for name in columns_of_heads(chosen, key_added) for more in scores]
         adata.obs[[name for name in named if name in adata.obs]].to_csv(out, index_label="cell")
     typer.echo(f"labels of {adata.n_obs:,} cells written to {out}")
 

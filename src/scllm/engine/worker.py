@@ -110,7 +110,8 @@ def train_here(run: Run, device: str, source: CellSource | None, family: str | N
         if ranks.rank() == 0:
             watch.finish()
         ranks.wait_for_first()  # until the best weights, which all ranks read, are written
-        _finish(run, family, chosen, validation if isinstance(objective, Label) else None, precision)
+        labelled = (training, validation) if isinstance(objective, Label) else None
+        _finish(run, family, chosen, labelled, precision)
         ranks.wait_for_first()
 
 
@@ -214,9 +215,18 @@ def training_encoder(model: CellModel, max_len: int | None) -> Encoder:
     return replace(encoder, max_len=max_len)  # type: ignore[type-var]
 
 
-def _finish(run: Run, family: str | None, device: torch.device, validation: Loader | None, precision: str) -> None:
-    """Write the best weights to the model folder and mark the run as done; heads are calibrated by all ranks."""
-    if ranks.rank() != 0 and validation is None:
+def _finish(
+    run: Run,
+    family: str | None,
+    device: torch.device,
+    labelled: tuple[Loader, Loader | None] | None,
+    precision: str,
+) -> None:
+    """Write the best weights to the model folder and mark the run as done.
+
+    Heads on labels are calibrated by all ranks, with the training and validation cells.
+    """
+    if ranks.rank() != 0 and labelled is None:
         return
     best = restore(run.best)
     assert best is not None
@@ -227,8 +237,8 @@ def _finish(run: Run, family: str | None, device: torch.device, validation: Load
     model.load_state_dict(best)
     if is_adapted:
         merge_adapters(model)
-    if validation is not None:
-        calibrate(model.to(device), replace(validation, keep_empty=False), precision)
+    if labelled is not None:
+        calibrate(model.to(device), *labelled, precision)
         model.cpu()
     if ranks.rank() != 0:
         return

@@ -28,8 +28,9 @@ from scllm.data.run_files import read_history, read_ledger, read_report
 from scllm.data.vocab import Vocab
 from scllm.models.base import CellModel, Checkpoint, HeadSpec, ModelConfig
 from scllm.models.int8 import prepare_int8
+from scllm.models.known_cells import read_known_cells
 from scllm.models.sharded import all_shards
-from scllm.models.storage import HUB, LEDGER, from_hub, is_native, load_weights, read_native, read_torch
+from scllm.models.storage import HUB, KNOWN_CELLS, LEDGER, from_hub, is_native, load_weights, read_native, read_torch
 
 __all__ = [
     "BinEncoder",
@@ -342,6 +343,7 @@ def _load_native(folder: Path, ignore: Iterable[str], family: str | None) -> Cel
     model = _filled(module, checkpoint, checkpoint.vocab, folder, ignore, config.get("weight_dtype", "float32"))
     model.comparison = read_report(folder / "report.json")
     model.trained_on = read_ledger(folder / LEDGER)
+    model.known_cells = read_known_cells(folder / KNOWN_CELLS, heads)
     model.history = read_history(folder / "history.jsonl")
     model.path = folder.absolute()
     return model

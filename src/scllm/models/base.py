@@ -23,6 +23,7 @@ from scllm.models.config import ModelConfig
 from scllm.models.entries import entry
 from scllm.models.heads import HeadSpec, Level, Pooling
 from scllm.models.int8 import WeightDtype, to_float
+from scllm.models.known_cells import KnownCells, known_arrays
 from scllm.models.pruning import BlockParts, block_parts, compression
 from scllm.models.rank_weights import rank_weights
 from scllm.models.storage import check_empty, write_native
@@ -68,6 +69,9 @@ class CellModel(nn.Module):
         Where the model was last saved or loaded.
     head_specs
         What each module in ``heads`` predicts.
+    known_cells
+        What :func:`scllm.tl.finetune` keeps of the training and validation cells of each head that predicts labels, to
+        find cells of other types; empty for other models.
     """
 
     family: ClassVar[str]
@@ -102,6 +106,7 @@ class CellModel(nn.Module):
         self.weight_dtype: WeightDtype = "float32"
         self.head_specs: tuple[HeadSpec, ...] = ()
         self.heads = nn.ModuleList()
+        self.known_cells: dict[str, KnownCells] = {}
         special = torch.zeros(len(vocab), dtype=torch.bool)
         special[torch.from_numpy(vocab.special_ids).long()] = True
         self.register_buffer("is_special", special, persistent=False)
@@ -217,6 +222,7 @@ class CellModel(nn.Module):
 
     def set_heads(self, specs: Iterable[HeadSpec]) -> None:
         """Replace all heads by new ones."""
+        self.known_cells = {}
         self.head_specs = tuple(specs)
         self.heads = nn.ModuleList(self._new_head(spec) for spec in self.head_specs)
 
@@ -353,7 +359,10 @@ class CellModel(nn.Module):
         heads = [asdict(spec) for spec in self.head_specs]
         said = [asdict(self.config), self.vocab.to_dict(), encoder_to_dict(self.encoder), heads]
         digest.update(json.dumps(said, sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
+        kept = {
+            name: torch.from_numpy(array) for name, array in known_arrays(self.head_specs, self.known_cells).items()
+        }
+        for name, tensor in sorted((self.state_dict() | kept).items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

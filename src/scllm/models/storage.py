@@ -1,6 +1,7 @@
 """Write and read a model folder: ``config.json``, ``vocab.json``, ``weights.safetensors``.
 
-``extras.npz`` holds the arrays of encoders that have any. A folder is written completely or not at all.
+``extras.npz`` holds the arrays of encoders that have any, and ``known_cells.npz`` what is kept of training cells. A
+folder is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from scllm._names import listed
 from scllm.data.encode import encoder_to_dict
 from scllm.data.run_files import append_history, write_json, write_report
 from scllm.data.vocab import Vocab
+from scllm.models.known_cells import known_arrays
 
 if TYPE_CHECKING:
     from scllm.models.base import CellModel
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "gene_list",
     "HUB",
+    "KNOWN_CELLS",
     "LEDGER",
     "bytes_on_disk",
     "from_hub",
@@ -50,9 +53,9 @@ __all__ = [
 
 HUB = "hf://"
 _FORMAT = 1
-_ARRAYS = "extras.npz"
+_ARRAYS, KNOWN_CELLS = "extras.npz", "known_cells.npz"
 _REPORT, LEDGER = "report.json", "trained_on.json"
-_FILES = ("config.json", "vocab.json", "weights.safetensors", "history.jsonl", _REPORT, LEDGER, _ARRAYS)
+_FILES = ("config.json", "vocab.json", "weights.safetensors", "history.jsonl", _REPORT, LEDGER, _ARRAYS, KNOWN_CELLS)
 
 
 def write_native(model: CellModel, path: Path) -> None:
@@ -78,6 +81,8 @@ def write_native(model: CellModel, path: Path) -> None:
         (fresh / "vocab.json").write_text(json.dumps(model.vocab.to_dict()))
         if model.encoder.arrays:
             np.savez(fresh / _ARRAYS, allow_pickle=False, **model.encoder.arrays)
+        if model.known_cells:
+            np.savez(fresh / KNOWN_CELLS, allow_pickle=False, **known_arrays(model.head_specs, model.known_cells))
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, fresh / "weights.safetensors")
         if model.history is not None:

@@ -44,9 +44,10 @@ def resolve(model: ModelLike | None, adata: AnnData | None) -> CellModel:
 
 
 def copy_to_train(model: CellModel) -> CellModel:
-    """Copy a model to the CPU, without its history, comparison and path, which are not those of what it becomes."""
+    """Copy a model to the CPU, without what will not be that of the model it becomes, such as its history and path."""
     copied = copy.deepcopy(model).cpu()
     copied.history, copied.comparison, copied.path = None, None, None
+    copied.known_cells = {}
     return copied
 
 
