@@ -28,7 +28,9 @@ _MAX_CELLS = 10_000
 # training cells per head whose states are computed: enough for the covariance of some hundred directions
 _MAX_KNOWN = 4096
 # Share of the mean variance that is added to the variance of each direction. Chosen with docs/unseen_types.md.
-_RIDGE = 0.3
+_RIDGE = 0.03
+# directions in which the means of the labels differ less, compared with the first, are rounding errors
+_LEAST_DIFFERENCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,10 @@ def _known_cells(spec: HeadSpec, seen: _Read, judged: _Read | None) -> KnownCell
     states, labels = seen.states[seen.known], seen.labels[seen.known]
     center, whiten = whitening(states, _RIDGE, labels)
     means = torch.stack([((states[labels == code] - center) @ whiten).mean(0) for code in labels.unique()])
+    _, sizes, directions = torch.linalg.svd(means - means.mean(0), full_matrices=False)
+    directions = directions[sizes >= _LEAST_DIFFERENCE * sizes[0]].T
     nothing = np.zeros(0, np.float32)
-    known = KnownCells(center.numpy(), whiten.numpy(), means.numpy(), nothing, nothing)
+    known = KnownCells(center.numpy(), (whiten @ directions).numpy(), (means @ directions).numpy(), nothing, nothing)
     if judged is None or not judged.known.any():
         return known
     assert judged.states is not None

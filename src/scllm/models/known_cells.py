@@ -33,16 +33,17 @@ class KnownCells:
     ----------
     center
         Mean state of the training cells, ``(e,)``.
-    whiten
-        Matrix after which centred states have a regularised covariance within labels of one, ``(e, e)``.
+    discriminants
+        Linear discriminants ``(e, r)``: the directions in which the means of the labels differ, scaled so that the
+        regularised covariance within labels is the identity.
     means
-        Mean of each label's centred states after ``whiten``, ``(k, e)``; labels without cells are left out.
+        Mean of each label along the discriminants, ``(k, r)``; labels without cells are left out.
     probability, distance
         Probability of the best label and distance of each labelled validation cell, ascending, ``(n,)``.
     """
 
     center: FloatArray
-    whiten: FloatArray
+    discriminants: FloatArray
     means: FloatArray
     probability: FloatArray
     distance: FloatArray
@@ -51,13 +52,15 @@ class KnownCells:
         """Compute the Mahalanobis distance of states ``(b, e)`` to the closest mean of a label, ``(b,)``.
 
         All labels share one covariance matrix (Lee et al., "A simple unified framework for detecting
-        out-of-distribution samples and adversarial attacks", NeurIPS 2018, arXiv:1807.03888).
+        out-of-distribution samples and adversarial attacks", NeurIPS 2018, arXiv:1807.03888). Only directions in which
+        the labels differ count: in all others, cells differ by depth, donor and batch (docs/unseen_types.md).
         """
-        center, whiten, means = (torch.from_numpy(x).to(states.device) for x in (self.center, self.whiten, self.means))
+        arrays = (self.center, self.discriminants, self.means)
+        center, discriminants, means = (torch.from_numpy(array).to(states.device) for array in arrays)
         # in bfloat16, differences of close cells would be lost
         with torch.autocast(states.device.type, enabled=False):
-            whitened = (states.float() - center) @ whiten
-            return torch.cdist(whitened, means, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+            along = (states.float() - center) @ discriminants
+            return torch.cdist(along, means, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
 
 
 def outputs_and_inputs(model: CellModel, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

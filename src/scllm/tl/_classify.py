@@ -65,8 +65,9 @@ def classify(
         - ``"probability"``: the most probable label has too low a probability. Heads are often confident about cells of
           an unseen type.
         - ``"distance"``: the cell is too far from the training cells. The distance is the Mahalanobis distance (Lee et
-          al. 2018, arXiv:1807.03888), in what the last layer of the head reads, to the closest mean of a label; all
-          labels share one regularised covariance matrix. Models that were fine-tuned by earlier versions lack it.
+          al. 2018, arXiv:1807.03888), in what the last layer of the head reads, to the closest mean of a label. All
+          labels share one regularised covariance matrix, and only directions in which labels differ count. Models
+          that were fine-tuned by earlier versions lack it.
 
         ``None``: every cell gets a label, unless there is a ``threshold``. docs/unseen_types.md compares the two.
     threshold
