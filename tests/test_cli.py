@@ -128,6 +128,16 @@ def test_classify_writes_the_data_with_labels(data: Path, tuned: Path, tmp_path:
     assert set(ad.read_h5ad(out).obs["label"]) == {"unknown"}
 
 
+def test_classify_finds_cells_of_unseen_types(data: Path, tuned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "labels.csv"
+    done = call("classify", data, tuned, "--out", out, "--unknown", "distance", "--threshold", 0)
+    assert done.exit_code == 0, done.output
+    table = pd.read_csv(out, index_col="cell")
+    assert list(table) == ["scllm_label", "scllm_label_prob", "scllm_label_distance"]
+    assert set(table["scllm_label"]) == {"unknown"}
+    assert call("classify", data, tuned, "--out", out, "--fpr", 0.1).exit_code == 2
+
+
 def test_labels_are_those_of_this_call_alone(data: Path, tuned: Path, tmp_path: Path) -> None:
     cells, labels = ad.read_h5ad(data), tmp_path / "labels.csv"
     for name in ("scllm_label", "scllm_label_old", "scllm_label_prob_old"):

@@ -107,7 +107,40 @@ def test_another_model_used_after_embedding_causes_no_warning(adata, tiny) -> No
     assert set(query.obs["cell_type_transferred"]) <= set(reference.obs["cell_type"])
 
 
+@pytest.mark.parametrize("fpr", [None, 0.2])
+def test_cells_far_from_the_reference_are_unknown(query, reference, fpr, tmp_path) -> None:
+    query.obsm["X_scllm"][:5] += 9
+    known, new = reference.obsm["X_scllm"], query.obsm["X_scllm"]
+    transfer_labels(query, reference, key="kind", n_neighbors=4)
+    certain = query.obs["kind_transferred"].astype(str)
+    transfer_labels(query, reference, key="kind", n_neighbors=4, unknown="distance", fpr=fpr)
+    far = np.sort(np.linalg.norm(new[:, None] - known, axis=2), axis=1)[:, 3]
+    within = np.sort(np.linalg.norm(known[:, None] - known, axis=2), axis=1)[:, 4]  # the first is the cell itself
+    threshold = np.sort(within)[int(np.ceil(61 * (1 - (fpr or 0.05)))) - 1]
+    assert 5 <= (far > threshold).sum() < 25
+    found = query.obs["kind_transferred"]
+    assert found.tolist() == np.where(far > threshold, "unknown", certain).tolist()
+    np.testing.assert_allclose(query.obs["kind_transferred_distance"], far, rtol=1e-6)
+    [row] = query.uns["scllm"]["transfer_labels"]["table"].to_dict("records")
+    assert (row["column"], row["n_unknown"]) == ("kind_transferred", (far > threshold).sum())
+    assert row["threshold"] == pytest.approx(threshold)
+    query.write_h5ad(tmp_path / "q.h5ad")
+    transfer_labels(query, reference, key="kind")
+    assert "kind_transferred_distance" not in query.obs
+
+
+def test_a_threshold_is_the_largest_distance(query, reference) -> None:
+    reference.obs["kind"] = reference.obs["kind"].cat.codes.astype("category")
+    transfer_labels(query, reference, key="kind", n_neighbors=2, unknown="distance", threshold=1.5)
+    assert (query.obs["kind_transferred"].isna() == (query.obs["kind_transferred_distance"] > 1.5)).all()
+    assert 0 < query.obs["kind_transferred"].isna().sum() < 25
+
+
 BAD = {
+    "a rate alone": ({"fpr": 0.1}, TypeError, "fpr=0.1 needs unknown="),
+    "a threshold alone": ({"threshold": 0.1}, TypeError, "threshold=0.1 needs unknown='distance'"),
+    "another score": ({"unknown": "probability"}, ValueError, r"unknown .*'distance'.* got 'probability'"),
+    "no cell left": ({"unknown": "distance", "n_neighbors": 60}, ValueError, "n_neighbors .* from 1 to 59, got 60"),
     "no embedding": (
         {"use_rep": "X_scvi"},
         KeyError,

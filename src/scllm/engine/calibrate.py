@@ -117,7 +117,7 @@ def _read(model: CellModel, cells: Loader, rows: IntArray, keys: list[str], prec
 
 def _joined(parts: list[tuple[Tensor, Tensor | None, Tensor]], order: Tensor) -> _Read:
     logits, states, labels = zip(*parts, strict=True)
-    joined = None if states[0] is None else torch.cat(states)[order]
+    joined = None if states[0] is None else torch.cat([state for state in states if state is not None])[order]
     return _Read(torch.cat(logits)[order], joined, torch.cat(labels)[order])
 
 

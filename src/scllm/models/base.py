@@ -359,12 +359,12 @@ class CellModel(nn.Module):
         heads = [asdict(spec) for spec in self.head_specs]
         said = [asdict(self.config), self.vocab.to_dict(), encoder_to_dict(self.encoder), heads]
         digest.update(json.dumps(said, sort_keys=True).encode())
-        kept = {
-            name: torch.from_numpy(array) for name, array in known_arrays(self.head_specs, self.known_cells).items()
-        }
-        for name, tensor in sorted((self.state_dict() | kept).items()):
+        for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, array in sorted(known_arrays(self.head_specs, self.known_cells).items()):
+            digest.update(name.encode())
+            digest.update(array.tobytes())
         return digest.hexdigest()
 
     def save(self, path: str | PathLike[str], *, format: str = "native") -> None:

@@ -98,7 +98,8 @@ def read_known_cells(file: Path, specs: Sequence[HeadSpec]) -> dict[str, KnownCe
         return {}
     names = [field.name for field in fields(KnownCells)]
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        # numpy would leave a damaged file open
+        with file.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
             return {
                 spec.key: KnownCells(**{name: stored[f"{number}.{name}"] for name in names})
                 for number, spec in enumerate(specs)

@@ -97,9 +97,9 @@ def transfer_labels(
     name = f"{key}{_keys.TRANSFERRED}" if key_added is None else key_added
     check_adata(adata, copy, name)
     column = free_key(adata, "obs", name)
-    check_unknown(unknown, threshold, fpr, ("distance",))
     if unknown is None and threshold is not None:
         raise TypeError(f"threshold={threshold!r} needs unknown='distance'. Pass both, or leave threshold out.")
+    check_unknown(unknown, threshold, fpr, ("distance",))
     if not isinstance(reference, AnnData):
         raise TypeError(
             f"Expected reference to be an AnnData, got a {type(reference).__name__}. Read files with anndata.read_h5ad."
@@ -109,14 +109,8 @@ def transfer_labels(
     known, new = _embeddings(adata, reference, use_rep)
     codes = classes.cat.codes.to_numpy()
     labelled = np.flatnonzero(codes >= 0)
-    is_whole = isinstance(n_neighbors, Integral) and not isinstance(n_neighbors, bool)
     # a cell of the reference is not its own neighbour
-    most = len(labelled) - (unknown is not None)
-    if not is_whole or not 1 <= n_neighbors <= most:
-        raise ValueError(
-            f"Expected n_neighbors to be a whole number from 1 to {most}, got {n_neighbors!r}: the reference "
-            f"has {len(labelled)} cells with a label in obs[{key!r}]. Pass a smaller number, or a larger reference."
-        )
+    _check_n_neighbors(n_neighbors, len(labelled) - (unknown is not None), key, len(labelled))
     if unknown is None:
         advice = (
             f"obs[{column + _keys.PROBABILITY!r}] tells how certain each label is, and unknown='distance' finds them"
@@ -128,7 +122,9 @@ def transfer_labels(
     adata = adata.copy() if copy else adata
     record_name(adata, "obs", name)
     drop_labels(adata, column)
-    found, table, also = classes.cat.categories.to_numpy(dtype=object)[votes.argmax(axis=1)], None, []
+    found = classes.cat.categories.to_numpy(dtype=object)[votes.argmax(axis=1)]
+    table: pd.DataFrame | None = None
+    also: list[str] = []
     if limit is not None:
         distance = voters.kneighbors(new)[0][:, -1]
         is_unknown = limit.is_unknown(distance)
@@ -145,6 +141,15 @@ def transfer_labels(
     record_classes(adata, column, classes.cat.categories)
     record(adata, "transfer_labels", params, table, classes=classes.cat.categories.to_numpy(dtype=object))
     return adata if copy else None
+
+
+def _check_n_neighbors(n_neighbors: object, most: int, key: str, n_labelled: int) -> None:
+    is_whole = isinstance(n_neighbors, Integral) and not isinstance(n_neighbors, bool)
+    if not is_whole or not 1 <= n_neighbors <= most:  # type: ignore[operator]
+        raise ValueError(
+            f"Expected n_neighbors to be a whole number from 1 to {most}, got {n_neighbors!r}: the reference "
+            f"has {n_labelled} cells with a label in obs[{key!r}]. Pass a smaller number, or a larger reference."
+        )
 
 
 def _cutoff(voters: KNeighborsClassifier, known: FloatArray, threshold: float | None, fpr: float) -> Cutoff:

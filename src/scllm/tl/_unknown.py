@@ -72,7 +72,7 @@ def cutoffs(
     check_unknown(unknown, threshold, fpr, ("probability", "distance"))
     if unknown is None and threshold is None:
         return {}
-    score = unknown or "probability"
+    score: Unknown = unknown or "probability"
     labelled = [spec for spec in specs if spec.classes is not None]
     if not labelled:
         given = f"threshold={threshold}" if unknown is None else f"unknown={unknown!r}"
