@@ -30,13 +30,12 @@ from scllm.data.source import open_source
 from scllm.engine.head_start import whitening
 from scllm.engine.predict import predict
 from scllm.models import CellModel
-from scllm.models.known_cells import outputs_and_inputs
 from scllm.tl._model import gene_match
 from scllm.tl._unknown import FPR, cutoff_at
 
 KEY = "cell_type"
 # file, and number of its cells that are used, because each type takes a training
-SETS = {"pancreas": ("pancreas_2studies", 2_000), "sorted": ("pbmc_zheng2017_facs", 1_000)}
+SETS = {"pancreas": ("pancreas_2studies", 2_000), "sorted": ("pbmc_zheng2017_facs", 800)}
 PRETRAINING = {"size": "tiny", "batch_size": 64, "lr": 1e-3, "config": scllm.tl.TrainConfig(steps=40, max_len=129)}
 FINE_TUNING = {"epochs": 2, "batch_size": 64, "config": scllm.tl.TrainConfig(max_len=129)}
 # both on whitened states, with the ridge of engine/calibrate.py
@@ -114,7 +113,7 @@ def in_whole_space(tuned: CellModel, parts: dict[str, AnnData]) -> dict[str, dic
 
 def inputs_of_head(tuned: CellModel, cells: AnnData) -> torch.Tensor:
     source = open_source(cells)
-    forward = lambda replica, batch: outputs_and_inputs(replica, batch)[1][KEY]  # noqa: E731
+    forward = lambda replica, batch: replica.head_inputs(batch)  # noqa: E731
     found = predict(tuned, source, gene_match(cells, source, tuned), forward, device="cpu")
     return torch.cat([values for _, values in found])
 

@@ -22,7 +22,6 @@ from scllm.data.source import open_source
 from scllm.engine.config import Precision
 from scllm.engine.predict import predict
 from scllm.models.base import Batch, CellModel, HeadSpec
-from scllm.models.known_cells import outputs_and_inputs
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
 from scllm.tl._unknown import Cutoff, Unknown, cutoffs
@@ -64,10 +63,10 @@ def classify(
 
         - ``"probability"``: the most probable label has too low a probability. Heads are often confident about cells of
           an unseen type.
-        - ``"distance"``: the cell is too far from the training cells. The distance is the Mahalanobis distance (Lee et
-          al. 2018, arXiv:1807.03888), in what the last layer of the head reads, to the closest mean of a label. All
-          labels share one regularised covariance matrix, and only directions in which labels differ count. Models
-          that were fine-tuned by earlier versions lack it.
+        - ``"distance"``: the cell is too far from the training cells. The distance is the Mahalanobis distance of the
+          logits to the closest mean of a label, with one regularised covariance matrix for all labels (Lee et al. 2018,
+          arXiv:1807.03888). Logits depend on the directions in which labels differ, and not on depth, donor and batch
+          if these do not. Models that were fine-tuned by earlier versions lack it.
 
         ``None``: every cell gets a label, unless there is a ``threshold``. docs/unseen_types.md compares the two.
     threshold
@@ -124,30 +123,26 @@ def classify(
     source = open_source(adata, layer=layer)
     check_layer(source, chosen, layer, adata)
     match = gene_match(adata, source, chosen, gene_key, min_coverage)
-    measured = [spec.key for spec in specs if spec.key in limits] if unknown == "distance" else []
 
     def forward(replica: CellModel, batch: Batch) -> Tensor:
-        if not measured:
-            outputs = replica.head_outputs(batch)
-            return torch.cat([outputs[spec.key].float() for spec in specs], dim=1)
-        outputs, states = outputs_and_inputs(replica, batch)
-        far = [replica.known_cells[key].distances(states[key])[:, None] for key in measured]
-        return torch.cat([*(outputs[spec.key].float() for spec in specs), *far], dim=1)
+        outputs = replica.head_outputs(batch)
+        return torch.cat([outputs[spec.key].float() for spec in specs], dim=1)
 
     results = predict(
         chosen, source, match, forward, batch_size=batch_size, device=device, precision=precision, desc="classifying"
     )
-    edges = np.cumsum([*(spec.n_outputs for spec in specs), *(1 for _ in measured)])[:-1]
-    found = np.split(torch.cat([values for _, values in results]).numpy(), edges, axis=1)
-    distances = {key: far[:, 0] for key, far in zip(measured, found[len(specs) :], strict=True)}
+    outputs = torch.cat([values for _, values in results]).numpy()
+    edges = np.cumsum([spec.n_outputs for spec in specs])[:-1]
     adata = adata.copy() if copy else adata
     classes: dict[str, NDArray[np.object_]] = {}
     called = []
     for old in {*columns, *record_keys(adata, "obs", names, call=key_added)}:
         drop_labels(adata, old)
-    for spec, column, output in zip(specs, columns, found[: len(specs)], strict=True):
+    for spec, column, output in zip(specs, columns, np.split(outputs, edges, axis=1), strict=True):
         limit = limits.get(spec.key)
-        n_unknown = _write(adata, spec, output, column, limit, distances.get(spec.key))
+        is_far = limit is not None and limit.score == "distance"
+        distance = chosen.known_cells[spec.key].distances(output) if is_far else None
+        n_unknown = _write(adata, spec, output, column, limit, distance)
         if spec.classes is not None:
             classes["classes" + column.removeprefix(_keys.safe(key_added))] = np.array(spec.classes, dtype=object)
             record_classes(adata, column, spec.classes)

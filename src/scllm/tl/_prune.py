@@ -66,8 +66,8 @@ def prune(model: ModelLike, *, amount: float = 0.3, structured: bool = False) ->
     if before.head_specs:
         warn(
             f"The model has a head on {before.head_specs[0].key!r} that was trained before pruning. Pruning changes "
-            "its input, so that predicted labels and distances to the training cells may change considerably. Call "
-            "tl.finetune on the pruned model."
+            "its input, so that predicted labels and their distances to the training cells may change considerably. "
+            "Call tl.finetune on the pruned model."
         )
     after = copy.deepcopy(before).eval()
     if structured:
