@@ -58,7 +58,6 @@ def benchmark(
         scored.
     batch_key
         Column of ``obs`` with batches. It adds the batch scores, which have a weight of 0.4 in the overall score.
-
     reference
         Batch of ``batch_key`` (a study, a donor) between which and the others labels are transferred by the 15 nearest
         neighbours, in both directions. ``"each"`` or ``True``: every batch in turn is the reference of the others, and
@@ -72,9 +71,8 @@ def benchmark(
       ``logreg_accuracy`` and ``logreg_macro_f1`` (5-fold), and their mean ``bio``;
     - with ``batch_key``, ``silhouette_batch``, ``graph_connectivity``, ``batch_mixing`` and their mean ``batch``;
     - ``overall``, which is ``0.6 bio + 0.4 batch``, or ``bio`` without batches;
-    - with ``reference``, which changes no other score, ``transfer_from_reference`` (the accuracy of labels that the
-      other batches get from the reference) and ``transfer_to_reference`` (that of labels of the reference from all
-      others).
+    - with ``reference``, ``transfer_from_reference`` (accuracy of labels that the other batches get from the
+      reference) and ``transfer_to_reference`` (the reverse), which do not count in ``overall``.
 
     Writes
     ------
