@@ -68,7 +68,9 @@ NEEDED_BY_OTHERS = {
     "pynndescent": "scanpy.pp.neighbors of 8,192 cells or more, in a version that it can read",
 }
 # (module, function) -> why a dense array is right there
-DENSE_ALLOWED: dict[tuple[str, str], str] = {}
+DENSE_ALLOWED: dict[tuple[str, str], str] = {
+    ("scllm.data.targets", "dense"): "the predicted genes of a batch of spots, or of the spots of one section",
+}
 
 
 @dataclass(frozen=True)

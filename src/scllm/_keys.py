@@ -18,20 +18,29 @@ __all__ = [
     "LABEL",
     "LOUVAIN",
     "MEDIANS",
+    "MORANS_I",
     "NATS",
+    "PATCHES",
+    "PATCH_FEATURES",
     "PCA",
     "PERPLEXITY",
+    "PREDICTED",
     "PROBABILITIES",
     "PROBABILITY",
+    "PROGRAMMES",
     "RANKED",
     "RECONSTRUCTED",
     "REGULATOR_LEVEL",
+    "SECTION",
+    "SPATIAL",
+    "SPATIALLY_VARIABLE",
     "SPLIT",
     "TARGET",
     "TOKENS",
     "TOKEN_ID",
     "TOKEN_VALUES",
     "TOY",
+    "TOY_SPATIAL",
     "TRANSFERRED",
     "UNKNOWN",
     "UNS",
@@ -84,6 +93,14 @@ PERPLEXITY = "perplexity"
 NATS = "_nats"
 """Suffix: ``obs["perplexity_nats"]``."""
 
+MORANS_I = "morans_i"
+SPATIALLY_VARIABLE = "spatially_variable"
+PATCHES = "patches"
+PATCH_FEATURES = "X_patch"
+PREDICTED = "predicted"
+SPATIAL = "spatial"
+"""scanpy's: positions of spots in ``obsm``, images of sections in ``uns``."""
+
 BATCH = "batch"
 CELL_TYPE = "cell_type"
 LOUVAIN = "louvain"
@@ -91,8 +108,12 @@ GENE_SYMBOL = "gene_symbol"
 REGULATOR_LEVEL = "regulator_level"
 PCA = "X_pca"
 """scanpy's: read as the yardstick of ``benchmark``, never written."""
+SECTION = "section"
+PROGRAMMES = "programmes"
 TOY = "toy"
 """``uns["toy"]``: what was planted in the toy data."""
+TOY_SPATIAL = "toy_spatial"
+"""``uns["toy_spatial"]``: what was planted in the toy sections."""
 
 
 def safe(name: str) -> str:

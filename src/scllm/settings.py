@@ -6,7 +6,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-__all__ = ["cache_dir", "run_dir", "verbosity"]
+__all__ = ["cache_dir", "max_image_pixels", "run_dir", "verbosity"]
 
 verbosity: int = 2
 """How much scllm prints, with the same levels as scanpy. It can be changed at any time.
@@ -26,3 +26,6 @@ run_dir: Path = Path("scllm_runs")
 
 cache_dir: Path = user_cache_path("scllm")
 """Directory for downloaded files, by default in the platform's cache directory."""
+
+max_image_pixels: int = 500_000_000
+"""Largest JPEG or PNG image that is read. These are decoded as a whole and take three bytes a pixel."""

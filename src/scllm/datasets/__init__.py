@@ -7,5 +7,7 @@ from scllm.datasets._gene_sets import gene_set
 from scllm.datasets._pancreas import pancreas
 from scllm.datasets._pbmc import pbmc68k
 from scllm.datasets._toy import toy
+from scllm.datasets._toy_spatial import toy_spatial
+from scllm.datasets._visium import read_visium
 
-__all__ = ["census", "gene_set", "pancreas", "pbmc68k", "toy"]
+__all__ = ["census", "gene_set", "pancreas", "pbmc68k", "read_visium", "toy", "toy_spatial"]

@@ -48,6 +48,11 @@ _MAX_VALIDATION = 10_000
 def continue_run(run: Run, *, device: str = "auto", family: str | None = None) -> None:
     """Resume the run of a directory and train it to the end; this is ``python -m scllm run``."""
     if not run.is_done:
+        if run.spec.family == "spatial":
+            raise ValueError(
+                f"Expected a run of tl.pretrain or tl.finetune in {run.path}, got one of tl.{run.spec.verb}, whose "
+                "image features are not in the directory. Resume it with the call that started it."
+            )
         with _locked_by_first_rank(run):
             log.info("resuming the run in %s", run.path)
             train_here(run, device, None, family)

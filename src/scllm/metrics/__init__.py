@@ -19,6 +19,14 @@ from scllm.metrics._embeddings import (
     silhouette_batch,
     silhouette_label,
 )
+from scllm.metrics._expression import (
+    correlation_error,
+    gene_correlations,
+    pearson,
+    spearman,
+    structural_similarity,
+    variance_ratio,
+)
 from scllm.metrics._labels import class_f1, classification_scores, confusion, mean_roc, regression_scores
 from scllm.metrics._sequences import permutation_bound, unigram_nats
 
@@ -34,19 +42,25 @@ __all__ = [
     "classification_scores",
     "clustering_agreement",
     "confusion",
+    "correlation_error",
     "expected_calibration_error",
+    "gene_correlations",
     "graph_connectivity",
     "knn_accuracy",
     "label_transfer",
     "logistic_regression_scores",
     "mean_roc",
+    "pearson",
     "permutation_bound",
     "regression_scores",
     "reliability",
     "silhouette_batch",
     "silhouette_label",
+    "spearman",
+    "structural_similarity",
     "temperature",
     "unigram_nats",
+    "variance_ratio",
 ]
 
 BIO_METRICS = ("nmi", "ari", "silhouette_label", "knn_accuracy", "logreg_accuracy", "logreg_macro_f1")

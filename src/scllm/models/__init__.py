@@ -29,6 +29,7 @@ from scllm.data.vocab import Vocab
 from scllm.models.base import CellModel, Checkpoint, HeadSpec, ModelConfig
 from scllm.models.int8 import prepare_int8
 from scllm.models.known_cells import read_known_cells
+from scllm.models.plausibility import Plausibility
 from scllm.models.sharded import all_shards
 from scllm.models.storage import HUB, KNOWN_CELLS, LEDGER, from_hub, is_native, load_weights, read_native, read_torch
 
@@ -37,6 +38,7 @@ __all__ = [
     "CellModel",
     "DepthEncoder",
     "LevelEncoder",
+    "Plausibility",
     "RankEncoder",
     "ValueEncoder",
     "Vocab",

@@ -20,6 +20,7 @@ from scllm._log import quiet_imports
 from scllm.data.encode import Encoder, RankEncoder
 from scllm.data.vocab import Vocab
 from scllm.models.base import Batch, CellModel, ModelConfig, Outputs
+from scllm.models.entries import entry
 from scllm.models.hf_layers import attention_matrices, layer_parts, prunable_layers
 from scllm.models.int8 import has_plain_weights
 from scllm.models.layers import linear_cross_entropy
@@ -283,6 +284,17 @@ class GeneLM(CellModel):
         if self.likelihood != "causal" or head is None or not has_plain_weights(head):
             return super().gene_loss(batch, at, genes)
         return linear_cross_entropy(self.hidden(batch)[at - 1], head.weight, head.bias, genes)
+
+    @entry
+    def on_embeddings(self, x: Tensor, padding: Tensor, *, logits: bool, **more: Any) -> Tensor:
+        """Compute hidden states, or logits, of sequences of token embeddings, ``(b, l, e)`` to ``(b, l, ...)``.
+
+        Embeddings need not be rows of the gene table: means of rows stand for uncertain genes.
+        """
+        more |= self._positions(padding.long())
+        network = self.network if logits else self.network.base_model
+        found = network(inputs_embeds=x, attention_mask=(~padding).long(), **more)
+        return found.logits if logits else found.last_hidden_state
 
     def reconstruct(self, batch: Batch, at: Tensor, *, hide: bool) -> Tensor:
         """Compute the probability of each gene at its position, ``(n,)``.

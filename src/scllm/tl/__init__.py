@@ -9,7 +9,10 @@ from scllm.tl._classify import classify
 from scllm.tl._classify_genes import classify_genes
 from scllm.tl._cross_validate import cross_validate
 from scllm.tl._embed import embed, embed_genes
+from scllm.tl._evaluate_spatial import evaluate_spatial
 from scllm.tl._finetune import finetune
+from scllm.tl._fit_spatial import fit_spatial, predict_spatial
+from scllm.tl._patches import embed_patches
 from scllm.tl._perplexity import perplexity
 from scllm.tl._pretrain import pretrain
 from scllm.tl._prune import prune
@@ -26,8 +29,12 @@ __all__ = [
     "classify_genes",
     "embed",
     "embed_genes",
+    "embed_patches",
+    "evaluate_spatial",
     "finetune",
+    "fit_spatial",
     "perplexity",
+    "predict_spatial",
     "pretrain",
     "prune",
     "quantize",

@@ -58,6 +58,7 @@ __all__ = [
     "check_resume",
     "check_trainable",
     "merged_config",
+    "open_run",
     "processes",
     "train",
     "warn_of_unread_cells",
@@ -259,23 +260,9 @@ def write(training: Training, *, run_dir: str | PathLike[str] | None, resume: bo
     _check_settings(training)
     spec = training.spec()
     made = _missing(Path(settings.run_dir) if run_dir is None else Path(run_dir))
-    run = Run(_writable(Path(run_dir)) if run_dir is not None else _new_directory(training.verb))
+    run = open_run(spec, run_dir=run_dir, resume=resume)
     if run_dir is None:
         made.append(run.path)
-    if run.is_new():
-        if resume is True:
-            raise ValueError(
-                f"Expected a run to resume in {run.path} (resume=True), but there is none. Pass resume='auto' to start "
-                "one."
-            )
-        _check_free(run.path)
-    else:
-        if resume is False:
-            raise ValueError(
-                f"Expected an empty run directory (resume=False), but {run.path} already holds a run. Pass another "
-                "run_dir, or resume='auto' to resume the run."
-            )
-        run.check(spec)
     if not run.is_done:
         with run.locked():
             log_training(run.path, training)
@@ -284,6 +271,26 @@ def write(training: Training, *, run_dir: str | PathLike[str] | None, resume: bo
                     _set_up(run, spec, training)
             elif not run.is_done:
                 _set_up_again(run, spec, training)
+    return run
+
+
+def open_run(spec: RunSpec, *, run_dir: str | PathLike[str] | None, resume: bool | str) -> Run:
+    """Return a new run directory, or one that holds a run of the same specification; raise on any other."""
+    run = Run(_writable(Path(run_dir)) if run_dir is not None else _new_directory(spec.verb))
+    if run.is_new():
+        if resume is True:
+            raise ValueError(
+                f"Expected a run to resume in {run.path} (resume=True), but there is none. Pass resume='auto' to start "
+                "one."
+            )
+        _check_free(run.path)
+        return run
+    if resume is False:
+        raise ValueError(
+            f"Expected an empty run directory (resume=False), but {run.path} already holds a run. Pass another "
+            "run_dir, or resume='auto' to resume the run."
+        )
+    run.check(spec)
     return run
 
 
