@@ -15,7 +15,15 @@ from scllm._checks import missing_key, obs_column
 from scllm._names import listed
 from scllm._typing import CSR, FloatArray, IntArray
 
-__all__ = ["each_section", "nearest_spots", "sections_of", "spot_graph", "spot_pitch", "spot_positions"]
+__all__ = [
+    "each_section",
+    "nearest_spots",
+    "sections_of",
+    "spatial_blocks",
+    "spot_graph",
+    "spot_pitch",
+    "spot_positions",
+]
 
 # reaches the 6 neighbours of a hexagonal array and the 8 of a square one, in units of the distance between spots
 _REACH = 1.5
@@ -131,3 +139,17 @@ def nearest_spots(xy: FloatArray, section: pd.Series, k: int) -> IntArray:
         others = near[~own].reshape(len(spots), n)
         found[spots] = spots[others[:, np.arange(k) % n]]
     return found
+
+
+def spatial_blocks(xy: FloatArray, n_blocks: int) -> IntArray:
+    """Divide the spots of a section into contiguous blocks of nearly equal size, ``(n,)``: block of each spot.
+
+    The block with most spots is halved at the median of its longer axis until there are enough.
+    """
+    block = np.zeros(len(xy), np.int64)
+    for new in range(1, min(n_blocks, len(xy))):
+        spots = np.flatnonzero(block == np.bincount(block).argmax())
+        axis = int(np.ptp(xy[spots], axis=0).argmax())
+        upper = np.argsort(xy[spots, axis], kind="stable")[len(spots) // 2 :]
+        block[spots[upper]] = new
+    return block

@@ -7,6 +7,7 @@ from scllm.pl._classify import confusion_matrix
 from scllm.pl._compress import compression
 from scllm.pl._cross_validate import calibration, cv_scores, roc
 from scllm.pl._loss import loss_curves
+from scllm.pl._spatial import plausibility_tradeoff, spatial_prediction
 from scllm.pl._tokens import bin_distribution, gene_coverage, reconstruction
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "cv_scores",
     "gene_coverage",
     "loss_curves",
+    "plausibility_tradeoff",
     "reconstruction",
     "roc",
+    "spatial_prediction",
 ]

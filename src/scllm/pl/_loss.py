@@ -33,9 +33,10 @@ Source: TypeAlias = str | PathLike[str] | AnnData | pd.DataFrame | HasHistory
 
 _NO_LOSSES = (
     *("step", "epoch", "split", "lr", "mask_ratio", "commonest_answer", "mean_prediction"),
+    "plausibility_factor",
     *("grad_norm", "cells_per_s", "tokens_per_s", "mfu", "data_wait", "peak_memory"),
 )
-_TRAINED_BY = ("pretrain", "finetune")
+_TRAINED_BY = ("pretrain", "finetune", "fit_spatial")
 _MAX_EPOCH_MARKS = 12
 _POINTS_PER_WINDOW = 25
 _VALIDATION_DASHES = (0, (4, 1.5))

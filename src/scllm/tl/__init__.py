@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from scllm.engine.config import TrainConfig
 from scllm.engine.lora import LoraSettings
+from scllm.tl._ablate_spatial import ablate_spatial
 from scllm.tl._benchmark import benchmark
 from scllm.tl._classify import classify
 from scllm.tl._classify_genes import classify_genes
@@ -23,6 +24,7 @@ from scllm.tl._transfer import transfer_labels
 __all__ = [
     "LoraSettings",
     "TrainConfig",
+    "ablate_spatial",
     "benchmark",
     "classify",
     "cross_validate",

@@ -28,7 +28,7 @@ from scllm.models.plausibility import Plausibility
 from scllm.tl._fit_spatial import expression_source
 from scllm.tl._model import ModelLike, resolve
 
-__all__ = ["PER_GENE", "evaluate_spatial", "section_scores"]
+__all__ = ["PER_GENE", "evaluate_spatial", "section_scores", "summary"]
 
 PER_GENE = ("pcc", "spearman", "mse", "ssim", "morans_i_error", "variance_ratio")
 _TOP = 50
@@ -119,7 +119,7 @@ def evaluate_spatial(
         table.insert(0, "gene", adata.var_names[columns])
         table.insert(0, "section", name)
         tables.append(table)
-        rows[name] = _summary(true, guess, table, sets) | ({} if scorer is None else scorer(true, guess))
+        rows[name] = summary(true, guess, table, sets) | ({} if scorer is None else scorer(true, guess))
     scores = pd.DataFrame.from_dict(rows, orient="index")
     scores.loc["mean"] = scores.mean()
     n_constant = int(scores["n_constant"].iloc[:-1].sum())
@@ -156,9 +156,10 @@ def _morans_i(graph: CSR, values: FloatArray) -> FloatArray:
         return np.asarray(sc.metrics.morans_i(graph, np.ascontiguousarray(values.T, np.float64)))
 
 
-def _summary(
+def summary(
     truth: FloatArray, predicted: FloatArray, table: pd.DataFrame, sets: Mapping[str, IntArray]
 ) -> dict[str, float]:
+    """Average the scores of genes that vary in a section, and add those of pairs and sets of genes."""
     varying = table[table["pcc"].notna()]
     row = {name: varying[name].mean() for name in PER_GENE if name in table and name != "variance_ratio"}
     row["pcc_top50_variable"] = varying.nlargest(_TOP, "variance")["pcc"].mean()
