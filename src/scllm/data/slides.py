@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from scllm import settings
 from scllm._log import log
+from scllm.data.opened import opened
 from scllm.data.run_files import read_json
 
 __all__ = ["Slide", "open_slide", "slide_of_array"]
@@ -37,12 +38,20 @@ class Slide:
         The image and smaller versions of it, arrays ``(h, w, c)`` or, with ``channels_first``, ``(c, h, w)``.
     microns_per_pixel
         Width of a pixel of the first level in micrometres; ``None`` if the file does not tell.
+    file
+        The open file, if there is one.
     """
 
     name: str
     levels: Sequence[Any]
     channels_first: bool = False
     microns_per_pixel: float | None = None
+    file: Any = None
+
+    def close(self) -> None:
+        """Close the file; a verb closes it when it ends."""
+        if self.file is not None:
+            self.file.close()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -162,8 +171,12 @@ def _open_tiff(path: Path) -> Slide:
         ) from error
     try:
         file = tifffile.TiffFile(path)
+    except (tifffile.TiffFileError, OSError, ValueError) as error:
+        raise _unreadable(str(path), error) from error
+    opened(file)
+    try:
         series = file.series[0]
-        levels = [zarr.open_array(level.aszarr(), mode="r") for level in series.levels]
+        levels = [zarr.open_array(series.aszarr(level=n), mode="r") for n in range(len(series.levels))]
     except (tifffile.TiffFileError, OSError, ValueError, IndexError) as error:
         raise _unreadable(str(path), error) from error
     axes = series.axes
@@ -172,7 +185,7 @@ def _open_tiff(path: Path) -> Slide:
             f"Expected a colour image in {path} (axes YXS or CYX), got axes {axes} of shape {series.shape}. Export the "
             "H&E image alone."
         )
-    return Slide(str(path), levels, axes[0] in "SC", _tiff_scale(file))
+    return Slide(str(path), levels, axes[0] in "SC", _tiff_scale(file), file)
 
 
 def _tiff_scale(file: Any) -> float | None:

@@ -17,6 +17,7 @@ from scllm._log import log, warn
 from scllm._names import listed
 from scllm._results import free_key, record, record_name
 from scllm._typing import FloatArray, IntArray
+from scllm.data.opened import closes_files
 from scllm.data.patches import Placed, find_image
 from scllm.data.spots import each_section, sections_of, spot_pitch, spot_positions
 
@@ -25,6 +26,7 @@ __all__ = ["image_patches"]
 Image = str | PathLike[str]
 
 
+@closes_files()
 def image_patches(
     adata: AnnData,
     *,

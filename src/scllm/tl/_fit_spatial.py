@@ -209,6 +209,7 @@ _USED = (
 )
 
 
+@closes_files()
 def predict_spatial(
     adata: AnnData,
     model: ModelLike | None = None,

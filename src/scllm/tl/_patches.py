@@ -18,6 +18,7 @@ from scllm._checks import check_adata, missing_key
 from scllm._log import log, progress
 from scllm._results import free_key, record, record_name, recorded
 from scllm._typing import FloatArray
+from scllm.data.opened import closes_files
 from scllm.data.patches import PatchReader
 from scllm.data.spots import sections_of
 from scllm.engine.device import resolve_device
@@ -28,6 +29,7 @@ __all__ = ["embed_patches", "patch_reader"]
 Encoder = Callable[[Tensor], Any]
 
 
+@closes_files()
 def embed_patches(
     adata: AnnData,
     *,
