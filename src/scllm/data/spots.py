@@ -27,6 +27,7 @@ __all__ = [
 
 # reaches the 6 neighbours of a hexagonal array and the 8 of a square one, in units of the distance between spots
 _REACH = 1.5
+_TIED = 12  # further spots that may be as far away as the last one
 
 
 def spot_positions(obsm: Mapping[str, Any], names: pd.Index) -> FloatArray:
@@ -124,7 +125,9 @@ def spot_graph(xy: FloatArray, section: pd.Series) -> CSR:
 def nearest_spots(xy: FloatArray, section: pd.Series, k: int) -> IntArray:
     """Return the ``k`` nearest other spots of the same section, ``(n, k)``.
 
-    In a section with fewer spots, the nearest ones are repeated; a spot that is alone is its own neighbour.
+    Of spots at the same distance, those further up and then further left come first, so that the result does not depend
+    on the order of spots. In a section with fewer spots, the nearest ones are repeated; a spot that is alone is its own
+    neighbour.
     """
     found = np.empty((len(xy), k), np.int64)
     for _, spots in each_section(section):
@@ -132,11 +135,15 @@ def nearest_spots(xy: FloatArray, section: pd.Series, k: int) -> IntArray:
         if not n:
             found[spots] = spots[:, None]
             continue
-        near = cKDTree(xy[spots]).query(xy[spots], k=n + 1)[1]
+        at = xy[spots]
+        far, near = cKDTree(at).query(at, k=min(n + 1 + _TIED, len(spots)))
+        steps = np.rint(far / max(spot_pitch(at), 1e-12) * 1e4)
+        order = np.lexsort((at[near, 0], at[near, 1], steps), axis=1)
+        near = np.take_along_axis(near, order, axis=1)
         # a spot at the same place may come before the spot itself, so drop by number and not by column
         own = near == np.arange(len(spots))[:, None]
         own[~own.any(axis=1), -1] = True
-        others = near[~own].reshape(len(spots), n)
+        others = near[~own].reshape(len(spots), -1)
         found[spots] = spots[others[:, np.arange(k) % n]]
     return found
 

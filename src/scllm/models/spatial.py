@@ -25,8 +25,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "base": {},
 }
 
-PRETRAIN: dict[str, Any] = {}
 FINETUNE: dict[str, Any] = {"epochs": 60, "batch_size": 32, "lr": 1e-3}
+PRETRAIN = FINETUNE  # never used: the family is trained by tl.fit_spatial alone
 
 Likelihood = Literal["mse", "nb"]
 

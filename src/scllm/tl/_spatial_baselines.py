@@ -14,6 +14,7 @@ __all__ = ["knn_prediction", "mean_prediction", "ridge_prediction"]
 
 PENALTIES = tuple(np.logspace(-1, 6, 15))
 NUMBERS = (5, 10, 20, 40)
+_SAME = 1e-3  # difference of mean correlations that counts as none
 
 Fit = Callable[[Any, FloatArray, FloatArray, FloatArray], FloatArray]
 
@@ -50,7 +51,11 @@ def knn_prediction(
 
 
 def _chosen(settings: Sequence[Any], fit: Fit, features: FloatArray, expression: FloatArray, fold: IntArray) -> Any:
-    """Return the setting with the highest mean correlation per gene within the held-out folds."""
+    """Return the first setting whose mean correlation per gene within the held-out folds is as good as the best.
+
+    Correlation does not change as predictions shrink, so of many large penalties that are equally good the smallest is
+    taken.
+    """
     scores = []
     for setting in settings:
         of_folds = [
@@ -58,7 +63,7 @@ def _chosen(settings: Sequence[Any], fit: Fit, features: FloatArray, expression:
             for train, test in _folds(fold)
         ]
         scores.append(np.mean([np.nanmean(score) for score in of_folds]))
-    return settings[int(np.argmax(scores))]
+    return settings[int(np.argmax(np.array(scores) >= max(scores) - _SAME))]
 
 
 def _folds(fold: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
