@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from os import PathLike
-from typing import Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 import torch
@@ -269,11 +269,12 @@ class Plausibility(nn.Module):
 
     def _hidden_error(self, tokens: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
         """Compute the mean squared error of hidden genes that are predicted from the others, ``(b,)``."""
-        shown = values.index_fill(1, hidden, float(self.lm.config.mask_value))
+        lm: Any = self.lm
+        shown = values.index_fill(1, hidden, float(lm.config.mask_value))
         batch = self._value_batch(tokens, shown)
         states = self._value_states(tokens, shown)[:, hidden]
         cell_of = torch.arange(len(values), device=values.device).repeat_interleave(len(hidden))
-        decoded = self.lm.decode(states.flatten(0, 1), cell_of, batch)["value"].view(len(values), -1)
+        decoded = lm.decode(states.flatten(0, 1), cell_of, batch)["value"].view(len(values), -1)
         return ((decoded - values[:, hidden]) ** 2).mean(1)
 
 
@@ -335,7 +336,7 @@ def _check(lm: CellModel, kind: str, top_k: int, tau: float, margin: float, mask
             f"Expected lm to be of the family 'gpt2', 'albert', 'xlnet' or 'scgpt', got a {lm.family} model. Pretrain "
             "one of these."
         )
-    if not isinstance(lm.encoder, ValueEncoder) or lm.config.value_style == "category":
+    if not isinstance(lm.encoder, ValueEncoder) or getattr(lm.config, "value_style", None) == "category":
         raise ValueError(
             "Expected an scgpt model that reads log-normalised values, because predictions are such values, got one "
             f"with {type(lm.encoder).__name__}. Build it with encoder=scllm.models.ValueEncoder(max_len=1201)."
