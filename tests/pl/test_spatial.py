@@ -62,7 +62,7 @@ def test_every_arm_is_drawn_at_its_scores():
     )
     ax = scllm.pl.plausibility_tradeoff(table, show=False)
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["ridge", "no plausibility term", "feature"]
+    assert labels == ["ridge regression", "no plausibility term", "feature"]
     points = {bar.get_label(): bar.lines[0].get_xydata()[0].tolist() for bar in ax.containers}
     assert points["feature"] == [0.26, 0.35]
     (segment,) = ax.containers[2].lines[2][0].get_segments()

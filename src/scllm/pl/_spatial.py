@@ -24,8 +24,8 @@ from scllm.pl._axes import GREY, AxesArray, axis_grid, colors, one_axis, show_or
 __all__ = ["plausibility_tradeoff", "spatial_prediction"]
 
 _IMAGES = {"lowres": "tissue_lowres_scalef", "hires": "tissue_hires_scalef"}
-_BASELINES = ("mean", "ridge", "knn")
-_ARMS = {"mean": "mean profile", "knn": "nearest neighbours", "none": "no plausibility term"}
+_BASELINES = {"ridge": "s", "knn": "D"}  # and their markers
+_ARMS = {"ridge": "ridge regression", "knn": "nearest neighbours", "none": "no plausibility term"}
 
 
 def spatial_prediction(
@@ -113,7 +113,8 @@ def plausibility_tradeoff(
     """Plot correlation with the truth against the error of gene-gene correlations, for each arm of an ablation.
 
     Better predictors are further right and lower. Bars are 95 % intervals of the difference from the predictor without
-    plausibility term, whose scores are the dashed lines. Baselines are grey squares.
+    plausibility term, whose scores are the dashed lines. Baselines are grey. The mean profile is left out, because its
+    correlation is 0.
 
     Parameters
     ----------
@@ -148,7 +149,7 @@ def plausibility_tradeoff(
     chosen = there[-1] if n_train_groups is None else n_train_groups
     if chosen not in there:
         raise ValueError(f"Expected n_train_groups to be one of {there}, got {chosen}. Pass one of them.")
-    table = table[table["n_train_groups"] == chosen]
+    table = table[(table["n_train_groups"] == chosen) & (table["arm"].astype(str) != "mean")]
     ax = one_axis(ax, (6.4, 4.6))
     terms = [arm for arm in table["arm"].astype(str) if arm not in _BASELINES]
     hues = dict(zip(terms, colors(max(2, len(terms))), strict=False))
@@ -228,11 +229,8 @@ def _draw_arm(ax: Axes, row: Mapping[str, Any], color: str) -> None:
         low, middle, high = (row.get(f"{score}_{part}", np.nan) for part in ("low", "difference", "high"))
         if low == low and middle == middle and high == high:
             bars[axis] = np.array([[max(0.0, middle - low)], [max(0.0, high - middle)]])
-    marker = "s" if name in _BASELINES else "o"
+    marker = _BASELINES.get(name, "o")
     ax.errorbar(
         row["pcc"], row["correlation_error"], **bars, fmt=marker, color=color, markersize=6, elinewidth=0.8,
         label=_ARMS.get(name, name), markerfacecolor=color if name not in _BASELINES else "white",
     )  # fmt: skip
-    if name in _BASELINES:
-        ax.annotate(_ARMS.get(name, name), (row["pcc"], row["correlation_error"]), (6, 4), textcoords="offset points",
-                    fontsize="x-small", color=GREY)  # fmt: skip
