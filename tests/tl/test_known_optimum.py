@@ -47,7 +47,7 @@ def lm():
 
 def fitted(term=None, weight=0.0, n_steps=300):
     """Scores on new spots: squared error over the optimum, correlation, variance ratio."""
-    features, truth = spots(1000, 1)
+    features, truth = spots(1500, 1)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, N_GENES))
     nn.init.constant_(network[2].bias, 3.0)
