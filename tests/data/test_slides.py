@@ -131,7 +131,8 @@ def test_the_limit_of_pixels_is_a_setting(tmp_path, picture, monkeypatch):
 def test_a_damaged_image_is_named(tmp_path, picture, name):
     path = tmp_path / name
     tifffile.imwrite(path, picture) if name == "he.tif" else Image.fromarray(picture).save(path)
-    path.write_bytes(path.read_bytes()[: 8 if name == "he.tif" else 600])
+    content = path.read_bytes()
+    path.write_bytes(content[: 8 if name == "he.tif" else len(content) // 2])
     with pytest.raises(ValueError, match=naming(name, "cannot be read")):
         open_slide(path).patch((0, 0, 90, 90), 90)
 
