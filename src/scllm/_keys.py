@@ -15,6 +15,7 @@ __all__ = [
     "GENES",
     "GENE_LABEL",
     "GENE_SYMBOL",
+    "GRN",
     "LABEL",
     "LOUVAIN",
     "MEDIANS",
@@ -28,6 +29,12 @@ __all__ = [
     "PROBABILITIES",
     "PROBABILITY",
     "PROGRAMMES",
+    "PERTURB",
+    "PERTURBED",
+    "PREDICTED",
+    "PROBABILITIES",
+    "PROBABILITY",
+    "PROGRAMME",
     "RANKED",
     "RECONSTRUCTED",
     "REGULATOR_LEVEL",
@@ -43,6 +50,7 @@ __all__ = [
     "TOY_SPATIAL",
     "TRANSFERRED",
     "UNKNOWN",
+    "UNPERTURBED",
     "UNS",
     "safe",
 ]
@@ -88,6 +96,16 @@ FOLD = "_fold"
 """Suffix: ``obs["cell_type_cv_fold"]``."""
 TRANSFERRED = "_transferred"
 """Suffix: ``obs["cell_type_transferred"]``."""
+
+PERTURB = "perturb"
+PERTURBED = "X_scllm_"
+"""Prefix: ``obsm["X_scllm_perturb"]``."""
+UNPERTURBED = "_before"
+"""Suffix: ``obsm["X_scllm_perturb_before"]``."""
+PREDICTED = "predicted"
+GRN = "grn"
+PROGRAMME = "_programme"
+"""Suffix: ``var["grn_programme"]``."""
 
 PERPLEXITY = "perplexity"
 NATS = "_nats"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scllm._log import log, progress
@@ -56,6 +58,7 @@ def predict(
     random_state: int = 0,
     desc: str = "embedding",
     passes: int | None = 1,
+    obs: Mapping[str, NDArray[Any]] | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Compute ``forward`` for consecutive batches of cells; results are on the CPU and in float32.
 
@@ -81,6 +84,8 @@ def predict(
         What is done to the cells, for the log and the progress bar.
     passes
         Number of forward passes in ``forward``, to estimate the time; ``None``: one per token.
+    obs
+        Columns to add to the batches, with values for all rows of the source.
 
     Yields
     ------
@@ -121,6 +126,7 @@ def predict(
         model.vocab,
         size * len(devices),
         seed=random_state,
+        obs=obs or {},
         training=False,
         pinned=first.type == "cuda",
     )

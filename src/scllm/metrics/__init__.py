@@ -28,6 +28,7 @@ from scllm.metrics._expression import (
     variance_ratio,
 )
 from scllm.metrics._labels import class_f1, classification_scores, confusion, mean_roc, regression_scores
+from scllm.metrics._matched_null import FEWEST_NULLS, matched_null_test
 from scllm.metrics._sequences import permutation_bound, unigram_nats
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "BIO_METRICS",
     "BIO_WEIGHT",
     "TRANSFER_METRICS",
+    "FEWEST_NULLS",
     "agreement",
     "batch_mixing",
     "bootstrap_interval",
@@ -49,6 +51,7 @@ __all__ = [
     "knn_accuracy",
     "label_transfer",
     "logistic_regression_scores",
+    "matched_null_test",
     "mean_roc",
     "pearson",
     "permutation_bound",

@@ -15,6 +15,7 @@ from scllm.tl._finetune import finetune
 from scllm.tl._fit_spatial import fit_spatial, predict_spatial
 from scllm.tl._patches import embed_patches
 from scllm.tl._perplexity import perplexity
+from scllm.tl._perturb import perturb
 from scllm.tl._pretrain import pretrain
 from scllm.tl._prune import prune
 from scllm.tl._quantize import quantize
@@ -37,6 +38,7 @@ __all__ = [
     "fit_spatial",
     "perplexity",
     "predict_spatial",
+    "perturb",
     "pretrain",
     "prune",
     "quantize",
