@@ -68,6 +68,9 @@ class Loader:
         Principal components of the cells, for batches with views for relational pretraining.
     keep_whole
         Whether batches also contain the complete cells, with all their counts and genes.
+    inputs
+        Row of the cell that is read for each row of the source, ``(n_obs,)``; the complete cell of a batch is that of
+        the row itself. ``None``: both are the same cell.
     training
         Whether random numbers differ between epochs, and long cells are reduced to a random subset of their genes.
     keep_empty
@@ -90,6 +93,7 @@ class Loader:
     downsample: float = 0.0
     reference: Reference | None = None
     keep_whole: bool = False
+    inputs: IntArray | None = None
     training: bool = True
     keep_empty: bool = False
     pinned: bool = False
@@ -148,9 +152,11 @@ class Loader:
                 yield from self._encode(*block, epoch, parts)
 
     def _read(self, reads: Iterator[Read]) -> Generator[tuple[Read, CSR, IntArray], None, None]:
-        """Read the counts of each plan in the order of the file, and say which of them belongs to each row."""
+        """Read the counts of each plan in the order of the file; say which belong to each row, then to its input."""
         for read in reads:
-            ascending, place = np.unique(self.rows[read.rows], return_inverse=True)
+            rows = self.rows[read.rows]
+            asked = rows if self.inputs is None else np.concatenate([rows, self.inputs[rows]])
+            ascending, place = np.unique(asked, return_inverse=True)
             yield read, read_checked(self.source, ascending), place
 
     def _encode(
@@ -164,7 +170,11 @@ class Loader:
         for first, last in pairwise(np.cumsum([0, *read.sizes])):
             chosen = rows[first:last]
             tokens = self.match.tokens(_taken(counts, place[first:last]), chosen)
-            sequences, spacing = self._sequences(tokens, chosen, keys[first:last])
+            shown, of = tokens, chosen
+            if self.inputs is not None:
+                of = self.inputs[chosen]
+                shown = self.match.tokens(_taken(counts, place[len(rows) :][first:last]), of)
+            sequences, spacing = self._sequences(shown, of, keys[first:last])
             whole = self._whole(tokens, chosen) if self.keep_whole else None
             view = self._view(tokens, chosen, keys[first:last])
             cuts = np.linspace(first, last, parts + 1).astype(int)

@@ -50,12 +50,15 @@ class Cells:
         source, ``(n_obs,)``.
     weights
         Probability of drawing each training cell, up to a factor, ``(n_train,)``; ``None``: each is read once an epoch.
+    inputs
+        Row of the cell that the model reads for each row of the source, ``(n_obs,)``; ``None``: the cell itself.
     """
 
     train: IntArray
     validation: IntArray
     targets: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     weights: FloatArray | None = None
+    inputs: IntArray | None = None
 
     def save(self, path: Path) -> None:
         """Write the arrays."""
@@ -77,7 +80,8 @@ class Cells:
     def _arrays(self) -> dict[str, NDArray[Any]]:
         targets = {_TARGET + key: column for key, column in self.targets.items()}
         weights = {} if self.weights is None else {"weights": self.weights}
-        return {"train": self.train, "validation": self.validation, **targets, **weights}
+        inputs = {} if self.inputs is None else {"inputs": self.inputs}
+        return {"train": self.train, "validation": self.validation, **targets, **weights, **inputs}
 
 
 @dataclass(frozen=True)

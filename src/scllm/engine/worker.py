@@ -108,7 +108,7 @@ def train_here(run: Run, device: str, source: CellSource | None, family: str | N
                 config,
                 run=run,
                 validation=validation,
-                from_start=spec.verb == "finetune",
+                from_start=spec.verb in ("finetune", "fit_perturbation"),
                 precision=precision,
                 track=seen,
             )
@@ -196,6 +196,7 @@ def _loaders(
         "pinned": model.device.type == "cuda",
         "keep_whole": getattr(objective, "predicts_whole_cells", False),
         "reference": Reference.load(run.reference) if config.relational else None,
+        "inputs": cells.inputs,
     }
     held_out = cells.validation
     if config.eval_every is not None and len(held_out) > _MAX_VALIDATION:

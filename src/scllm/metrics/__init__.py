@@ -29,6 +29,13 @@ from scllm.metrics._expression import (
 )
 from scllm.metrics._labels import class_f1, classification_scores, confusion, mean_roc, regression_scores
 from scllm.metrics._matched_null import FEWEST_NULLS, matched_null_test
+from scllm.metrics._perturbation import (
+    LOWER_IS_BETTER,
+    PERTURBATION_METRICS,
+    MeasuredChange,
+    discrimination,
+    perturbation_scores,
+)
 from scllm.metrics._sequences import permutation_bound, unigram_nats
 
 __all__ = [
@@ -37,6 +44,9 @@ __all__ = [
     "BIO_WEIGHT",
     "TRANSFER_METRICS",
     "FEWEST_NULLS",
+    "LOWER_IS_BETTER",
+    "PERTURBATION_METRICS",
+    "MeasuredChange",
     "agreement",
     "batch_mixing",
     "bootstrap_interval",
@@ -45,6 +55,7 @@ __all__ = [
     "clustering_agreement",
     "confusion",
     "correlation_error",
+    "discrimination",
     "expected_calibration_error",
     "gene_correlations",
     "graph_connectivity",
@@ -55,6 +66,7 @@ __all__ = [
     "mean_roc",
     "pearson",
     "permutation_bound",
+    "perturbation_scores",
     "regression_scores",
     "reliability",
     "silhouette_batch",

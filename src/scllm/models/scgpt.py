@@ -41,6 +41,9 @@ PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 1e-4, "relational_weight": 4_00
 # the head is fitted beforehand (engine/head_start.py), and higher learning rates would first undo that
 FINETUNE = {"epochs": 3, "batch_size": 32, "lr": 3e-5}
 
+# values of the flag of a gene in the original: not perturbed, perturbed, padding
+_N_FLAGS = 3
+
 ValueStyle = Literal["continuous", "category", "scaling"]
 
 
@@ -76,6 +79,14 @@ class Config(ModelConfig):
     pooled_skip
         Whether ``<cls>`` starts from the normalised mean of the cell's gene embeddings, weighted by their values, in
         addition to its own embedding. Cell embeddings then learn faster. Published models do not have it.
+    perturbed
+        Names of the perturbations that the model was trained on; empty for models that predict no perturbations. Such a
+        model reads a flag of each gene, and predicts expression after a perturbation by an affine function of that
+        before (``TransformerGenerator`` in the original).
+    n_decoders
+        Number of affine decoders of an ensemble (1 in the original).
+    n_covariates
+        Length of the vector that describes a compound and its dose; 0 for perturbed genes.
     """
 
     dropout: float = 0.2
@@ -91,9 +102,13 @@ class Config(ModelConfig):
     adversarial: bool = False
     class_layers: int = 3
     pooled_skip: bool = False
+    perturbed: tuple[str, ...] = ()
+    n_decoders: int = 1
+    n_covariates: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "perturbed", tuple(self.perturbed))
         if (self.batch_labels or self.domain_norm or self.adversarial) and self.n_batches < 1:
             raise ValueError(
                 "Expected n_batches of at least 1 with batch_labels, domain_norm or adversarial, got "
@@ -145,7 +160,14 @@ class Model(CellModel):
             for heads, hidden in config.block_sizes()
         )
         d_seen = 2 * d if config.batch_labels else d
-        self.decoder = mlp(d_seen, d)
+        self.decoder = None if config.perturbed else mlp(d_seen, d)
+        if config.perturbed:
+            self.flag_embedding = nn.Embedding(_N_FLAGS, d)
+            self.coefficients = nn.ModuleList(mlp(d, d) for _ in range(config.n_decoders))
+            self.offsets = nn.ModuleList(mlp(d, d) for _ in range(config.n_decoders))
+        if config.n_covariates:
+            self.covariate_embedding = nn.Sequential(nn.Linear(config.n_covariates, d), nn.LayerNorm(d))
+            self.register_buffer("covariates", torch.zeros(len(config.perturbed), config.n_covariates))
         self.zero_decoder = mlp(d_seen, d) if config.explicit_zero_prob else None
         self.cell_decoder = None
         if config.cell_decoder is not None:
@@ -201,7 +223,9 @@ class Model(CellModel):
         """Compute predictions for every token and every cell."""
         hidden = self.hidden(batch)
         cell = hidden[batch.first]
-        heads = self.decode(hidden, batch.cell, batch) | self.decode_cell(cell, batch.genes, batch.cell, batch)
+        heads = self.decode_cell(cell, batch.genes, batch.cell, batch)
+        if self.decoder is not None:
+            heads |= self.decode(hidden, batch.cell, batch)
         if self.batch_head is not None:
             heads["batch"] = self.batch_head(GradientReversal.apply(cell))
         return Outputs(hidden, cell, heads | self.head_outputs_after(hidden, batch))
@@ -211,6 +235,11 @@ class Model(CellModel):
         """Predict ``value`` and ``zero`` logits from hidden states of tokens ``(n, d)`` of the cells ``cell_of``."""
         if self.config.batch_labels:
             hidden = torch.cat([hidden, self.batch_embedding(batch.experiment)[cell_of]], dim=1)
+        if self.decoder is None:
+            raise ValueError(
+                "This scgpt model predicts expression after perturbations only. Use tl.predict_perturbation, or the "
+                "model that it was trained from."
+            )
         predicted = {"value": self.decoder(hidden).squeeze(1)}
         if self.zero_decoder is not None:
             predicted["zero"] = self.zero_decoder(hidden).squeeze(1)
@@ -240,6 +269,30 @@ class Model(CellModel):
         if "cell_value" not in predicted:
             return super().reconstruct_genes(batch, genes)
         return predicted["cell_value"].view(batch.n_cells, -1)
+
+    @entry
+    def predict_perturbed(self, batch: Batch, flags: Tensor, covariate: Tensor | None = None) -> Tensor:
+        """Predict the value of each token after a perturbation with each decoder, ``(n_decoders, t)``.
+
+        Parameters
+        ----------
+        batch
+            Cells before the perturbation.
+        flags
+            1 for tokens of perturbed genes and 0 for others, ``(t,)``.
+        covariate
+            Vector of the compound and its dose of each cell, ``(b, n_covariates)``; NaN for cells without one.
+        """
+        assert batch.values is not None
+        x = self.inputs(batch) + self.flag_embedding(flags)
+        if covariate is not None:
+            treated = covariate.isfinite().all(1, keepdim=True)
+            x = x + (self.covariate_embedding(covariate.nan_to_num()) * treated)[batch.cell]
+        for block in self.blocks:
+            x = block(x, batch)
+        value = batch.values.to(x.dtype)
+        decoders = zip(self.coefficients, self.offsets, strict=True)
+        return torch.stack([factor(x)[:, 0] * value + offset(x)[:, 0] for factor, offset in decoders])
 
     def value_losses(self, from_cell: bool) -> tuple[str, ...]:
         """Return the names of the losses that :class:`scllm.engine.objectives.MaskedValue` computes."""
@@ -283,6 +336,9 @@ _NAMES: tuple[tuple[str, str], ...] = (
     ("transformer_encoder.layers.#.linear1.", "layers.#.up."),
     ("transformer_encoder.layers.#.linear2.", "layers.#.down."),
     ("transformer_encoder.layers.#.norm", "layers.#.norm"),
+    ("pert_encoder.", "flag_embedding."),
+    ("decoder.coeff_decoder.fc.", "coefficients.0."),
+    ("decoder.bias_decoder.fc.", "offsets.0."),
     ("decoder.fc.", "decoder."),
     ("decoder.zero_logit.", "zero_decoder."),
     ("cls_decoder._decoder.", "heads.0.layers."),
@@ -420,6 +476,8 @@ def _config(args: dict[str, Any], weights: dict[str, Tensor]) -> Config:
         cell_decoder=style,
         explicit_zero_prob="zero_decoder.0.weight" in weights,
         class_layers=args.get("n_layers_cls", 3),
+        # the original does not store which perturbations it was trained on
+        perturbed=("unknown",) if "flag_embedding.weight" in weights else (),
     )
     if config.value_style == "category":
         config = replace(config, n_value_bins=len(weights["value_embedding.table.weight"]))

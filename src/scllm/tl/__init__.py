@@ -14,8 +14,10 @@ from scllm.tl._evaluate_spatial import evaluate_spatial
 from scllm.tl._finetune import finetune
 from scllm.tl._fit_spatial import fit_spatial, predict_spatial
 from scllm.tl._patches import embed_patches
+from scllm.tl._fit_perturbation import fit_perturbation
 from scllm.tl._perplexity import perplexity
 from scllm.tl._perturb import perturb
+from scllm.tl._predict_perturbation import predict_perturbation
 from scllm.tl._pretrain import pretrain
 from scllm.tl._prune import prune
 from scllm.tl._quantize import quantize
@@ -36,9 +38,11 @@ __all__ = [
     "evaluate_spatial",
     "finetune",
     "fit_spatial",
+    "fit_perturbation",
     "perplexity",
     "predict_spatial",
     "perturb",
+    "predict_perturbation",
     "pretrain",
     "prune",
     "quantize",

@@ -1,4 +1,4 @@
-"""Perturb genes in silico: how far does a model move a cell when a gene is deleted or overexpressed?"""
+"""Perturb genes in silico, and measure how far a model moves cells."""
 
 from __future__ import annotations
 
@@ -347,8 +347,8 @@ def _warn_of_few_nulls(table: pd.DataFrame) -> None:
     if len(lacking):
         warn(
             f"{listed(lacking)} cannot be compared with other genes, because fewer than "
-            f"{metrics.FEWEST_NULLS + 1} of similar expression were perturbed; their p-values are missing. Pass a larger "
-            "n_null, or genes='all'."
+            f"{metrics.FEWEST_NULLS + 1} of similar expression were perturbed; their p-values are missing. Pass a "
+            "larger n_null, or genes='all'."
         )
 
 

@@ -17,6 +17,7 @@ from scllm.engine.objectives.masked_level import MaskedLevel
 from scllm.engine.objectives.masked_value import MaskedValue
 from scllm.engine.objectives.next_gene import NextGene
 from scllm.engine.objectives.permuted_gene import PermutedGene
+from scllm.engine.objectives.perturbed_expression import PerturbedExpression, perturbed_flags
 
 __all__ = [
     "GeneLabel",
@@ -30,12 +31,17 @@ __all__ = [
     "NextGene",
     "Objective",
     "PermutedGene",
+    "PerturbedExpression",
     "loss_weights",
     "objective_from_dict",
     "objective_to_dict",
+    "perturbed_flags",
 ]
 
-_ALL = (GeneLabel, Label, MaskedExpression, MaskedGene, MaskedLevel, MaskedValue, NextGene, PermutedGene)
+_ALL = (
+    GeneLabel, Label, MaskedExpression, MaskedGene, MaskedLevel, MaskedValue, NextGene, PermutedGene,
+    PerturbedExpression,
+)  # fmt: skip
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in _ALL}
 
 
