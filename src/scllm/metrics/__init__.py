@@ -29,6 +29,7 @@ from scllm.metrics._expression import (
 )
 from scllm.metrics._labels import class_f1, classification_scores, confusion, mean_roc, regression_scores
 from scllm.metrics._matched_null import FEWEST_NULLS, matched_null_test
+from scllm.metrics._networks import directed_edges, edge_scores
 from scllm.metrics._perturbation import (
     LOWER_IS_BETTER,
     PERTURBATION_METRICS,
@@ -55,7 +56,9 @@ __all__ = [
     "clustering_agreement",
     "confusion",
     "correlation_error",
+    "directed_edges",
     "discrimination",
+    "edge_scores",
     "expected_calibration_error",
     "gene_correlations",
     "graph_connectivity",

@@ -11,7 +11,7 @@ from scipy import stats
 
 from scllm._typing import FloatArray, IntArray
 
-__all__ = ["FEWEST_NULLS", "matched_null_test"]
+__all__ = ["FEWEST_NULLS", "fitted_t", "matched_null_test", "standardised"]
 
 FEWEST_NULLS = 10
 """Fewest null statistics from which a location and a scale are estimated."""
@@ -78,18 +78,25 @@ def _tested(
     statistic: FloatArray, level: FloatArray, entries: IntArray, pool: IntArray, n_matched: int, alternative: str
 ) -> FloatArray:
     """Return location, scale, z and p of some entries, compared with the nearest of ``pool``."""
+    location, scale, z = standardised(statistic, level, entries, pool, n_matched)
+    is_pure = len(pool) < len(entries)
+    degrees, spread = fitted_t(z[np.isin(entries, pool)], 1.0 if is_pure else _CENTRAL)
+    tail = stats.t.sf(np.abs(z) / spread, degrees)
+    p = 2 * tail if alternative == "two-sided" else np.where(z > 0, tail, 1 - tail)
+    return np.column_stack([location, scale, z, np.clip(p, 0, 1)])
+
+
+def standardised(
+    statistic: FloatArray, level: FloatArray, entries: IntArray, pool: IntArray, n_matched: int
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return median and scale of the nearest entries of ``pool``, and the standardised statistic, of some entries."""
     pool = pool[np.argsort(level[pool], kind="stable")]
     values = statistic[pool][_nearest(level, entries, pool, n_matched)]
     location = np.median(values, axis=1)
     scale = 1.4826 * np.median(np.abs(values - location[:, None]), axis=1)
     scale = np.where(scale > 0, scale, values.std(axis=1, ddof=1))
     smallest = max(float(np.median(scale)) * 1e-6, np.finfo(float).tiny)
-    z = (statistic[entries] - location) / np.maximum(scale, smallest)
-    is_pure = len(pool) < len(entries)
-    degrees, spread = _fitted_t(z[np.isin(entries, pool)], 1.0 if is_pure else _CENTRAL)
-    tail = stats.t.sf(np.abs(z) / spread, degrees)
-    p = 2 * tail if alternative == "two-sided" else np.where(z > 0, tail, 1 - tail)
-    return np.column_stack([location, scale, z, np.clip(p, 0, 1)])
+    return location, scale, (statistic[entries] - location) / np.maximum(scale, smallest)
 
 
 def _nearest(level: FloatArray, entries: IntArray, pool: IntArray, n: int) -> IntArray:
@@ -106,7 +113,7 @@ def _nearest(level: FloatArray, entries: IntArray, pool: IntArray, n: int) -> In
     return near + (near >= own[:, None])
 
 
-def _fitted_t(z: FloatArray, central: float) -> tuple[float, float]:
+def fitted_t(z: FloatArray, central: float) -> tuple[float, float]:
     """Fit degrees of freedom and scale of a t distribution around zero to the ``central`` share by likelihood."""
     limit = float(np.quantile(np.abs(z), central))
     z = z[np.abs(z) <= limit]

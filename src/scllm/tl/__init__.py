@@ -15,6 +15,7 @@ from scllm.tl._finetune import finetune
 from scllm.tl._fit_spatial import fit_spatial, predict_spatial
 from scllm.tl._patches import embed_patches
 from scllm.tl._fit_perturbation import fit_perturbation
+from scllm.tl._infer_grn import infer_grn
 from scllm.tl._perplexity import perplexity
 from scllm.tl._perturb import perturb
 from scllm.tl._predict_perturbation import predict_perturbation
@@ -39,6 +40,7 @@ __all__ = [
     "finetune",
     "fit_spatial",
     "fit_perturbation",
+    "infer_grn",
     "perplexity",
     "predict_spatial",
     "perturb",

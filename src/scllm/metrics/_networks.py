@@ -1,0 +1,87 @@
+"""Directed, signed edges from effects of deletions, and scores of networks against reference edges."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from scllm._typing import FloatArray
+from scllm.metrics._matched_null import FEWEST_NULLS, fitted_t, standardised
+
+__all__ = ["directed_edges", "edge_scores"]
+
+
+def directed_edges(effect: FloatArray, level: FloatArray, *, fdr: float = 0.05, n_matched: int = 50) -> pd.DataFrame:
+    """Find directed and signed edges in the effects of deletions.
+
+    The effect of deleting gene ``a`` on gene ``b`` is compared with the effects on ``b`` of deleting genes of similar
+    expression. The tails of a t distribution, fitted to the central 95 % of all standardised effects, give the
+    p-values, which are adjusted by Benjamini and Hochberg over all pairs.
+
+    Parameters
+    ----------
+    effect
+        Mean change of each gene (columns) after the deletion of each gene (rows), ``(m, m)``; NaN if not known.
+    level
+        Expression of each gene, ``(m,)``.
+    fdr
+        False discovery rate.
+    n_matched
+        Number of genes of similar expression that a gene is compared with.
+
+    Returns
+    -------
+    One row for each pair: ``source``, ``target`` (positions), ``effect``, ``z``, ``p_value``, ``q_value``,
+    ``reverse_z`` (of the effect of the target on the source), ``sign`` (1: the source activates the target, because the
+    target falls when it is deleted; -1: it represses it), and ``is_edge``: significant, and not the weaker direction of
+    a pair of which only the other one is significant at a tenth of ``fdr``.
+    """
+    m = len(effect)
+    effect = np.where(np.eye(m, dtype=bool), np.nan, effect)
+    z = np.full((m, m), np.nan)
+    for target in range(m):
+        known = np.flatnonzero(np.isfinite(effect[:, target]))
+        if len(known) > FEWEST_NULLS:
+            z[known, target] = standardised(effect[:, target], level, known, known, n_matched)[2]
+    source, target = np.nonzero(np.isfinite(z))
+    found = pd.DataFrame({"source": source, "target": target, "effect": effect[source, target]})
+    found["z"] = z[source, target]
+    found["p_value"], found["q_value"] = np.nan, np.nan
+    if len(found):
+        degrees, spread = fitted_t(found["z"].to_numpy(), 0.95)
+        found["p_value"] = np.minimum(2 * stats.t.sf(np.abs(found["z"]) / spread, degrees), 1)
+        found["q_value"] = stats.false_discovery_control(found["p_value"])
+    found["reverse_z"] = z[target, source]
+    q = np.ones((m, m))
+    q[source, target] = found["q_value"]
+    is_weaker = (q[target, source] < fdr / 10) & (q[source, target] >= fdr / 10)
+    found["sign"] = -np.sign(found["effect"]).astype(int)
+    found["is_edge"] = (found["q_value"] < fdr) & ~is_weaker
+    return found
+
+
+def edge_scores(weight: FloatArray, is_edge: NDArray[np.bool_], among: NDArray[np.bool_]) -> dict[str, float]:
+    """Score the strength of edges ``(m, m)`` against reference edges, over the pairs ``among``.
+
+    Returns
+    -------
+    ``auroc``; ``auprc`` (average precision) and ``auprc_ratio``, divided by that of a random order;
+    ``early_precision``, the share of reference edges among as many strongest edges, and ``early_precision_ratio``.
+    Ties count as a random order.
+    """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    truth, strength = is_edge[among], np.nan_to_num(np.abs(weight[among]))
+    n, share = int(truth.sum()), float(truth.mean()) if len(truth) else np.nan
+    names = ("auroc", "auprc", "auprc_ratio", "early_precision", "early_precision_ratio")
+    if n == 0 or n == len(truth):
+        return dict.fromkeys(names, float("nan"))
+    cut = np.sort(strength)[::-1][n - 1]
+    above, tied = strength > cut, strength == cut
+    hits = truth[above].sum() + truth[tied].mean() * (n - above.sum())
+    precision = float(average_precision_score(truth, strength))
+    early = float(hits / n)
+    values = (float(roc_auc_score(truth, strength)), precision, precision / share, early, early / share)
+    return dict(zip(names, values, strict=True))
