@@ -164,7 +164,8 @@ def perturb(
     before = run.embedded()
     sums = run.responses(edits, rows, states.group, len(states.groups), states.centers(before), run_dir)
     table = _table(sums, asked, nulls, states, levels)
-    _warn_of_few_nulls(table)
+    if n_null or _is_all(genes):
+        _warn_of_few_nulls(table)
     shown = _strongest(table)
     after = run.changed(Edit(asked[shown], mode), before)
 

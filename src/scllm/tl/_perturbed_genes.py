@@ -101,7 +101,9 @@ def combinations(
     names = list(dict.fromkeys(name for item in asked for name in item))
     found = match.of_genes(source.genes, pd.Index(names))
     in_vocab = model.vocab.ids(names)
-    known = dict(zip(names, np.where((found < 0) & insert, in_vocab, found).tolist(), strict=True))
+    # data may be named by symbols and the vocabulary by Ensembl ids: either name is known
+    usable = insert | np.isin(in_vocab, match.measured)
+    known = dict(zip(names, np.where((found < 0) & usable, in_vocab, found).tolist(), strict=True))
     special = set(model.vocab.special_ids.tolist())
     unknown = [name for name in names if known[name] < 0 or known[name] in special]
     kept = {JOIN.join(item): tuple(known[name] for name in item) for item in asked if not set(item) & set(unknown)}

@@ -15,6 +15,7 @@ from scllm._checks import check_adata, missing_key
 from scllm._log import warn
 from scllm._results import free_key, record, record_keys
 from scllm._typing import FloatArray, IntArray
+from scllm.data.cells import CellSource
 from scllm.data.genes import GeneMatch
 from scllm.data.opened import closes_files
 from scllm.data.source import open_source
@@ -24,6 +25,7 @@ from scllm.tl._compounds import Covariate, read_compounds
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
 from scllm.tl._perturbation_model import agreement, predicted_values
+from scllm.tl._perturbed_cells import log_normalised
 from scllm.tl._perturbed_genes import JOIN
 
 __all__ = ["predict_perturbation"]
@@ -38,6 +40,7 @@ def predict_perturbation(
     covariate: Covariate | None = None,
     dose: float | None = None,
     min_confidence: float | None = None,
+    truth: AnnData | None = None,
     layer: str | None = None,
     gene_key: str | None = None,
     min_coverage: float | None = None,
@@ -65,6 +68,8 @@ def predict_perturbation(
     min_confidence
         Do not predict if the decoders of the model agree less than this, from 0 to 1. The ``abstention`` of
         ``uns["scllm"]["perturbation"]`` says what that gains.
+    truth
+        Cells that were perturbed so, with the same genes as ``adata``, to compare the mean change with.
     layer
         Layer with counts. ``None``: ``X``.
     gene_key
@@ -89,7 +94,7 @@ def predict_perturbation(
         does not read, and everywhere if it is less confident than ``min_confidence``.
     ``adata.uns["scllm"]["predict_perturbation"]``
         ``params``; ``table`` with the ``confidence`` of each perturbation and whether it was ``predicted``; ``changes``
-        with the mean predicted change of each gene.
+        with the mean predicted ``change`` of each gene and, with ``truth``, the ``measured`` one.
 
     Examples
     --------
@@ -102,6 +107,7 @@ def predict_perturbation(
     check_layer(source, chosen, layer, adata)
     match = gene_match(adata, source, chosen, gene_key, min_coverage)
     asked = _asked(genes, chosen, source.genes, match, covariate, dose)
+    measured = None if truth is None else _measured(truth, source, match, layer, len(asked))
     names = [one.name for one in asked]
     layers = [key_added] if len(asked) == 1 else [f"{key_added}_{name}" for name in names]
     keys = [free_key(adata, "layers", name) for name in layers]
@@ -125,6 +131,8 @@ def predict_perturbation(
         table.append({"perturbation": one.name, "confidence": confidence, "predicted": is_sure})
         change = (total.mean(0) / source.n_obs)[place[place >= 0]]
         rows_of = {"perturbation": one.name, "gene": adata.var_names[place >= 0].astype(str), "change": change}
+        if measured is not None:
+            rows_of["measured"] = measured[place[place >= 0]]
         changed.append(pd.DataFrame(rows_of))
     for old in record_keys(adata, "layers", layers, call=key_added):
         adata.layers.pop(old, None)
@@ -140,6 +148,17 @@ def predict_perturbation(
     record(adata, "predict_perturbation", params, pd.DataFrame(table), changes=pd.concat(changed, ignore_index=True))
     remember(adata, chosen)
     return adata if copy else None
+
+
+def _measured(truth: AnnData, source: CellSource, match: GeneMatch, layer: str | None, n_asked: int) -> FloatArray:
+    """Return the mean change of each measured gene between the cells to predict from and perturbed cells."""
+    if n_asked != 1:
+        raise TypeError(f"Expected one perturbation in genes with truth=, got {n_asked}. Pass one at a time.")
+    perturbed = open_source(truth, layer=layer)
+    if not perturbed.genes.equals(source.genes):
+        raise ValueError("Expected truth to have the genes of adata in the same order, got others. Subset both alike.")
+    means = [log_normalised(one, match, np.arange(one.n_obs)).mean(0) for one in (source, perturbed)]
+    return np.asarray(means[1] - means[0]).ravel()
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,17 @@ def perturbed_flags(batch: Batch, genes: Tensor, code: Tensor) -> Tensor:
     return (of_cell[batch.cell] == batch.genes[:, None]).any(1).long()
 
 
+def _is_flagged(batch: Batch, genes: Tensor, code: Tensor, flags: Tensor) -> Tensor:
+    """Return the cells of which all perturbed genes are read, ``(b,)``; a random subset of genes may lack some."""
+    asked = torch.where(code >= 0, (genes >= 0).sum(1)[code.clamp(min=0)], 0)
+    return torch.bincount(batch.cell, weights=flags.double(), minlength=batch.n_cells) == asked
+
+
 @dataclass(frozen=True)
 class PerturbedExpression:
     """Predict the expression of a perturbed cell from a control cell and the flags of the perturbed genes.
 
+    If cells are reduced to a random subset of their genes, those that lack a perturbed gene are left out of the step.
     Batches hold control cells, and the perturbed cells as their complete cells. ``batch.obs["label:perturbation"]``
     holds the code of the perturbation, -1 for control cells that are predicted from other control cells.
 
@@ -57,8 +64,10 @@ class PerturbedExpression:
         """Sum squared errors over the genes that were read, averaged over the decoders that learn the perturbation."""
         assert batch.whole is not None
         code = batch.obs[_CODE].to(batch.genes.device)
-        predicted = model.predict_perturbed(batch, self._flags(batch, code), self._covariate(model, batch, code))
-        is_gene = ~model.is_special[batch.genes]
+        genes = self._genes(code.device)
+        flags = perturbed_flags(batch, genes, code)
+        predicted = model.predict_perturbed(batch, flags, self._covariate(model, batch, code))
+        is_gene = ~model.is_special[batch.genes] & _is_flagged(batch, genes, code, flags)[batch.cell]
         cell, genes = batch.cell[is_gene], batch.genes[is_gene]
         error = (predicted[:, is_gene].float() - self._target(batch, len(model.vocab), cell, genes)) ** 2
         learns = self._learns(code, len(predicted)).to(error)[:, cell]
@@ -66,10 +75,10 @@ class PerturbedExpression:
         total = each.sum()
         return Loss(total, torch.tensor(len(genes), device=genes.device), {"mse": total.detach()})
 
-    def _flags(self, batch: Batch, code: Tensor) -> Tensor:
+    def _genes(self, device: torch.device) -> Tensor:
+        """Return the tokens of the genes of each perturbation, ``(n, k)``, -1 where there are fewer."""
         width = max(1, *(len(tokens) for tokens in self.genes), 1)
-        table = torch.tensor([[*tokens, *[-1] * (width - len(tokens))] for tokens in self.genes])
-        return perturbed_flags(batch, table.to(batch.genes.device), code)
+        return torch.tensor([[*tokens, *[-1] * (width - len(tokens))] for tokens in self.genes], device=device)
 
     def _covariate(self, model: CellModel, batch: Batch, code: Tensor) -> Tensor | None:
         """Return the vector of each cell's compound, with the logarithm of its dose as the last entry."""
