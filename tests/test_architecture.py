@@ -61,6 +61,7 @@ FORBIDDEN = {
 INSIDE_FUNCTIONS = {
     *("scanpy", "igraph", "pynndescent", "cellxgene_census", "tiledbsoma", "scib_metrics", "peft", "torchao"),
     *("annbatch", "spatialdata", "squidpy", "tifffile", "harmonypy", "mudata", "datasets", "tensorboard", "wandb"),
+    "rdkit",
 }
 # core dependency that the source does not import -> what needs it
 NEEDED_BY_OTHERS = {

@@ -137,6 +137,16 @@ def test_parity_scgpt_labels_are_those_of_int8_weights(parity, model, arrays, dt
 
 
 @torch.no_grad()
+def test_parity_scgpt_perturbation(parity, model):
+    built, _ = variant(parity, model, "perturbation")
+    expected = np.load(parity / "out_perturbation.npz")
+    nothing = np.zeros(expected["src"].shape, bool)  # the original pads no cell here
+    flags = torch.from_numpy(expected["input_pert_flags"].ravel())
+    (found,) = built.predict_perturbed(packed(expected["src"], expected["values"], nothing), flags)
+    np.testing.assert_allclose(found, expected["mlm_output"].ravel(), **CLOSE)
+
+
+@torch.no_grad()
 def test_parity_scgpt_integration(parity, model, inputs, arrays):
     genes, values, padding = inputs
     built, args = variant(parity, model, "integration")
