@@ -93,7 +93,7 @@ def test_scores_stand_beside_networks_of_expression(adata, tiny):
     tl.infer_grn(adata, tiny, reference=pd.DataFrame(reference, columns=["source", "target"]))
     scores = adata.uns["scllm"]["grn"]["scores"].set_index("method")
     assert list(scores.index) == ["attention", "correlation", "partial correlation", "random forest"]
-    assert scores.loc["correlation", "auroc"] > 0.9  # gene_20 drives them
+    assert scores.loc["correlation", "auroc"] > 0.7  # gene_20 drives them
     assert (scores["n_pairs"] == 39).all()
     assert (scores["n_edges"] == 5).all()
 
