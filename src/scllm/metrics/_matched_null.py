@@ -26,7 +26,7 @@ def matched_null_test(
     level: FloatArray,
     is_null: NDArray[np.bool_] | None = None,
     *,
-    n_matched: int = 50,
+    n_matched: int | None = None,
     alternative: str = "two-sided",
     kinds: Sequence[object] | None = None,
 ) -> pd.DataFrame:
@@ -47,7 +47,8 @@ def matched_null_test(
     is_null
         Which entries are nulls; ``None``: all of them, if most entries are assumed to have no effect.
     n_matched
-        Number of null entries that each entry is compared with.
+        Number of null entries that each entry is compared with. ``None``: a tenth of them, but at least 15 and at most
+        50.
     alternative
         ``"two-sided"`` or ``"greater"``.
     kinds
@@ -66,7 +67,8 @@ def matched_null_test(
         of_kind = np.flatnonzero((kind == one) & np.isfinite(statistic))
         pool = of_kind[null[of_kind]]
         if len(pool) >= FEWEST_NULLS + 1:
-            found.loc[of_kind] = _tested(statistic, level, of_kind, pool, n_matched, alternative)
+            n = int(np.clip(len(pool) // 10, 15, 50)) if n_matched is None else n_matched
+            found.loc[of_kind] = _tested(statistic, level, of_kind, pool, n, alternative)
     found["q_value"] = np.nan
     asked = found["p_value"].notna() & (~null if (~null).any() else True)
     if asked.any():

@@ -13,7 +13,7 @@ from scllm.metrics._matched_null import FEWEST_NULLS, fitted_t, standardised
 __all__ = ["directed_edges", "edge_scores"]
 
 
-def directed_edges(effect: FloatArray, level: FloatArray, *, fdr: float = 0.05, n_matched: int = 50) -> pd.DataFrame:
+def directed_edges(effect: FloatArray, level: FloatArray, *, fdr: float = 0.05, n_matched: int = 20) -> pd.DataFrame:
     """Find directed and signed edges in the effects of deletions.
 
     The effect of deleting gene ``a`` on gene ``b`` is compared with the effects on ``b`` of deleting genes of similar

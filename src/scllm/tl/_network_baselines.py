@@ -8,7 +8,9 @@ from scllm._typing import CSR, FloatArray, IntArray
 
 __all__ = ["expression_networks"]
 
-_N_TREES, _MOST_CELLS = 100, 1000
+_N_TREES, _MOST_CELLS = 50, 500
+# with fewer candidates, importances say little, and all genes are candidates
+_FEWEST_SOURCES = 10
 _SHRINKAGE = 0.1
 
 
@@ -17,8 +19,9 @@ def expression_networks(x: CSR, sources: IntArray, random_state: int = 0) -> dic
 
     - ``correlation``: Pearson.
     - ``partial correlation``: from the inverse of the correlation matrix, shrunk by 0.1 towards the identity.
-    - ``random forest``: importance of each source for the prediction of a target from all sources, as in GENIE3
-      (Huynh-Thu et al. 2010, doi:10.1371/journal.pone.0012776), in at most 1,000 cells.
+    - ``random forest``: importance of each source for the prediction of a target from all sources (from all genes, if
+      there are fewer than ten sources), as in GENIE3 (Huynh-Thu et al. 2010, doi:10.1371/journal.pone.0012776), in at
+      most 500 cells.
     """
     from sklearn.covariance import shrunk_covariance
 
@@ -49,6 +52,7 @@ def _correlation(x: CSR) -> FloatArray:
 def _forest(x: CSR, sources: IntArray, seed: int) -> FloatArray:
     from sklearn.ensemble import RandomForestRegressor
 
+    sources = sources if len(sources) >= _FEWEST_SOURCES else np.arange(x.shape[1])
     rng = np.random.default_rng(seed)
     cells = np.sort(rng.choice(x.shape[0], min(x.shape[0], _MOST_CELLS), replace=False))
     columns = x[cells].tocsc()

@@ -1,0 +1,37 @@
+"""Delete STAT1 and other genes in interferon-stimulated blood cells (Kang et al. 2018): do cells move towards control?
+
+Usage: python benchmarks/in_silico.py CELLS.h5ad OUT.csv. A small model is pretrained on all cells without labels; every gene
+that at least 5 % of 40 random stimulated cells express is deleted.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+
+import anndata as ad
+import numpy as np
+import torch
+
+import scllm
+
+
+def main(path: str, out: str) -> None:
+    torch.set_num_threads(2)
+    scllm.settings.run_dir = tempfile.mkdtemp()
+    adata = ad.read_h5ad(path)
+    config = scllm.tl.TrainConfig(steps=250, warmup=20, schedule="cosine", max_len=200)
+    model = scllm.tl.pretrain(adata, "geneformer", size="tiny", lr=3e-3, batch_size=32, device="cpu", config=config)
+    stimulated = adata[adata.obs["condition"] == "stim"]
+    share = np.asarray((stimulated.X > 0).mean(0)).ravel()
+    genes = list(adata.var_names[share >= 0.05])
+    scllm.tl.perturb(
+        adata, model, genes=genes, n_null=0, groupby="condition", goal=("stim", "ctrl"), max_cells=40, pooling="mean"
+    )
+    table = adata.uns["scllm"]["perturb"]["table"]
+    table.to_csv(out, index=False)
+    print(len(table), table[table["perturbation"] == "STAT1"].to_string())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
