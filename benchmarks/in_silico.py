@@ -1,7 +1,7 @@
 """Delete STAT1 and other genes in interferon-stimulated blood cells (Kang et al. 2018): do cells move towards control?
 
-Usage: python benchmarks/in_silico.py CELLS.h5ad OUT.csv. A small model is pretrained on all cells without labels; every gene
-that at least 5 % of 40 random stimulated cells express is deleted.
+Usage: python benchmarks/in_silico.py CELLS.h5ad OUT.csv. A small model is pretrained on all cells without labels. Each
+gene that at least 5 % of the stimulated cells express is deleted in 40 random ones.
 """
 
 from __future__ import annotations

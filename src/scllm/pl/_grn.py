@@ -157,6 +157,9 @@ def _edges(table: pd.DataFrame, group: str | None, genes: Sequence[str] | None, 
 
 
 def _draw_network(ax: Axes, edges: pd.DataFrame, *, is_directed: bool) -> None:
+    if not is_directed:  # both directions are one link
+        ends = pd.Series([tuple(sorted(pair)) for pair in zip(edges["source"], edges["target"], strict=True)])
+        edges = edges[~ends.duplicated().to_numpy()]
     names = sorted({*edges["source"], *edges["target"]})
     place = dict(zip(names, _layout(edges, names), strict=True))
     strongest = edges["weight"].abs().max()
@@ -190,7 +193,7 @@ def _layout(edges: pd.DataFrame, names: list[str]) -> FloatArray:
     for heat in np.linspace(0.2, 0.005, 300):
         apart = at[:, None] - at[None]
         far = np.maximum(np.linalg.norm(apart, axis=2), 1e-3)[..., None]
-        force = (apart / far * (ideal**2 / far - link[..., None] * far**2 / ideal)).sum(1) - 0.1 * at
+        force = (apart / far * (ideal**2 / far - link[..., None] * far**2 / ideal)).sum(1) - at
         length = np.maximum(np.linalg.norm(force, axis=1, keepdims=True), 1e-9)
         at = at + force / length * np.minimum(length, heat)
     return at

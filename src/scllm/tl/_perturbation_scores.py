@@ -106,32 +106,45 @@ def _summary(table: pd.DataFrame, seed: int) -> pd.DataFrame:
         part = table if among == "all" else table[table["has_genes"]]
         for metric, scores in part.groupby("metric", sort=False):
             wide = scores.pivot(index="perturbation", columns="method", values="score")
-            draws = np.random.default_rng(seed).integers(0, len(wide), (_N_RESAMPLES, len(wide)))
-            gap = _resampled((wide[REPLICATE] - wide[MEAN]).to_numpy(), draws)
-            low, high = np.nanquantile(gap, (0.025, 0.975)) if np.isfinite(gap).any() else (np.nan, np.nan)
-            is_clear = high < 0 if metric in metrics.LOWER_IS_BETTER else low > 0
+            each = scores.pivot(index="perturbation", columns="method", values="scaled")
             for method in scores["method"].unique():
-                # the same perturbations for a method and what it is scaled by
-                both = wide[[method, MEAN, REPLICATE]].dropna().mean()
-                mean = _resampled(wide[method].to_numpy(), draws)
-                ends = np.nanquantile(mean, (0.025, 0.975)) if np.isfinite(mean).any() else (np.nan, np.nan)
-                each = scores.loc[scores["method"] == method, ["score", "scaled"]]
-                above = both.iloc[2] - both.iloc[1]
-                scaled = (both.iloc[0] - both.iloc[1]) / above if is_clear and above else np.nan
+                low, high = _interval(wide[method].to_numpy(), seed)
+                is_scored = wide[method].notna()
                 rows.append(
                     {
                         "among": among,
                         "method": method,
                         "metric": metric,
                         "score": wide[method].mean(),
-                        "low": ends[0],
-                        "high": ends[1],
-                        "scaled": scaled,
-                        "n": int(each["score"].notna().sum()),
-                        "n_unscaled": int((each["score"].notna() & each["scaled"].isna()).sum()),
+                        "low": low,
+                        "high": high,
+                        "scaled": _scaled(wide, each, method, metric in metrics.LOWER_IS_BETTER, seed),
+                        "n": int(is_scored.sum()),
+                        "n_unscaled": int((is_scored & each[method].isna()).sum()),
                     }
                 )
     return pd.DataFrame(rows)
+
+
+def _scaled(wide: pd.DataFrame, each: pd.DataFrame, method: str, is_lower_better: bool, seed: int) -> float:
+    """Scale a mean score by the mean baseline and the replicate on the same perturbations, if these clearly differ."""
+    scores = wide[[method, MEAN, REPLICATE]].set_axis(["method", "mean", "replicate"], axis=1).dropna()
+    if len(scores) < 2:
+        return float(each.loc[scores.index, method].mean()) if len(scores) else float("nan")
+    gap = scores["replicate"] - scores["mean"]
+    low, high = _interval(gap.to_numpy(), seed)
+    if not (high < 0 if is_lower_better else low > 0):
+        return float("nan")
+    return float((scores["method"] - scores["mean"]).mean() / gap.mean())
+
+
+def _interval(values: FloatArray, seed: int) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean of perturbations."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (_N_RESAMPLES, len(values)))
+    means = _resampled(values, draws)
+    means = means[np.isfinite(means)]
+    low, high = np.quantile(means, (0.025, 0.975)) if len(means) else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 def _resampled(values: FloatArray, draws: IntArray) -> FloatArray:
