@@ -90,7 +90,9 @@ def perturbation(
         _draw_field(ax, adata, entry, key, basis)
         return show_or_return(ax, show)
     table = _chosen(entry["table"], group, state)
-    ax = one_axis(ax, (5.0, 4.0) if kind == "volcano" else (4.8, 0.9 + 0.28 * min(len(table), 20)))
+    ax = one_axis(
+        ax, (5.0, 4.0) if kind == "volcano" else (4.8, 1.1 + 0.28 * min(int((~table["is_null"]).sum()), 2 * n_names))
+    )
     (_draw_volcano if kind == "volcano" else _draw_ranked)(ax, table, n_names)
     return show_or_return(ax, show)
 
