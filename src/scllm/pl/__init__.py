@@ -8,9 +8,9 @@ from scllm.pl._compress import compression
 from scllm.pl._cross_validate import calibration, cv_scores, roc
 from scllm.pl._grn import attention, grn
 from scllm.pl._loss import loss_curves
-from scllm.pl._spatial import plausibility_tradeoff, spatial_prediction
 from scllm.pl._perturb import perturbation
 from scllm.pl._perturbation_table import perturbation_table
+from scllm.pl._spatial import plausibility_tradeoff, spatial_prediction
 from scllm.pl._tokens import bin_distribution, gene_coverage, reconstruction
 
 __all__ = [
