@@ -25,13 +25,13 @@ __all__ = [
     "PATCH_FEATURES",
     "PCA",
     "PERPLEXITY",
+    "PERTURB",
+    "PERTURBED",
     "PREDICTED",
     "PROBABILITIES",
     "PROBABILITY",
-    "PROGRAMMES",
-    "PERTURB",
-    "PERTURBED",
     "PROGRAMME",
+    "PROGRAMMES",
     "RANKED",
     "RECONSTRUCTED",
     "REGULATOR_LEVEL",
@@ -112,7 +112,6 @@ MORANS_I = "morans_i"
 SPATIALLY_VARIABLE = "spatially_variable"
 PATCHES = "patches"
 PATCH_FEATURES = "X_patch"
-PREDICTED = "predicted"
 SPATIAL = "spatial"
 """scanpy's: positions of spots in ``obsm``, images of sections in ``uns``."""
 
