@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Protocol
+from functools import wraps
+from typing import ParamSpec, Protocol, TypeVar
 from weakref import WeakSet
 
 __all__ = ["closes_files", "opened"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Closable(Protocol):
@@ -25,18 +28,22 @@ def opened(file: _Closable) -> None:
         files.add(file)
 
 
-@contextmanager
-def closes_files() -> Iterator[None]:
+def closes_files(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function so that all files opened during a call are closed when it returns or raises.
 
     That their variables end is not enough. A traceback, such as the one that a notebook keeps of the last error, keeps
     all variables of the call, and HDF5 lets nobody write to a file that is still open.
     """
-    files: WeakSet[_Closable] = WeakSet()
-    token = _of_call.set(files)
-    try:
-        yield
-    finally:
-        _of_call.reset(token)
-        for file in [*files]:
-            file.close()
+
+    @wraps(function)
+    def closing(*args: P.args, **kwargs: P.kwargs) -> R:
+        files: WeakSet[_Closable] = WeakSet()
+        token = _of_call.set(files)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _of_call.reset(token)
+            for file in [*files]:
+                file.close()
+
+    return closing

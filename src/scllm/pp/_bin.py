@@ -21,7 +21,7 @@ from scllm.pp._stored import stored_rows
 __all__ = ["bin_expression"]
 
 
-@closes_files()
+@closes_files
 def bin_expression(
     adata: AnnData,
     *,

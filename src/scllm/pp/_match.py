@@ -30,7 +30,7 @@ class HasVocab(Protocol):
     vocab: Vocab
 
 
-@closes_files()
+@closes_files
 def match_genes(
     adata: AnnData,
     vocab: Vocab | HasVocab | Iterable[str] | str | PathLike[str],

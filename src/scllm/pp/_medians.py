@@ -26,7 +26,7 @@ from scllm.pp._stored import stored_rows
 __all__ = ["gene_medians"]
 
 
-@closes_files()
+@closes_files
 def gene_medians(
     data: AnnData | str | PathLike[str] | CellSource | Sequence[str | PathLike[str]],
     *,

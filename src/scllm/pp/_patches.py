@@ -26,7 +26,7 @@ __all__ = ["image_patches"]
 Image = str | PathLike[str]
 
 
-@closes_files()
+@closes_files
 def image_patches(
     adata: AnnData,
     *,

@@ -24,7 +24,7 @@ from scllm.pp._stored import stored_rows
 __all__ = ["rank_expression"]
 
 
-@closes_files()
+@closes_files
 def rank_expression(
     adata: AnnData,
     *,

@@ -28,7 +28,7 @@ Flavor = Literal["seurat_v3", "seurat_v3_paper", "seurat", "cell_ranger"]
 _LEAST_VARYING = 4
 
 
-@closes_files()
+@closes_files
 def recipe_scgpt(
     adata: AnnData,
     *,

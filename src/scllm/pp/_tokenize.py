@@ -31,7 +31,7 @@ class _Model(Protocol):
     encoder: Encoder
 
 
-@closes_files()
+@closes_files
 def tokenize(
     adata: AnnData,
     *,

@@ -44,7 +44,7 @@ _BLOCKS = 8  # contiguous blocks of a section that are resampled
 _INNER = 4  # blocks of the inner cross-validation with one training section
 
 
-@closes_files()
+@closes_files
 def ablate_spatial(
     adata: AnnData,
     *,

@@ -29,7 +29,7 @@ from scllm.tl._unknown import Cutoff, Unknown, cutoffs
 __all__ = ["classify", "columns_of_heads"]
 
 
-@closes_files()
+@closes_files
 def classify(
     adata: AnnData,
     model: ModelLike | None = None,

@@ -37,7 +37,7 @@ __all__ = ["classify_genes", "gene_folds"]
 METRICS = ("accuracy", "macro_f1", "balanced_accuracy", "auroc", "auprc")
 
 
-@closes_files()
+@closes_files
 def classify_genes(
     adata: AnnData,
     model: ModelLike | None = None,

@@ -45,7 +45,7 @@ _OPTIONS = inspect.signature(finetune).parameters
 _OF_CLASSIFY = ("gene_key", "min_coverage", "device", "precision")
 
 
-@closes_files()
+@closes_files
 def cross_validate(
     adata: AnnData,
     model: ModelLike | None = None,

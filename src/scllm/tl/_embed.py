@@ -33,7 +33,7 @@ from scllm.tl._train import Data
 __all__ = ["embed", "embed_genes"]
 
 
-@closes_files()
+@closes_files
 def embed(
     data: Data,
     model: ModelLike | None = None,
@@ -216,7 +216,7 @@ def _of_all(adata: AnnData, name: str, key_added: str, table: pd.DataFrame | Non
     return found[["embedding", *found.columns.drop("embedding")]]
 
 
-@closes_files()
+@closes_files
 def embed_genes(
     adata: AnnData,
     model: ModelLike | None = None,

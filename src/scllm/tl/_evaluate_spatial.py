@@ -34,7 +34,7 @@ PER_GENE = ("pcc", "spearman", "mse", "ssim", "morans_i_error", "variance_ratio"
 _TOP = 50
 
 
-@closes_files()
+@closes_files
 def evaluate_spatial(
     adata: AnnData,
     *,

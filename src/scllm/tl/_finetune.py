@@ -37,7 +37,7 @@ from scllm.tl._train import Data, Training, check_config, merged_config, process
 __all__ = ["check_class_weight", "finetune"]
 
 
-@closes_files()
+@closes_files
 def finetune(
     data: Data,
     model: ModelLike | None = None,

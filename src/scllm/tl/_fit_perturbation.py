@@ -46,7 +46,7 @@ _MOST_CELLS = 200
 _DEFAULTS = {"epochs": 15, "batch_size": 64, "lr": 1e-4, "schedule": "step", "warmup": 0, "use_dropout": False}
 
 
-@closes_files()
+@closes_files
 def fit_perturbation(
     adata: AnnData,
     model: ModelLike | None = None,

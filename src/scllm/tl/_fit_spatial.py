@@ -52,7 +52,7 @@ _WEIGHT_DECAY = 0.01
 _ROWS = 1024  # spots predicted at a time
 
 
-@closes_files()
+@closes_files
 def fit_spatial(
     adata: AnnData,
     *,
@@ -209,7 +209,7 @@ _USED = (
 )
 
 
-@closes_files()
+@closes_files
 def predict_spatial(
     adata: AnnData,
     model: ModelLike | None = None,

@@ -36,7 +36,7 @@ Method = Literal["attention", "similarity", "perturb"]
 _METHODS = ("attention", "similarity", "perturb")
 
 
-@closes_files()
+@closes_files
 def infer_grn(
     adata: AnnData,
     model: ModelLike | None = None,

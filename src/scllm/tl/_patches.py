@@ -29,7 +29,7 @@ __all__ = ["embed_patches", "patch_reader"]
 Encoder = Callable[[Tensor], Any]
 
 
-@closes_files()
+@closes_files
 def embed_patches(
     adata: AnnData,
     *,

@@ -30,7 +30,7 @@ _CELLS = 64
 _NEW = 2**20
 
 
-@closes_files()
+@closes_files
 def perplexity(
     adata: AnnData,
     model: ModelLike | None = None,

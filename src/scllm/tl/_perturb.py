@@ -34,7 +34,7 @@ from scllm.tl._perturbed_genes import ALL, GeneLevels, combinations, gene_levels
 __all__ = ["perturb"]
 
 
-@closes_files()
+@closes_files
 def perturb(
     adata: AnnData,
     model: ModelLike | None = None,

@@ -31,7 +31,7 @@ from scllm.tl._perturbed_genes import JOIN
 __all__ = ["predict_perturbation"]
 
 
-@closes_files()
+@closes_files
 def predict_perturbation(
     adata: AnnData,
     model: ModelLike | None = None,

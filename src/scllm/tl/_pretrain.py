@@ -37,7 +37,7 @@ from scllm.tl._train import Data, Training, check_config, merged_config, process
 __all__ = ["prepare", "pretrain"]
 
 
-@closes_files()
+@closes_files
 def pretrain(
     data: Data,
     model: ModelLike = "scgpt",

@@ -28,7 +28,7 @@ from scllm.tl._model import ModelLike, gene_match, remember, resolve
 __all__ = ["reconstruct"]
 
 
-@closes_files()
+@closes_files
 def reconstruct(
     adata: AnnData,
     model: ModelLike | None = None,
