@@ -13,6 +13,7 @@ from scllm._checks import check_adata
 from scllm._log import log, warn
 from scllm._results import record
 from scllm._typing import CSR, FloatArray
+from scllm.data.opened import closes_files
 from scllm.data.source import open_source
 from scllm.data.spots import sections_of, spot_graph, spot_positions
 from scllm.data.targets import normalised
@@ -23,6 +24,7 @@ __all__ = ["spatially_variable"]
 _GRAPH = "spatial_connectivities"
 
 
+@closes_files
 def spatially_variable(
     adata: AnnData,
     *,
