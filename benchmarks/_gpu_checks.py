@@ -130,7 +130,7 @@ def _forward_and_backward(call: Any, inputs: list[Tensor]) -> None:
 def precision(cases: Cases) -> None:
     """Compare a training step of every family in bf16 and fp16 with fp32."""
     cells = datasets.toy(n_cells=32, n_genes=120)
-    for family in models.families():
+    for family in sorted({*models.families()} - {"spatial"}):  # which reads no token sequences
         cases.measure(family, _step_by_precision, cases, family, cells)
 
 

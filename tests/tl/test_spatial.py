@@ -403,3 +403,14 @@ def test_real_spots_are_told_from_shuffled_ones():
     from sklearn.metrics import roc_auc_score
 
     assert roc_auc_score(np.repeat([1, 0], 100), score) >= 0.95
+
+
+@pytest.mark.parametrize("verb", ["embed", "finetune", "perturb", "reconstruct"])
+def test_a_spatial_model_is_refused_where_expression_is_read(verb, tmp_path, monkeypatch):
+    monkeypatch.setattr(scllm.settings, "run_dir", tmp_path / "runs")
+    cells = scllm.datasets.toy(n_cells=30)
+    model = scllm.models.build("spatial", vocab=cells.var_names, size="tiny")
+    options = {"finetune": {"key": "cell_type"}, "perturb": {"genes": ["gene0"]}}.get(verb, {})
+    with pytest.raises(ValueError, match=naming("spatial", "image features", "tl.predict_spatial")):
+        getattr(scllm.tl, verb)(cells, model, **options)
+    assert not (tmp_path / "runs").exists()

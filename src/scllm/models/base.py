@@ -86,6 +86,8 @@ class CellModel(nn.Module):
     """Whether heads read one vector per cell, rather than the hidden states of all its tokens."""
     reads_depth: ClassVar[bool] = False
     """Whether the family can predict expression at another sequencing depth."""
+    reads_expression: ClassVar[bool] = True
+    """Whether the family reads the expression of cells, rather than images."""
     reads_genes: ClassVar[bool] = True
     """Whether the family's tokens are genes, so that each gene has a hidden state in each cell."""
     likelihood: Literal["causal", "pseudo", "permutation"] | None = None

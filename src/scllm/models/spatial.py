@@ -92,7 +92,7 @@ class Model(CellModel):
     """
 
     family = "spatial"
-    reads_genes = False
+    reads_expression = reads_genes = False
     poolings = ()
 
     def __init__(self, config: Config, vocab: Vocab, encoder: Encoder) -> None:

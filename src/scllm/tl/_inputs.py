@@ -24,6 +24,11 @@ def check_layer(
     downsample: float = 0.0,
 ) -> None:
     """Raise on values that the encoder or count downsampling cannot read, and say which layer holds counts."""
+    if not model.reads_expression:
+        raise ValueError(
+            f"Expected a model that reads expression, got a {model.family} model, which reads image features. Use "
+            "tl.predict_spatial, or pass a model of another family."
+        )
     if isinstance(source, RankedCells):
         _check_ranked(source, model)
     needs_counts = model.encoder.needs_counts or downsample > 0
