@@ -12,13 +12,13 @@ from messages import naming
 from PIL import Image
 
 from scllm import settings
-from scllm.data.opened import closes_files
+from scllm.data.opened import files_closed
 from scllm.data.slides import open_slide, slide_of_array
 
 
 @pytest.fixture(autouse=True)
 def _files_are_closed():
-    with closes_files():
+    with files_closed():
         yield
 
 

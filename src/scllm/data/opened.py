@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import ParamSpec, Protocol, TypeVar
-from weakref import WeakSet
 
-__all__ = ["closes_files", "opened"]
+__all__ = ["closes_files", "files_closed", "opened"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -18,14 +18,27 @@ class _Closable(Protocol):
     def close(self) -> None: ...
 
 
-_of_call: ContextVar[WeakSet[_Closable] | None] = ContextVar("_of_call", default=None)
+_of_call: ContextVar[list[_Closable] | None] = ContextVar("_of_call", default=None)
 
 
 def opened(file: _Closable) -> None:
     """Note that this file was opened, for :func:`closes_files`."""
     files = _of_call.get()
     if files is not None:
-        files.add(file)
+        files.append(file)
+
+
+@contextmanager
+def files_closed() -> Iterator[None]:
+    """Close all files that were opened within, at the end."""
+    files: list[_Closable] = []
+    token = _of_call.set(files)
+    try:
+        yield
+    finally:
+        _of_call.reset(token)
+        for file in files:
+            file.close()
 
 
 def closes_files(function: Callable[P, R]) -> Callable[P, R]:
@@ -35,15 +48,10 @@ def closes_files(function: Callable[P, R]) -> Callable[P, R]:
     all variables of the call, and HDF5 lets nobody write to a file that is still open.
     """
 
+    # not the decorator that contextlib makes: its frame would be the place at which warnings point
     @wraps(function)
     def closing(*args: P.args, **kwargs: P.kwargs) -> R:
-        files: WeakSet[_Closable] = WeakSet()
-        token = _of_call.set(files)
-        try:
+        with files_closed():
             return function(*args, **kwargs)
-        finally:
-            _of_call.reset(token)
-            for file in [*files]:
-                file.close()
 
     return closing
