@@ -27,7 +27,7 @@ def check_layer(
     if not model.reads_expression:
         raise ValueError(
             f"Expected a model that reads expression, got a {model.family} model, which reads image features. Use "
-            "tl.predict_spatial, or pass a model of another family."
+            "tl.fit_spatial and tl.predict_spatial, or pass a model of another family."
         )
     if isinstance(source, RankedCells):
         _check_ranked(source, model)
