@@ -143,9 +143,16 @@ def ablate_spatial(
     names = genes_to_predict(adata, genes)
     data = _Data.read(adata, layer, names, use_rep, n_neighbors, plan.group, gene_sets)
     options = {
-        "use_rep": use_rep, "layer": layer, "genes": names, "n_neighbors": n_neighbors, "library_key": group_key,
-        "size": size, "epochs": epochs, "device": device, "weight": weight,
-    }  # fmt: skip
+        "use_rep": use_rep,
+        "layer": layer,
+        "genes": names,
+        "n_neighbors": n_neighbors,
+        "library_key": group_key,
+        "size": size,
+        "epochs": epochs,
+        "device": device,
+        "weight": weight,
+    }
     pretraining = {"size": lm_size, "epochs": lm_epochs, "layer": layer, "device": device}
     log.info("fitting %d predictors on %d spots in %d sections", plan.n_fits, adata.n_obs, len(plan.names))
     found: list[_Fit] = []
@@ -161,9 +168,15 @@ def ablate_spatial(
         [{"n_train_groups": f.n_train, "arm": f.arm, "held_out": f.held_out, "seed": f.seed, **f.scores} for f in found]
     )
     params = {
-        "lm": lm if isinstance(lm, str) else type(lm).__name__, "kinds": kinds, "n_seeds": n_seeds, "weight": weight,
-        "group_key": group_key, "use_rep": use_rep, "layer": layer, "random_state": random_state,
-    }  # fmt: skip
+        "lm": lm if isinstance(lm, str) else type(lm).__name__,
+        "kinds": kinds,
+        "n_seeds": n_seeds,
+        "weight": weight,
+        "group_key": group_key,
+        "use_rep": use_rep,
+        "layer": layer,
+        "random_state": random_state,
+    }
     record(adata, "ablate_spatial", params, table, fits=fits)
     return table
 
@@ -247,9 +260,15 @@ class _Data:
 
     @classmethod
     def read(
-        cls, adata: AnnData, layer: str | None, names: list[str], use_rep: str, n_neighbors: int, group: pd.Series,
+        cls,
+        adata: AnnData,
+        layer: str | None,
+        names: list[str],
+        use_rep: str,
+        n_neighbors: int,
+        group: pd.Series,
         gene_sets: Mapping[str, Sequence[str]] | None,
-    ) -> _Data:  # fmt: skip
+    ) -> _Data:
         source = expression_source(adata, layer)
         rows, columns = np.arange(source.n_obs), adata.var_names.get_indexer(names)
         is_counts = value_kind(source.read(rows[:4096])) == "counts"
@@ -347,9 +366,14 @@ class _Fold:
             config = TrainConfig(schedule="cosine", warmup=20)
             with tempfile.TemporaryDirectory(dir=self.folder) as run_dir:
                 self._lm = pretrain(
-                    spots, self._untrained(self.seed), lr=1e-3, config=config, run_dir=run_dir,
-                    random_state=self.seed, **options,
-                )  # fmt: skip
+                    spots,
+                    self._untrained(self.seed),
+                    lr=1e-3,
+                    config=config,
+                    run_dir=run_dir,
+                    random_state=self.seed,
+                    **options,
+                )
         return self._lm
 
     def _untrained(self, seed: int) -> CellModel:

@@ -46,8 +46,13 @@ from scllm.tl._train import check_config, check_resume, merged_config, open_run
 __all__ = ["expression_source", "fit_spatial", "genes_to_predict", "predict_spatial"]
 
 _DEFAULTS = {
-    **FINETUNE, "gene_init": "random", "use_dropout": True, "head_reads": "last", "schedule": "cosine", "warmup": 10,
-}  # fmt: skip
+    **FINETUNE,
+    "gene_init": "random",
+    "use_dropout": True,
+    "head_reads": "last",
+    "schedule": "cosine",
+    "warmup": 10,
+}
 _WEIGHT_DECAY = 0.01
 _ROWS = 1024  # spots predicted at a time
 
@@ -180,10 +185,17 @@ def fit_spatial(
     _begin(model, spots, training)
     model.trained_on = record_training(None, "fit_spatial", adata, source, training)
     params = {
-        "use_rep": use_rep, "layer": layer, "plausibility": plausibility if module is not None else None,
-        "weight": weight if module is not None else 0.0, "likelihood": likelihood, "n_neighbors": n_neighbors,
-        "validation": validation, "group_key": group_key, "library_key": library_key, "lm": _digest(module),
-    }  # fmt: skip
+        "use_rep": use_rep,
+        "layer": layer,
+        "plausibility": plausibility if module is not None else None,
+        "weight": weight if module is not None else 0.0,
+        "likelihood": likelihood,
+        "n_neighbors": n_neighbors,
+        "validation": validation,
+        "group_key": group_key,
+        "library_key": library_key,
+        "lm": _digest(module),
+    }
     cells = Cells(training, held_out)
     spec = _spec(model, source, spots, cells, settings, params, where)
     run = open_run(spec, run_dir=run_dir, resume=resume)
@@ -346,9 +358,14 @@ def _neighbours(adata: AnnData, k: int, library_key: str | None) -> IntArray:
 
 
 def _spots(
-    adata: AnnData, source: CellSource, use_rep: str | None, names: list[str], n_neighbors: int,
-    library_key: str | None, likelihood: str,
-) -> Spots:  # fmt: skip
+    adata: AnnData,
+    source: CellSource,
+    use_rep: str | None,
+    names: list[str],
+    n_neighbors: int,
+    library_key: str | None,
+    likelihood: str,
+) -> Spots:
     features, reader = _image_inputs(adata, use_rep)
     rows = np.arange(source.n_obs)
     counts = source.read(rows)
@@ -407,9 +424,14 @@ def _digest(module: nn.Module | None) -> str | None:
 
 
 def _spec(
-    model: Model, source: CellSource, spots: Spots, cells: Cells, settings: Settings, params: Mapping[str, Any],
+    model: Model,
+    source: CellSource,
+    spots: Spots,
+    cells: Cells,
+    settings: Settings,
+    params: Mapping[str, Any],
     device: torch.device,
-) -> RunSpec:  # fmt: skip
+) -> RunSpec:
     """Return the specification of the run; features and neighbours count as the tokens of spots."""
     inputs = {"neighbours": spots.neighbours, "columns": spots.columns}
     if spots.features is not None:
@@ -419,12 +441,23 @@ def _spec(
     data = DataSpec(fingerprint(source), source.layer, cells.hash(), hash_arrays(inputs), None, 0.0)
     objective = {name: params[name] for name in ("likelihood", "plausibility", "weight")}
     return RunSpec(
-        verb="fit_spatial", family=model.family, model=asdict(model.config), weights=model.hash(),
-        encoder=encoder_to_dict(model.encoder), heads=(), objective=objective, train=settings, freeze=0, lora=None,
-        params={name: str(value) for name, value in params.items()}, data=data, data_reference=None, data_stamp=None,
+        verb="fit_spatial",
+        family=model.family,
+        model=asdict(model.config),
+        weights=model.hash(),
+        encoder=encoder_to_dict(model.encoder),
+        heads=(),
+        objective=objective,
+        train=settings,
+        freeze=0,
+        lora=None,
+        params={name: str(value) for name, value in params.items()},
+        data=data,
+        data_reference=None,
+        data_stamp=None,
         processes={"n": 1, "device": device.type},
         versions={"scllm": version("scllm-tools"), "torch": torch.__version__},
-    )  # fmt: skip
+    )
 
 
 def _trained(
