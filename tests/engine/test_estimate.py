@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from scllm.engine.estimate import flops_per_cell, matrix_rate, training_flops
 from scllm.engine.lora import LoraSettings, add_adapters
 from scllm.engine.objectives import Label, PermutedGene, objective_from_dict
 from scllm.engine.optim import freeze
+from scllm.engine.relational import COLUMN, relational_loss
 from scllm.models.batch import Batch, Measured
 from scllm.models.gene_lm import GeneLM
 from scllm.models.heads import HeadSpec
@@ -77,9 +79,19 @@ def test_operations_of_a_training_step_equal_those_counted_by_torch(family, sett
     # the head on all genes costs as much as such small blocks, and is not counted
     is_lm = isinstance(model, GeneLM)
     found = _counted_by_torch(lambda: model.hidden(batch).sum() if is_lm else objective(model, batch, 0).sum)
-    assert count(batch.lengths) == pytest.approx(found, rel=0.15)
+    assert count(batch) == pytest.approx(found, rel=0.15)
     # attention is over the length of each cell, not over the mean length
-    assert count([400]) + count([100]) > 2 * count([250]) or family == "scbert"
+    longest, shortest = (count(batch.cells(i, i + 1)) / batch.lengths[i] for i in (0, 1))
+    has_other_parts = family in ("scbert", "scfoundation")  # attention of linear cost, a decoder of constant cost
+    assert longest > shortest or has_other_parts or batch.lengths[0] == batch.lengths[1]
+
+
+def test_operations_of_the_view_of_each_cell_count_too():
+    model = models.build("scgpt", vocab=[f"g{i}" for i in range(600)], size="small").train()
+    objective, batch = objective_from_dict(model.config.objective()), _batch(model)
+    batch = replace(batch, view=replace(batch, obs={COLUMN: torch.eye(3)}))
+    found = _counted_by_torch(lambda: objective(model, batch, 0).sum + relational_loss(model, batch.view).sum)
+    assert training_flops(model, objective)(batch) == pytest.approx(found, rel=0.15)
 
 
 @pytest.mark.parametrize("what", [2, "encoder", "lora"])
@@ -92,7 +104,7 @@ def test_frozen_blocks_have_fewer_operations(what):
         freeze(model, what)
     objective, batch = Label(), _batch(model)
     found = _counted_by_torch(lambda: objective(model, batch, 0).sum)
-    assert training_flops(model, objective)(batch.lengths) == pytest.approx(found, rel=0.15)
+    assert training_flops(model, objective)(batch) == pytest.approx(found, rel=0.15)
 
 
 def test_operations_that_cannot_be_counted_are_not_guessed():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from functools import cache
 
@@ -16,7 +16,7 @@ from scllm.data.genes import GeneMatch
 from scllm.engine.device import DTYPES
 from scllm.engine.loader import Loader
 from scllm.engine.objectives import GeneLabel, Label, Objective
-from scllm.models.base import CellModel
+from scllm.models.base import Batch, CellModel
 
 __all__ = [
     "cells_in_words",
@@ -39,8 +39,8 @@ def flops_per_cell(model: CellModel, n_tokens: float, *, training: bool = True) 
     return model.forward_flops(n_tokens) * (3 if training else 1)
 
 
-def training_flops(model: CellModel, objective: Objective) -> Callable[[Iterable[int]], float] | None:
-    """Return a function that counts the floating-point operations of training on token sequences of given lengths.
+def training_flops(model: CellModel, objective: Objective) -> Callable[[Batch], float] | None:
+    """Return a function that counts the floating-point operations of training on a batch and its view.
 
     Operations of the blocks count, with attention over the real length of each cell; embedding tables, prediction
     heads, padding and recomputation do not. ``None`` if they cannot be counted: two streams of hidden states (XLNet),
@@ -55,10 +55,14 @@ def training_flops(model: CellModel, objective: Objective) -> Callable[[Iterable
     passes, share = _passes(model), getattr(objective, "share_read", 1.0)
 
     @cache
-    def of_cell(n_tokens: int) -> float:
-        return passes * model.forward_flops(share * n_tokens)
+    def of_cell(n_tokens: float) -> float:
+        return passes * model.forward_flops(n_tokens)
 
-    return lambda lengths: sum(map(of_cell, lengths))
+    def of_batch(batch: Batch) -> float:
+        of_view = 0.0 if batch.view is None else sum(map(of_cell, batch.view.lengths))
+        return sum(of_cell(share * n) for n in batch.lengths) + of_view
+
+    return of_batch
 
 
 def _passes(model: CellModel) -> float:

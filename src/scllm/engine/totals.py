@@ -34,7 +34,7 @@ class Sums:
     """Sums over micro-batches and ranks, which are divided once at the end."""
 
     def __init__(
-        self, names: Sequence[str], device: torch.device, flops: Callable[[Sequence[int]], float] | None = None
+        self, names: Sequence[str], device: torch.device, flops: Callable[[Batch], float] | None = None
     ) -> None:
         # with all names from the start, because ranks without cells take part in the sum too
         self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("loss", *names)}
@@ -50,7 +50,7 @@ class Sums:
         self.n_cells += batch.n_cells
         self.n_tokens += len(batch.genes)
         if self.count_flops is not None:
-            self.flops += self.count_flops(batch.lengths)
+            self.flops += self.count_flops(batch)
 
     def reduced(self, asked: bool = False) -> Totals:
         """Sum over ranks."""

@@ -54,7 +54,8 @@ def training_cost(training: Training) -> Cost:
     reader = copy.copy(model)
     reader.encoder = training_encoder(model, config.max_len)
     n_tokens = mean_tokens(reader, source, match, training_cells)
-    trained = flops_per_cell(reader, n_tokens)
+    # the view of a cell for the relational term has about as many tokens
+    trained = flops_per_cell(reader, n_tokens) * (2 if config.relational else 1)
     validated = flops_per_cell(model, mean_tokens(model, source, match, validation_cells), training=False)
     flops = n_trained * trained + n_validated * validated
     seconds = expected_seconds(flops, n_trained + n_validated, where, precision, training.where.n)
