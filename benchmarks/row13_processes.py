@@ -40,7 +40,7 @@ def trained(n_procs: int) -> pd.DataFrame:
     """Train a short run and return its history, including the first steps."""
     adata = blood_1200()[:N_CELLS].copy()
     with tempfile.TemporaryDirectory() as folder:
-        config = tl.TrainConfig(steps=N_STEPS, batch_size=BATCH)
+        config = tl.TrainConfig(steps=N_STEPS, batch_size=BATCH, relational=False)
         model = tl.pretrain(
             adata, size="small", dropout=0, validation=0, device="cpu", n_procs=n_procs, precision="fp32",
             run_dir=Path(folder) / "run", config=config,

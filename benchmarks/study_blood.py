@@ -31,7 +31,7 @@ def main(run_dir: str, epochs: int) -> None:
     adata = sorted_cells()
     model = scllm.tl.pretrain(
         adata, size="small", left_out=0.25, mask_ratio=0.5, lr=5e-4, dropout=0.1, epochs=epochs, run_dir=run_dir,
-        config=scllm.tl.TrainConfig(max_len=301, save_every=50),
+        config=scllm.tl.TrainConfig(max_len=301, save_every=50, relational=False),
     )  # fmt: skip
     validation = model.history.query("split == 'validation'")
     print(validation[["epoch", "mse", "mse_share", "mse_cell"]].to_string(index=False))

@@ -42,7 +42,7 @@ def main(folder: Path, families: list[str]) -> None:
         began = time.process_time()
         model = scllm.tl.pretrain(
             sc.pp.sample(adata, n=1000, rng=0, copy=True), family, size="tiny", batch_size=32, run_dir=folder / family,
-            config=scllm.tl.TrainConfig(schedule="cosine", warmup=20), **PRETRAIN[family],
+            config=scllm.tl.TrainConfig(schedule="cosine", warmup=20, relational=False), **PRETRAIN[family],
         )  # fmt: skip
         losses = model.history.query("split == 'validation'")["loss"].round(3).tolist()
         print(family, losses, f"{time.process_time() - began:.0f} s", flush=True)

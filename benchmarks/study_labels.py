@@ -82,7 +82,7 @@ def main(folder: Path, family: str, size: str, names: list[str]) -> None:
 def pretrained(folder: Path, name: str, family: str, size: str, adata: ad.AnnData) -> scllm.models.CellModel:
     """Pretrain on all cells of a set without labels, on a random subset of at most 300 genes of a cell."""
     return scllm.tl.pretrain(
-        adata, family, size=size, epochs=SETS[name].epochs, config=scllm.tl.TrainConfig(max_len=301),
+        adata, family, size=size, epochs=SETS[name].epochs, config=scllm.tl.TrainConfig(max_len=301, relational=False),
         run_dir=folder / f"{name}-{family}-{size}", **PRETRAINING[family],
     )  # fmt: skip
 

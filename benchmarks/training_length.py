@@ -33,7 +33,7 @@ def compare(adata: AnnData, family: str, size: str, epochs: int, max_len: int) -
         began = time.process_time()
         model = tl.pretrain(
             adata, family, size=size, epochs=epochs, run_dir=f"{folder}/run", validation=0.1, device="cpu",
-            config=tl.TrainConfig(max_len=max_len),
+            config=tl.TrainConfig(max_len=max_len, relational=False),
         )  # fmt: skip
         seconds = time.process_time() - began
         tl.embed(adata, model, device="cpu")

@@ -24,7 +24,7 @@ import scllm
 # tests that run in the background of a shell ignore interrupts, and processes that they start inherit this
 signal.signal(signal.SIGINT, signal.default_int_handler)
 data, settings = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-config = scllm.tl.TrainConfig(**settings.pop("config"))
+config = scllm.tl.TrainConfig(**{"relational": False} | settings.pop("config"))
 data = scllm.datasets.toy(**data) if isinstance(data, dict) else data
 print("start", flush=True)
 scllm.tl.pretrain(data, config=config, **settings)
@@ -34,8 +34,9 @@ SETTINGS = {"size": "tiny", "device": "cpu", "epochs": 3, "batch_size": 16, "val
 
 
 def pretrain(data, run_dir: Path, *, config: dict | None = None, **settings) -> scllm.models.CellModel:
-    """Pretrain a tiny model on a CPU."""
-    return scllm.tl.pretrain(data, run_dir=run_dir, config=TrainConfig(**config or {}), **SETTINGS | settings)
+    """Pretrain a tiny model on a CPU, with the objective of the family alone unless ``config`` says otherwise."""
+    config = {"relational": False} | (config or {})
+    return scllm.tl.pretrain(data, run_dir=run_dir, config=TrainConfig(**config), **SETTINGS | settings)
 
 
 def start(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 
 import anndata as ad
 import numpy as np
@@ -11,9 +12,13 @@ import torch
 from messages import naming
 from scipy import sparse
 
+from scllm.models import build
 from scllm.models.base import HeadSpec
 from scllm.pp import split
 from scllm.tl import TrainConfig, pretrain
+from scllm.tl._pretrain import prepare
+
+PLAIN = TrainConfig(relational=False)
 
 
 @pytest.fixture
@@ -126,16 +131,63 @@ def test_invalid_validation_is_an_error(adata, train, tmp_path):
 def test_mask_ratio_and_dropout_override_those_of_the_family(train):
     model = train()
     assert spec_of(model)["objective"]["mask_ratio"] == [0.25, 0.5, 0.75]
-    assert model.config.dropout == 0.2
-    model = train(mask_ratio=0.4, dropout=0.0)
+    assert model.config.dropout == 0.0
+    assert train(config=PLAIN).config.dropout == 0.2
+    model = train(mask_ratio=0.4, dropout=0.1)
     assert spec_of(model)["objective"]["mask_ratio"] == [0.4]
     assert set(model.history["mask_ratio"].dropna()) == {0.4}
-    assert model.config.dropout == 0.0
+    assert model.config.dropout == 0.1
     model = train(mask_ratio=(0.1, 0.9), epochs=4)
     assert set(model.history["mask_ratio"].dropna()) == {0.1, 0.9}
     for wrong in (0, 1.0, (0.5, 2)):
         with pytest.raises(ValueError, match=naming("mask_ratio", wrong)):
             train(mask_ratio=wrong)
+
+
+def test_new_models_learn_the_relational_term_unless_told_otherwise(adata, train):
+    model = train()
+    used = spec_of(model)["train"]
+    assert model.config.pooled_skip
+    assert used["relational"]
+    assert (used["lr"], used["warmup"], used["schedule"], used["max_len"]) == (3e-3, 20, "cosine", 256)
+    assert (model.history["relational"] > 0).all()
+    plain = train(batch_size=None, config=PLAIN)
+    used = spec_of(plain)["train"]
+    assert not plain.config.pooled_skip
+    assert not used["relational"]
+    assert (used["lr"], used["warmup"], used["schedule"], used["batch_size"]) == (1e-4, 0, "step", 32)
+    assert "relational" not in plain.history
+    # the plain objective is that of a model of the original architecture, whose table starts from the cells too
+    torch.manual_seed(0)
+    fresh = build("scgpt", vocab=adata.var_names, size="tiny")
+    same = train(fresh, batch_size=None, config=TrainConfig(gene_init="svd"))
+    assert same.hash() == plain.hash()
+    assert "relational" not in train("geneformer").history
+
+
+@pytest.mark.parametrize(("size", "lr", "batch_size"), [("tiny", 3e-3, 64), ("small", 1e-3, 64), ("base", 1e-4, 32)])
+def test_small_data_are_read_often_enough(adata, size, lr, batch_size):
+    given = {name: argument.default for name, argument in signature(pretrain).parameters.items()}
+    given = {name: given[name] for name in signature(prepare).parameters if name not in ("data", "model")}
+
+    def settings(**options):
+        return prepare(adata, "scgpt", **given | {"size": size, "device": "cpu"} | options).settings
+
+    used = settings()
+    assert (used.lr, used.batch_size, used.relational) == (lr, batch_size, True)
+    # 60 cells are one step of 64 cells
+    assert used.epochs == (6 if size == "base" else 500)
+    assert settings(epochs=2).epochs == settings(config=TrainConfig(epochs=2)).epochs == 2
+    assert settings(config=TrainConfig(steps=7)).n_steps(60) == 7
+    assert settings(config=PLAIN).epochs == 6
+
+
+def test_a_model_goes_on_with_the_terms_that_it_was_trained_with(train):
+    related, plain = train(), train(config=PLAIN)
+    assert "relational" in train(related).history
+    assert "relational" in train(str(related.path)).history
+    assert "relational" not in train(plain).history
+    assert "relational" not in train(related, config=PLAIN).history
 
 
 def test_pretraining_an_existing_model_removes_its_heads(train, tiny):

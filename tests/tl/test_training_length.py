@@ -39,7 +39,8 @@ def test_pretraining_and_finetuning_read_a_subset_unless_told_otherwise(tmp_path
     tl.pretrain(adata, size="tiny", run_dir=tmp_path / "b", config=whole)
     tl.finetune(adata, model, key="cell_type", run_dir=tmp_path / "c", config=tl.TrainConfig(steps=1))
     tl.finetune(adata, model, key="cell_type", run_dir=tmp_path / "d", config=whole)
-    assert [read(name) for name in "abcd"] == [512, 100_000, 512, 100_000]
+    tl.pretrain(adata, size="tiny", run_dir=tmp_path / "e", config=tl.TrainConfig(steps=1, relational=False))
+    assert [read(name) for name in "abcde"] == [256, 100_000, 512, 100_000, 512]
     assert model.encoder.max_len == 1201  # embedding reads all
 
 

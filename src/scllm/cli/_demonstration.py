@@ -38,7 +38,7 @@ _MEASURES = {
 
 
 def demonstrate(
-    out: Path, *, device: str = "auto", pretrain_epochs: int = 12, finetune_epochs: int | None = None
+    out: Path, *, device: str = "auto", pretrain_epochs: int | None = None, finetune_epochs: int | None = None
 ) -> str:
     """Pretrain, embed, fine-tune and classify; write figures and data into ``out`` and return a table of scores.
 
@@ -90,21 +90,15 @@ def _say(step: str) -> None:
     typer.echo(f"{step} ...", err=True)
 
 
-def _pretrain(adata: AnnData, run_dir: Path, epochs: int, device: str) -> CellModel:
+def _pretrain(adata: AnnData, run_dir: Path, epochs: int | None, device: str) -> CellModel:
     return tl.pretrain(
         adata,
         size="tiny",
         run_dir=run_dir,
         epochs=epochs,
-        batch_size=8,
-        lr=2e-3,
-        mask_ratio=0.25,
-        left_out=0.25,
-        dropout=0.0,
         validation="split",
         device=device,
         n_gpus=1 if _uses_gpu(device) else None,
-        config=tl.TrainConfig(schedule="cosine", warmup=30),
     )
 
 

@@ -118,8 +118,9 @@ class TrainConfig:
     max_len
         Largest number of tokens per cell in training, ``<cls>`` included: of longer cells a random subset is read, new
         in each epoch, which saves time and regularises. Validation and embedding read as much as the encoder gives.
-        ``None``: 512 in :func:`pretrain` and :func:`finetune` of models of size ``"tiny"`` and ``"small"``, and no
-        limit below the encoder's own in all others. A large number (``max_len=100_000``) reads whole cells there too.
+        ``None``: 512 in :func:`pretrain` and :func:`finetune` of models of size ``"tiny"`` and ``"small"`` (256 for
+        new scgpt models with ``relational``), and no limit below the encoder's own in all others. A large number
+        (``max_len=100_000``) reads whole cells there too.
     downsample
         Count downsampling (binomial thinning) of training cells as augmentation: the largest fraction of counts
         that is removed at random from a cell. ``None``: the default of the family (scfoundation: 0.8 in pretraining,
@@ -145,7 +146,10 @@ class TrainConfig:
         Whether :func:`pretrain` adds the relational term to the loss: the cosine similarities between the embeddings of
         the cells of a step are regressed on those between the first 50 principal components of their log-normalised
         profiles (relational knowledge distillation, Park et al. 2019). What is embedded is a view of each cell, see
-        ``view_downsample``. This takes another forward and backward pass per step. ``None``: no.
+        ``view_downsample``. This takes another forward and backward pass per step. ``None``: yes for new scgpt models
+        of size ``"tiny"``, ``"small"`` and ``"base"``, which then also start ``<cls>`` from the mean of the cell's
+        genes (``pooled_skip``), and for models that were pretrained with it; no for all others. ``False`` gives the
+        objective and the settings of the original.
     relational_weight
         Weight of the relational term, which is a mean over all pairs of cells of a step. ``None``: the default of the
         family, at which both terms are of similar size at the start.
@@ -349,6 +353,11 @@ class Settings(TrainConfig):
     def steps_per_epoch(self, n_cells: int) -> int:
         """Count the optimiser steps of one epoch, the same on every rank."""
         return n_batches(n_cells, self.batch_size)
+
+    def at_least(self, n_steps: int, n_cells: int) -> Self:
+        """Return settings with as many whole epochs as ``n_steps`` take, if these are more."""
+        least = -(-n_steps // max(self.steps_per_epoch(n_cells), 1))
+        return self if self.epochs is None else replace(self, epochs=max(self.epochs, least))
 
     def n_steps(self, n_cells: int) -> int:
         """Count the optimiser steps of the whole training."""

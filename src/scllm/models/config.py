@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from scllm.data.vocab import Vocab
 
-__all__ = ["ModelConfig"]
+__all__ = ["ModelConfig", "Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How new models of a size are built and pretrained, where that differs from the family's own defaults.
+
+    Parameters
+    ----------
+    model
+        Fields of ``Config``.
+    training
+        Settings of :class:`scllm.tl.TrainConfig`.
+    n_steps
+        Least number of steps, for data of which so many epochs are too few.
+    """
+
+    model: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    n_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,16 +61,16 @@ class ModelConfig:
 
     def _check_blocks(self) -> None:
         """Check the sizes of pruned blocks, and turn the lists that JSON makes of them into tuples."""
-        for field in fields(self):
-            sizes = getattr(self, field.name)
-            if "block_" not in field.name or sizes is None:
+        for name in (known.name for known in fields(self)):
+            sizes = getattr(self, name)
+            if "block_" not in name or sizes is None:
                 continue
             if not len(sizes) or min(sizes) < 1:
                 raise ValueError(
-                    f"Expected {field.name} to leave at least one head or neuron in each block, got {list(sizes)}. "
+                    f"Expected {name} to leave at least one head or neuron in each block, got {list(sizes)}. "
                     "Leave it out if all blocks have the same size."
                 )
-            object.__setattr__(self, field.name, tuple(sizes))
+            object.__setattr__(self, name, tuple(sizes))
 
     def block_sizes(self) -> list[tuple[int, int]]:
         """Return the number of heads and the feed-forward width of each block, first to last."""

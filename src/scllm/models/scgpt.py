@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from scllm.data.encode import BinEncoder, Encoder, ValueEncoder
 from scllm.data.vocab import Vocab, read_tokens
 from scllm.models.base import Batch, CellModel, Checkpoint, HeadSpec, ModelConfig, Outputs
+from scllm.models.config import Recipe
 from scllm.models.entries import entry
 from scllm.models.layers import (
     BinTable,
@@ -27,7 +28,7 @@ from scllm.models.layers import (
 )
 from scllm.models.storage import plain_weights, read_json, read_torch, renamed, require
 
-__all__ = ["FINETUNE", "PRETRAIN", "SIZES", "Config", "Model", "read"]
+__all__ = ["FINETUNE", "PRETRAIN", "RECIPES", "SIZES", "Config", "Model", "read"]
 
 SIZES = {
     "tiny": {"n_layers": 2, "n_heads": 4, "d_model": 64, "d_hidden": 64},
@@ -38,6 +39,13 @@ SIZES = {
 # settings of scGPT-style pretraining on 300,000 blood cells
 # (squared errors of bins begin near 2,000, so the relational term has a large weight)
 PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 1e-4, "relational_weight": 4_000.0}
+# new models: the relational term and the pooled skip, chosen on two data sets with "tiny" (docs/models.md)
+_SHORT = {"relational": True, "batch_size": 64, "schedule": "cosine", "warmup": 20, "max_len": 256}
+RECIPES = {
+    "tiny": Recipe({"pooled_skip": True, "dropout": 0.0}, {**_SHORT, "lr": 3e-3}, n_steps=500),
+    "small": Recipe({"pooled_skip": True, "dropout": 0.0}, {**_SHORT, "lr": 1e-3}, n_steps=500),
+    "base": Recipe({"pooled_skip": True}, {"relational": True}),
+}
 # the head is fitted beforehand (engine/head_start.py), and higher learning rates would first undo that
 FINETUNE = {"epochs": 3, "batch_size": 32, "lr": 3e-5}
 

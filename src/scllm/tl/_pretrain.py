@@ -29,6 +29,7 @@ from scllm.engine.config import Precision, TrainConfig
 from scllm.engine.objectives import Objective, objective_from_dict
 from scllm.engine.spec import Cells
 from scllm.models.base import CellModel
+from scllm.models.config import Recipe
 from scllm.tl._inputs import check_layer, take_medians
 from scllm.tl._model import ModelLike, resolve
 from scllm.tl._parts import divide, mixture
@@ -68,7 +69,8 @@ def pretrain(
     The objective depends on the family:
 
     - scgpt masks the expression of a fraction of each cell's genes. It predicts the masked values twice: from the other
-      genes, and from the cell embedding only (Cui et al. 2024, doi:10.1038/s41592-024-02201-0).
+      genes, and from the cell embedding only (Cui et al. 2024, doi:10.1038/s41592-024-02201-0). New models also learn
+      which cells are alike, whatever their sequencing depth (``relational`` of :class:`scllm.tl.TrainConfig`).
     - geneformer masks genes in each cell's ranking and predicts which genes they are (Theodoris et al. 2023,
       doi:10.1038/s41586-023-06139-9).
     - scbert masks expression levels and classifies them.
@@ -99,11 +101,14 @@ def pretrain(
     run_dir
         Directory in which the run is written and resumed. ``None``: a new one under ``scllm.settings.run_dir``.
     epochs
-        Passes over the cells. ``None``: the default of the family (scgpt, geneformer: 6).
+        Passes over the cells. ``None``: the default of the family (scgpt, geneformer: 6; for new scgpt models of size
+        ``"tiny"`` and ``"small"`` at least as many as 500 steps take).
     batch_size
-        Cells per optimiser step, over all processes (scgpt, geneformer: 32).
+        Cells per optimiser step, over all processes (scgpt, geneformer: 32; new scgpt models of size ``"tiny"`` and
+        ``"small"``: 64).
     lr
-        Peak learning rate (scgpt: 1e-4, geneformer: 1e-3).
+        Peak learning rate (scgpt: 1e-4, but 3e-3 for new ``"tiny"`` and 1e-3 for new ``"small"`` models; geneformer:
+        1e-3).
     mask_ratio
         Fraction of a cell's genes to mask, or several fractions, one of which is drawn at each step (scgpt: 0.25, 0.5,
         0.75; geneformer: 0.15).
@@ -112,7 +117,8 @@ def pretrain(
         and for genes without expression whether they are expressed. The embedding then separates cell types better.
         ``None``: the default of the family (scgpt: 0).
     dropout
-        Dropout of the blocks (scgpt: 0.2, geneformer: 0.02). With 0, any number of processes gives the same loss curve.
+        Dropout of the blocks (scgpt: 0.2, but 0 for new ``"tiny"`` and ``"small"`` models; geneformer: 0.02). With 0,
+        any number of processes gives the same loss curve.
     validation
         Fraction of cells held out, or a column of ``obs`` with ``train`` and ``validation``, as written by
         :func:`scllm.pp.split`.
@@ -215,7 +221,10 @@ def prepare(
     where = processes(n_gpus, n_procs, device)
     genes.check_unique(source.genes)
     seed = random_state or (config.random_state if config is not None else None) or 0
-    begun = _starting_model(data, _names(source, matching["gene_key"]), model, size, dropout, seed)
+    recipe = _recipe(model, size, config)
+    begun = _starting_model(data, _names(source, matching["gene_key"]), model, size, recipe, dropout, seed)
+    was_relational = begun.history is not None and "relational" in begun.history
+    begun.history, begun.comparison, begun.path = None, None, None
     take_medians(source, begun)
     check_layer(source, begun, layer, data, downsample=0.0 if config is None else config.downsample or 0.0)
     # Trained gene embeddings are not initialised again, unless config asks for it.
@@ -224,14 +233,25 @@ def prepare(
     defaults = {
         "gene_init": gene_init,
         "max_len": models.training_length(begun.family, begun.config),
+        "relational": was_relational,
         **models.family_module(begun.family).PRETRAIN,
+        **recipe.training,
     }
-    settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
-    objective = _objective(begun, settings.random_state, mask_ratio, left_out)
     training, held_out = divide(source, validation, group_key=group_key, random_state=seed)
+    settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
+    if epochs is None and (config is None or config.epochs is None):
+        settings = settings.at_least(recipe.n_steps, len(training))
+    objective = _objective(begun, settings.random_state, mask_ratio, left_out)
     params = {"size": size, "dropout": dropout, "validation": validation, "group_key": group_key, "layer": layer}
     cells = Cells(training, held_out, weights=mixture(source, settings.group_weights, training))
     return Training("pretrain", data, source, matching, begun, objective, settings, cells, where, params)
+
+
+def _recipe(model: ModelLike, size: str, config: TrainConfig | None) -> Recipe:
+    """Return what a new model differs in from the defaults of its family: nothing without the relational term."""
+    if not (isinstance(model, str) and _is_family(model)) or (config is not None and config.relational is False):
+        return Recipe()
+    return getattr(models.family_module(model), "RECIPES", {}).get(size, Recipe())
 
 
 def set_medians(prepared: Training) -> None:
@@ -251,11 +271,17 @@ def _names(source: CellSource, gene_key: str | None) -> list[str]:
 
 
 def _starting_model(
-    data: Data, names: list[str], model: ModelLike, size: str, dropout: float | None, random_state: int
+    data: Data,
+    names: list[str],
+    model: ModelLike,
+    size: str,
+    recipe: Recipe,
+    dropout: float | None,
+    random_state: int,
 ) -> CellModel:
     """Build a new model if ``model`` names a family; copy the model otherwise."""
     if isinstance(model, str) and _is_family(model):
-        config = {} if dropout is None else {"dropout": dropout}
+        config = {**recipe.model, **({} if dropout is None else {"dropout": dropout})}
         with torch.random.fork_rng([]):
             torch.default_generator.manual_seed(random_state)  # seeds only the CPU, not GPUs
             return models.build(model, vocab=names, size=size, **config)
@@ -268,7 +294,6 @@ def _starting_model(
             + (f"Did you mean {close[0]!r}?" if close else "Check the spelling and the working directory.")
         )
     begun = copy.deepcopy(resolve(model, data if isinstance(data, AnnData) else None)).cpu()
-    begun.history, begun.comparison, begun.path = None, None, None
     begun.set_heads(())  # after pretraining, the heads would get embeddings that they were not trained on
     if dropout is not None:
         begun.config = replace(begun.config, dropout=dropout)
