@@ -36,7 +36,12 @@ from scllm.tl._unknown import FPR, cutoff_at
 KEY = "cell_type"
 # file, and number of its cells that are used, because each type takes a training
 SETS = {"pancreas": ("pancreas_2studies", 2_000), "sorted": ("pbmc_zheng2017_facs", 800)}
-PRETRAINING = {"size": "tiny", "batch_size": 64, "lr": 1e-3, "config": scllm.tl.TrainConfig(steps=40, max_len=129, relational=False)}
+PRETRAINING = {
+    "size": "tiny",
+    "batch_size": 64,
+    "lr": 1e-3,
+    "config": scllm.tl.TrainConfig(steps=40, max_len=129, relational=False),
+}
 FINE_TUNING = {"epochs": 2, "batch_size": 64, "config": scllm.tl.TrainConfig(max_len=129)}
 # both on whitened states, with the ridge of engine/calibrate.py
 RIDGE, N_NEIGHBORS = 0.03, 10

@@ -63,7 +63,7 @@ def families() -> list[str]:
     True
     """
     here = [module.name for module in pkgutil.iter_modules(__path__)]
-    return [name for name in here if hasattr(import_module(f"{__name__}.{name}"), "Config")]
+    return [name for name in here if hasattr(import_module(f"{__name__}.{name}"), "SIZES")]
 
 
 def family_module(family: str) -> ModuleType:
