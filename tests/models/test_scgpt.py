@@ -13,7 +13,7 @@ from scllm import models
 from scllm.data.tokens import Tokens
 from scllm.engine import losses
 from scllm.engine.objectives import MaskedValue
-from scllm.models import scgpt, storage
+from scllm.models import scgpt, scgpt_files, storage
 from scllm.models.base import Batch, HeadSpec
 from scllm.models.int8 import to_int8
 from scllm.models.layers import CellToGenes
@@ -53,9 +53,9 @@ def variant(parity, model, name):
         json.loads((parity / "checkpoint" / "args.json").read_text())
         | json.loads((parity / "models.json").read_text())[name]
     )
-    weights = {scgpt._ours(key): value for key, value in storage.read_torch(parity / f"model_{name}.pt").items()}
-    config = scgpt._config(args, weights)
-    built = scgpt.Model(config, model.vocab, scgpt._encoder(args, config))
+    weights = {scgpt_files._ours(key): value for key, value in storage.read_torch(parity / f"model_{name}.pt").items()}
+    config = scgpt_files._config(args, weights)
+    built = scgpt.Model(config, model.vocab, scgpt_files._encoder(args, config))
     if "heads.0.out.weight" in weights:
         built.set_heads([HeadSpec("cls", tuple(map(str, range(len(weights["heads.0.out.weight"])))))])
     storage.load_weights(built, weights, source=name)
@@ -182,7 +182,7 @@ def test_parity_scgpt_cell_decoders(parity, arrays, style):
     decoder = CellToGenes(style, cell.shape[1], cell.shape[1], explicit_zero_prob=False)
     original = storage.read_torch(parity / f"model_{name}.pt")
     weights = {
-        scgpt._ours(f"mvc_decoder.{key}").removeprefix("cell_decoder."): value for key, value in original.items()
+        scgpt_files._ours(f"mvc_decoder.{key}").removeprefix("cell_decoder."): value for key, value in original.items()
     }
     storage.load_weights(decoder, weights, source=name)
     cell_of = torch.arange(len(cell)).repeat_interleave(genes.shape[1])
@@ -217,7 +217,7 @@ def test_parity_scgpt_training_step(parity, inputs, arrays):
     np.testing.assert_allclose(norm, expected["grad_norm_before_clip"], rtol=1e-3)
     ours = {name: weight.grad for name, weight in model.named_parameters()}
     for name, grad_norm in zip(expected["grad_param_names"], expected["grad_norm_after_clip_per_param"], strict=True):
-        found = ours[scgpt._ours(str(name))]
+        found = ours[scgpt_files._ours(str(name))]
         np.testing.assert_allclose(0 if found is None else found.norm(), grad_norm, rtol=1e-3, atol=1e-7)
     optimizer.step()
     after = [loss.item() for loss in both()]

@@ -8,17 +8,17 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from scllm._typing import FloatArray
-from scllm.metrics._matched_null import FEWEST_NULLS, fitted_t, standardised
+from scllm.metrics._matched_null import FEWEST_NULLS, p_values, standardised
 
 __all__ = ["directed_edges", "edge_scores"]
 
 
-def directed_edges(effect: FloatArray, level: FloatArray, *, fdr: float = 0.05, n_matched: int = 20) -> pd.DataFrame:
+def directed_edges(effect: FloatArray, level: FloatArray, *, fdr: float = 0.05, n_matched: int = 50) -> pd.DataFrame:
     """Find directed and signed edges in the effects of deletions.
 
     The effect of deleting gene ``a`` on gene ``b`` is compared with the effects on ``b`` of deleting genes of similar
-    expression. The tails of a t distribution, fitted to the central 95 % of all standardised effects, give the
-    p-values, which are adjusted by Benjamini and Hochberg over all pairs.
+    expression, as :func:`matched_null_test` does without separate nulls. The p-values are adjusted by Benjamini and
+    Hochberg over all pairs.
 
     Parameters
     ----------
@@ -50,8 +50,7 @@ def directed_edges(effect: FloatArray, level: FloatArray, *, fdr: float = 0.05, 
     found["z"] = z[source, target]
     found["p_value"], found["q_value"] = np.nan, np.nan
     if len(found):
-        degrees, spread = fitted_t(found["z"].to_numpy(), 0.95)
-        found["p_value"] = np.minimum(2 * stats.t.sf(np.abs(found["z"]) / spread, degrees), 1)
+        found["p_value"] = p_values(found["z"].to_numpy(), found["z"].to_numpy(), are_pure=False)
         found["q_value"] = stats.false_discovery_control(found["p_value"])
     found["reverse_z"] = z[target, source]
     q = np.ones((m, m))
