@@ -135,7 +135,7 @@ def test_matched_null_finds_outliers_and_removes_the_trend_with_expression():
     rng = np.random.default_rng(0)
     level = np.linspace(0, 5, 200)
     statistic = 0.3 * level + rng.normal(0, 0.1 + 0.1 * level)
-    statistic[[20, 150]] += 8
+    statistic[[20, 150]] += [8, 20]
     found = metrics.matched_null_test(statistic, level)
     assert set(np.flatnonzero(found["q_value"] < 0.05)) == {20, 150}
     separate = metrics.matched_null_test(statistic, level, ~np.isin(np.arange(200), [20, 100, 150]))
@@ -143,3 +143,39 @@ def test_matched_null_finds_outliers_and_removes_the_trend_with_expression():
     assert set(np.flatnonzero(separate["q_value"] < 0.05)) == {20, 150}
     few = metrics.matched_null_test(np.arange(5.0), np.arange(5.0))
     assert few["p_value"].isna().all()
+
+
+def drawn_nulls(rng, noise, n):
+    """A statistic without effects, that rises with the level, and the spread of which may rise too."""
+    level = rng.gamma(2, 0.7, n)
+    spread = np.exp(level - 1) if noise == "unequal" else np.ones(n)
+    shape = {"heavy": lambda: rng.standard_t(3, n), "skewed": lambda: rng.lognormal(size=n)}
+    draws = shape.get(noise, lambda: rng.normal(size=n))()
+    return 0.5 * level + spread * draws, level, spread
+
+
+@pytest.mark.parametrize(
+    ("noise", "alternative"),
+    [("normal", "two-sided"), ("heavy", "two-sided"), ("unequal", "two-sided"), ("skewed", "greater")],
+)
+@pytest.mark.parametrize("are_separate", [True, False])
+def test_false_discoveries_of_matched_nulls_are_within_a_binomial_bound(noise, are_separate, alternative):
+    rng, n, n_calls = np.random.default_rng(0), 120 if are_separate else 200, 25
+    n_calls_with_false, n_found, n_false, n_missed = 0, 0, 0, 0
+    for _ in range(n_calls):
+        statistic, level, spread = drawn_nulls(rng, noise, n)
+        is_null = np.ones(n, bool)
+        is_null[rng.choice(n, 20, replace=False)] = False
+        nulls = is_null if are_separate else None
+        found = metrics.matched_null_test(statistic, level, nulls, alternative=alternative)["q_value"] < 0.05
+        n_calls_with_false += bool(found.any())
+        real = np.flatnonzero(~is_null)[:5]
+        statistic[real] += 20 * spread[real]
+        found = metrics.matched_null_test(statistic, level, nulls, alternative=alternative)["q_value"] < 0.05
+        n_found += int(found.sum())
+        n_false += int(found.sum() - found[real].sum())
+        n_missed += int(5 - found[real].sum())
+    assert n_calls_with_false <= stats.binom.ppf(0.99, n_calls, 0.05)
+    assert n_false <= stats.binom.ppf(0.99, n_found, 0.05)
+    if noise in ("normal", "unequal"):
+        assert n_missed < 0.1 * 5 * n_calls

@@ -216,6 +216,94 @@ def test_an_unsure_model_abstains(fitted):
     assert 0 <= table["confidence"].iloc[0] < 1
 
 
+def test_planted_changes_that_follow_gene_embeddings_are_predicted_for_held_out_genes():
+    """A model of which attention does not find the flag stays at the mean, though ridge regression finds the change."""
+    rng, genes = np.random.default_rng(0), [f"gene_{i}" for i in range(60)]
+    place, base = rng.normal(size=(60, 3)), rng.gamma(2.0, 3.0, 60) + 0.5
+    effects = rng.normal(0, 0.8 / np.sqrt(3), (3, 60))
+    rates = {"control": base} | {genes[i]: base * np.exp(place[i] @ effects) for i in range(40)}
+    labels = [name for name in rates for _ in range(200 if name == "control" else 30)]
+    counts = rng.poisson([rates[name] for name in labels]).astype(np.float32)
+    obs = pd.DataFrame({"target": labels}, index=[f"cell_{i}" for i in range(len(labels))])
+    adata = AnnData(sparse.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=genes))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = models.build("scgpt", vocab=genes, n_layers=1, n_heads=4, d_model=32, d_hidden=64).eval()
+        with torch.no_grad():
+            model.gene_embedding.weight[:60] = torch.from_numpy(place @ rng.normal(0, 0.1, (3, 32))).float()
+    tl.fit_perturbation(
+        adata, model, key="target", control="control", held_out=0.25, epochs=8, lr=2e-3, batch_size=32, n_decoders=1,
+        device="cpu",
+    )  # fmt: skip
+    score = adata.uns["scllm"]["perturbation"]["summary"].set_index(["metric", "method"])["score"]
+    assert score["pearson", "ridge (initial genes)"] > 0.8
+    assert score["pearson", "model"] > 0.6
+    assert score["mse", "model"] < 0.7 * score["mse", "mean"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_learn_the_same_as_one(screen, start, tmp_path, strategy):
+    adata = screen[:, :].copy()
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    options = {"held_out": ["gene_6", "unmeasured"], "config": tl.TrainConfig(strategy=strategy, steps=3)}
+    one, two = (
+        fit(adata, start, n_procs=n, run_dir=tmp_path / str(n), **{**options, "epochs": None}).state_dict()
+        for n in (1, 2)
+    )
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_predictions_do_not_depend_on_the_order_of_cells_and_are_the_same_from_files(fitted, tmp_path):
+    adata, model = fitted
+    controls = adata[(adata.obs["target"] == "control").to_numpy()].copy()
+    tl.predict_perturbation(controls, model, genes="gene_6")
+    predicted = controls.layers["predicted"]
+    other = tl.predict_perturbation(controls[::-1].copy(), model, genes="gene_6", copy=True)
+    np.testing.assert_allclose(other.layers["predicted"][::-1], predicted, atol=1e-5)
+    controls.write_h5ad(tmp_path / "a.h5ad")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    tl.predict_perturbation(backed, model, genes="gene_6")
+    np.testing.assert_allclose(backed.layers["predicted"], predicted, atol=1e-5)
+    backed.file.close()
+
+
+def test_backed_data_give_the_same_model(screen, start, tmp_path):
+    options = {"held_out": ["gene_6", "unmeasured"]}
+    screen.write_h5ad(tmp_path / "a.h5ad")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    assert fit(backed, start, **options).hash() == fit(screen, start, **options).hash()
+    tables = [one.uns["scllm"]["perturbation"]["summary"] for one in (backed, screen)]
+    pd.testing.assert_frame_equal(*tables)
+    backed.file.close()
+
+
+def test_cells_that_cannot_be_compared_are_counted_in_warnings(screen, start):
+    label = screen.obs["target"].astype(str).to_numpy()
+    screen.obs["lane"] = np.where((label == "gene_1") & (np.arange(screen.n_obs) % 3 == 0), "alone", "shared")
+    few = screen[(label != "gene_2") | (np.cumsum(label == "gene_2") <= 2)].copy()
+    with pytest.warns(UserWarning, match=naming("4", "'alone'")):
+        found = read_screen(few, "target", "control", "lane")
+    with pytest.warns(UserWarning, match=naming("'gene_2'", "4")):
+        read_screen(few, "target", "control", None)
+    assert "gene_2" not in found.names
+    alone = found.code[(few.obs["lane"] == "alone").to_numpy()]
+    assert (alone == -2).all()
+    screen.obs["dose"] = -1.0
+    options = {"covariate": {name: [0.0] for name in set(label)}, "dose_key": "dose", **FAST}
+    with pytest.raises(ValueError, match=naming("'dose'", "-1.0")):
+        tl.fit_perturbation(screen, start, key="target", control="control", **options)
+
+
+def test_the_nearest_compound_is_the_one_with_the_highest_tanimoto_similarity():
+    bits = np.array([[1, 1, 0, 0, 1], [0, 0, 1, 1, 0], [1, 0, 0, 0, 0]], float)
+    change = np.arange(6.0).reshape(3, 2)
+    asked = np.array([[1, 1, 0, 0, 0], [0, 1, 1, 1, 0]], float)
+    task = Task(change, [()] * 3, [()] * 2, {})
+    found = baselines(task, {}, (bits, asked), are_bits=True)["nearest by Tanimoto"]
+    # 2 / 3 with the first against 1 / 2 with the last; 2 / 3 with the second
+    np.testing.assert_array_equal(found, change[[0, 1]])
+
+
 def test_drugs_of_other_scaffolds_are_predicted_better_than_by_the_mean(start):
     """The change follows the vector of a compound; vectors of held-out compounds are new."""
     rng = np.random.default_rng(0)

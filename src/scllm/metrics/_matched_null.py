@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 from scllm._typing import FloatArray, IntArray
 
@@ -206,15 +206,18 @@ def _tail(z: FloatArray, null: FloatArray, are_pure: bool) -> FloatArray:
     middle = max(float(np.median(null)), np.finfo(float).tiny)
     if len(fitted) > _MOST_FITTED:
         fitted = fitted[np.linspace(0, len(fitted) - 1, _MOST_FITTED).astype(int)]
-    scales = middle * np.geomspace(0.3, 4.0, 60)
+    scales = middle * np.geomspace(0.3, 4.0, 30)
     table = np.empty((len(all_degrees), len(scales)))
     for i, degrees in enumerate(all_degrees):
-        within = 1 - 2 * stats.t.sf(limit / scales, degrees)
-        table[i] = stats.t.logpdf(fitted[:, None] / scales, degrees).sum(0) - len(fitted) * np.log(scales * within)
+        within = 1 - 2 * special.stdtr(degrees, -limit / scales)
+        shape = (degrees + 1) / 2 * np.log1p((fitted[:, None] / scales) ** 2 / degrees).sum(0)
+        # the constant of the density of t
+        constant = special.gammaln((degrees + 1) / 2) - special.gammaln(degrees / 2) - np.log(degrees) / 2
+        table[i] = len(fitted) * (constant - np.log(scales * within)) - shape
     weight = np.exp(table - table.max())
     likely = np.argwhere(weight > 1e-5 * weight.sum())
     # the tail is smooth, and is read off a grid
-    grid = np.concatenate([[0.0], np.geomspace(1e-2 * middle, max(float(z.max()), middle) * 1.01, 400)])
-    tail = sum(weight[i, j] * 2 * stats.t.sf(grid / scales[j], all_degrees[i]) for i, j in likely)
+    grid = np.concatenate([[0.0], np.geomspace(1e-2 * middle, max(float(z.max()), middle) * 1.01, 100)])
+    tail = sum(weight[i, j] * 2 * special.stdtr(all_degrees[i], -grid / scales[j]) for i, j in likely)
     tail = tail / sum(weight[i, j] for i, j in likely)
     return np.exp(np.interp(z, grid, np.log(np.maximum(tail, np.finfo(float).tiny))))
