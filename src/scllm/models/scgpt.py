@@ -48,6 +48,12 @@ class Model(CellModel):
     unit_length = True
     head_pooling = "ranked"
 
+    # only in models that predict perturbations
+    flag_embedding: nn.Embedding
+    coefficients: nn.ModuleList
+    offsets: nn.ModuleList
+    covariate_embedding: nn.Sequential
+
     def __init__(self, config: Config, vocab: Vocab, encoder: Encoder) -> None:
         super().__init__(config, vocab, encoder)
         self.config: Config = config
