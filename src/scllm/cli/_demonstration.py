@@ -38,7 +38,7 @@ _MEASURES = {
 
 
 def demonstrate(
-    out: Path, *, device: str = "auto", pretrain_epochs: int | None = None, finetune_epochs: int | None = None
+    out: Path, *, device: str = "auto", pretrain_epochs: int = 24, finetune_epochs: int | None = None
 ) -> str:
     """Pretrain, embed, fine-tune and classify; write figures and data into ``out`` and return a table of scores.
 
@@ -90,7 +90,7 @@ def _say(step: str) -> None:
     typer.echo(f"{step} ...", err=True)
 
 
-def _pretrain(adata: AnnData, run_dir: Path, epochs: int | None, device: str) -> CellModel:
+def _pretrain(adata: AnnData, run_dir: Path, epochs: int, device: str) -> CellModel:
     return tl.pretrain(
         adata,
         size="tiny",
