@@ -19,6 +19,7 @@ __all__ = ["PatchReader", "Placed", "find_image"]
 _IMAGES = {"hires": "tissue_hires_scalef", "lowres": "tissue_lowres_scalef"}
 # where tools note the path of the full-size image
 _PATHS = ("source_image_path", "fullres_image_file")
+_HELD = 4 << 30  # bytes of patches that are kept in memory
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,28 @@ class PatchReader:
     libraries: Mapping[str, Any]
     pixels: int
     _slides: dict[str, tuple[Slide, float]] = field(default_factory=dict, repr=False)
+    _held: NDArray[np.uint8] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def read(self, rows: IntArray) -> NDArray[np.uint8]:
         """Read patches, ``(b, pixels, pixels, 3)``."""
+        if self._held is not None:
+            return self._held[rows]
         patches = np.empty((len(rows), self.pixels, self.pixels, 3), np.uint8)
-        names = self.section.to_numpy()
-        for at, row in enumerate(rows):
-            slide, scale = self._slide(str(names[row]))
-            patches[at] = slide.patch(self.boxes[row] * scale, self.pixels)
+        names = self.section.to_numpy()[rows].astype(str)
+        # section by section, because only one decoded image is held
+        for at in np.argsort(names, kind="stable"):
+            slide, scale = self._slide(names[at])
+            patches[at] = slide.patch(self.boxes[rows[at]] * scale, self.pixels)
         return patches
+
+    def hold(self) -> PatchReader:
+        """Read all patches into memory, unless they take more than 4 GiB: training reads each of them many times."""
+        if len(self) * self.pixels**2 * 3 <= _HELD:
+            self._held = self.read(np.arange(len(self)))
+        return self
 
     def _slide(self, name: str) -> tuple[Slide, float]:
         if name not in self._slides:

@@ -22,6 +22,7 @@ from scllm.metrics._embeddings import (
 from scllm.metrics._expression import (
     correlation_error,
     gene_correlations,
+    is_constant,
     pearson,
     spearman,
     structural_similarity,
@@ -62,6 +63,7 @@ __all__ = [
     "expected_calibration_error",
     "gene_correlations",
     "graph_connectivity",
+    "is_constant",
     "knn_accuracy",
     "label_transfer",
     "logistic_regression_scores",

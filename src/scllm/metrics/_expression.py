@@ -7,10 +7,19 @@ from scipy.stats import rankdata
 
 from scllm._typing import FloatArray
 
-__all__ = ["correlation_error", "gene_correlations", "pearson", "spearman", "structural_similarity", "variance_ratio"]
+__all__ = [
+    "correlation_error",
+    "gene_correlations",
+    "is_constant",
+    "pearson",
+    "spearman",
+    "structural_similarity",
+    "variance_ratio",
+]
 
 # constants of structural similarity, as shares of the range of values (Wang et al. 2004)
 _K1, _K2 = 0.01, 0.03
+_NOISE = 1e-6  # range of values, relative to their size, that is only rounding in float32
 
 
 def pearson(truth: FloatArray, predicted: FloatArray) -> FloatArray:
@@ -22,13 +31,15 @@ def pearson(truth: FloatArray, predicted: FloatArray) -> FloatArray:
     of_truth, of_predicted = np.sqrt((t**2).sum(0)), np.sqrt((p**2).sum(0))
     with np.errstate(invalid="ignore", divide="ignore"):
         found = (t * p).sum(0) / (of_truth * of_predicted)
-    found = np.where(_is_constant(predicted), 0.0, found)
-    return np.where(_is_constant(truth), np.nan, found)
+    found = np.where(is_constant(predicted), 0.0, found)
+    return np.where(is_constant(truth), np.nan, found)
 
 
 def spearman(truth: FloatArray, predicted: FloatArray) -> FloatArray:
     """Compute Spearman's rank correlation of each gene over spots, ``(n_genes,)``; see :func:`pearson`."""
-    return pearson(rankdata(truth, axis=0), rankdata(predicted, axis=0))
+    # ranks of rounding errors would vary
+    found = np.where(is_constant(predicted), 0.0, pearson(rankdata(truth, axis=0), rankdata(predicted, axis=0)))
+    return np.where(is_constant(truth), np.nan, found)
 
 
 def structural_similarity(truth: FloatArray, predicted: FloatArray) -> FloatArray:
@@ -42,27 +53,31 @@ def structural_similarity(truth: FloatArray, predicted: FloatArray) -> FloatArra
     covariance = ((t - mean_t) * (p - mean_p)).mean(0)
     light = (2 * mean_t * mean_p + _K1**2) / (mean_t**2 + mean_p**2 + _K1**2)
     structure = (2 * covariance + _K2**2) / (t.var(0) + p.var(0) + _K2**2)
-    return np.where(_is_constant(truth), np.nan, light * structure)
+    return np.where(is_constant(truth), np.nan, light * structure)
 
 
 def variance_ratio(truth: FloatArray, predicted: FloatArray) -> FloatArray:
     """Compute the variance of predicted values divided by that of true ones, ``(n_genes,)``; 1 is best."""
     of_truth = np.asarray(truth, np.float64).var(0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(_is_constant(truth), np.nan, np.asarray(predicted, np.float64).var(0) / of_truth)
+        return np.where(is_constant(truth), np.nan, np.asarray(predicted, np.float64).var(0) / of_truth)
 
 
 def gene_correlations(values: FloatArray) -> FloatArray:
     """Compute the correlation of each pair of genes over spots, ``(n_genes, n_genes)``; 0 for constant genes."""
     centred = _centred(values)
     norm = np.sqrt((centred**2).sum(0))
-    unit = np.divide(centred, norm, out=np.zeros_like(centred), where=~_is_constant(values))
+    unit = np.divide(centred, norm, out=np.zeros_like(centred), where=~is_constant(values))
     return unit.T @ unit
 
 
 def correlation_error(truth: FloatArray, predicted: FloatArray) -> float:
-    """Compute the root mean square error of gene-gene correlations, over pairs of genes that vary in truth."""
-    there = ~_is_constant(truth)
+    """Compute the root mean square error of gene-gene correlations, over pairs of genes that vary in both.
+
+    Genes that are predicted as constant have no correlation with others. Taken as 0, which is near that of most pairs,
+    they would make a prediction of the mean profile look better than any other. NaN with fewer than two genes.
+    """
+    there = ~is_constant(truth) & ~is_constant(predicted)
     if there.sum() < 2:
         return float("nan")
     difference = gene_correlations(predicted[:, there]) - gene_correlations(truth[:, there])
@@ -70,13 +85,14 @@ def correlation_error(truth: FloatArray, predicted: FloatArray) -> float:
     return float(np.sqrt((difference[off] ** 2).mean()))
 
 
+def is_constant(values: FloatArray) -> np.ndarray:
+    """Return which genes do not vary over spots but for rounding, ``(n_genes,)``."""
+    return np.ptp(values, axis=0) <= _NOISE * np.abs(values).max(axis=0)
+
+
 def _centred(values: FloatArray) -> FloatArray:
     values = np.asarray(values, np.float64)
     return values - values.mean(0)
-
-
-def _is_constant(values: FloatArray) -> np.ndarray:
-    return np.ptp(values, axis=0) == 0
 
 
 def _scaled(values: FloatArray) -> FloatArray:

@@ -28,6 +28,8 @@ SIZES: dict[str, dict[str, Any]] = {
 FINETUNE: dict[str, Any] = {"epochs": 60, "batch_size": 32, "lr": 1e-3}
 PRETRAIN = FINETUNE  # never used: the family is trained by tl.fit_spatial alone
 
+_FARTHEST = 10.0  # standard deviations to which features are clipped
+
 Likelihood = Literal["mse", "nb"]
 
 
@@ -134,13 +136,15 @@ class Model(CellModel):
         return F.softplus(found) if self.log_theta is not None else found
 
     def _standardised(self, features: Tensor) -> Tensor:
-        return (features - self.feature_mean) / self.feature_scale
+        # a feature that hardly varies in training may be far away elsewhere
+        return ((features - self.feature_mean) / self.feature_scale).clamp(-_FARTHEST, _FARTHEST)
 
     def standardise_as(self, features: Tensor) -> None:
         """Take mean and standard deviation from the features of the training spots, ``(n, d)``."""
         self.feature_mean.copy_(features.mean(0))
-        # constant features stay zero
-        self.feature_scale.copy_(features.std(0).nan_to_num(1.0).clamp(min=1e-6))
+        scale = features.std(0).nan_to_num(0.0)
+        # constant features become zero, everywhere
+        self.feature_scale.copy_(scale.masked_fill(scale <= 1e-6 * features.abs().amax(0), torch.inf))
 
     def begin_at(self, mean: Tensor) -> None:
         """Begin at the mean expression of the training spots, ``(g,)``."""

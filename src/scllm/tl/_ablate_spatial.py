@@ -4,44 +4,33 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
-from torch import nn
 
-from scllm import _keys, metrics, models
+from scllm import _keys
 from scllm._checks import check_adata, groups
 from scllm._log import details, log, progress, warn
 from scllm._names import listed
 from scllm._results import record
-from scllm._typing import FloatArray, IntArray
-from scllm.data.encode import ValueEncoder
+from scllm._typing import FloatArray
 from scllm.data.opened import closes_files
-from scllm.data.spots import nearest_spots, spatial_blocks, spot_graph, spot_positions
-from scllm.data.targets import dense, normalised
-from scllm.data.value_kind import value_kind
-from scllm.engine.config import TrainConfig
 from scllm.models.base import CellModel
-from scllm.models.plausibility import GaussianPrior, Plausibility
-from scllm.tl._evaluate_spatial import section_scores, summary
-from scllm.tl._fit_spatial import expression_source, fit_spatial, genes_to_predict, predict_spatial
+from scllm.tl._fit_spatial import genes_to_predict
 from scllm.tl._model import ModelLike, resolve
-from scllm.tl._pretrain import pretrain
-from scllm.tl._spatial_baselines import knn_prediction, mean_prediction, ridge_prediction
+from scllm.tl._spatial_fold import BASELINES, NO_LM, Fit, Fold, SpotData
 
 __all__ = ["ablate_spatial"]
 
 Arm = Literal["none", "gaussian", "random", "permuted", "feature", "match", "nll", "masked"]
 _ARMS: tuple[Arm, ...] = ("none", "gaussian", "random", "permuted", "feature", "match", "nll")
-_BASELINES = ("mean", "ridge", "knn")
 _FAMILIES = ("gpt2", "albert", "xlnet", "scgpt")
-_BLOCKS = 8  # contiguous blocks of a section that are resampled
-_INNER = 4  # blocks of the inner cross-validation with one training section
 
 
 @closes_files
@@ -53,9 +42,10 @@ def ablate_spatial(
     n_train_groups: Sequence[int] | int | None = None,
     n_seeds: int = 3,
     group_key: str = _keys.SECTION,
-    use_rep: str = _keys.PATCH_FEATURES,
+    use_rep: str | None = _keys.PATCH_FEATURES,
     layer: str | None = None,
     genes: Sequence[str] | None = None,
+    n_top_genes: int | None = None,
     gene_sets: Mapping[str, Sequence[str]] | None = None,
     weight: float = 0.1,
     lm_size: str = "tiny",
@@ -66,6 +56,7 @@ def ablate_spatial(
     epochs: int | None = None,
     n_resamples: int = 200,
     device: str = "auto",
+    run_dir: str | PathLike[str] | None = None,
     random_state: int = 0,
 ) -> pd.DataFrame:
     """Compare predictors with different plausibility terms and baselines, holding out each section in turn.
@@ -94,11 +85,15 @@ def ablate_spatial(
     group_key
         Column of ``obs`` with the sections or patients that are held out.
     use_rep
-        Image features in ``obsm``.
+        Image features in ``obsm``. ``None``: the predictors are trained on the patches of
+        :func:`scllm.pp.image_patches`, and of the baselines only the mean profile is left.
     layer
         Layer to predict. ``None``: ``X``.
     genes
         Genes to predict. ``None``: those that :func:`scllm.pp.spatially_variable` marked, or else all.
+    n_top_genes
+        Predict only that many of them: in each fold those with the highest Moran's I on its training sections, so that
+        the held-out section has no part in the choice.
     gene_sets
         Names of pathways and their genes, for ``pathway_pcc``.
     weight
@@ -113,15 +108,19 @@ def ablate_spatial(
         Number of bootstrap samples for the intervals.
     device
         ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    run_dir
+        Folder in which all trainings are kept. A call with the same folder goes on after the last finished training,
+        and one with other ``kinds``, ``lm`` or ``n_seeds`` trains only what is new. ``None``: none is kept.
     random_state
         Seed; the seeds of the predictors are ``random_state``, ``random_state + 1``, ...
 
     Returns
     -------
     One row per number of training sections and arm: the scores of :func:`evaluate_spatial`, averaged over held-out
-    sections and seeds, and the differences of ``pcc`` and ``correlation_error`` from the arm ``"none"``, each with a
-    95 % interval (``_low``, ``_high``). The intervals are from a paired bootstrap of contiguous blocks of spots within
-    sections. They cover the choice of spots, not of patients.
+    sections and seeds (those of a language model if ``kinds`` has one that needs it, from the one of the fold), and the
+    differences of ``pcc`` and ``correlation_error`` from the arm ``"none"``, each with a 95 % interval (``_low``,
+    ``_high``). The intervals are from a paired bootstrap of contiguous blocks of spots within sections. They cover the
+    choice of spots, not of patients.
 
     Writes
     ------
@@ -139,13 +138,11 @@ def ablate_spatial(
     """
     check_adata(adata)
     plan = _plan(adata, group_key, n_train_groups, kinds, n_seeds)
-    given = _language_model(lm, adata, plan.names, allow_overlap)
-    names = genes_to_predict(adata, genes)
-    data = _Data.read(adata, layer, names, use_rep, n_neighbors, plan.group, gene_sets)
+    given = _language_model(lm, adata, plan.names, allow_overlap, kinds)
+    data = SpotData.read(adata, layer, genes_to_predict(adata, genes), use_rep, n_neighbors, plan.group)
     options = {
         "use_rep": use_rep,
         "layer": layer,
-        "genes": names,
         "n_neighbors": n_neighbors,
         "library_key": group_key,
         "size": size,
@@ -154,16 +151,19 @@ def ablate_spatial(
         "weight": weight,
     }
     pretraining = {"size": lm_size, "epochs": lm_epochs, "layer": layer, "device": device}
+    uses_lm = not set(kinds) <= set(NO_LM)
+    baselines = BASELINES if use_rep is not None else BASELINES[:1]
     log.info("fitting %d predictors on %d spots in %d sections", plan.n_fits, adata.n_obs, len(plan.names))
-    found: list[_Fit] = []
-    with tempfile.TemporaryDirectory() as folder, details():
+    found: list[Fit] = []
+    with _folder(run_dir) as folder, details():
         for n_train, held_out, train in progress(list(plan.folds()), desc="folds", unit="fold"):
-            fold = _Fold(adata, data, given, train, held_out, options, pretraining, Path(folder), random_state)
-            for arm in (*_BASELINES, *kinds):
-                for seed in range(1 if arm in _BASELINES else n_seeds):
-                    guess = fold.predicted(arm, random_state + seed)
-                    found.append(_Fit(n_train, arm, held_out, seed, guess, data.scored(fold.test, guess)))
-    table = _summarised(found, data, n_resamples, random_state)
+            fold = Fold(
+                adata, data, given, train, held_out, options, pretraining, folder, n_top_genes, uses_lm, random_state
+            )
+            for arm in (*baselines, *kinds):
+                for seed in range(1 if arm in BASELINES else n_seeds):
+                    found.append(fold.fit(n_train, arm, seed, gene_sets, n_resamples))
+    table = _summarised(found)
     fits = pd.DataFrame(
         [{"n_train_groups": f.n_train, "arm": f.arm, "held_out": f.held_out, "seed": f.seed, **f.scores} for f in found]
     )
@@ -171,6 +171,7 @@ def ablate_spatial(
         "lm": lm if isinstance(lm, str) else type(lm).__name__,
         "kinds": kinds,
         "n_seeds": n_seeds,
+        "n_top_genes": n_top_genes,
         "weight": weight,
         "group_key": group_key,
         "use_rep": use_rep,
@@ -179,6 +180,16 @@ def ablate_spatial(
     }
     record(adata, "ablate_spatial", params, table, fits=fits)
     return table
+
+
+@contextmanager
+def _folder(run_dir: str | PathLike[str] | None) -> Iterator[Path]:
+    """Yield the folder of trainings, which is removed at the end if none was passed."""
+    if run_dir is not None:
+        yield Path(run_dir)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 @dataclass(frozen=True)
@@ -227,11 +238,19 @@ def _plan(
     return _Plan(group.astype(str), names, numbers, n_fits)
 
 
-def _language_model(lm: ModelLike, adata: AnnData, names: list[str], allowed: Sequence[str]) -> str | CellModel:
+def _language_model(
+    lm: ModelLike, adata: AnnData, names: list[str], allowed: Sequence[str], kinds: Sequence[str]
+) -> str | CellModel:
     """Return the name of a family, or a model that has not been trained on the held-out groups."""
-    if isinstance(lm, str) and lm in _FAMILIES:
-        return lm
-    model = resolve(lm, adata)
+    model = lm if isinstance(lm, str) and lm in _FAMILIES else resolve(lm, adata)
+    family = model if isinstance(model, str) else model.family
+    if "masked" in kinds and family != "scgpt":
+        raise ValueError(
+            f"Expected lm to be an scgpt model for the kind 'masked', which hides values, got {family}. Leave 'masked' "
+            "out, or pass lm='scgpt'."
+        )
+    if isinstance(model, str):
+        return model
     if model.trained_on is None:
         warn(
             "It is not known on which spots the language model was trained, because their obs named no data set or "
@@ -248,204 +267,28 @@ def _language_model(lm: ModelLike, adata: AnnData, names: list[str], allowed: Se
     return model
 
 
-@dataclass(frozen=True)
-class _Data:
-    """Dense expression of the chosen genes, features with those of the neighbours, and positions."""
-
-    expression: FloatArray
-    inputs: FloatArray
-    xy: FloatArray
-    group: pd.Series
-    sets: Mapping[str, IntArray]
-
-    @classmethod
-    def read(
-        cls,
-        adata: AnnData,
-        layer: str | None,
-        names: list[str],
-        use_rep: str,
-        n_neighbors: int,
-        group: pd.Series,
-        gene_sets: Mapping[str, Sequence[str]] | None,
-    ) -> _Data:
-        source = expression_source(adata, layer)
-        rows, columns = np.arange(source.n_obs), adata.var_names.get_indexer(names)
-        is_counts = value_kind(source.read(rows[:4096])) == "counts"
-        expression = dense(normalised(source, rows, is_counts=is_counts), columns)
-        features = np.asarray(adata.obsm[use_rep], np.float32)
-        xy = spot_positions(adata.obsm, adata.obs_names)
-        if n_neighbors:
-            near = nearest_spots(xy, group, n_neighbors)
-            features = np.hstack([features, features[near].mean(axis=1)])
-        index = pd.Index(names)
-        sets = {name: index.get_indexer(list(genes)) for name, genes in (gene_sets or {}).items()}
-        return cls(
-            expression, features, xy, group, {name: at[at >= 0] for name, at in sets.items() if (at >= 0).sum() > 1}
-        )
-
-    def scored(self, spots: IntArray, guess: FloatArray) -> dict[str, float]:
-        """Score predictions of the spots of the held-out section."""
-        truth = self.expression[spots]
-        graph = spot_graph(self.xy[spots], pd.Series("", index=range(len(spots))))
-        return summary(truth, guess, section_scores(truth, guess, graph), self.sets)
-
-
-@dataclass
-class _Fold:
-    """One held-out section."""
-
-    adata: AnnData
-    data: _Data
-    given: str | CellModel
-    train_names: list[str]
-    held_out: str
-    options: Mapping[str, Any]
-    pretraining: Mapping[str, Any]
-    folder: Path
-    seed: int
-    _lm: CellModel | None = field(default=None, repr=False)
-
-    @property
-    def train(self) -> IntArray:
-        """Rows of the training spots."""
-        return np.flatnonzero(self.data.group.isin(self.train_names))
-
-    @property
-    def test(self) -> IntArray:
-        """Rows of the held-out spots."""
-        return np.flatnonzero(self.data.group == self.held_out)
-
-    def predicted(self, arm: str, seed: int) -> FloatArray:
-        """Predict the held-out spots with one arm."""
-        data, train, test = self.data, self.train, self.test
-        known = data.inputs[train], data.expression[train], self._inner()
-        match arm:
-            case "mean":
-                return mean_prediction(data.expression[train], len(test))
-            case "ridge":
-                return ridge_prediction(*known, data.inputs[test])[0]
-            case "knn":
-                return knn_prediction(*known, data.inputs[test])[0]
-        spots = self.adata[train].copy()
-        with tempfile.TemporaryDirectory(dir=self.folder) as run_dir:
-            model = fit_spatial(
-                spots, lm=cast(Any, self._term(arm, seed)), run_dir=run_dir, random_state=seed, **self.options
-            )
-        held_out = self.adata[test].copy()
-        predict_spatial(held_out, model, library_key=self.options["library_key"], device=self.options["device"])
-        columns = held_out.var_names.get_indexer(self.options["genes"])
-        return held_out.layers[_keys.PREDICTED][:, columns]
-
-    def _inner(self) -> IntArray:
-        """Return the fold of each training spot: its section, or its block if there is one section."""
-        group = self.data.group.iloc[self.train]
-        if len(self.train_names) > 1:
-            return pd.factorize(group)[0]
-        return spatial_blocks(self.data.xy[self.train], _INNER)
-
-    def _term(self, arm: str, seed: int) -> nn.Module | None:
-        if arm == "none":
-            return None
-        if arm == "gaussian":
-            return GaussianPrior(self.data.expression[self.train])
-        names = list(self.options["genes"])
-        kind = arm if arm in ("feature", "match", "nll", "masked") else "feature"
-        if arm == "permuted":
-            names = list(np.random.default_rng(seed).permutation(names))
-        lm = self._untrained(seed) if arm == "random" else self._trained()
-        return Plausibility(lm, kind=cast(Any, kind), genes=names, random_state=seed)
-
-    def _trained(self) -> CellModel:
-        """Return the language model, trained on the training sections of this fold unless one was given."""
-        if isinstance(self.given, CellModel):
-            return self.given
-        if self._lm is None:
-            spots = self.adata[self.train, list(self.options["genes"])].copy()
-            options = {name: value for name, value in self.pretraining.items() if name != "size"}
-            config = TrainConfig(schedule="cosine", warmup=20)
-            with tempfile.TemporaryDirectory(dir=self.folder) as run_dir:
-                self._lm = pretrain(
-                    spots,
-                    self._untrained(self.seed),
-                    lr=1e-3,
-                    config=config,
-                    run_dir=run_dir,
-                    random_state=self.seed,
-                    **options,
-                )
-        return self._lm
-
-    def _untrained(self, seed: int) -> CellModel:
-        """Return a language model with new weights, like the trained one."""
-        with torch.random.fork_rng([]):
-            torch.default_generator.manual_seed(seed)
-            if isinstance(self.given, str):
-                genes = list(self.options["genes"])
-                encoder = ValueEncoder(max_len=len(genes) + 1) if self.given == "scgpt" else None
-                return models.build(
-                    self.given, vocab=genes, encoder=encoder, size=self.pretraining["size"], dropout=0.0
-                )
-            return type(self.given)(self.given.config, self.given.vocab, self.given.encoder)
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """The predictions of one arm for one held-out section."""
-
-    n_train: int
-    arm: str
-    held_out: str
-    seed: int
-    guess: FloatArray
-    scores: dict[str, float]
-
-
-def _summarised(found: list[_Fit], data: _Data, n_resamples: int, seed: int) -> pd.DataFrame:
+def _summarised(found: list[Fit]) -> pd.DataFrame:
     """Average over sections and seeds, and compare each arm with ``"none"``."""
     rows = []
     for n_train, arm in dict.fromkeys((fit.n_train, fit.arm) for fit in found):
-        fits = [fit for fit in found if (fit.n_train, fit.arm) == (n_train, arm)]
-        plain = [fit for fit in found if (fit.n_train, fit.arm) == (n_train, "none")]
-        means = pd.DataFrame([fit.scores for fit in fits]).mean().to_dict()
-        row = {"n_train_groups": n_train, "arm": arm, "n_fits": len(fits), **means}
+        ours, plain = ([fit for fit in found if (fit.n_train, fit.arm) == (n_train, one)] for one in (arm, "none"))
+        means = pd.DataFrame([fit.scores for fit in ours]).mean().to_dict()
+        row = {"n_train_groups": n_train, "arm": arm, "n_fits": len(ours), **means}
         if arm != "none":
-            row |= _compared(fits, plain, data, n_resamples, seed)
+            row |= _compared(_samples(ours) - _samples(plain))
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _compared(fits: list[_Fit], plain: list[_Fit], data: _Data, n_resamples: int, seed: int) -> dict[str, float]:
+def _samples(fits: list[Fit]) -> FloatArray:
+    """Average the samples over sections and seeds, of which every section has as many."""
+    return np.mean([fit.samples for fit in fits], axis=0)
+
+
+def _compared(differences: FloatArray) -> dict[str, float]:
     """Return differences of two scores, with intervals from a paired bootstrap of blocks within sections."""
-    rng = np.random.default_rng(seed)
-    samples = []
-    for number in range(n_resamples + 1):
-        per_section = []
-        for held_out in dict.fromkeys(fit.held_out for fit in fits):
-            spots = np.flatnonzero(data.group == held_out)
-            # the first sample is the section as it is
-            drawn = np.arange(len(spots)) if number == 0 else _resampled(data.xy[spots], rng)
-            truth = data.expression[spots][drawn]
-            ours, theirs = (
-                np.mean([_two_scores(truth, fit.guess[drawn]) for fit in some if fit.held_out == held_out], axis=0)
-                for some in (fits, plain)
-            )
-            per_section.append(ours - theirs)
-        samples.append(np.mean(per_section, axis=0))
     found: dict[str, float] = {}
-    for at, name in enumerate(("pcc", "correlation_error")):
-        drawn_scores = np.array(samples)[1:, at]
-        low, high = np.quantile(drawn_scores, (0.025, 0.975)) if n_resamples else (np.nan, np.nan)
-        found |= {f"{name}_difference": samples[0][at], f"{name}_low": float(low), f"{name}_high": float(high)}
+    for name, values in zip(("pcc", "correlation_error"), differences.T, strict=True):
+        low, high = np.quantile(values[1:], (0.025, 0.975)) if len(values) > 1 else (np.nan, np.nan)
+        found |= {f"{name}_difference": float(values[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
     return found
-
-
-def _two_scores(truth: FloatArray, guess: FloatArray) -> tuple[float, float]:
-    return float(np.nanmean(metrics.pearson(truth, guess))), metrics.correlation_error(truth, guess)
-
-
-def _resampled(xy: FloatArray, rng: np.random.Generator) -> IntArray:
-    """Draw contiguous blocks of spots with replacement, as many as there are."""
-    block = spatial_blocks(xy, _BLOCKS)
-    drawn = rng.integers(block.max() + 1, size=block.max() + 1)
-    return np.concatenate([np.flatnonzero(block == one) for one in drawn])

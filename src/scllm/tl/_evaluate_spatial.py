@@ -28,7 +28,7 @@ from scllm.models.plausibility import Plausibility
 from scllm.tl._fit_spatial import expression_source
 from scllm.tl._model import ModelLike, resolve
 
-__all__ = ["PER_GENE", "evaluate_spatial", "section_scores", "summary"]
+__all__ = ["PER_GENE", "LikelihoodScores", "evaluate_spatial", "section_scores", "summary"]
 
 PER_GENE = ("pcc", "spearman", "mse", "ssim", "morans_i_error", "variance_ratio")
 _TOP = 50
@@ -49,6 +49,8 @@ def evaluate_spatial(
 
     Every score is computed within a section and then averaged over sections. On sections joined together, differences
     between their means would count as agreement. Genes that do not vary in a section are left out there and counted.
+    Genes that vary but are predicted as constant have correlation 0; they have no gene-gene correlations and no Moran's
+    I, so these scores leave them out, and they are counted too.
 
     Parameters
     ----------
@@ -78,10 +80,12 @@ def evaluate_spatial(
 
     - ``pcc``, ``spearman``, ``mse``, ``ssim``: means over genes; ``pcc_top50_variable`` and ``pcc_top50_predicted``
       over the 50 genes with the highest variance and with the highest ``pcc``;
-    - ``morans_i_error``: mean absolute difference of Moran's I;
+    - ``morans_i_error``: mean absolute difference of Moran's I (NaN if all predictions are constant);
     - ``variance_ratio``: median over genes of predicted divided by true variance;
-    - ``correlation_error``: root mean square error of gene-gene correlations;
-    - ``n_spots``, ``n_genes``, and ``n_constant``, the number of genes left out.
+    - ``correlation_error``: root mean square error of gene-gene correlations (NaN with fewer than two genes that vary
+      in truth and prediction);
+    - ``n_spots``, ``n_genes``, ``n_constant``, the number of genes left out, and ``n_constant_predicted``, the number
+      of others that are predicted as constant.
 
     Writes
     ------
@@ -108,7 +112,7 @@ def evaluate_spatial(
     columns = _columns(adata, predicted, genes)
     xy = spot_positions(adata.obsm, adata.obs_names)
     sets = _sets(adata, columns, gene_sets)
-    scorer = None if lm is None else _Scorer(resolve(lm, adata), adata.var_names[columns])
+    scorer = None if lm is None else LikelihoodScores(resolve(lm, adata), adata.var_names[columns])
     is_counts = value_kind(source.read(np.arange(min(source.n_obs, 4096)))) == "counts"
     rows, tables = {}, []
     for name, spots in each_section(section):
@@ -132,18 +136,20 @@ def evaluate_spatial(
 
 def section_scores(truth: FloatArray, predicted: FloatArray, graph: CSR | None) -> pd.DataFrame:
     """Score each gene in one section; NaN for genes that do not vary. Without a graph, Moran's I is left out."""
+    constant = metrics.is_constant(truth)
     table = {
         "pcc": metrics.pearson(truth, predicted),
         "spearman": metrics.spearman(truth, predicted),
-        "mse": np.where(np.ptp(truth, axis=0) > 0, ((truth - predicted) ** 2).mean(0), np.nan),
+        "mse": np.where(constant, np.nan, ((truth - predicted) ** 2).mean(0)),
         "ssim": metrics.structural_similarity(truth, predicted),
         "variance_ratio": metrics.variance_ratio(truth, predicted),
         "variance": truth.var(0),
     }
     if graph is not None and graph.nnz:
-        of_truth, of_guess = _morans_i(graph, truth), _morans_i(graph, predicted)
-        # a constant prediction has no spatial structure
-        table["morans_i_error"] = np.abs(np.nan_to_num(of_guess) - of_truth)
+        # a constant prediction has no Moran's I; 0 would be nearer to that of noisy genes than any smooth prediction
+        unknown = constant | metrics.is_constant(predicted)
+        error = np.abs(_morans_i(graph, predicted) - _morans_i(graph, truth))
+        table["morans_i_error"] = np.where(unknown, np.nan, error)
     return pd.DataFrame(table)
 
 
@@ -170,6 +176,7 @@ def summary(
         means = [np.stack([values[:, genes].mean(1) for genes in sets.values()], 1) for values in (truth, predicted)]
         row["pathway_pcc"] = float(np.nanmean(metrics.pearson(*means)))
     row |= {"n_spots": len(truth), "n_genes": len(varying), "n_constant": len(table) - len(varying)}
+    row["n_constant_predicted"] = int((metrics.is_constant(predicted) & table["pcc"].notna().to_numpy()).sum())
     return row
 
 
@@ -220,7 +227,7 @@ def _sets(adata: AnnData, columns: IntArray, gene_sets: Mapping[str, Sequence[st
     return usable
 
 
-class _Scorer:
+class LikelihoodScores:
     """Scores how plausible measured and predicted spots are under a language model."""
 
     def __init__(self, lm: Any, genes: pd.Index) -> None:

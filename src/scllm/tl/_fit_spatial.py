@@ -345,7 +345,7 @@ def _check_options(weight: float, n_neighbors: int, precision: str) -> None:
 def _image_inputs(adata: AnnData, use_rep: str | None) -> tuple[FloatArray | None, Any]:
     """Return the features of spots, or what reads the pixels of their patches."""
     if use_rep is None:
-        return None, patch_reader(adata)
+        return None, patch_reader(adata).hold()
     advice = "Call scllm.tl.embed_patches(adata) first, or pass the key of image features as use_rep=."
     return np.ascontiguousarray(embedding(adata, use_rep, advice=advice), dtype=np.float32), None
 

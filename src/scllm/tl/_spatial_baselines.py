@@ -14,6 +14,7 @@ __all__ = ["knn_prediction", "mean_prediction", "ridge_prediction"]
 
 PENALTIES = tuple(np.logspace(-1, 6, 15))
 NUMBERS = (5, 10, 20, 40)
+_FARTHEST = 10.0  # standard deviations to which features are clipped, as in the spatial family
 _SAME = 1e-3  # difference of mean correlations that counts as none
 
 Fit = Callable[[Any, FloatArray, FloatArray, FloatArray], FloatArray]
@@ -75,7 +76,8 @@ def _scaled(features: FloatArray, new: FloatArray) -> tuple[FloatArray, FloatArr
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(features)
-    return scaler.transform(features), scaler.transform(new)
+    # a feature that hardly varies in training may be far away elsewhere
+    return tuple(np.clip(scaler.transform(part), -_FARTHEST, _FARTHEST) for part in (features, new))
 
 
 def _ridge(penalty: float, features: FloatArray, expression: FloatArray, new: FloatArray) -> FloatArray:

@@ -26,7 +26,7 @@ class ValueEncoder:
         Longest token sequence, special tokens included. Longer cells are truncated to their highest values, or to a
         random subset of genes in training.
     target_sum
-        Total count that each cell is scaled to; ``None`` keeps the counts unchanged, without logarithm.
+        Total count that each cell is scaled to; ``None`` keeps values unchanged, without logarithm.
     cls_value
         Value of the token ``<cls>``; ``None`` for token sequences without ``<cls>``.
     include_zeros
@@ -48,8 +48,8 @@ class ValueEncoder:
 
     @property
     def needs_counts(self) -> bool:
-        """Normalisation starts from raw counts."""
-        return True
+        """Normalisation starts from raw counts; without it, values are used as they are."""
+        return self.target_sum is not None
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
