@@ -34,8 +34,9 @@ PARTS: dict[str, dict[str, Any]] = {
         "kinds": ["none", "gaussian", "random", "permuted", "feature", "match", "nll"],
         "n_seeds": 3,
     },
-    "scgpt": {"lm": "scgpt", "kinds": ["none", "feature", "masked"], "n_seeds": 3},
-    "one section": {"lm": "gpt2", "kinds": ["none", "gaussian", "feature"], "n_seeds": 1, "n_train_groups": 1},
+    "scgpt": {"lm": "scgpt", "kinds": ["none", "masked"], "n_seeds": 3},
+    "weight 1": {"lm": "gpt2", "kinds": ["none", "feature", "match"], "n_seeds": 1, "weight": 1.0},
+    "one section": {"lm": "gpt2", "kinds": ["none", "feature"], "n_seeds": 1, "n_train_groups": 1},
     "pixels": {"lm": "gpt2", "kinds": ["none", "feature"], "n_seeds": 1, "use_rep": None, "n_neighbors": 0},
 }
 SHOWN = [

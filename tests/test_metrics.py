@@ -413,3 +413,48 @@ def test_labels_that_the_reference_lacks_are_not_transferred() -> None:
     found = metrics.label_transfer(reference, ["a", "b"], values, ["a", "a", "c"], n_neighbors=1)
     assert found == 0.5
     assert np.isnan(metrics.label_transfer(reference, ["a", "b"], values, ["c", "c", "c"]))
+
+
+@pytest.fixture
+def predictions() -> tuple[np.ndarray, np.ndarray]:
+    """Six genes of one section: the first does not vary in truth, the second and third are predicted as constant."""
+    rng = np.random.default_rng(0)
+    truth = rng.gamma(2.0, 1.0, (30, 6)) @ (np.eye(6) + 0.3 * rng.random((6, 6)))
+    predicted = 0.5 * truth + 0.4 * rng.normal(size=(30, 6))
+    truth[:, 0] = 0.7
+    predicted[:, 1] = truth[:, 1].mean()
+    # means of float32 values differ in their last digits
+    predicted[:, 2] = np.float32(3.1) + np.where(np.arange(30) % 2, 2.4e-7, 0)
+    return truth, predicted
+
+
+def test_scores_of_genes_are_those_of_slow_ways_and_constant_genes_are_told_apart(predictions) -> None:
+    truth, predicted = predictions
+    assert metrics.is_constant(truth).tolist() == [True] + [False] * 5
+    assert metrics.is_constant(predicted).tolist() == [False, True, True, False, False, False]
+    found = {
+        name: getattr(metrics, name)(truth, predicted)
+        for name in ("pearson", "spearman", "variance_ratio", "structural_similarity")
+    }
+    assert all(np.isnan(scores[0]) and np.isfinite(scores[1:]).all() for scores in found.values())
+    for name in ("pearson", "spearman", "variance_ratio"):
+        assert np.abs(found[name][1:3]).max() < 1e-9
+    # similarity without any structure: far below that of a prediction that varies with the truth
+    assert found["structural_similarity"][1:3].max() < 0.1 < found["structural_similarity"][3:].min()
+    for gene in (3, 4, 5):
+        t, p = truth[:, gene], predicted[:, gene]
+        assert found["pearson"][gene] == pytest.approx(stats.pearsonr(t, p)[0])
+        assert found["spearman"][gene] == pytest.approx(stats.spearmanr(t, p)[0])
+        assert found["variance_ratio"][gene] == pytest.approx(np.var(p) / np.var(t))
+
+
+def test_correlation_error_is_over_pairs_of_genes_that_vary_in_both(predictions) -> None:
+    truth, predicted = predictions
+    squares = [
+        (np.corrcoef(predicted[:, a], predicted[:, b])[0, 1] - np.corrcoef(truth[:, a], truth[:, b])[0, 1]) ** 2
+        for a, b in ((3, 4), (3, 5), (4, 5))
+    ]
+    assert metrics.correlation_error(truth, predicted) == pytest.approx(np.sqrt(np.mean(squares)))
+    assert metrics.correlation_error(truth, truth) == 0
+    assert np.isnan(metrics.correlation_error(truth, np.tile(truth.mean(0), (30, 1))))
+    assert np.isnan(metrics.correlation_error(truth[:, :4], predicted[:, :4]))

@@ -290,8 +290,28 @@ def test_constant_genes_are_left_out_and_counted(sections):
     scores = scllm.tl.evaluate_spatial(sections, predicted="guess", truth="truth")
     assert scores["n_constant"].tolist() == [3] * 4
     assert scores["n_genes"].tolist() == [13] * 4
+    assert scores["n_constant_predicted"].tolist() == [13] * 4
     assert (scores["pcc"] == 0).all()
     assert (scores["variance_ratio"] == 0).all()
+    # with 0 for constant genes, the mean profile would have the best scores of all
+    assert scores[["correlation_error", "morans_i_error"]].isna().all(axis=None)
+
+
+def test_genes_predicted_as_constant_are_left_out_of_scores_of_structure(sections):
+    rng = np.random.default_rng(0)
+    sections.layers["truth"] = sections.X.log1p()
+    truth = sections.layers["truth"].toarray()
+    sections.layers["guess"] = (truth + rng.normal(size=truth.shape)).astype(np.float32)
+    varying = scllm.tl.evaluate_spatial(
+        sections, predicted="guess", truth="truth", genes=[f"gene{i}" for i in range(3, 16)]
+    )
+    sections.layers["guess"][:, :3] = truth[:, :3].mean(0)
+    scores = scllm.tl.evaluate_spatial(sections, predicted="guess", truth="truth")
+    assert scores["n_constant_predicted"].tolist() == [3] * 4
+    for name in ("correlation_error", "morans_i_error"):
+        np.testing.assert_allclose(scores[name], varying[name])
+    # a gene that is not predicted at all counts as a failure
+    np.testing.assert_allclose(scores["pcc"], varying["pcc"] * 13 / 16)
 
 
 def test_pathways_and_language_models_add_scores(sections):
@@ -341,7 +361,64 @@ def test_the_comparison_has_a_row_for_each_arm(sections, tmp_path):
     np.testing.assert_allclose(compared["pcc_difference"], compared["pcc"] - rows.loc["none", "pcc"], atol=1e-6)
     assert (compared["pcc_low"] <= compared["pcc_high"]).all()
     assert len(small.uns["scllm"]["ablate_spatial"]["fits"]) == 16
+    assert np.isnan(rows.loc["mean", "correlation_error"])
+    assert rows["auroc_real"].between(0, 1).all()
     small.write_h5ad(tmp_path / "a.h5ad")
+
+
+def test_a_comparison_goes_on_with_what_is_trained(sections, tmp_path, monkeypatch):
+    from scllm.tl import _spatial_fold
+
+    options = {
+        "use_rep": "programmes",
+        "n_seeds": 1,
+        "epochs": 2,
+        "size": "tiny",
+        "n_resamples": 5,
+        "run_dir": tmp_path / "runs",
+        "n_top_genes": 8,
+        "n_train_groups": [1],
+    }
+    first = scllm.tl.ablate_spatial(sections, lm="gpt2", kinds=["none"], **options)
+    trained = []
+
+    def counted(adata, **arguments):
+        trained.append(arguments["genes"])
+        return scllm.tl.fit_spatial(adata, **arguments)
+
+    monkeypatch.setattr(_spatial_fold, "fit_spatial", counted)
+    folder = tmp_path / "runs"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("last.*")}
+    second = scllm.tl.ablate_spatial(sections, lm="gpt2", kinds=["none", "gaussian"], **options)
+    assert before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    pd.testing.assert_frame_equal(
+        second[second["arm"] == "none"][first.columns].reset_index(drop=True),
+        first[first["arm"] == "none"].reset_index(drop=True),
+    )
+    # genes of each fold are the spatially variable ones of its training section
+    for name, genes in zip(["section2", "section3", "section1"], trained[::2], strict=True):
+        part = sections[sections.obs["section"] == name].copy()
+        scllm.pp.spatially_variable(part, n_top_genes=8)
+        assert sorted(genes) == sorted(part.var_names[part.var["spatially_variable"]])
+
+
+def test_predictors_that_read_pixels_are_compared(sections):
+    scllm.pp.image_patches(sections, pixels=16)
+    table = scllm.tl.ablate_spatial(
+        sections,
+        lm="gpt2",
+        kinds=["none", "gaussian"],
+        use_rep=None,
+        n_neighbors=0,
+        n_seeds=1,
+        epochs=1,
+        size="tiny",
+        n_resamples=3,
+        n_train_groups=1,
+    )
+    assert table["arm"].tolist() == ["mean", "none", "gaussian"]
+    assert table["pcc"].notna().all()
 
 
 def test_a_language_model_of_held_out_groups_is_an_error(sections):
@@ -368,6 +445,10 @@ def test_bad_input_of_the_comparison_is_named(sections):
         scllm.tl.ablate_spatial(sections, lm="gpt2", kinds=["features"])
     with pytest.raises(ValueError, match=naming(3, "[3]")):
         scllm.tl.ablate_spatial(sections, lm="gpt2", n_train_groups=3)
+    with pytest.raises(ValueError, match=naming("'masked'", "gpt2", "scgpt")):
+        scllm.tl.ablate_spatial(sections, lm="gpt2", kinds=["none", "masked"])
+    with pytest.raises(KeyError, match=naming("X_patch", "embed_patches")):
+        scllm.tl.ablate_spatial(sections, lm="gpt2")
     with pytest.raises(KeyError, match=naming("patient")):
         scllm.tl.ablate_spatial(sections, lm="gpt2", group_key="patient")
 

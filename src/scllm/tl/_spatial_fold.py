@@ -156,7 +156,7 @@ class Fold:
             self._part(train),
             lm=cast(Any, self._term(arm, seed)),
             genes=self.genes,
-            run_dir=self._run(f"{self._named(arm)}-{self.options['use_rep'] or 'pixels'}", seed),
+            run_dir=self._run(f"{self.options['use_rep'] or 'pixels'}-{self._named(arm)}", seed),
             random_state=seed,
             **self.options,
         )
@@ -182,11 +182,14 @@ class Fold:
         )
 
     def _named(self, arm: str) -> str:
-        """Name an arm together with its language model, if it has one."""
-        if arm in NO_LM:
+        """Name an arm together with its language model and weight, if it has them."""
+        if arm == "none":
             return arm
+        weight = "" if arm == "lm" else f"-{self.options['weight']:g}"
+        if arm in NO_LM:
+            return f"{arm}{weight}"
         model = self.given if isinstance(self.given, str) else f"{self.given.family}-{self.given.hash()[:8]}"
-        return f"{arm}-{model}"
+        return f"{arm}-{model}{weight}"
 
     def _inner(self) -> IntArray:
         """Return the fold of each training spot: its section, or its block if there is one section."""
