@@ -64,6 +64,15 @@ def test_every_format_gives_the_same_window(tmp_path, picture, kind):
     assert np.abs(window - expected).mean() <= (2 if kind == "tiled.tif" else 0)
 
 
+def test_a_photograph_is_decoded_once(tmp_path, picture, caplog):
+    Image.fromarray(picture).save(tmp_path / "he.jpg", quality=100)
+    slide = open_slide(tmp_path / "he.jpg")
+    assert "decoding" not in caplog.text
+    for corner in (0, 10, 20):
+        slide.patch((corner, corner, corner + 32, corner + 32), 32)
+    assert caplog.text.count("decoding he.jpg, 120 x 90 px, once as a whole") == 1
+
+
 def test_what_is_outside_is_white(picture):
     patch = slide_of_array(picture, "uns").patch((-8, 80, 8, 96), 16)
     assert (patch[:, :8] == 255).all()

@@ -54,6 +54,25 @@ def test_six_lines_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_plausibility_loop_runs_as_it_is_written() -> None:
+    """The loop of `docs/spatial.md`, with a network, an optimiser and a loader that are not of this package."""
+    import torch
+
+    (code,) = [block for block in blocks("docs/spatial.md", "python") if "optimizer.step()" in block]
+    assert len(code.splitlines()) <= 10
+    there: dict[str, object] = {"scllm": scllm, "gene_names": [f"g{i}" for i in range(12)]}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        there["lm"] = scllm.models.build("gpt2", vocab=there["gene_names"], size="tiny")
+        network = torch.nn.Linear(3, 12)
+        features, truth = torch.randn(64, 3), torch.rand(64, 12)
+    there["network"], there["optimizer"] = network, torch.optim.SGD(network.parameters(), lr=0.1)
+    there["loader"] = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(features, truth), batch_size=16)
+    before = ((network(features) - truth) ** 2).mean().item()
+    exec(code, there)
+    assert ((network(features) - truth) ** 2).mean().item() < before
+
+
 def test_commands_in_the_pages_exist() -> None:
     from scllm.cli import app
 

@@ -69,7 +69,9 @@ class Plausibility(nn.Module):
     Notes
     -----
     ``forward(predicted, truth=None)`` takes log-normalised values, ``(n_spots, n_genes)``, and returns one loss per
-    spot, ``(n_spots,)``. ``"feature"`` and ``"match"`` need the truth. Predicted values of 0 or less are genes that are
+    spot, ``(n_spots,)``. Values enter scgpt as they are, so train it on values that are normalised like the predicted
+    ones, with ``ValueEncoder(target_sum=None)``; otherwise the encoder normalises to the genes of its vocabulary.
+    ``"feature"`` and ``"match"`` need the truth. Predicted values of 0 or less are genes that are
     not expressed. If the language model orders genes by count / median, values are divided by the medians too. gpt2
     scores each gene from the genes with higher values, xlnet in one random order per call, and albert in
     ``n_folds = 4`` parts, each from the others.
