@@ -28,7 +28,7 @@ def main(path: str, out: str) -> None:
     adata = adata[adata.obs["dominant_guide_fraction"] > 0.8].copy()
     controls = adata[adata.obs["perturbation"] == CONTROL].copy()
     began = time.time()
-    config = scllm.tl.TrainConfig(steps=400, warmup=40, schedule="cosine")
+    config = scllm.tl.TrainConfig(steps=400, warmup=40, schedule="cosine", relational=False)
     model = scllm.tl.pretrain(controls, "scgpt", size="tiny", lr=1e-3, device="cpu", config=config)
     print(f"pretrained in {time.time() - began:.0f} s", flush=True)
     reference = knockouts(adata, model)

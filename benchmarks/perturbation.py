@@ -31,7 +31,8 @@ def main(path: str, out: str) -> None:
     adata = adata[adata.obs["dominant_guide_fraction"] > 0.8].copy()
     controls = adata[adata.obs["perturbation"] == CONTROL].copy()
     began = time.time()
-    start = scllm.tl.pretrain(controls, "scgpt", size="tiny", epochs=3, lr=1e-3, device="cpu")
+    plain = scllm.tl.TrainConfig(relational=False)
+    start = scllm.tl.pretrain(controls, "scgpt", size="tiny", epochs=3, lr=1e-3, device="cpu", config=plain)
     names = np.random.default_rng(0).permutation(sorted(set(adata.obs["perturbation"].astype(str)) - {CONTROL}))
     tables, abstention = [], []
     for split, held_out in enumerate(np.array_split(names, 3)):
