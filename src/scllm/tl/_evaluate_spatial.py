@@ -148,18 +148,20 @@ def section_scores(truth: FloatArray, predicted: FloatArray, graph: CSR | None) 
     if graph is not None and graph.nnz:
         # a constant prediction has no Moran's I; 0 would be nearer to that of noisy genes than any smooth prediction
         unknown = constant | metrics.is_constant(predicted)
-        error = np.abs(_morans_i(graph, predicted) - _morans_i(graph, truth))
+        error = np.abs(morans_i(graph, predicted) - morans_i(graph, truth))
         table["morans_i_error"] = np.where(unknown, np.nan, error)
     return pd.DataFrame(table)
 
 
-def _morans_i(graph: CSR, values: FloatArray) -> FloatArray:
+def morans_i(graph: CSR, values: CSR | FloatArray) -> FloatArray:
+    """Compute Moran's I of each gene of ``values`` (spots by genes), ``(g,)``; NaN for genes that do not vary."""
     import scanpy as sc
 
+    is_sparse = sparse.issparse(values)
+    genes = sparse.csr_matrix(values.T, dtype=np.float64) if is_sparse else np.ascontiguousarray(values.T, np.float64)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "[0-9]+ variables were constant")
-        graph = sparse.csr_matrix(graph, dtype=np.float64)
-        return np.asarray(sc.metrics.morans_i(graph, np.ascontiguousarray(values.T, np.float64)))
+        return np.asarray(sc.metrics.morans_i(sparse.csr_matrix(graph, dtype=np.float64), genes))
 
 
 def summary(

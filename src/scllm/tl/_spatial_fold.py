@@ -23,8 +23,7 @@ from scllm.data.targets import dense, normalised
 from scllm.engine.config import TrainConfig
 from scllm.models.base import CellModel
 from scllm.models.plausibility import GaussianPrior, Plausibility
-from scllm.pp import spatially_variable
-from scllm.tl._evaluate_spatial import LikelihoodScores, section_scores, summary
+from scllm.tl._evaluate_spatial import LikelihoodScores, morans_i, section_scores, summary
 from scllm.tl._fit_spatial import expression_source, fit_spatial, predict_spatial
 from scllm.tl._pretrain import pretrain
 from scllm.tl._spatial_baselines import knn_prediction, mean_prediction, ridge_prediction
@@ -118,9 +117,11 @@ class Fold:
         """Genes to predict, chosen on the training sections."""
         if self.n_top_genes is None:
             return self.data.names
-        spots = self.adata[self.train, self.data.names].copy()
-        spatially_variable(spots, n_top_genes=self.n_top_genes, layer=self.options["layer"])
-        return list(map(str, spots.var_names[spots.var[_keys.SPATIALLY_VARIABLE]]))
+        names, data = np.array(self.data.names, dtype=object), self.data
+        graph = spot_graph(data.xy[self.train], data.group.iloc[self.train])
+        score = morans_i(graph, data.target[self.train][:, self.adata.var_names.get_indexer(names)])
+        varies = np.flatnonzero(np.isfinite(score))
+        return names[np.sort(varies[np.argsort(-score[varies], kind="stable")[: self.n_top_genes]])].tolist()
 
     def expression(self, spots: IntArray) -> FloatArray:
         """Return the expression of the genes to predict, ``(n, g)``."""
