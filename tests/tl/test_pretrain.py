@@ -15,7 +15,7 @@ from scipy import sparse
 from scllm.models import build
 from scllm.models.base import HeadSpec
 from scllm.pp import split
-from scllm.tl import TrainConfig, pretrain
+from scllm.tl import TrainConfig, finetune, pretrain
 from scllm.tl._pretrain import prepare
 
 PLAIN = TrainConfig(relational=False)
@@ -149,7 +149,7 @@ def test_new_models_learn_the_relational_term_unless_told_otherwise(adata, train
     used = spec_of(model)["train"]
     assert model.config.pooled_skip
     assert used["relational"]
-    assert (used["lr"], used["warmup"], used["schedule"], used["max_len"]) == (3e-3, 20, "cosine", 256)
+    assert (used["lr"], used["schedule"], used["max_len"]) == (3e-3, "cosine", 256)
     assert (model.history["relational"] > 0).all()
     plain = train(batch_size=None, config=PLAIN)
     used = spec_of(plain)["train"]
@@ -175,6 +175,10 @@ def test_small_data_are_read_often_enough(adata, size, lr, batch_size):
 
     used = settings()
     assert (used.lr, used.batch_size, used.relational) == (lr, batch_size, True)
+    # the warm-up is at most a tenth of the training
+    assert used.warmup == (0 if size == "base" else 20)
+    assert settings(epochs=50).warmup == (0 if size == "base" else 5)
+    assert settings(epochs=50, config=TrainConfig(warmup=30)).warmup == 30
     # 60 cells are one step of 64 cells
     assert used.epochs == (6 if size == "base" else 500)
     assert settings(epochs=2).epochs == settings(config=TrainConfig(epochs=2)).epochs == 2
@@ -182,9 +186,11 @@ def test_small_data_are_read_often_enough(adata, size, lr, batch_size):
     assert settings(config=PLAIN).epochs == 6
 
 
-def test_a_model_goes_on_with_the_terms_that_it_was_trained_with(train):
+def test_further_pretraining_keeps_the_relational_term(adata, train, tmp_path):
     related, plain = train(), train(config=PLAIN)
     assert "relational" in train(related).history
+    tuned = finetune(adata, related, key="cell_type", epochs=1, run_dir=tmp_path / "tuned")
+    assert "relational" in train(tuned).history
     assert "relational" in train(str(related.path)).history
     assert "relational" not in train(plain).history
     assert "relational" not in train(related, config=PLAIN).history

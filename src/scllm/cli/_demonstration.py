@@ -91,6 +91,7 @@ def _say(step: str) -> None:
 
 
 def _pretrain(adata: AnnData, run_dir: Path, epochs: int, device: str) -> CellModel:
+    # fewer epochs than the default, which takes minutes
     return tl.pretrain(
         adata,
         size="tiny",

@@ -149,7 +149,7 @@ class TrainConfig:
         ``view_downsample``. This takes another forward and backward pass per step. ``None``: yes for new scgpt models
         of size ``"tiny"``, ``"small"`` and ``"base"``, which then also start ``<cls>`` from the mean of the cell's
         genes (``pooled_skip``), and for models that were pretrained with it; no for all others. ``False`` gives the
-        objective and the settings of the original.
+        objective of the original, with its learning rate, schedule, batch size and dropout.
     relational_weight
         Weight of the relational term, which is a mean over all pairs of cells of a step. ``None``: the default of the
         family, at which both terms are of similar size at the start.
@@ -199,7 +199,8 @@ class TrainConfig:
           ``<cls>``; geneformer: a linear layer on the first token; gene language models: one on the mean). Only models
           with it can be saved in a published format.
 
-        The figures are those of a tiny or small scgpt in ``docs/study.md``. To compare on your own data, run
+        The figures are those of a tiny or small scgpt, pretrained with ``relational=False``, in ``docs/study.md``. To
+        compare on your own data, run
         :func:`cross_validate` with each.
     label_smoothing
         Fraction of each target that is spread over all labels, in fine-tuning with ``loss="ce"``.
@@ -355,7 +356,7 @@ class Settings(TrainConfig):
         return n_batches(n_cells, self.batch_size)
 
     def at_least(self, n_steps: int, n_cells: int) -> Self:
-        """Return settings with as many whole epochs as ``n_steps`` take, if these are more."""
+        """Return settings with enough whole epochs for at least ``n_steps`` steps."""
         least = -(-n_steps // max(self.steps_per_epoch(n_cells), 1))
         return self if self.epochs is None else replace(self, epochs=max(self.epochs, least))
 

@@ -1,4 +1,4 @@
-"""The relational term of pretraining: which cells are alike should be read from an embedding.
+"""The relational term of pretraining: similar cells get similar embeddings.
 
 The cosine similarities between the embeddings of the cells of a step are regressed on those between principal
 components of their whole log-normalised profiles (relational knowledge distillation, Park et al. 2019,

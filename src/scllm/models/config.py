@@ -22,7 +22,7 @@ class Recipe:
     training
         Settings of :class:`scllm.tl.TrainConfig`.
     n_steps
-        Least number of steps, for data of which so many epochs are too few.
+        Minimum number of steps. On small data, epochs are added until it is reached.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)

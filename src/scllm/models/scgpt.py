@@ -30,7 +30,7 @@ SIZES = {
 # settings of scGPT-style pretraining on 300,000 blood cells
 # (squared errors of bins begin near 2,000, so the relational term has a large weight)
 PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 1e-4, "relational_weight": 4_000.0}
-# new models: the relational term and the pooled skip, chosen on two data sets with "tiny" (docs/models.md)
+# new models: the relational term and the pooled skip, chosen on two data sets with "tiny" (docs/study.md)
 _SHORT = {"relational": True, "batch_size": 64, "schedule": "cosine", "warmup": 20, "max_len": 256}
 RECIPES = {
     "tiny": Recipe({"pooled_skip": True, "dropout": 0.0}, {**_SHORT, "lr": 3e-3}, n_steps=500),

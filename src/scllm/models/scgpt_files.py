@@ -97,7 +97,10 @@ def write(model: Model, path: Path) -> None:
     """Write a folder that the scGPT package and :func:`read` can read."""
     config, encoder = model.config, model.encoder
     if config.pooled_skip:
-        raise ValueError("scGPT's format holds no models with pooled_skip=True. Use format='native'.")
+        raise ValueError(
+            "scGPT's format holds no models with pooled_skip=True. Use format='native', or pretrain with "
+            "TrainConfig(relational=False)."
+        )
     if len(model.heads) > 1:
         raise ValueError(
             f"scGPT's format holds one classification head, but the model has {len(model.heads)}. Use format='native'."

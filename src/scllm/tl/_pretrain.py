@@ -101,8 +101,8 @@ def pretrain(
     run_dir
         Directory in which the run is written and resumed. ``None``: a new one under ``scllm.settings.run_dir``.
     epochs
-        Passes over the cells. ``None``: the default of the family (scgpt, geneformer: 6; for new scgpt models of size
-        ``"tiny"`` and ``"small"`` at least as many as 500 steps take).
+        Passes over the cells. ``None``: the default of the family (scgpt, geneformer: 6). New scgpt models of size
+        ``"tiny"`` and ``"small"`` are trained for more epochs if 6 of them are fewer than 500 steps.
     batch_size
         Cells per optimiser step, over all processes (scgpt, geneformer: 32; new scgpt models of size ``"tiny"`` and
         ``"small"``: 64).
@@ -213,6 +213,7 @@ def prepare(
     if isinstance(data, AnnData):
         check_adata(data)
     check_config(config)
+    config = config or TrainConfig()
     if dropout is not None and not 0 <= dropout < 1:
         raise ValueError(f"Expected dropout of at least 0 and below 1, got {dropout}. For example, scGPT uses 0.2.")
     TrainConfig(random_state=random_state)  # raises on an invalid seed before weights are drawn
@@ -220,38 +221,40 @@ def prepare(
     matching = match_settings(data, gene_key, min_coverage)
     where = processes(n_gpus, n_procs, device)
     genes.check_unique(source.genes)
-    seed = random_state or (config.random_state if config is not None else None) or 0
-    recipe = _recipe(model, size, config)
+    seed = random_state or config.random_state or 0
+    is_new = isinstance(model, str) and _is_family(model)
+    recipe = _recipe(model, size) if is_new and config.relational is not False else Recipe()
     begun = _starting_model(data, _names(source, matching["gene_key"]), model, size, recipe, dropout, seed)
     was_relational = begun.history is not None and "relational" in begun.history
     begun.history, begun.comparison, begun.path = None, None, None
     take_medians(source, begun)
-    check_layer(source, begun, layer, data, downsample=0.0 if config is None else config.downsample or 0.0)
-    # Trained gene embeddings are not initialised again, unless config asks for it.
-    gene_init = "svd" if isinstance(model, str) and _is_family(model) else "random"
+    check_layer(source, begun, layer, data, downsample=config.downsample or 0.0)
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     defaults = {
-        "gene_init": gene_init,
+        # trained gene embeddings are not initialised again, unless config asks for it
+        "gene_init": "svd" if is_new else "random",
         "max_len": models.training_length(begun.family, begun.config),
-        "relational": was_relational,
+        # the history of a fine-tuned model does not say how it was pretrained, but its pooled skip does
+        "relational": was_relational or getattr(begun.config, "pooled_skip", False),
         **models.family_module(begun.family).PRETRAIN,
         **recipe.training,
     }
     training, held_out = divide(source, validation, group_key=group_key, random_state=seed)
     settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
-    if epochs is None and (config is None or config.epochs is None):
+    if epochs is None and config.epochs is None:
         settings = settings.at_least(recipe.n_steps, len(training))
+    if config.warmup is None:
+        # a short training would otherwise end before the learning rate has reached its peak
+        settings = replace(settings, warmup=min(settings.warmup, settings.n_steps(len(training)) // 10))
     objective = _objective(begun, settings.random_state, mask_ratio, left_out)
     params = {"size": size, "dropout": dropout, "validation": validation, "group_key": group_key, "layer": layer}
     cells = Cells(training, held_out, weights=mixture(source, settings.group_weights, training))
     return Training("pretrain", data, source, matching, begun, objective, settings, cells, where, params)
 
 
-def _recipe(model: ModelLike, size: str, config: TrainConfig | None) -> Recipe:
-    """Return what a new model differs in from the defaults of its family: nothing without the relational term."""
-    if not (isinstance(model, str) and _is_family(model)) or (config is not None and config.relational is False):
-        return Recipe()
-    return getattr(models.family_module(model), "RECIPES", {}).get(size, Recipe())
+def _recipe(family: Any, size: str) -> Recipe:
+    """Return how new models of a size are pretrained; an empty recipe if that is as the family says."""
+    return getattr(models.family_module(family), "RECIPES", {}).get(size, Recipe())
 
 
 def set_medians(prepared: Training) -> None:
