@@ -200,8 +200,7 @@ class TrainConfig:
           with it can be saved in a published format.
 
         The figures are those of a tiny or small scgpt, pretrained with ``relational=False``, in ``docs/study.md``. To
-        compare on your own data, run
-        :func:`cross_validate` with each.
+        compare on your own data, run :func:`cross_validate` with each.
     label_smoothing
         Fraction of each target that is spread over all labels, in fine-tuning with ``loss="ce"``.
     patience
