@@ -163,7 +163,8 @@ def test_training_says_once_what_it_reads_and_takes(adata, tmp_path, caplog):
 
 def test_training_that_predicts_worse_than_the_mean_of_each_gene_says_so(adata, tmp_path, caplog):
     options = {"size": "tiny", "epochs": 1, "validation": 0.2, "device": "cpu"}
-    model = scllm.tl.pretrain(adata, run_dir=tmp_path / "run", **options)
+    config = scllm.tl.TrainConfig(relational=False)
+    model = scllm.tl.pretrain(adata, run_dir=tmp_path / "run", config=config, **options)
     validation = model.history.query("split == 'validation'")
     assert validation["loss"].item() > validation["mean_prediction"].item()
     assert re.search(naming(f"{validation['mean_prediction'].item():.4g}", "mean", "lr"), caplog.messages[-1])
