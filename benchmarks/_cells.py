@@ -17,9 +17,17 @@ from scllm.data.source import open_source
 from scllm.data.vocab import Vocab
 from scllm.engine.loader import Loader
 
-__all__ = ["SHARED", "blood", "blood_1200", "loader", "made_cells", "serial_epoch", "table"]
+__all__ = ["CONTROL", "SHARED", "blood", "blood_1200", "loader", "made_cells", "screen", "serial_epoch", "table"]
 
 SHARED = Path(os.environ.get("SCLLM_SHARED", "../shared")) / "data"
+CONTROL = "non-targeting"
+
+
+def screen(path: str) -> tuple[AnnData, AnnData]:
+    """Read the cells of a CRISPR screen (Papalexi et al. 2021) with clean guides, and the control cells among them."""
+    cells = read_h5ad(path)
+    cells = cells[cells.obs["dominant_guide_fraction"] > 0.8].copy()
+    return cells, cells[cells.obs["perturbation"] == CONTROL].copy()
 
 
 def table(counts: sparse.csr_matrix, genes: pd.Index | None = None) -> AnnData:

@@ -1,6 +1,6 @@
 """Delete STAT1 and other genes in interferon-stimulated blood cells (Kang et al. 2018): do cells move towards control?
 
-Usage: python benchmarks/in_silico.py CELLS.h5ad OUT.csv. A small model is pretrained on all cells without labels. Each
+Usage: python -m benchmarks.in_silico CELLS.h5ad OUT.csv. A small model is pretrained on all cells without labels. Each
 gene that at least 5 % of the stimulated cells express is deleted in 20 random ones.
 """
 

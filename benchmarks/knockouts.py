@@ -1,6 +1,6 @@
 """Score gene networks against knock-outs of a CRISPR screen (Papalexi et al. 2021), beside networks of expression.
 
-Usage: python benchmarks/knockouts.py SCREEN.h5ad OUT.csv. Model and networks see control cells only. A reference edge
+Usage: python -m benchmarks.knockouts SCREEN.h5ad OUT.csv. Model and networks see control cells only. A reference edge
 leads from a knocked-out gene to each gene that changes significantly against control cells of the same batch.
 """
 
@@ -16,17 +16,14 @@ import pandas as pd
 import torch
 
 import scllm
+from benchmarks._cells import CONTROL, screen
 from scllm.tl._perturbed_cells import changes, log_normalised, read_screen
-
-CONTROL = "non-targeting"
 
 
 def main(path: str, out: str) -> None:
     torch.set_num_threads(1)
     scllm.settings.run_dir = tempfile.mkdtemp()
-    adata = ad.read_h5ad(path)
-    adata = adata[adata.obs["dominant_guide_fraction"] > 0.8].copy()
-    controls = adata[adata.obs["perturbation"] == CONTROL].copy()
+    adata, controls = screen(path)
     began = time.time()
     config = scllm.tl.TrainConfig(steps=400, warmup=40, schedule="cosine", relational=False)
     model = scllm.tl.pretrain(controls, "scgpt", size="tiny", lr=1e-3, device="cpu", config=config)

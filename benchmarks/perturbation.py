@@ -1,6 +1,6 @@
 """Score the perturbation model on a CRISPR screen (Papalexi et al. 2021), beside baselines and the replicate ceiling.
 
-Usage: python benchmarks/perturbation.py SCREEN.h5ad OUT. All cells with clean guides (dominant_guide_fraction > 0.8)
+Usage: python -m benchmarks.perturbation SCREEN.h5ad OUT. All cells with clean guides (dominant_guide_fraction > 0.8)
 are used, and 3 random thirds of the targets are held out in turn. Writes OUT_table.csv, OUT_abstention.csv and
 OUT_summary.csv, in which scores are averaged over all targets, and over those that are among the measured genes.
 """
@@ -11,15 +11,14 @@ import sys
 import tempfile
 import time
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
 
 import scllm
+from benchmarks._cells import CONTROL, screen
 from scllm.tl._perturbation_scores import _summary
 
-CONTROL = "non-targeting"
 # the defaults are 15 epochs of 64 cells a step and a learning rate for larger models
 SETTINGS = {"epochs": 4, "batch_size": 32, "lr": 1e-3}
 
@@ -27,9 +26,7 @@ SETTINGS = {"epochs": 4, "batch_size": 32, "lr": 1e-3}
 def main(path: str, out: str) -> None:
     torch.set_num_threads(1)
     scllm.settings.run_dir = tempfile.mkdtemp()
-    adata = ad.read_h5ad(path)
-    adata = adata[adata.obs["dominant_guide_fraction"] > 0.8].copy()
-    controls = adata[adata.obs["perturbation"] == CONTROL].copy()
+    adata, controls = screen(path)
     began = time.time()
     plain = scllm.tl.TrainConfig(relational=False)
     start = scllm.tl.pretrain(controls, "scgpt", size="tiny", epochs=3, lr=1e-3, device="cpu", config=plain)

@@ -33,9 +33,9 @@ PRETRAIN = {"epochs": 6, "batch_size": 32, "lr": 1e-4, "relational_weight": 4_00
 # new models: the relational term and the pooled skip, chosen on two data sets with "tiny" (docs/study.md)
 _SHORT = {"relational": True, "batch_size": 64, "schedule": "cosine", "warmup": 20, "max_len": 256}
 RECIPES = {
-    "tiny": Recipe({"pooled_skip": True, "dropout": 0.0}, {**_SHORT, "lr": 3e-3}, n_steps=500),
-    "small": Recipe({"pooled_skip": True, "dropout": 0.0}, {**_SHORT, "lr": 1e-3}, n_steps=500),
-    "base": Recipe({"pooled_skip": True}, {"relational": True}),
+    "tiny": Recipe(model={"pooled_skip": True, "dropout": 0.0}, training={**_SHORT, "lr": 3e-3}, n_steps=500),
+    "small": Recipe(model={"pooled_skip": True, "dropout": 0.0}, training={**_SHORT, "lr": 1e-3}, n_steps=500),
+    "base": Recipe(model={"pooled_skip": True}, training={"relational": True}),
 }
 # the head is fitted beforehand (engine/head_start.py), and higher learning rates would first undo that
 FINETUNE = {"epochs": 3, "batch_size": 32, "lr": 3e-5}

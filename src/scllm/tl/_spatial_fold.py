@@ -44,7 +44,6 @@ class SpotData:
 
     target: CSR
     names: list[str]
-    columns: IntArray
     inputs: FloatArray | None
     xy: FloatArray
     group: pd.Series
@@ -62,15 +61,14 @@ class SpotData:
         source = expression_source(adata, layer)
         target = normalised(source, np.arange(source.n_obs))
         xy = spot_positions(adata.obsm, adata.obs_names)
-        columns = adata.var_names.get_indexer(names)
         if use_rep is None:
-            return cls(target, names, columns, None, xy, group)
+            return cls(target, names, None, xy, group)
         advice = "Call scllm.tl.embed_patches(adata) first, or pass the key of image features as use_rep=."
         features = np.asarray(embedding(adata, use_rep, advice=advice), np.float32)
         if n_neighbors:
             near = nearest_spots(xy, group, n_neighbors)
             features = np.hstack([features, features[near].mean(axis=1)])
-        return cls(target, names, columns, features, xy, group)
+        return cls(target, names, features, xy, group)
 
 
 @dataclass(frozen=True)
