@@ -19,7 +19,7 @@ import scllm
 from benchmarks._cells import CONTROL, screen
 from scllm.tl._perturbation_scores import _summary
 
-# the defaults are 15 epochs of 64 cells a step and a learning rate for larger models
+# the defaults, 15 epochs of 64 cells a step, take too long for a benchmark
 SETTINGS = {"epochs": 4, "batch_size": 32, "lr": 1e-3}
 
 

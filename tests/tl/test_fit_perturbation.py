@@ -234,9 +234,11 @@ def test_planted_changes_that_follow_gene_embeddings_are_predicted_for_held_out_
         with torch.no_grad():
             model.gene_embedding.weight[:60] = torch.from_numpy(place @ rng.normal(0, 0.1, (3, 32))).float()
     tl.fit_perturbation(
-        adata, model, key="target", control="control", held_out=0.25, epochs=8, lr=2e-3, batch_size=32, n_decoders=1,
+        adata, model, key="target", control="control", held_out=0.25, epochs=8, batch_size=32, n_decoders=1,
         device="cpu",
     )  # fmt: skip
+    # the default follows the width of 32
+    assert adata.uns["scllm"]["fit_perturbation"]["params"]["lr"] == pytest.approx(1e-4 * 512 / 32)
     score = adata.uns["scllm"]["perturbation"]["summary"].set_index(["metric", "method"])["score"]
     assert score["pearson", "ridge (initial genes)"] > 0.8
     assert score["pearson", "model"] > 0.6

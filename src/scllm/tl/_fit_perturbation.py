@@ -42,8 +42,9 @@ __all__ = ["fit_perturbation"]
 MODEL = "model"
 # cells of which the predicted change of a perturbation is the mean
 _MOST_CELLS = 200
-# settings of the original
-_DEFAULTS = {"epochs": 15, "batch_size": 64, "lr": 1e-4, "schedule": "step", "warmup": 0, "use_dropout": False}
+# settings of the original; its learning rate is for its width
+_DEFAULTS = {"epochs": 15, "batch_size": 64, "schedule": "step", "warmup": 0, "use_dropout": False}
+_LR, _WIDTH = 1e-4, 512
 
 
 @closes_files
@@ -125,7 +126,8 @@ def fit_perturbation(
     batch_size
         Cells per optimiser step, over all processes (64).
     lr
-        Learning rate (1e-4), which decreases by 10 % each epoch.
+        Learning rate, which decreases by 10 % each epoch. ``None``: 1e-4 for a model of width 512, and higher for
+        narrower ones in inverse proportion.
     n_gpus
         Number of GPUs, with one process each. ``None``: all available GPUs, or else one CPU process.
     n_procs
@@ -180,7 +182,8 @@ def fit_perturbation(
     source = open_source(adata, layer=layer)
     where = processes(n_gpus, n_procs, device)
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
-    defaults = {**_DEFAULTS, "gene_init": "random", "head_reads": "published"}
+    lr_of_width = _LR * _WIDTH / start.config.d_model
+    defaults = {**_DEFAULTS, "lr": lr_of_width, "gene_init": "random", "head_reads": "published"}
     settings = merged_config(config, given, defaults, precision=precision, random_state=random_state)
     begun = _reading_values(copy_to_train(start))
     check_layer(source, begun, layer, adata)
