@@ -1,9 +1,10 @@
-"""Compare predictors of expression from histology: ``python -m benchmarks.spatial_her2st FOLDER [--small]``.
+"""Compare predictors of expression from histology: ``python -m benchmarks.spatial_her2st FOLDER``.
 
 The three sections of patient C of the HER2-positive breast tumours of Andersson et al., *Nature Communications* 2021,
 doi:10.1038/s41467-021-26271-2, each held out in turn. Genes are chosen and language models trained on the training
 sections of each fold. Everything is kept in ``FOLDER``: a run that was interrupted goes on after its last training.
-``--small`` runs all parts on two small simulated sections.
+``--small`` runs all parts on two small simulated sections. ``--settings`` trains the language model with other learning
+rates and batch sizes, on simulated sections as large as the real ones.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import anndata as ad
 import pandas as pd
+import torch
 from anndata import AnnData
 
 import scllm
@@ -47,6 +49,7 @@ SHOWN = [
 
 
 def main(folder: Path, *, small: bool = False) -> None:
+    """Run all parts and print their tables."""
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     adata = toy() if small else sections()
@@ -82,6 +85,29 @@ def toy() -> AnnData:
     return described(scllm.datasets.toy_spatial(n_sections=2, side=6, n_genes=16), None, pixels=(32, 16))
 
 
+def lm_settings(folder: Path) -> None:
+    """Print the nats per gene of language models trained with other settings, on a simulated section held out."""
+    adata = scllm.datasets.toy_spatial(n_sections=3, side=14, n_genes=FULL["n_top_genes"])
+    held_out = (adata.obs["section"] == "section3").to_numpy()
+    torch.manual_seed(0)  # of the new weights
+    lm = scllm.models.build("gpt2", vocab=adata.var_names, size=FULL["lm_size"], dropout=0.0)
+    config = scllm.tl.TrainConfig(schedule="cosine", warmup=20)
+    options: list[dict[str, Any]] = [{}]
+    options += [
+        {"lr": lr, "batch_size": size, "config": config}
+        for lr, size in ((1e-3, 16), (3e-3, 16), (1e-2, 16), (3e-3, 32), (1e-2, 32))
+    ]
+    for given in options:
+        run_dir = folder / f"lm-{given.get('lr')}-{given.get('batch_size')}"
+        trained = scllm.tl.pretrain(
+            adata[~held_out].copy(), lm, epochs=FULL["lm_epochs"], device="cpu", run_dir=run_dir, **given
+        )
+        unseen = adata[held_out].copy()
+        scllm.tl.perplexity(unseen, trained)
+        nats = unseen.obs["perplexity_nats"].mean()
+        print(f"lr={given.get('lr')}, batch_size={given.get('batch_size')}: {nats:.3f} nats per gene", flush=True)
+
+
 def described(adata: AnnData, image: dict[str, Path] | None, pixels: tuple[int, int]) -> AnnData:
     """Compute features of larger patches, and leave smaller ones for the network that reads pixels."""
     scllm.pp.image_patches(adata, image=image, pixels=pixels[0])
@@ -93,6 +119,11 @@ def described(adata: AnnData, image: dict[str, Path] | None, pixels: tuple[int, 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.spatial_her2st", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--small", action="store_true", help="two small simulated sections")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--small", action="store_true", help="two small simulated sections")
+    which.add_argument("--settings", action="store_true", help="settings of the language model on simulated sections")
     chosen = parser.parse_args()
-    main(chosen.folder, small=chosen.small)
+    if chosen.settings:
+        lm_settings(chosen.folder)
+    else:
+        main(chosen.folder, small=chosen.small)

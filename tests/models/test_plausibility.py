@@ -54,19 +54,19 @@ def test_soft_ranks_have_the_right_gradients():
 
 def test_the_order_is_exact_and_its_gradients_are_those_of_the_relaxed_one():
     values, weights = profiles().requires_grad_(), torch.randn(6, 8, 24)
-    exact, there = ranked(values, 8, 0.3, expressed=values > 0)
+    exact, read = ranked(values, 8, 0.3, n_read=torch.full((6,), 24))
     assert torch.equal(exact, hard_ranks(values.detach(), 8))
-    assert there.all()
+    assert read.all()
     (found,) = torch.autograd.grad((exact * weights).sum(), values)
     (expected,) = torch.autograd.grad((soft_ranks(values, 8, 0.3) * weights).sum(), values)
     assert torch.allclose(found, expected)
 
 
-def test_genes_that_are_not_expressed_come_last():
-    values = torch.tensor([[0.0, 2.0, -1.0, 1.0]])
-    order, there = ranked(values, 4, 1.0, expressed=values > 0)
-    assert order.argmax(2)[0, :2].tolist() == [1, 3]
-    assert there.tolist() == [[True, True, False, False]]
+def test_the_highest_values_are_read_and_ties_are_in_the_order_of_columns():
+    values = torch.tensor([[0.0, 2.0, -1.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
+    order, read = ranked(values, 3, 1.0, n_read=torch.tensor([2, 4]))
+    assert order.argmax(2).tolist() == [[1, 3, 0], [0, 1, 2]]
+    assert read.tolist() == [[True, True, False], [True, True, True]]
 
 
 # --- likelihoods ---
@@ -104,7 +104,7 @@ def test_nats_are_those_of_perplexity(family):
         at = place.nonzero().squeeze(1)
         logits = lm.permuted_logits(batch, place, at)
         expected = torch.nn.functional.cross_entropy(logits, batch.genes[at], reduction="none").view(6, 24).mean(1)
-        found = term._nats(values, torch.arange(24).float())
+        found = term._nats(values, torch.full((6,), 24), torch.arange(24).float())
     else:
         expected = gene_nats(lm, batch)[1].view(6, 24).mean(1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -144,6 +144,82 @@ def test_medians_change_the_order_as_in_the_encoder():
     order = np.argsort(-np.expm1(values.numpy()) / medians[:24], kind="stable")
     expected = gene_nats(lm, sentences(lm, order.tolist()))[1].view(6, 24).mean(1)
     torch.testing.assert_close(Plausibility(lm, kind="nll")(values), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- prediction and truth: as many genes of both ---
+
+
+def sparse_and_dense():
+    """Spots that express 10, 4, 1 and none of 24 genes, and predictions of which no value is 0."""
+    truth = profiles(4)
+    for row, n_expressed in zip(truth, (10, 4, 1, 0), strict=True):
+        row[torch.randperm(24, generator=torch.Generator().manual_seed(n_expressed))[n_expressed:]] = 0
+    # a part of the predictions is negative: spots may express more genes than are predicted above 0
+    return truth, profiles(4, seed=1) - 2
+
+
+@pytest.mark.parametrize("family", LMS)
+@pytest.mark.parametrize("top_k", [256, 5])
+def test_as_many_genes_of_the_prediction_are_read_as_the_truth_expresses(family, top_k):
+    lm = built(family).eval()
+    truth, predicted = sparse_and_dense()
+    both = [torch.full_like(truth, -1), torch.full_like(truth, -1)]
+    for part, values in zip(both, (truth, predicted), strict=True):
+        for row, n_expressed in enumerate((10, 4, 1, 0)):
+            highest = np.argsort(-values[row].numpy(), kind="stable")[: min(n_expressed, top_k)]
+            # the same genes in the same order, and no others
+            part[row, highest.copy()] = torch.arange(len(highest), 0, -1).float()
+    for kind in ("nll", "match", "feature"):
+        term = Plausibility(lm, kind=kind, top_k=top_k).eval()
+        found = term(predicted, truth)
+        torch.testing.assert_close(found, term(both[1], both[0]), rtol=1e-5, atol=1e-6)
+        assert found[3] == 0
+        if kind == "nll":
+            # sequences of these genes alone, without a truth to compare with
+            torch.testing.assert_close(found, term(both[1]), rtol=1e-5, atol=1e-6)
+        else:
+            assert (found[:3] > 0).all()
+    predicted.requires_grad_()
+    term(predicted, truth).sum().backward()
+    assert predicted.grad[:3].norm(dim=1).gt(0).all()
+    assert predicted.grad.isfinite().all()
+
+
+def test_match_moves_predictions_that_are_too_typical_away_from_nll():
+    """Ten of 24 genes are expressed, in an order that varies; the mean profile is more typical than any spot."""
+    rng = np.random.default_rng(0)
+
+    def spots(n):
+        values = np.linspace(3, 0.5, 24) + 0.4 * rng.normal(size=(n, 24))
+        least = np.sort(values, axis=1)[:, [14]]
+        return np.where(values >= least, values, 0).astype(np.float32)
+
+    lm = built("gpt2")
+    train(lm, lambda step: by_value(lm, torch.from_numpy(spots(32)), 10), steps=150)
+    truth = torch.from_numpy(spots(64))
+    predicted = truth.mean(0).repeat(64, 1).requires_grad_()
+    assert (predicted > 0).sum(1).min() > 15
+    found = {}
+    for kind in ("nll", "match"):
+        loss = Plausibility(lm.eval(), kind=kind, tau=0.3)(predicted, truth)
+        found[kind] = torch.autograd.grad(loss.sum(), predicted)[0]
+    with torch.no_grad():
+        nll = Plausibility(lm, kind="nll")
+        is_typical = nll(predicted, truth) < nll(truth)
+    assert is_typical.float().mean() > 0.9
+    torch.testing.assert_close(found["match"][is_typical], -found["nll"][is_typical])
+    torch.testing.assert_close(found["match"][~is_typical], found["nll"][~is_typical])
+
+
+@torch.no_grad()
+def test_medians_order_negative_predictions_below_the_others():
+    medians = np.r_[np.linspace(0.2, 3.0, 24), [np.nan] * 2]
+    lm = built("gpt2", encoder=models.RankEncoder(max_len=32, cls=True, medians=medians)).eval()
+    values = profiles() - 1.5
+    key = np.where(values > 0, np.expm1(values.numpy()) / medians[:24], values.numpy())
+    expected = gene_nats(lm, sentences(lm, np.argsort(-key, kind="stable").tolist()))[1].view(6, 24).mean(1)
+    found = Plausibility(lm, kind="nll")(values, torch.ones(6, 24))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- the values form ---
@@ -233,6 +309,8 @@ def test_input_that_does_not_fit_is_named():
         Plausibility(lm, genes=["CD3D", "LYZ"])
     with pytest.raises(ValueError, match=naming("BinEncoder", "ValueEncoder")):
         Plausibility(models.build("scgpt", vocab=["a", "b"], size="tiny"))
+    with pytest.raises(ValueError, match=naming("include_zeros=False", "include_zeros=True")):
+        Plausibility(models.build("scgpt", vocab=["a", "b"], encoder=ValueEncoder(include_zeros=False), size="tiny"))
     with pytest.raises(ValueError, match=naming("geneformer", "'scgpt'")):
         Plausibility(models.build("geneformer", vocab=["a", "b"], size="tiny"))
     with pytest.raises(ValueError, match=naming("tau=0")):

@@ -329,6 +329,19 @@ def test_pathways_and_language_models_add_scores(sections):
         scllm.tl.evaluate_spatial(sections, predicted="guess", gene_sets={"b": ["CD3D"]})
 
 
+def test_measured_and_predicted_spots_are_told_apart_at_the_same_number_of_genes(sections):
+    lm = models.build("gpt2", vocab=sections.var_names, size="tiny")
+    # spots that express half of the genes, and predictions in the same order in which no gene is 0
+    truth = np.log1p(sections.X.toarray()) + 1e-3 * np.arange(16)
+    truth[truth < np.median(truth, axis=1, keepdims=True)] = 0
+    filled = np.random.default_rng(0).uniform(1e-4, 2e-4, truth.shape)
+    sections.layers["truth"] = truth.astype(np.float32)
+    sections.layers["guess"] = np.where(truth > 0, truth, filled).astype(np.float32)
+    scores = scllm.tl.evaluate_spatial(sections, predicted="guess", truth="truth", lm=lm)
+    np.testing.assert_allclose(scores["nats_predicted"], scores["nats_truth"], rtol=1e-6)
+    assert scores["auroc_real"].tolist() == [0.5] * 4
+
+
 # --- baselines and the comparison ---
 
 

@@ -71,10 +71,14 @@ class Plausibility(nn.Module):
     ``forward(predicted, truth=None)`` takes log-normalised values, ``(n_spots, n_genes)``, and returns one loss per
     spot, ``(n_spots,)``. Values enter scgpt as they are, so train it on values that are normalised like the predicted
     ones, with ``ValueEncoder(target_sum=None)``; otherwise the encoder normalises to the genes of its vocabulary.
-    ``"feature"`` and ``"match"`` need the truth. Predicted values of 0 or less are genes that are
-    not expressed. If the language model orders genes by count / median, values are divided by the medians too. gpt2
-    scores each gene from the genes with higher values, xlnet in one random order per call, and albert in
-    ``n_folds = 4`` parts, each from the others.
+    ``"feature"`` and ``"match"`` need the truth. Values of 0 or less are genes that are not expressed.
+
+    A predicted profile is hardly ever exactly 0, while language models that order genes learn from expressed genes
+    alone. With ``truth``, they therefore read as many of the highest predicted genes of a spot as the truth expresses,
+    so that both sequences have the same length. Without it, they read all genes with a predicted value above 0. scgpt
+    reads the same genes of both, zeros included. If the language model orders genes by count / median, values are
+    divided by the medians too. gpt2 scores each gene from the genes with higher values, xlnet in one random order per
+    call, and albert in ``n_folds = 4`` parts, each from the others.
 
     Examples
     --------
@@ -159,13 +163,15 @@ class Plausibility(nn.Module):
 
     def _by_ranks(self, predicted: Tensor, truth: Tensor | None, draws: torch.Generator) -> Tensor:
         order = torch.rand(self._n_read(), generator=draws)
+        # language models learn from sequences of expressed genes, and few predictions are exactly 0
+        n_read = ((predicted if truth is None else truth) > 0).sum(1)
         if self.kind == "feature":
             assert truth is not None
             with torch.no_grad():
-                aim = self._mean_state(truth)
-            return ((self._mean_state(predicted) - aim) ** 2).mean(1)
-        found = self._nats(predicted, order)
-        return self._matched(found, truth, lambda values: self._nats(values, order))
+                aim = self._mean_state(truth, n_read)
+            return ((self._mean_state(predicted, n_read) - aim) ** 2).mean(1)
+        found = self._nats(predicted, n_read, order)
+        return self._matched(found, truth, lambda values: self._nats(values, n_read, order))
 
     def _matched(self, found: Tensor, truth: Tensor | None, score: Callable[[Tensor], Tensor]) -> Tensor:
         """Compare the score of the prediction with that of the truth, for kind ``"match"``."""
@@ -180,31 +186,34 @@ class Plausibility(nn.Module):
         room = self.lm.encoder.max_len - self.lm.encoder.n_specials
         return min(self.top_k, len(self.columns), room)
 
-    def _sequence(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sequence(self, values: Tensor, n_read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return which gene is where ``(b, k, g)``, the embeddings with ``<cls>`` ``(b, k + 1, e)``, and padding."""
         lm = cast(GeneLM, self.lm)
-        strength = torch.log1p(torch.expm1(values.clamp(min=0)) / self.medians) if self._has_medians else values
-        gene_at, is_expressed = ranked(strength, self._n_read(), self.tau, expressed=values > 0)
+        gene_at, is_read = ranked(self._strength(values), self._n_read(), self.tau, n_read=n_read)
         table = lm.gene_table()
         x = gene_at @ table[self.tokens].to(gene_at.dtype)
         cls = table[lm.vocab.cls_id].expand(len(x), 1, -1)
-        padding = F.pad(~is_expressed, (1, 0))
+        padding = F.pad(~is_read, (1, 0))
         return gene_at, torch.cat([cls.to(x.dtype), x], dim=1), padding
 
-    @property
-    def _has_medians(self) -> bool:
-        return getattr(self.lm.encoder, "medians", None) is not None
+    def _strength(self, values: Tensor) -> Tensor:
+        """Return what genes are ordered by: their values, divided by the medians if the language model does so."""
+        if getattr(self.lm.encoder, "medians", None) is None:
+            return values
+        divided = torch.log1p(torch.expm1(values.clamp(min=0)) / self.medians)
+        # predictions below 0 stay below those above it
+        return torch.where(values > 0, divided, values)
 
-    def _mean_state(self, values: Tensor) -> Tensor:
+    def _mean_state(self, values: Tensor, n_read: Tensor) -> Tensor:
         """Compute the mean hidden state of a spot's genes, ``(b, d)``."""
-        _, x, padding = self._sequence(values)
+        _, x, padding = self._sequence(values, n_read)
         states = cast(GeneLM, self.lm).on_embeddings(x, padding, logits=False)[:, 1:]
         there = (~padding[:, 1:]).to(states.dtype)
         return (states * there[:, :, None]).sum(1) / there.sum(1, keepdim=True).clamp(min=1)
 
-    def _nats(self, values: Tensor, draws: Tensor) -> Tensor:
+    def _nats(self, values: Tensor, n_read: Tensor, draws: Tensor) -> Tensor:
         """Compute the negative log-likelihood of the sequence in nats per gene, ``(b,)``."""
-        gene_at, x, padding = self._sequence(values)
+        gene_at, x, padding = self._sequence(values, n_read)
         lm = cast(GeneLM, self.lm)
         match lm.likelihood:
             case "causal":
@@ -342,6 +351,11 @@ def _check(lm: CellModel, kind: str, top_k: int, tau: float, margin: float, mask
         raise ValueError(
             "Expected an scgpt model that reads log-normalised values, because predictions are such values, got one "
             f"with {type(lm.encoder).__name__}. Build it with encoder=scllm.models.ValueEncoder(max_len=1201)."
+        )
+    if not lm.encoder.include_zeros:
+        raise ValueError(
+            "Expected an scgpt model that reads genes without a count, because measured spots have many of them, got "
+            "one with include_zeros=False. Train it with encoder=scllm.models.ValueEncoder(include_zeros=True)."
         )
 
 

@@ -26,16 +26,15 @@ def hard_ranks(values: Tensor, k: int) -> Tensor:
     )
 
 
-def ranked(values: Tensor, k: int, tau: float, *, expressed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the exact ranks with the gradients of relaxed ones, ``(b, k, g)``, and which are of expressed genes.
+def ranked(values: Tensor, k: int, tau: float, *, n_read: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the exact ranks with the gradients of relaxed ones, ``(b, k, g)``, and which of them are read, ``(b, k)``.
 
-    Genes that are not expressed come last, whatever their value.
+    Of each row the ``n_read`` highest values are read, ``(b,)``, or ``k`` if that is fewer.
     """
-    key = values.detach().masked_fill(~expressed, -torch.inf)
-    hard = hard_ranks(key, k).to(values.dtype)
-    there = torch.arange(hard.shape[1], device=values.device) < expressed.sum(1, keepdim=True)
+    hard = hard_ranks(values.detach(), k)
+    read = torch.arange(hard.shape[1], device=values.device) < n_read[:, None]
     if not values.requires_grad:
-        return hard, there
+        return hard, read
     soft = soft_ranks(values, k, tau)
     # the difference is exactly zero, so the result is exactly the hard one
-    return hard + (soft - soft.detach()), there
+    return hard + (soft - soft.detach()), read

@@ -72,7 +72,8 @@ def evaluate_spatial(
     lm
         A gene language model or its path. Adds ``nats_truth`` and ``nats_predicted``, the negative log-likelihood per
         gene of measured and of predicted spots (for scgpt the squared error of hidden genes), and ``auroc_real``, how
-        well it tells measured spots from predicted ones (0.5: not at all).
+        well it tells measured spots from predicted ones (0.5: not at all). Of a predicted spot, as many of the highest
+        genes are read as the measured spot expresses.
 
     Returns
     -------
@@ -238,10 +239,10 @@ class LikelihoodScores:
 
     @torch.no_grad()
     def __call__(self, truth: FloatArray, predicted: FloatArray) -> dict[str, float]:
-        real, guess = (
-            np.concatenate([self._nats(torch.from_numpy(part)).numpy() for part in _parts(values)])
-            for values in (truth, predicted)
-        )
+        parts = list(zip(_parts(truth), _parts(predicted), strict=True))
+        real = np.concatenate([self._nats(true).numpy() for true, _ in parts])
+        # as many genes of each predicted spot as the measured one expresses: the nats of others do not compare
+        guess = np.concatenate([self._nats(guess, true).numpy() for true, guess in parts])
         from sklearn.metrics import roc_auc_score
 
         is_real = np.repeat([1, 0], [len(real), len(guess)])
@@ -249,5 +250,5 @@ class LikelihoodScores:
         return {"nats_truth": float(real.mean()), "nats_predicted": float(guess.mean()), "auroc_real": float(area)}
 
 
-def _parts(values: FloatArray) -> list[FloatArray]:
-    return [np.ascontiguousarray(values[start : start + 64]) for start in range(0, len(values), 64)]
+def _parts(values: FloatArray) -> tuple[torch.Tensor, ...]:
+    return torch.from_numpy(np.ascontiguousarray(values)).split(64)
