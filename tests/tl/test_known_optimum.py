@@ -31,22 +31,26 @@ def lm():
     """An scgpt that predicts hidden values, trained on other spots."""
     torch.manual_seed(0)
     genes = [f"g{i}" for i in range(N_GENES)]
-    sizes = {"n_layers": 1, "n_heads": 2, "d_model": 16, "d_hidden": 32, "dropout": 0.0, "cell_decoder": None}
+    sizes = {"n_layers": 1, "n_heads": 4, "d_model": 32, "d_hidden": 64, "dropout": 0.0, "cell_decoder": None}
     model = models.build("scgpt", vocab=genes, encoder=ValueEncoder(max_len=N_GENES + 1), **sizes)
     term = Plausibility(model, kind="masked").train()
     term.lm = model
-    expression = spots(4000, 3)[1]
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for step in range(150):
-        loss = term(expression[step * 24 : step * 24 + 24]).mean()
+    n_steps = 600
+    expression = spots(32 * n_steps, 3)[1]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=n_steps, pct_start=0.05)
+    for batch in expression.split(32):
+        loss = term(batch).mean()
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
     return model.eval()
 
 
 def fitted(term=None, weight=0.0, n_steps=300):
-    """Scores on new spots: squared error over the optimum, correlation, variance ratio."""
+    """Scores on new spots."""
     features, truth = spots(1500, 1)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, N_GENES))
@@ -69,23 +73,45 @@ def fitted(term=None, weight=0.0, n_steps=300):
     features, truth = (part.numpy() for part in spots(800, 2))
     with torch.no_grad():
         predicted = network(torch.from_numpy(features)).numpy()
-    error = float(((predicted - truth) ** 2).mean()) / OPTIMUM
-    pcc = float(np.nanmean(metrics.pearson(truth, predicted)[:N_VISIBLE]))
     visible = np.arange(N_GENES) % N_PROGRAMMES < N_VISIBLE
-    return error, pcc, float(np.median(metrics.variance_ratio(truth, predicted)[visible]))
+    return {
+        "error": float(((predicted - truth) ** 2).mean()) / OPTIMUM,
+        "pcc": float(metrics.pearson(truth, predicted)[visible].mean()),
+        "correlation_error": metrics.correlation_error(truth, predicted),
+        "variance_ratio": float(np.median(metrics.variance_ratio(truth, predicted)[visible])),
+    }
 
 
-def test_without_a_term_the_optimum_is_reached():
-    error, _, ratio = fitted()
-    assert 0.97 < error < 1.05
-    assert ratio > 0.6
+@pytest.fixture(scope="module")
+def plain():
+    return fitted()
+
+
+def test_without_a_term_the_optimum_is_reached(plain):
+    assert 0.97 < plain["error"] < 1.05
+    assert plain["variance_ratio"] > 0.6
+
+
+@torch.no_grad()
+def test_the_language_model_knows_which_genes_vary_together(lm):
+    expression = spots(800, 4)[1]
+    error = Plausibility(lm, kind="masked").eval()(expression).mean().item()
+    of_the_mean = ((expression - expression.mean(0)) ** 2).mean().item()
+    # the best possible is 0.37 of it
+    assert error < 0.6 * of_the_mean
+
+
+def test_feature_lowers_the_correlation_error_at_the_same_correlation(lm, plain):
+    found = fitted(Plausibility(lm, kind="feature").train(), 1.0)
+    # by 3.5 %; the goal of 10 % is not reached with weights from 0.1 to 10
+    assert found["correlation_error"] < 0.985 * plain["correlation_error"]
+    assert found["pcc"] > plain["pcc"] - 0.005
 
 
 def test_strong_nll_collapses_to_the_typical_profile_and_feature_does_not(lm):
-    steps = {"n_steps": 120}
-    _, plain_pcc, plain = fitted(**steps)
-    _, _, collapsed = fitted(Plausibility(lm, kind="nll").train(), 5.0, **steps)
-    _, pcc, kept = fitted(Plausibility(lm, kind="feature").train(), 0.3, **steps)
-    assert collapsed < 0.2 * plain
-    assert kept > 0.8 * plain
-    assert pcc > plain_pcc - 0.005
+    plain = fitted(n_steps=120)
+    collapsed = fitted(Plausibility(lm, kind="nll").train(), 5.0, n_steps=120)
+    kept = fitted(Plausibility(lm, kind="feature").train(), 0.3, n_steps=120)
+    assert collapsed["variance_ratio"] < 0.2 * plain["variance_ratio"]
+    assert kept["variance_ratio"] > 0.8 * plain["variance_ratio"]
+    assert kept["pcc"] > plain["pcc"] - 0.005
