@@ -104,15 +104,52 @@ def test_a_pair_that_acts_both_ways_has_both_edges():
     rng = np.random.default_rng(0)
     effect = rng.normal(0, 0.01, (40, 40))
     effect[1, 2], effect[2, 1] = -1.0, 1.0
-    found = metrics.directed_edges(effect, np.zeros(40), fdr=0.01).set_index(["source", "target"])
+    found = metrics.directed_edges(effect, np.zeros(40)).set_index(["source", "target"])
     assert (found.loc[(1, 2), "sign"], found.loc[(2, 1), "sign"]) == (1, -1)
     assert found.loc[[(1, 2), (2, 1)], "is_edge"].all()
+
+
+def test_of_two_directions_the_much_weaker_one_is_no_edge():
+    rng = np.random.default_rng(0)
+    effect = rng.normal(0, 0.01, (120, 120))
+    effect[0], effect[:, 0] = np.nan, np.nan  # never seen
+    effect[1, 2], effect[2, 1] = -3.0, -1.0
+    found = metrics.directed_edges(effect, np.zeros(120)).set_index(["source", "target"])
+    assert (found.loc[[(1, 2), (2, 1)], "q_value"] < 0.05).all()
+    assert found.loc[[(1, 2), (2, 1)], "is_edge"].tolist() == [True, False]
 
 
 def test_null_effects_give_few_edges():
     rng = np.random.default_rng(0)
     n_false = sum(
         metrics.directed_edges(rng.normal(size=(30, 30)), rng.normal(size=30))["is_edge"].any() for _ in range(30)
+    )
+    assert n_false <= stats.binom.ppf(0.99, 30, 0.05)
+
+
+def effects_of_unequal_genes(seed, m=60):
+    """Noise of which some sources have up to a hundred times as much as others, and some targets too."""
+    rng = np.random.default_rng(seed)
+    spread = np.exp(rng.normal(size=(m, 1))) * np.exp(rng.normal(size=m))
+    return rng.normal(size=(m, m)) * spread, spread, rng
+
+
+def test_edges_are_found_among_sources_and_targets_of_unequal_spread():
+    effect, spread, rng = effects_of_unequal_genes(0)
+    edges = {(int(a), int((a + 1) % 60)): int(rng.choice([-1, 1])) for a in range(0, 60, 3)}
+    for (a, b), sign in edges.items():
+        effect[a, b] = -40 * sign * spread[a, b]
+    found = metrics.directed_edges(effect, rng.normal(size=60))
+    found = found[found["is_edge"]].set_index(["source", "target"])["sign"].to_dict()
+    hits = set(found) & set(edges)
+    assert len(hits) >= 18
+    assert len(set(found) - set(edges)) <= 3
+    assert all(found[pair] == edges[pair] for pair in hits)
+
+
+def test_sources_of_unequal_spread_alone_give_no_edges():
+    n_false = sum(
+        metrics.directed_edges(effects_of_unequal_genes(seed)[0], np.zeros(60))["is_edge"].any() for seed in range(30)
     )
     assert n_false <= stats.binom.ppf(0.99, 30, 0.05)
 
