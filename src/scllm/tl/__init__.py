@@ -13,12 +13,13 @@ from scllm.tl._embed import embed, embed_genes
 from scllm.tl._evaluate_spatial import evaluate_spatial
 from scllm.tl._finetune import finetune
 from scllm.tl._fit_perturbation import fit_perturbation
-from scllm.tl._fit_spatial import fit_spatial, predict_spatial
+from scllm.tl._fit_spatial import fit_spatial
 from scllm.tl._infer_grn import infer_grn
 from scllm.tl._patches import embed_patches
 from scllm.tl._perplexity import perplexity
 from scllm.tl._perturb import perturb
 from scllm.tl._predict_perturbation import predict_perturbation
+from scllm.tl._predict_spatial import predict_spatial
 from scllm.tl._pretrain import pretrain
 from scllm.tl._prune import prune
 from scllm.tl._quantize import quantize

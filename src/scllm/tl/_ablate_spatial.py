@@ -22,9 +22,9 @@ from scllm._results import record
 from scllm._typing import FloatArray
 from scllm.data.opened import closes_files
 from scllm.models.base import CellModel
-from scllm.tl._fit_spatial import genes_to_predict
 from scllm.tl._model import ModelLike, resolve
 from scllm.tl._spatial_fold import BASELINES, NO_LM, Fit, Fold, SpotData
+from scllm.tl._spatial_inputs import genes_to_predict
 
 __all__ = ["ablate_spatial"]
 

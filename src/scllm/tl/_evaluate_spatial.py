@@ -25,8 +25,8 @@ from scllm.data.targets import dense, normalised
 from scllm.data.value_kind import value_kind
 from scllm.models.gene_lm import GeneLM
 from scllm.models.plausibility import Plausibility
-from scllm.tl._fit_spatial import expression_source
 from scllm.tl._model import ModelLike, resolve
+from scllm.tl._spatial_inputs import expression_source
 
 __all__ = ["PER_GENE", "LikelihoodScores", "evaluate_spatial", "section_scores", "summary"]
 

@@ -1,4 +1,4 @@
-"""Train a predictor of expression from histology, and predict with it."""
+"""Train a predictor of expression from histology."""
 
 from __future__ import annotations
 
@@ -15,35 +15,31 @@ from anndata import AnnData
 from torch import nn
 
 from scllm import _keys, models
-from scllm._checks import check_adata, embedding
+from scllm._checks import check_adata
 from scllm._log import log
-from scllm._names import listed
-from scllm._results import free_key, record, record_name, thinned_history
-from scllm._typing import FloatArray, IntArray
+from scllm._results import record, thinned_history
+from scllm._typing import IntArray
 from scllm.data.cells import CellSource
-from scllm.data.checks import check_source
 from scllm.data.encode import encoder_to_dict
 from scllm.data.fingerprint import fingerprint, hash_arrays
 from scllm.data.opened import closes_files
-from scllm.data.source import open_source
-from scllm.data.spots import nearest_spots, sections_of, spot_positions
 from scllm.data.targets import dense, normalised
 from scllm.data.value_kind import value_kind
 from scllm.engine.config import Precision, Settings, TrainConfig
 from scllm.engine.device import resolve_device
 from scllm.engine.run import Run
 from scllm.engine.spec import Cells, DataSpec, RunSpec
-from scllm.engine.spots import Spots, Term, fit_spots, spot_features
+from scllm.engine.spots import Spots, Term, fit_spots
 from scllm.models.base import CellModel
 from scllm.models.plausibility import Plausibility, PlausibilityKind
 from scllm.models.spatial import FINETUNE, Likelihood, Model
 from scllm.tl._ledger import record_training
-from scllm.tl._model import ModelLike, remember, resolve
+from scllm.tl._model import ModelLike, remember
 from scllm.tl._parts import divide
-from scllm.tl._patches import patch_reader
+from scllm.tl._spatial_inputs import expression_source, genes_to_predict, image_inputs, neighbours
 from scllm.tl._train import check_config, check_resume, merged_config, open_run
 
-__all__ = ["expression_source", "fit_spatial", "genes_to_predict", "predict_spatial"]
+__all__ = ["fit_spatial"]
 
 _DEFAULTS = {
     **FINETUNE,
@@ -54,7 +50,7 @@ _DEFAULTS = {
     "warmup": 10,
 }
 _WEIGHT_DECAY = 0.01
-_ROWS = 1024  # spots predicted at a time
+_ROWS = 1024  # spots whose expression is dense at a time
 
 
 @closes_files
@@ -221,117 +217,6 @@ _USED = (
 )
 
 
-@closes_files
-def predict_spatial(
-    adata: AnnData,
-    model: ModelLike | None = None,
-    *,
-    key_added: str = _keys.PREDICTED,
-    library_key: str | None = None,
-    batch_size: int = 256,
-    device: str = "auto",
-    copy: bool = False,
-) -> AnnData | None:
-    """Predict the expression of spots from the histology image around them.
-
-    Parameters
-    ----------
-    adata
-        Spots with ``obsm["spatial"]`` and the image features that the predictor was trained on.
-    model
-        A predictor of :func:`fit_spatial` or its path. ``None``: the model last recorded on ``adata``.
-    key_added
-        Layer to write.
-    library_key
-        Column of ``obs`` that names the section of each spot. ``None``: the column whose values are the keys of
-        ``uns["spatial"]``, or one section if it has at most one key.
-    batch_size
-        Number of spots per forward pass; changes only speed and memory.
-    device
-        ``"auto"``, ``"cpu"`` or ``"cuda"``.
-    copy
-        Return a changed copy instead of changing ``adata``.
-
-    Writes
-    ------
-    ``adata.layers[key_added]``
-        Predicted expression, float32, ``(n_spots, n_genes)``: log-normalised, or like the values that the predictor was
-        trained on. NaN for genes that it does not predict.
-    ``adata.uns["scllm"]["predict_spatial"]``
-        ``params``.
-
-    Examples
-    --------
-    >>> adata = scllm.datasets.toy_spatial(n_sections=1, side=8)
-    >>> model = scllm.tl.fit_spatial(adata, use_rep="programmes", epochs=1)
-    >>> scllm.tl.predict_spatial(adata, model, key_added="expression")
-    >>> adata.layers["expression"].dtype
-    dtype('float32')
-    """
-    check_adata(adata, copy, key_added)
-    key = free_key(adata, "layers", key_added)
-    chosen = resolve(model, adata)
-    if not isinstance(chosen, Model):
-        raise ValueError(f"Expected a model of tl.fit_spatial, got a {chosen.family} model. Pass the predictor.")
-    columns = adata.var_names.get_indexer(list(chosen.vocab.genes))
-    if (columns < 0).any():
-        missing = np.asarray(chosen.vocab.genes)[columns < 0]
-        raise ValueError(
-            f"Expected the {len(columns)} predicted genes in adata.var_names, but {len(missing)} are missing "
-            f"({listed(missing)}). Add them as empty columns, or rename genes as in the training data."
-        )
-    config, where = chosen.config, resolve_device(device)
-    features, reader = _image_inputs(adata, config.use_rep)
-    if features is not None and features.shape[1] != config.d_features:
-        raise ValueError(
-            f"Expected {config.d_features} features per spot in obsm[{config.use_rep!r}], as in training, got "
-            f"{features.shape[1]}. Compute them with the same encoder."
-        )
-    near = _neighbours(adata, config.n_neighbors, library_key)
-    empty = np.empty(0, np.int64)
-    spots = Spots(features, reader, near, cast(Any, None), None, empty)
-    predicted = np.full((adata.n_obs, adata.n_vars), np.nan, np.float32)
-    replica = deepcopy(chosen).to(where).eval()
-    with torch.no_grad():
-        for start in range(0, adata.n_obs, batch_size):
-            rows = np.arange(start, min(start + batch_size, adata.n_obs))
-            found = replica.expression(*spot_features(replica, spots, rows, where))
-            predicted[rows[:, None], columns] = found.cpu().numpy()
-
-    adata = adata.copy() if copy else adata
-    adata.layers[key] = predicted
-    record_name(adata, "layers", key_added)
-    record(adata, "predict_spatial", {"key_added": key, "library_key": library_key})
-    remember(adata, chosen)
-    return adata if copy else None
-
-
-def expression_source(adata: AnnData, layer: str | None) -> CellSource:
-    """Open the expression of spots; raise on values that are negative or not finite."""
-    source = open_source(adata, layer=layer)
-    check_source(source, needs_counts=False, layer=layer)
-    return source
-
-
-def genes_to_predict(adata: AnnData, genes: Iterable[str] | None) -> list[str]:
-    """Return the genes that were passed, or those that are spatially variable, or all."""
-    if not adata.var_names.is_unique:
-        double = adata.var_names[adata.var_names.duplicated()][0]
-        raise ValueError(f"Expected each gene once, but {double!r} is there twice. Call adata.var_names_make_unique().")
-    if genes is None:
-        if _keys.SPATIALLY_VARIABLE not in adata.var:
-            return list(map(str, adata.var_names))
-        chosen = adata.var_names[adata.var[_keys.SPATIALLY_VARIABLE].to_numpy(bool)]
-        log.info("predicting the %d genes in var['spatially_variable']", len(chosen))
-        return list(map(str, chosen))
-    names = list(map(str, genes))
-    missing = [name for name in names if name not in adata.var_names]
-    if missing or len(set(names)) < len(names) or not names:
-        what = f"{len(missing)} are not ({listed(missing)})" if missing else f"got {len(names)}, some of them twice"
-        raise ValueError(f"Expected genes to be different names of adata.var_names, but {what}. Correct genes=.")
-    return names
-
-
 def _check_options(weight: float, n_neighbors: int, precision: str) -> None:
     if not weight >= 0 or n_neighbors < 0:
         raise ValueError(
@@ -340,21 +225,6 @@ def _check_options(weight: float, n_neighbors: int, precision: str) -> None:
         )
     if precision not in ("auto", "fp32"):
         raise ValueError(f"Expected precision to be 'auto' or 'fp32', got {precision!r}. Leave it out.")
-
-
-def _image_inputs(adata: AnnData, use_rep: str | None) -> tuple[FloatArray | None, Any]:
-    """Return the features of spots, or what reads the pixels of their patches."""
-    if use_rep is None:
-        return None, patch_reader(adata).hold()
-    advice = "Call scllm.tl.embed_patches(adata) first, or pass the key of image features as use_rep=."
-    return np.ascontiguousarray(embedding(adata, use_rep, advice=advice), dtype=np.float32), None
-
-
-def _neighbours(adata: AnnData, k: int, library_key: str | None) -> IntArray:
-    if not k:
-        return np.empty((adata.n_obs, 0), np.int64)
-    section = sections_of(adata.obs, adata.uns.get(_keys.SPATIAL, {}), library_key)
-    return nearest_spots(spot_positions(adata.obsm, adata.obs_names), section, k)
 
 
 def _spots(
@@ -366,7 +236,7 @@ def _spots(
     library_key: str | None,
     likelihood: str,
 ) -> Spots:
-    features, reader = _image_inputs(adata, use_rep)
+    features, reader = image_inputs(adata, use_rep)
     rows = np.arange(source.n_obs)
     counts = source.read(rows)
     is_counts = value_kind(counts) == "counts"
@@ -376,7 +246,7 @@ def _spots(
             "likelihood='mse'."
         )
     target = normalised(source, rows, is_counts=is_counts)
-    near = _neighbours(adata, n_neighbors, library_key)
+    near = neighbours(adata, n_neighbors, library_key)
     columns = adata.var_names.get_indexer(names)
     return Spots(features, reader, near, target, counts if likelihood == "nb" else None, columns)
 

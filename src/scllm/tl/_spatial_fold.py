@@ -24,9 +24,11 @@ from scllm.engine.config import TrainConfig
 from scllm.models.base import CellModel
 from scllm.models.plausibility import GaussianPrior, Plausibility
 from scllm.tl._evaluate_spatial import LikelihoodScores, morans_i, section_scores, summary
-from scllm.tl._fit_spatial import expression_source, fit_spatial, predict_spatial
+from scllm.tl._fit_spatial import fit_spatial
+from scllm.tl._predict_spatial import predict_spatial
 from scllm.tl._pretrain import pretrain
 from scllm.tl._spatial_baselines import knn_prediction, mean_prediction, ridge_prediction
+from scllm.tl._spatial_inputs import expression_source
 
 __all__ = ["BASELINES", "NO_LM", "Fit", "Fold", "SpotData"]
 
