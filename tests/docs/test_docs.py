@@ -73,6 +73,22 @@ def test_the_plausibility_loop_runs_as_it_is_written() -> None:
     assert ((network(features) - truth) ** 2).mean().item() < before
 
 
+def test_the_loop_over_settings_runs_as_it_is_written() -> None:
+    """The loop of `docs/spatial.md` chooses among all settings by the error on sections held out of the training."""
+    (code,) = [block for block in blocks("docs/spatial.md", "python") if "min(errors" in block]
+    assert len(code.splitlines()) <= 10
+    train = scllm.datasets.toy_spatial(n_sections=3, side=5, n_genes=16)
+    train.obsm["X_patch"] = train.obsm["programmes"]
+    there: dict[str, object] = {"scllm": scllm, "train": train}
+    exec(code, there)
+    held_out = train.obs.loc[train.obs["split"] == "validation", "section"]
+    assert held_out.value_counts().tolist() == [25, 0, 0]
+    errors = there["errors"]
+    assert isinstance(errors, dict)
+    assert len(set(errors.values())) == 6
+    assert errors[there["weight"], there["lr"]] == min(errors.values())
+
+
 def test_commands_in_the_pages_exist() -> None:
     from scllm.cli import app
 
