@@ -1,4 +1,4 @@
-"""Infer networks of simulated cells whose edges are known, after trainings of different length.
+"""Infer networks of simulated cells whose edges are known, with models that were trained in different ways.
 
 Usage: python -m benchmarks.planted_network OUT.csv. In 600 cells of three types, each of 6 regulators drives 6 of 100
 genes, up or down.
@@ -19,10 +19,13 @@ from scipy import sparse
 import scllm
 
 N_CELLS, N_GENES, N_REGULATORS, N_TARGETS, EFFECT = 600, 100, 6, 6, 0.8
+PLAIN = {"lr": 3e-3, "batch_size": 32}
+SCHEDULE = {"schedule": "cosine", "relational": False}
 # name -> arguments of tl.pretrain
 TRAININGS = {
-    "400 steps": {"lr": 3e-3, "batch_size": 32, "config": {"steps": 400, "warmup": 20}},
-    "2,000 steps": {"lr": 3e-3, "batch_size": 32, "config": {"steps": 2000, "warmup": 100}},
+    "plain, 400 steps": {**PLAIN, "config": scllm.tl.TrainConfig(steps=400, warmup=20, **SCHEDULE)},
+    "plain, 2,000 steps": {**PLAIN, "config": scllm.tl.TrainConfig(steps=2000, warmup=100, **SCHEDULE)},
+    "default": {},
 }
 
 
@@ -35,11 +38,7 @@ def main(out: str, n_seeds: int = 3) -> None:
         adata, edges = cells(seed)
         for name, options in TRAININGS.items():
             began = time.monotonic()
-            config = scllm.tl.TrainConfig(schedule="cosine", relational=False, **options["config"])
-            model = scllm.tl.pretrain(
-                adata, "scgpt", size="tiny", lr=options["lr"], batch_size=options["batch_size"], device="cpu",
-                config=config, random_state=seed,
-            )  # fmt: skip
+            model = scllm.tl.pretrain(adata, "scgpt", size="tiny", device="cpu", random_state=seed, **options)
             tables.append(networks(adata, model, edges).assign(training=name, seed=seed))
             pd.concat(tables).to_csv(out, index=False)
             print(f"seed {seed}, {name}: {time.monotonic() - began:.0f} s", flush=True)
