@@ -147,6 +147,14 @@ def test_edges_are_found_among_sources_and_targets_of_unequal_spread():
     assert all(found[pair] == edges[pair] for pair in hits)
 
 
+def test_a_source_that_acts_on_nearly_half_of_the_genes_keeps_its_edges():
+    rng = np.random.default_rng(0)
+    effect = rng.normal(0, 0.01, (60, 60))
+    effect[5, 10:35] = -1.0
+    found = metrics.directed_edges(effect, rng.normal(size=60))
+    assert found.loc[found["source"] == 5, "is_edge"].sum() == 25
+
+
 def test_sources_of_unequal_spread_alone_give_no_edges():
     n_false = sum(
         metrics.directed_edges(effects_of_unequal_genes(seed)[0], np.zeros(60))["is_edge"].any() for seed in range(30)

@@ -52,7 +52,10 @@ def missing_key(key: object, names: Iterable[str], where: str, advice: str = "")
     KeyError("'celltype' is not a column of adata.obs. Did you mean 'cell_type'?")
     """
     names = [str(name) for name in names]
-    close = get_close_matches(str(key), names, n=3)
+    by_small = {name.casefold(): name for name in reversed(names)}
+    close = get_close_matches(str(key), names, n=3) or [
+        by_small[name] for name in get_close_matches(str(key).casefold(), by_small, n=3)
+    ]
     if close:
         offer = f"Did you mean {' or '.join(map(repr, close))}?"
     else:

@@ -392,6 +392,7 @@ def test_linear_and_additive_baselines_are_exact_on_linear_data():
         ({"control": "ctrl"}, KeyError, ["'ctrl'", "'control'"]),
         ({"key": "targe"}, KeyError, ["'targe'", "'target'"]),
         ({"held_out": ["gene_99"]}, KeyError, ["'gene_99'"]),
+        ({"held_out": ["unmeasured"]}, ValueError, ["'unmeasured'", "held-out"]),
         ({"held_out": 1.5}, ValueError, ["1.5"]),
         ({"batch_key": "batc"}, KeyError, ["'batc'"]),
         ({"n_decoders": 0}, ValueError, ["n_decoders", "0"]),

@@ -129,7 +129,8 @@ def test_groups_are_contrasted_with_a_control_and_compared(adata, tiny, tmp_path
 def test_order_of_cells_and_genes_does_not_matter(adata, tiny, method):
     other = adata[::-1, ::-1].copy()
     for one in (adata, other):
-        tl.infer_grn(one, tiny, method=method, n_edges=3, fdr=0.5)
+        tl.infer_grn(one, tiny, method=method, n_edges=3, fdr=0.99)
+        assert one.varp["grn"].nnz
     weights = [pd.DataFrame(one.varp["grn"].toarray(), one.var_names, one.var_names) for one in (adata, other)]
     np.testing.assert_allclose(weights[1].loc[adata.var_names, adata.var_names], weights[0], rtol=1e-2, atol=1e-4)
 
@@ -155,6 +156,16 @@ def test_copy_and_backed_data(adata, tiny, tmp_path):
         ({"genes": ["nothing"]}, KeyError, ["'nothing'"]),
         ({"reference": [("x", "y")]}, ValueError, ["x -> y"]),
         ({"select_heads": True}, TypeError, ["reference"]),
+        ({"reference": []}, ValueError, ["reference", "[]"]),
+        ({"reference": "edges.csv"}, ValueError, ["reference", "'edges.csv'"]),
+        ({"genes": []}, ValueError, ["genes", "empty"]),
+        ({"block": 50}, ValueError, ["block", "50"]),
+        ({"method": "perturb", "genes": ["gene_1", "gene_2"]}, ValueError, ["12", "2", "'perturb'"]),
+        (
+            {"select_heads": True, "reference": [("gene_1", "gene_2"), ("gene_1", "gene_3")]},
+            ValueError,
+            ["2 sources", "1 sources"],
+        ),
         ({"max_cells": 0}, ValueError, ["max_cells", "0"]),
     ],
 )
@@ -164,9 +175,21 @@ def test_bad_input_raises(adata, tiny, options, error, values):
     assert "scllm" not in adata.uns
 
 
+def test_reference_genes_that_are_not_in_the_network_are_listed(adata, tiny):
+    with pytest.warns(UserWarning, match=naming("1 of 2", "'gene_x'")):
+        tl.infer_grn(adata, tiny, reference=[("gene_1", "gene_2"), ("gene_x", "gene_2")])
+
+
+def test_each_group_has_its_programmes(adata, tiny):
+    tl.infer_grn(adata, tiny, method="similarity", groupby="cell_type", n_edges=3)
+    assert {"grn_A_programme", "grn_B_programme"} <= set(adata.var)
+
+
 def test_families_without_attention_weights_are_named(adata):
     model = models.build("gpt2", vocab=adata.var_names, size="tiny")
     with pytest.raises(ValueError, match=naming("gpt2", "similarity")):
         tl.infer_grn(adata, model)
     with pytest.warns(UserWarning, match=naming("'nothing'")):
-        tl.infer_grn(adata, model, method="perturb", genes=["gene_20", "gene_21", "nothing"], max_cells=5)
+        tl.infer_grn(adata, model, method="similarity", genes=["gene_20", "gene_21", "nothing"], max_cells=5)
+    with pytest.warns(UserWarning, match=naming("significant")):
+        tl.infer_grn(adata, model, method="perturb", fdr=1e-9, max_cells=5)

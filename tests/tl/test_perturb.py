@@ -241,6 +241,8 @@ def test_cost_is_said_before(adata, tiny, caplog):
         ({"genes": ["gene_1"], "groupby": "cell_typ"}, KeyError, ["'cell_typ'", "'cell_type'"]),
         ({"genes": ["gene_1"], "max_cells": 0}, ValueError, ["max_cells", "0"]),
         ({"genes": ["gene_1"], "n_null": -1}, ValueError, ["n_null", "-1"]),
+        ({"genes": ["gene_1"], "hidden_layer": 9}, ValueError, ["hidden_layer", "9"]),
+        ({"genes": ["gene_1"], "pooling": "average"}, ValueError, ["'average'", "'cls'"]),
     ],
 )
 def test_bad_input_raises(adata, tiny, options, error, values):
@@ -259,6 +261,18 @@ def test_names_that_are_no_genes_are_listed_and_silent_genes_are_left_out(adata,
         tl.perturb(adata, tiny, genes=["gene_5"], n_null=0)
     tl.perturb(adata, tiny, genes=["gene_5"], mode="overexpress", n_null=0)
     assert table(adata)["n_cells"].iloc[0] == adata.n_obs
+
+
+def test_combinations_that_no_cell_expresses_together_are_left_out(adata, tiny):
+    counts = adata.X.toarray()
+    counts[:, 5] *= counts[:, 6] == 0
+    counts[0, [5, 6]] = 3, 0
+    adata.X = type(adata.X)(counts)
+    with pytest.warns(UserWarning, match=naming("'gene_5+gene_6'")):
+        tl.perturb(adata, tiny, genes=["gene_1", ("gene_5", "gene_6")], n_null=0)
+    assert table(adata)["perturbation"].tolist() == ["gene_1"]
+    with pytest.raises(ValueError, match=naming("'gene_5+gene_6'")):
+        tl.perturb(adata, tiny, genes=[("gene_5", "gene_6")], n_null=0)
 
 
 def test_false_discoveries_are_as_rare_as_promised_when_labels_are_permuted():

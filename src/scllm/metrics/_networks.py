@@ -22,7 +22,8 @@ def directed_edges(effect: FloatArray, level: FloatArray, *, fdr: float = 0.05, 
     the same target and those of the same source (an edge stands out among both, as in CLR of Faith et al. 2007,
     doi:10.1371/journal.pbio.0050008). Then the effect of deleting gene ``a`` on gene ``b`` is compared with the effects
     on ``b`` of deleting genes of similar expression, as :func:`matched_null_test` does without separate nulls. The
-    p-values are adjusted by Benjamini and Hochberg over all pairs.
+    p-values are adjusted by Benjamini and Hochberg over all pairs. Most pairs must be unrelated: a source that acts on
+    more than half of the genes, or of which more than half of the effects are equal, is left without edges.
 
     Parameters
     ----------
@@ -66,7 +67,10 @@ def directed_edges(effect: FloatArray, level: FloatArray, *, fdr: float = 0.05, 
 
 
 def _centred(effect: FloatArray) -> FloatArray:
-    """Centre and scale each column and then each row of ``(m, m)`` by its median and median absolute deviation."""
+    """Centre and scale each column and then each row of ``(m, m)`` by its median and median absolute deviation.
+
+    Where that is zero, there is no spread to compare with, and all become zero.
+    """
     for axis in (0, 1):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All-NaN slice")  # genes that no other gene is expressed with

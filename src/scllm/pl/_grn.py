@@ -145,7 +145,8 @@ def _edges(table: pd.DataFrame, group: str | None, genes: Sequence[str] | None, 
         raise missing_key(group, names, "a group of the network")
     if not names:
         raise ValueError(
-            "Expected a network with edges, got none. Pass a higher fdr to scllm.tl.infer_grn, or another method."
+            "Expected a network with edges, got none. Infer it with another method, or from a model that was trained "
+            "longer."
         )
     table = table[table["group"] == (group or names[0])]
     if genes is not None:

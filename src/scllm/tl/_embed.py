@@ -128,7 +128,7 @@ def embed(
     adata = data if isinstance(data, AnnData) else None
     _check_destination(data, out, key_added, copy)
     chosen = resolve(model, adata)
-    _check_choice(chosen, pooling, hidden_layer)
+    check_choice(chosen, pooling, hidden_layer)
     source = open_source(data, layer=layer)
     check_layer(source, chosen, layer, data)
     match = gene_match(data, source, chosen, gene_key, min_coverage)
@@ -190,7 +190,7 @@ def _check_destination(data: object, out: str | PathLike[str] | None, key_added:
         _check_out(Path(fspath(out)), data)
 
 
-def _check_choice(model: CellModel, pooling: Pooling | None, hidden_layer: int) -> None:
+def check_choice(model: CellModel, pooling: Pooling | None, hidden_layer: int) -> None:
     """Raise if the model has no such block or pooling."""
     if not -model.config.n_layers - 1 <= hidden_layer <= -1:
         raise ValueError(

@@ -113,8 +113,8 @@ def fit_perturbation(
         Weights that are not trained: those of the first n blocks, ``"encoder"`` is not possible here, a pattern of
         weight names, or a list of patterns.
     validation
-        Fraction of the cells of training perturbations that decides which weights are best. Held-out perturbations do
-        not.
+        Fraction of the cells of training perturbations and controls that decides which weights are best. Held-out
+        perturbations do not.
     layer
         Layer with counts. ``None``: ``X``.
     gene_key
@@ -281,6 +281,11 @@ class _Task:
                 f"Expected training perturbations of measured genes in obs[{screen.key!r}], got none: no label is a "
                 f"gene of the data that the model knows (first: {screen.names[0]!r}). Name perturbations by genes as "
                 "they are in adata.var_names, or pass covariate= for compounds."
+            )
+        if not is_known[tested].any():
+            raise ValueError(
+                f"Expected a held-out perturbation of measured genes to score the model on, got none in "
+                f"{listed(screen.names[p] for p in tested)}. Hold out others (combinations are joined by '+')."
             )
         unknown = [screen.names[p] for p in np.flatnonzero(~is_known)]
         if unknown:

@@ -79,7 +79,8 @@ def infer_grn(
         - ``"attention"``: the mean rank of the attention that the target pays to the source in one block, among all
           genes of a cell (Cui et al. 2024). Directed, without a sign. For scgpt, geneformer and scfoundation.
         - ``"similarity"``: cosine similarity of gene embeddings, with groups of genes (programmes) by the Leiden
-          algorithm. Neither directed nor signed. With ``groupby``, of mean hidden states in each group of cells.
+          algorithm. Not directed; negative for opposite embeddings, which count as links too. With ``groupby``, of mean
+          hidden states in each group of cells.
         - ``"perturb"``: the change of the predicted target after deletion of the source, compared with deletions of
           genes of similar expression (:func:`scllm.metrics.directed_edges`). Directed and signed, with a false
           discovery rate.
@@ -127,12 +128,14 @@ def infer_grn(
     ``adata.varp[key_added]``
         Weights of the strongest edges, CSR ``(n_genes, n_genes)``: rows are sources, columns targets.
     ``adata.var[key_added + "_programme"]``
-        Programme of each gene (``"similarity"``).
+        Programme of each gene (``"similarity"``); several groups add ``_<group>`` to the key.
     ``adata.uns["scllm"][key_added]``
         ``params``; ``table`` of these edges: ``group``, ``source``, ``target``, ``weight``, and for ``"perturb"`` also
-        ``effect``, ``z``, ``p_value``, ``q_value``, ``reverse_z`` and ``sign``. With ``reference``, ``scores`` of the
-        network beside correlation, partial correlation and a random forest (:func:`scllm.metrics.edge_scores`). With
-        several groups, ``dynamics``: for each gene, the share of its strongest edges that differ between two groups.
+        ``effect``, ``z``, ``p_value``, ``q_value``, ``reverse_z`` and ``sign`` (1: the target falls more than after
+        other deletions, so the source activates it; -1: it represses it). There, ``weight`` is minus ``z``. With
+        ``reference``, ``scores`` of the network beside correlation, partial correlation and a random forest
+        (:func:`scllm.metrics.edge_scores`). With several groups, ``dynamics``: for each gene, the share of its
+        strongest edges that differ between two groups.
 
     Examples
     --------
@@ -145,14 +148,15 @@ def infer_grn(
     check_adata(adata, copy, key_added)
     _check_options(method, n_edges, fdr, reference, select_heads)
     chosen = resolve(model, adata)
+    _check_block(block, len(chosen.blocks))
     source = open_source(adata, layer=layer)
     check_layer(source, chosen, layer, adata)
     match = gene_match(adata, source, chosen, gene_key, min_coverage)
     cells = _groups(adata, groupby, control, max_cells, random_state)
     rows = np.unique(np.concatenate(list(cells.values())))
     levels = gene_levels(source, match, rows)
-    network = _Network.of(levels, genes, len(rows))
-    edges = None if reference is None else network.edges(reference, random_state)
+    network = _Network.of(levels, genes, len(rows), method)
+    edges = None if reference is None else network.edges(reference, random_state, select_heads=select_heads)
     reader = Reader(chosen, source, match, network.tokens, device, precision)
     log.info("linking %d genes by %s in %d cells", len(network.names), method, len(rows))
     links = {name: _links(reader, method, of, block, groupby, select_heads) for name, of in cells.items()}
@@ -180,8 +184,9 @@ def infer_grn(
     for key, one in zip(keys, found.values(), strict=True):
         adata.varp[key] = network.placed(one.kept, columns, adata.n_vars)
     if method == "similarity":
-        programme = _programmes(next(iter(found.values())).kept, resolution, random_state)
-        adata.var[_keys.safe(key_added) + _keys.PROGRAMME] = network.column(programme, columns)
+        for name, one in zip(names, found.values(), strict=True):
+            programme = _programmes(one.kept, resolution, random_state)
+            adata.var[_keys.safe(name) + _keys.PROGRAMME] = network.column(programme, columns)
     table = pd.concat([one.table.assign(group=name) for name, one in found.items()], ignore_index=True)
     params = {"method": method, "groupby": groupby, "control": control, "n_edges": n_edges, "n_cells": len(rows)}
     params |= {"block": block, "head": head, "fdr": fdr, "layer": layer, "random_state": random_state}
@@ -203,6 +208,12 @@ def _check_options(method: str, n_edges: int, fdr: float, reference: object, sel
             f"select_heads=True chooses attention heads by reference edges, but method={method!r} and reference is "
             f"{'None' if reference is None else 'given'}. Pass method='attention' and reference=."
         )
+
+
+def _check_block(block: int, n_blocks: int) -> None:
+    """Raise if the model has no such block."""
+    if not -n_blocks <= block < n_blocks:
+        raise ValueError(f"Expected block from {-n_blocks} to {n_blocks - 1}, got {block}. Pass -1 for the last block.")
 
 
 def _groups(
@@ -267,10 +278,13 @@ class _Network:
     level: FloatArray
 
     @classmethod
-    def of(cls, levels: GeneLevels, genes: Sequence[str] | None, n_cells: int) -> _Network:
+    def of(cls, levels: GeneLevels, genes: Sequence[str] | None, n_cells: int, method: Method) -> _Network:
         """Choose the genes: those named, or those that enough cells express."""
         kept = np.flatnonzero(levels.n_cells >= max(1, n_cells // 100))
         if genes is not None:
+            genes = [genes] if isinstance(genes, str) else list(genes)
+            if not genes:
+                raise ValueError("Expected names of genes, got an empty list. Leave genes out for all expressed genes.")
             known = {name: i for i, name in enumerate(levels.names) if levels.n_cells[i]}
             lost = [name for name in genes if name not in known]
             if len(lost) == len(set(genes)):
@@ -281,12 +295,21 @@ class _Network:
             if lost:
                 warn(f"{len(lost)} genes are not expressed or not known to the model, and left out: {listed(lost)}.")
             kept = np.sort([known[name] for name in set(genes) - set(lost)])
-        if len(kept) < 2:
-            raise ValueError(f"Expected at least 2 genes in a network, got {len(kept)}. Pass more genes or cells.")
+        n_needed = metrics.FEWEST_NULLS + 2 if method == "perturb" else 2
+        if len(kept) < n_needed:
+            raise ValueError(
+                f"Expected at least {n_needed} genes in a network with method={method!r}, got {len(kept)}. Pass more "
+                "genes or cells."
+            )
         return cls([levels.names[i] for i in kept], levels.tokens[kept], levels.mean[kept])
 
-    def edges(self, reference: pd.DataFrame | Sequence[tuple[str, str]], seed: int) -> _Edges:
+    def edges(self, reference: pd.DataFrame | Sequence[tuple[str, str]], seed: int, *, select_heads: bool) -> _Edges:
         """Find the reference edges between genes of the network."""
+        if isinstance(reference, str) or not len(reference):
+            raise ValueError(
+                f"Expected reference to hold pairs of genes, got {reference!r:.60}. Pass a DataFrame with two columns, "
+                "or a list of pairs."
+            )
         pairs = reference.iloc[:, :2].to_numpy() if isinstance(reference, pd.DataFrame) else np.array(list(reference))
         if pairs.ndim != 2 or pairs.shape[1] != 2:
             raise ValueError(f"Expected reference to hold pairs of genes, got shape {pairs.shape}. Pass two columns.")
@@ -298,10 +321,21 @@ class _Network:
                 f"{len(pairs)} (first: {' -> '.join(map(str, pairs[0])) if len(pairs) else 'none'}). Pass names as "
                 "they are in adata.var_names."
             )
+        lost = sorted({str(name) for name in pairs.ravel() if name not in place})
+        if lost:
+            warn(
+                f"{len(pairs) - len(known)} of {len(pairs)} reference edges are not scored: {listed(lost)} are no "
+                "genes of the network. Correct their spelling if they are measured."
+            )
         is_edge = np.zeros((len(self.names),) * 2, bool)
         is_edge[tuple(np.array(known).T)] = True
         sources = np.flatnonzero(np.isin(self.names, pairs[:, 0].astype(str)))
         half = np.random.default_rng(seed).permutation(sources)[: len(sources) // 2]
+        if select_heads and not is_edge[half].any():
+            raise ValueError(
+                f"Expected reference edges of at least 2 sources in the network to choose heads on one half of them, "
+                f"got {len(sources)} sources. Leave select_heads out."
+            )
         return _Edges(is_edge, sources, np.sort(half))
 
     def strongest(self, weight: FloatArray, method: Method, n_edges: int, fdr: float) -> _Found:
@@ -312,6 +346,8 @@ class _Network:
             strength = np.zeros_like(weight)
             strength[found["source"], found["target"]] = np.abs(found["z"])
             found = found[found["is_edge"]].drop(columns="is_edge")
+            if not len(found):
+                warn(f"No edge is significant at a false discovery rate of {fdr}: the network is empty.")
             found["weight"] = found["sign"] * found["z"].abs()
         else:
             source, target = np.nonzero(strength)

@@ -26,10 +26,18 @@ from scllm.engine.device import resolve_device, resolve_precision
 from scllm.engine.estimate import expected_seconds, flops_per_cell, mean_tokens
 from scllm.engine.in_silico import Edit, Mode
 from scllm.models.base import Pooling
+from scllm.tl._embed import check_choice
 from scllm.tl._inputs import check_layer
 from scllm.tl._model import ModelLike, gene_match, remember, resolve
 from scllm.tl._perturb_run import CELL, GENE, N_SHIFTS, PerturbRun
-from scllm.tl._perturbed_genes import ALL, GeneLevels, combinations, gene_levels, matched_combinations
+from scllm.tl._perturbed_genes import (
+    ALL,
+    GeneLevels,
+    combinations,
+    gene_levels,
+    matched_combinations,
+    n_expressing,
+)
 
 __all__ = ["perturb"]
 
@@ -90,8 +98,8 @@ def perturb(
         name, cells of all other states are perturbed. A state is represented by the mean embedding of its cells. The
         shift is the cosine similarity to the state after the perturbation, minus that before.
     n_null
-        Number of other genes with similar expression that are perturbed too, as the null distribution. With
-        ``genes="all"`` every gene is compared with the others, and none is added.
+        Number of other genes with similar expression that are perturbed too, as the null distribution, but at least 20
+        for each perturbation (0: none). With ``genes="all"`` every gene is compared with the others, and none is added.
     max_cells
         Perturb a random subset of so many cells. ``None``: all cells.
     pooling, hidden_layer
@@ -124,7 +132,8 @@ def perturb(
         ``params`` and ``table``, one row for each perturbation, group and state:
 
         - ``perturbation``, ``group``, ``state`` (with ``goal``), ``is_null`` (added as null distribution).
-        - ``n_cells`` (perturbed cells), ``expression`` (mean, ``log1p`` of counts per 10,000).
+        - ``n_cells`` (perturbed cells), ``expression`` (mean share of a cell's total, as ``log1p`` per 10,000;
+          meant for counts).
         - ``cell_shift``, ``gene_shift``: one minus the cosine similarity of the cell embedding, and of the embeddings
           of the other genes, before and after. Means over cells.
         - ``goal_shift``, ``low``, ``high`` (with ``goal``): mean shift towards the state, and its 95 % interval over
@@ -134,8 +143,9 @@ def perturb(
           (:func:`scllm.metrics.matched_null_test`); ``q_value`` is adjusted by Benjamini and Hochberg.
         - ``rank``: place among all perturbations of this group and state, largest shift first.
     ``adata.obsm["X_scllm_" + key_added]``
-        Embedding of each cell after the first perturbation of the table's order by rank, float32 ``(n_cells, d)``, and
-        with the suffix ``_before`` that before it. Cells that the perturbation does not change keep their embedding.
+        Embedding of each cell after the perturbation with the best rank in any group and state, float32
+        ``(n_cells, d)``, and with the suffix ``_before`` that before it. Cells that the perturbation does not change
+        keep their embedding.
 
     Examples
     --------
@@ -149,6 +159,7 @@ def perturb(
     key = free_key(adata, "obsm", _keys.PERTURBED + key_added)
     _check_mode(mode, n_null)
     chosen = resolve(model, adata)
+    check_choice(chosen, pooling, hidden_layer)
     source = open_source(adata, layer=layer)
     check_layer(source, chosen, layer, adata)
     match = gene_match(adata, source, chosen, gene_key, min_coverage)
@@ -156,7 +167,8 @@ def perturb(
     rows = _some(states.perturbed, max_cells, random_state)
     levels = gene_levels(source, match, rows)
     asked = combinations(genes, source, match, chosen, levels, insert=mode == "overexpress")
-    asked = _expressed(asked, levels, mode)
+    if mode != "overexpress":
+        asked = _expressed(asked, n_expressing(asked.values(), source, match, rows), mode)
     nulls = {} if _is_all(genes) else matched_combinations(asked, levels, n_null, max(1, len(rows) // 100))
     edits = [Edit(tokens, mode) for tokens in (*asked.values(), *nulls.values())]
     run = PerturbRun(chosen, source, match, pooling, hidden_layer, batch_size, device, precision)
@@ -255,12 +267,9 @@ def _some(rows: IntArray, max_cells: int | None, seed: int) -> IntArray:
     return np.sort(np.random.default_rng(seed).choice(rows, max_cells, replace=False))
 
 
-def _expressed(asked: dict[str, tuple[int, ...]], levels: GeneLevels, mode: Mode) -> dict[str, tuple[int, ...]]:
-    """Leave out genes that no cell expresses, which can be neither deleted nor moved."""
-    if mode == "overexpress":
-        return asked
-    silent = set(levels.tokens[levels.n_cells == 0].tolist())
-    lost = [name for name, tokens in asked.items() if silent & set(tokens)]
+def _expressed(asked: dict[str, tuple[int, ...]], n_cells: IntArray, mode: Mode) -> dict[str, tuple[int, ...]]:
+    """Leave out genes and combinations that no cell expresses, which can be neither deleted nor moved."""
+    lost = [name for name, n in zip(asked, n_cells, strict=True) if not n]
     if len(lost) == len(asked):
         raise ValueError(
             f"Expected genes that the cells express with mode={mode!r}, but no cell expresses {lost[0]!r}. Pass other "
@@ -354,6 +363,6 @@ def _warn_of_few_nulls(table: pd.DataFrame) -> None:
 
 
 def _strongest(table: pd.DataFrame) -> str:
-    """Return the perturbation that was asked for with the largest shift, in the first group and state."""
+    """Return the perturbation that was asked for with the best rank in any group and state."""
     asked = table[~table["is_null"] & table["rank"].notna()]
     return str(asked.loc[asked["rank"].idxmin(), "perturbation"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from scllm._log import warn
 from scllm._names import listed
@@ -15,7 +17,7 @@ from scllm.data.cells import CellSource
 from scllm.data.genes import GeneMatch
 from scllm.models.base import CellModel
 
-__all__ = ["ALL", "JOIN", "GeneLevels", "combinations", "gene_levels", "matched_combinations"]
+__all__ = ["ALL", "JOIN", "GeneLevels", "combinations", "gene_levels", "matched_combinations", "n_expressing"]
 
 ALL = "all"
 """Value of ``genes=`` for every gene that a cell expresses."""
@@ -71,6 +73,23 @@ def gene_levels(source: CellSource, match: GeneMatch, rows: IntArray) -> GeneLev
     measured = match.measured
     mean = np.log1p(1e4 * total[measured] / max(len(rows), 1))
     return GeneLevels([names[int(token)] for token in measured], measured, n_cells[measured], mean)
+
+
+def n_expressing(
+    combined: Collection[tuple[int, ...]], source: CellSource, match: GeneMatch, rows: IntArray
+) -> IntArray:
+    """Count the cells that express all genes of each combination, reading some thousand cells at a time."""
+    n = max((token for tokens in combined for token in tokens), default=-1) + 1
+    found = np.zeros(len(combined), np.int64)
+    for first in range(0, len(rows), _ROWS):
+        block = rows[first : first + _ROWS]
+        tokens = match.tokens(source.read(block), block)
+        shape = (len(tokens), max(n, int(tokens.genes.max(initial=-1)) + 1))
+        expressed = sparse.csr_matrix((np.ones(len(tokens.genes), bool), tokens.genes, tokens.indptr), shape).tocsc()
+        for number, genes in enumerate(combined):
+            cells = [expressed.indices[expressed.indptr[gene] : expressed.indptr[gene + 1]] for gene in genes]
+            found[number] += len(cells[0]) if len(cells) == 1 else len(reduce(np.intersect1d, cells))
+    return found
 
 
 def combinations(
