@@ -307,6 +307,8 @@ def test_input_that_does_not_fit_is_named():
         Plausibility(lm, kind="nll")(profiles()[:, 1:])
     with pytest.raises(ValueError, match=naming(0, 2, "'CD3D'")):
         Plausibility(lm, genes=["CD3D", "LYZ"])
+    with pytest.raises(ValueError, match=naming("at least 2", "got 1 of 1")):
+        Plausibility(lm, genes=["g1"])
     with pytest.raises(ValueError, match=naming("BinEncoder", "ValueEncoder")):
         Plausibility(models.build("scgpt", vocab=["a", "b"], size="tiny"))
     with pytest.raises(ValueError, match=naming("include_zeros=False", "include_zeros=True")):

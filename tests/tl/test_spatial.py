@@ -185,6 +185,20 @@ def test_any_module_can_be_the_term(sections):
     assert np.abs(sections.layers["small"]).mean() < 0.8 * np.abs(sections.layers["plain"]).mean()
 
 
+def test_a_ready_term_with_other_settings_is_another_run(sections, tmp_path):
+    lm = models.build("gpt2", vocab=list(sections.var_names), size="tiny")
+
+    def term(**options):
+        return Plausibility(lm, genes=list(sections.var_names), **options)
+
+    nll = fit(sections, lm=term(kind="nll"), run_dir=tmp_path)
+    assert sections.uns["scllm"]["fit_spatial"]["params"]["plausibility"] == "nll"
+    assert fit(sections, lm=term(kind="nll", tau=0.5), run_dir=tmp_path).hash() == nll.hash()
+    for options in ({"kind": "match"}, {"kind": "nll", "top_k": 4}, {"kind": "nll", "random_state": 1}):
+        with pytest.raises(ValueError, match=naming("lm")):
+            fit(sections, lm=term(**options), run_dir=tmp_path)
+
+
 def test_a_network_is_trained_on_pixels(sections, tmp_path):
     scllm.pp.image_patches(sections, pixels=16)
     model = fit(sections, use_rep=None, epochs=1, n_neighbors=2, batch_size=64)
@@ -228,6 +242,13 @@ def test_bad_input_of_training_is_named(sections):
         fit(sections, weight=-1)
     with pytest.raises(ValueError, match=naming("'CD3D'", "var_names")):
         fit(sections, genes=["CD3D"])
+    with pytest.raises(ValueError, match=naming("none", "genes=")):
+        fit(sections, genes=[])
+    with pytest.raises(ValueError, match=naming("'features'", "'feature'")):
+        fit(sections, plausibility="features")
+    with pytest.raises(ValueError, match=naming("'gpt2'", "scllm.tl.pretrain")):
+        fit(sections, lm="gpt2")
+    assert fit(sections, genes="gene5").vocab.genes == ("gene5",)
     sections.layers["logged"] = sections.X.log1p()
     with pytest.raises(ValueError, match=naming("'nb'", "layer=")):
         fit(sections, likelihood="nb", layer="logged")
@@ -238,8 +259,13 @@ def test_bad_input_of_training_is_named(sections):
 
 def test_bad_input_of_prediction_is_named(sections):
     model = fit(sections)
-    with pytest.raises(ValueError, match=naming(16, 1, "gene0")):
+    with pytest.raises(ValueError, match=naming(16, 1, "('gene0')")):
         scllm.tl.predict_spatial(sections[:, 1:].copy(), model)
+    other = sections.copy()
+    del other.obsm["programmes"]
+    with pytest.raises(KeyError, match=naming("embed_patches(adata, key_added='programmes')")) as error:
+        scllm.tl.predict_spatial(other, model)
+    assert "use_rep" not in str(error.value)
     other = sections.copy()
     other.obsm["programmes"] = other.obsm["programmes"][:, :3]
     with pytest.raises(ValueError, match=naming(8, 3, "encoder")):
@@ -435,6 +461,7 @@ def test_predictors_that_read_pixels_are_compared(sections):
 
 
 def test_a_language_model_of_held_out_groups_is_an_error(sections):
+    unknown = scllm.tl.pretrain(sections, "gpt2", size="tiny", epochs=1, batch_size=192, validation=0)
     sections.obs["donor"] = sections.obs["section"]
     lm = scllm.tl.pretrain(sections, "gpt2", size="tiny", epochs=1, batch_size=192, validation=0)
     options = {
@@ -445,8 +472,11 @@ def test_a_language_model_of_held_out_groups_is_an_error(sections):
         "n_resamples": 0,
         "group_key": "donor",
     }
-    with pytest.raises(ValueError, match=naming("'section1'", "allow_overlap")):
-        scllm.tl.ablate_spatial(sections, lm=lm, **options)
+    for trained in (lm, unknown):
+        with pytest.raises(ValueError, match=naming("'section1'", "'section3'", "allow_overlap")):
+            scllm.tl.ablate_spatial(sections, lm=trained, **options)
+        with pytest.raises(ValueError, match=naming("allow_overlap=['section2']")):
+            scllm.tl.ablate_spatial(sections, lm=trained, allow_overlap=["section1", "section3"], **options)
     table = scllm.tl.ablate_spatial(
         sections, lm=lm, allow_overlap=["section1", "section2", "section3"], size="tiny", **options
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
@@ -24,6 +25,9 @@ from scllm.models.storage import HUB
 __all__ = ["GaussianPrior", "Plausibility", "PlausibilityKind"]
 
 PlausibilityKind = Literal["feature", "match", "nll", "masked"]
+
+_FAMILIES = ("gpt2", "albert", "xlnet", "scgpt")
+_ENCODER = "encoder=scllm.models.ValueEncoder(max_len=1001, target_sum=None)"
 
 
 class Plausibility(nn.Module):
@@ -71,14 +75,16 @@ class Plausibility(nn.Module):
     ``forward(predicted, truth=None)`` takes log-normalised values, ``(n_spots, n_genes)``, and returns one loss per
     spot, ``(n_spots,)``. Values enter scgpt as they are, so train it on values that are normalised like the predicted
     ones, with ``ValueEncoder(target_sum=None)``; otherwise the encoder normalises to the genes of its vocabulary.
-    ``"feature"`` and ``"match"`` need the truth. Values of 0 or less are genes that are not expressed.
+    ``"feature"`` and ``"match"`` need the truth.
 
     A predicted profile is hardly ever exactly 0, while language models that order genes learn from expressed genes
-    alone. With ``truth``, they therefore read as many of the highest predicted genes of a spot as the truth expresses,
-    so that both sequences have the same length. Without it, they read all genes with a predicted value above 0. scgpt
-    reads the same genes of both, zeros included. If the language model orders genes by count / median, values are
-    divided by the medians too. gpt2 scores each gene from the genes with higher values, xlnet in one random order per
-    call, and albert in ``n_folds = 4`` parts, each from the others.
+    alone. With ``truth``, they therefore read as many of the highest predicted genes of a spot as the truth expresses
+    (values above 0), so that both sequences have the same length; predicted values of 0 or less are read too if the
+    truth expresses more genes than are predicted above 0. Without it, they read the genes with a predicted value above
+    0. In both cases they read ``top_k`` genes at most. scgpt reads the same genes of both, zeros included. If the
+    language model orders genes by count / median, values are divided by the medians too. gpt2 scores each gene from the
+    genes with higher values, xlnet in one random order per call, and albert in ``n_folds = 4`` parts, each from the
+    others.
 
     Examples
     --------
@@ -116,7 +122,7 @@ class Plausibility(nn.Module):
         columns = columns[np.isfinite(medians[columns])]
         if len(columns) < 2:
             raise ValueError(
-                f"Expected genes that the language model knows, got {len(columns)} of {len(names)} (first: "
+                f"Expected at least 2 genes that the language model knows, got {len(columns)} of {len(names)} (first: "
                 f"{listed(names)}; the model has {listed(lm.vocab.genes)}). Pass the names of the predicted genes as "
                 "genes=, spelled as in the model's vocabulary."
             )
@@ -322,6 +328,11 @@ def _loaded(lm: CellModel | str | PathLike[str]) -> CellModel:
             f"Expected lm to be a gene language model or its path, got an object of type {type(lm).__name__}. Pretrain "
             "'gpt2', 'albert', 'xlnet' or 'scgpt'."
         )
+    if str(lm) in _FAMILIES and not Path(lm).exists():
+        raise ValueError(
+            f"Expected lm to be a trained gene language model or its path, got the name of a family, {str(lm)!r}. "
+            f"Train one with scllm.tl.pretrain(adata, {str(lm)!r}), and pass it."
+        )
     from scllm.models import load  # this module is imported by scllm.models
 
     return load(lm)
@@ -350,12 +361,12 @@ def _check(lm: CellModel, kind: str, top_k: int, tau: float, margin: float, mask
     if not isinstance(lm.encoder, ValueEncoder) or getattr(lm.config, "value_style", None) == "category":
         raise ValueError(
             "Expected an scgpt model that reads log-normalised values, because predictions are such values, got one "
-            f"with {type(lm.encoder).__name__}. Build it with encoder=scllm.models.ValueEncoder(max_len=1201)."
+            f"with {type(lm.encoder).__name__}. Train one with {_ENCODER}."
         )
     if not lm.encoder.include_zeros:
         raise ValueError(
             "Expected an scgpt model that reads genes without a count, because measured spots have many of them, got "
-            "one with include_zeros=False. Train it with encoder=scllm.models.ValueEncoder(include_zeros=True)."
+            f"one with include_zeros=False. Train one with {_ENCODER}, whose default is include_zeros=True."
         )
 
 

@@ -16,7 +16,7 @@ from anndata import AnnData
 
 from scllm import _keys
 from scllm._checks import check_adata, groups
-from scllm._log import details, log, progress, warn
+from scllm._log import details, log, progress
 from scllm._names import listed
 from scllm._results import record
 from scllm._typing import FloatArray
@@ -72,8 +72,10 @@ def ablate_spatial(
         Spots by genes of at least two sections, with image features in ``obsm[use_rep]``.
     lm
         Family of the language model (``"gpt2"``, ``"albert"``, ``"xlnet"``, ``"scgpt"``), which is then pretrained on
-        the training sections of each fold alone; needs counts. Also a trained model or its path: if it was trained on
-        one of the sections, that is an error unless ``allow_overlap`` names it.
+        the training sections of each fold alone; needs counts. Also a trained model or its path. That it was trained
+        on one of the groups, or that nothing is known of its training spots, is an error unless ``allow_overlap`` names
+        the groups. Training spots are known by their data set and donor (``obs["dataset"]`` and ``obs["donor"]``, or
+        with ``_id``).
     kinds
         Plausibility terms: ``"none"``, ``"gaussian"`` (a Gaussian with shrunken covariance of the training spots),
         ``"random"`` (``"feature"`` of an untrained language model), ``"permuted"`` (``"feature"`` of the language model
@@ -252,16 +254,15 @@ def _language_model(
     if isinstance(model, str):
         return model
     if model.trained_on is None:
-        warn(
-            "It is not known on which spots the language model was trained, because their obs named no data set or "
-            "donor. Pass the name of a family, such as 'gpt2', to train it on the training sections alone."
-        )
-        return model
-    seen = set(model.trained_on["donor"].astype(str)) | set(model.trained_on["dataset"].astype(str))
+        seen = set(names)
+        what = "but nothing is known of its training spots, so they may be of"
+    else:
+        seen = set(model.trained_on["donor"].astype(str)) | set(model.trained_on["dataset"].astype(str))
+        what = "but it has on"
     overlap = sorted((set(names) & seen) - set(allowed))
     if overlap:
         raise ValueError(
-            f"Expected a language model that has not been trained on held-out groups, but it has on {listed(overlap)}. "
+            f"Expected a language model that has not been trained on held-out groups, {what} {listed(overlap)}. "
             f"Pass the name of a family to train it on the training groups alone, or allow_overlap={overlap!r}."
         )
     return model

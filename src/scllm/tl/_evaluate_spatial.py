@@ -70,10 +70,11 @@ def evaluate_spatial(
         Names of pathways and their genes. Adds ``pathway_pcc``: the correlation of the mean of each set, for sets with
         at least two genes that were predicted.
     lm
-        A gene language model or its path. Adds ``nats_truth`` and ``nats_predicted``, the negative log-likelihood per
-        gene of measured and of predicted spots (for scgpt the squared error of hidden genes), and ``auroc_real``, how
-        well it tells measured spots from predicted ones (0.5: not at all). Of a predicted spot, as many of the highest
-        genes are read as the measured spot expresses.
+        A gene language model or its path. It must not have been trained on these spots, because it would find the
+        measured ones more plausible than new ones. Adds ``nats_truth`` and ``nats_predicted``, the negative
+        log-likelihood per gene of measured and of predicted spots (for scgpt the squared error of hidden genes), and
+        ``auroc_real``, how well it tells measured spots from predicted ones (0.5: not at all). Of a predicted spot, as
+        many of the highest genes are read as the measured spot expresses.
 
     Returns
     -------

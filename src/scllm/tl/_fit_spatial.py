@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from os import PathLike
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -103,7 +104,8 @@ def fit_spatial(
         been trained on spots that are used to evaluate. Also a ready :class:`scllm.models.Plausibility`, or any module
         that maps predicted and true expression, ``(b, g)`` each, to a loss per spot. ``None``: no such term.
     plausibility
-        ``"feature"``, ``"match"``, ``"nll"`` or ``"masked"``, see :class:`scllm.models.Plausibility`.
+        ``"feature"``, ``"match"``, ``"nll"`` or ``"masked"``, see :class:`scllm.models.Plausibility`. Not used if
+        ``lm`` is a module.
     weight
         Ratio of the gradient norms of the plausibility and of the prediction loss, both at the prediction. It is set
         anew every 50 steps. 0: no plausibility term.
@@ -166,7 +168,7 @@ def fit_spatial(
     check_adata(adata)
     check_config(config)
     check_resume(resume, run_dir)
-    _check_options(weight, n_neighbors, precision)
+    _check_options(weight, n_neighbors, precision, plausibility)
     source = expression_source(adata, layer)
     names = genes_to_predict(adata, genes)
     where = resolve_device(device)
@@ -183,7 +185,7 @@ def fit_spatial(
     params = {
         "use_rep": use_rep,
         "layer": layer,
-        "plausibility": plausibility if module is not None else None,
+        "plausibility": _kind(module),
         "weight": weight if module is not None else 0.0,
         "likelihood": likelihood,
         "n_neighbors": n_neighbors,
@@ -217,7 +219,7 @@ _USED = (
 )
 
 
-def _check_options(weight: float, n_neighbors: int, precision: str) -> None:
+def _check_options(weight: float, n_neighbors: int, precision: str, plausibility: str) -> None:
     if not weight >= 0 or n_neighbors < 0:
         raise ValueError(
             f"Expected weight and n_neighbors of at least 0, got weight={weight} and n_neighbors={n_neighbors}. Pass 0 "
@@ -225,6 +227,9 @@ def _check_options(weight: float, n_neighbors: int, precision: str) -> None:
         )
     if precision not in ("auto", "fp32"):
         raise ValueError(f"Expected precision to be 'auto' or 'fp32', got {precision!r}. Leave it out.")
+    kinds = get_args(PlausibilityKind)
+    if plausibility not in kinds:
+        raise ValueError(f"Expected plausibility to be one of {kinds}, got {plausibility!r}. Pass one of them.")
 
 
 def _spots(
@@ -290,7 +295,25 @@ def _digest(module: nn.Module | None) -> str | None:
         return None
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     arrays = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-    return hash_arrays(arrays) if arrays else type(module).__name__
+    said = json.dumps([type(module).__name__, _settings(module)], sort_keys=True)
+    return hash_arrays({**arrays, "": np.frombuffer(said.encode(), np.uint8)})
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Return the plain attributes of a module and its parts, without those that training sets itself."""
+    if isinstance(module, CellModel):
+        return {"hash": module.hash()}
+    set_in_training = ("tau", "n_calls", "training") if hasattr(module, "tau") else ()
+    own = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+    parts = {name: _settings(part) for name, part in module.named_children()}
+    return {**{name: value for name, value in own.items() if name not in set_in_training}, **parts}
+
+
+def _kind(module: nn.Module | None) -> str | None:
+    """Name the plausibility term."""
+    if module is None:
+        return None
+    return module.kind if isinstance(module, Plausibility) else type(module).__name__
 
 
 def _spec(

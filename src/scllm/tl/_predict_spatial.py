@@ -80,10 +80,14 @@ def predict_spatial(
         missing = np.asarray(chosen.vocab.genes)[columns < 0]
         raise ValueError(
             f"Expected the {len(columns)} predicted genes in adata.var_names, but {len(missing)} are missing "
-            f"({listed(missing)}). Add them as empty columns, or rename genes as in the training data."
+            f"({listed(map(str, missing))}). Add them as empty columns, or rename genes as in the training data."
         )
     config, where = chosen.config, resolve_device(device)
-    features, reader = image_inputs(adata, config.use_rep)
+    advice = (
+        "Compute the features that the predictor was trained on, such as with "
+        f"scllm.tl.embed_patches(adata, key_added={config.use_rep!r})."
+    )
+    features, reader = image_inputs(adata, config.use_rep, advice=advice)
     if features is not None and features.shape[1] != config.d_features:
         raise ValueError(
             f"Expected {config.d_features} features per spot in obsm[{config.use_rep!r}], as in training, got "

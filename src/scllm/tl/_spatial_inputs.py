@@ -40,19 +40,25 @@ def genes_to_predict(adata: AnnData, genes: Iterable[str] | None) -> list[str]:
         chosen = adata.var_names[adata.var[_keys.SPATIALLY_VARIABLE].to_numpy(bool)]
         log.info("predicting the %d genes in var['spatially_variable']", len(chosen))
         return list(map(str, chosen))
-    names = list(map(str, genes))
+    names = [genes] if isinstance(genes, str) else list(map(str, genes))
     missing = [name for name in names if name not in adata.var_names]
     if missing or len(set(names)) < len(names) or not names:
-        what = f"{len(missing)} are not ({listed(missing)})" if missing else f"got {len(names)}, some of them twice"
+        what = "some are there twice" if names else "got none"
+        if missing:
+            what = f"{len(missing)} are not ({listed(missing)})"
         raise ValueError(f"Expected genes to be different names of adata.var_names, but {what}. Correct genes=.")
     return names
 
 
-def image_inputs(adata: AnnData, use_rep: str | None) -> tuple[FloatArray | None, Any]:
+_COMPUTE_FEATURES = "Call scllm.tl.embed_patches(adata) first, or pass the key of image features as use_rep=."
+
+
+def image_inputs(
+    adata: AnnData, use_rep: str | None, *, advice: str = _COMPUTE_FEATURES
+) -> tuple[FloatArray | None, Any]:
     """Return the features of spots, or what reads the pixels of their patches."""
     if use_rep is None:
         return None, patch_reader(adata).hold()
-    advice = "Call scllm.tl.embed_patches(adata) first, or pass the key of image features as use_rep=."
     return np.ascontiguousarray(embedding(adata, use_rep, advice=advice), dtype=np.float32), None
 
 
