@@ -477,6 +477,13 @@ def test_a_language_model_of_held_out_groups_is_an_error(sections):
             scllm.tl.ablate_spatial(sections, lm=trained, **options)
         with pytest.raises(ValueError, match=naming("allow_overlap=['section2']")):
             scllm.tl.ablate_spatial(sections, lm=trained, allow_overlap=["section1", "section3"], **options)
+    # two sections of a donor: the model was trained on one of them, and the other is of the same person
+    sections.obs["donor"] = sections.obs["section"].map({"section1": "a", "section2": "a", "section3": "b"})
+    part = sections[sections.obs["section"] == "section1"].copy()
+    of_one = scllm.tl.pretrain(part, "gpt2", size="tiny", epochs=1, batch_size=64, validation=0)
+    with pytest.raises(ValueError, match=naming("allow_overlap=['section1', 'section2']")):
+        scllm.tl.ablate_spatial(sections, lm=of_one, **{**options, "group_key": "section"})
+    sections.obs["donor"] = sections.obs["section"]
     table = scllm.tl.ablate_spatial(
         sections, lm=lm, allow_overlap=["section1", "section2", "section3"], size="tiny", **options
     )

@@ -22,6 +22,7 @@ from scllm._results import record
 from scllm._typing import FloatArray
 from scllm.data.opened import closes_files
 from scllm.models.base import CellModel
+from scllm.tl._ledger import seen_groups
 from scllm.tl._model import ModelLike, resolve
 from scllm.tl._spatial_fold import BASELINES, NO_LM, Fit, Fold, SpotData
 from scllm.tl._spatial_inputs import genes_to_predict
@@ -74,8 +75,8 @@ def ablate_spatial(
         Family of the language model (``"gpt2"``, ``"albert"``, ``"xlnet"``, ``"scgpt"``), which is then pretrained on
         the training sections of each fold alone; needs counts. Also a trained model or its path. That it was trained
         on one of the groups, or that nothing is known of its training spots, is an error unless ``allow_overlap`` names
-        the groups. Training spots are known by their data set and donor (``obs["dataset"]`` and ``obs["donor"]``, or
-        with ``_id``).
+        the groups. A group counts as trained on if its data set and donor (``obs["dataset"]`` and ``obs["donor"]``, or
+        with ``_id``) or its name are among those of the training spots.
     kinds
         Plausibility terms: ``"none"``, ``"gaussian"`` (a Gaussian with shrunken covariance of the training spots),
         ``"random"`` (``"feature"`` of an untrained language model), ``"permuted"`` (``"feature"`` of the language model
@@ -140,7 +141,7 @@ def ablate_spatial(
     """
     check_adata(adata)
     plan = _plan(adata, group_key, n_train_groups, kinds, n_seeds)
-    given = _language_model(lm, adata, plan.names, allow_overlap, kinds)
+    given = _language_model(lm, adata, plan.group, allow_overlap, kinds)
     data = SpotData.read(adata, layer, genes_to_predict(adata, genes), use_rep, n_neighbors, plan.group)
     options = {
         "use_rep": use_rep,
@@ -241,7 +242,7 @@ def _plan(
 
 
 def _language_model(
-    lm: ModelLike, adata: AnnData, names: list[str], allowed: Sequence[str], kinds: Sequence[str]
+    lm: ModelLike, adata: AnnData, group: pd.Series, allowed: Sequence[str], kinds: Sequence[str]
 ) -> str | CellModel:
     """Return the name of a family, or a model that has not been trained on the held-out groups."""
     model = lm if isinstance(lm, str) and lm in _FAMILIES else resolve(lm, adata)
@@ -254,12 +255,10 @@ def _language_model(
     if isinstance(model, str):
         return model
     if model.trained_on is None:
-        seen = set(names)
-        what = "but nothing is known of its training spots, so they may be of"
+        seen, what = set(group), "but nothing is known of its training spots, which may be of"
     else:
-        seen = set(model.trained_on["donor"].astype(str)) | set(model.trained_on["dataset"].astype(str))
-        what = "but it has on"
-    overlap = sorted((set(names) & seen) - set(allowed))
+        seen, what = seen_groups(model.trained_on, adata.obs, group), "but it may have been on"
+    overlap = sorted(seen - set(allowed))
     if overlap:
         raise ValueError(
             f"Expected a language model that has not been trained on held-out groups, {what} {listed(overlap)}. "

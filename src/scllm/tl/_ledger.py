@@ -16,7 +16,7 @@ from scllm._typing import IntArray
 from scllm.data.anndata_file import AnnDataFile
 from scllm.data.cells import CellSource
 
-__all__ = ["record_training", "warn_of_seen"]
+__all__ = ["record_training", "seen_groups", "warn_of_seen"]
 
 # columns of obs that name the data set and the donor of a cell, the Census' first
 _DATASET = ("dataset_id", "dataset", "study")
@@ -61,18 +61,7 @@ def warn_of_seen(ledger: pd.DataFrame | None, obs: pd.DataFrame, *, what: str = 
     """Warn if cells come from donors that a model was trained on, or from other donors of its data sets."""
     if ledger is None or not len(ledger) or not any(_first(names, obs.columns) for names in (_DATASET, _DONOR)):
         return
-    datasets_of: dict[str, set[str]] = {}
-    for dataset, donor in zip(ledger["dataset"].astype(str), ledger["donor"].astype(str), strict=True):
-        datasets_of.setdefault(donor, set()).add(dataset)
-    datasets = set().union(*datasets_of.values()) - {""}
-    of_donors, of_datasets = [], []
-    for origin in _origins(obs).itertuples():
-        # a donor is the same one only within a data set, where both name one
-        same_name = datasets_of.get(origin.donor, set()) if origin.donor else set()
-        if same_name and (not origin.dataset or same_name & {"", origin.dataset}):
-            of_donors.append(origin)
-        elif origin.dataset in datasets:
-            of_datasets.append(origin)
+    of_donors, of_datasets = _seen(ledger, obs)
     what_was_seen = (
         (of_donors, "donor", f"donors that {what} was trained on"),
         (of_datasets, "dataset", f"other donors of data sets that {what} was trained on"),
@@ -88,6 +77,39 @@ def warn_of_seen(ledger: pd.DataFrame | None, obs: pd.DataFrame, *, what: str = 
             f"{', and '.join(parts)}. Their scores may be higher than those of new donors. Evaluate on cells of other "
             "donors and data sets; model.report lists those of the training."
         )
+
+
+def seen_groups(ledger: pd.DataFrame, obs: pd.DataFrame, group: pd.Series) -> set[str]:
+    """Return the groups of cells that a model may have been trained on.
+
+    These are the groups with cells of its donors, those with cells of its data sets where a donor is not known, and
+    those with the name of one of its donors or data sets.
+    """
+    names = set(ledger["donor"].astype(str)) | set(ledger["dataset"].astype(str))
+    without_donor = set(ledger.loc[ledger["donor"].astype(str) == "", "dataset"].astype(str))
+    found = set(group) & names
+    for name, cells in obs.groupby(group.to_numpy(), observed=True):
+        of_donors, of_datasets = _seen(ledger, cells)
+        if of_donors or any(not one.donor or one.dataset in without_donor for one in of_datasets):
+            found.add(str(name))
+    return found
+
+
+def _seen(ledger: pd.DataFrame, obs: pd.DataFrame) -> tuple[list[Any], list[Any]]:
+    """Return the origins of cells from donors of a ledger, and those of other cells of its data sets."""
+    datasets_of: dict[str, set[str]] = {}
+    for dataset, donor in zip(ledger["dataset"].astype(str), ledger["donor"].astype(str), strict=True):
+        datasets_of.setdefault(donor, set()).add(dataset)
+    datasets = set().union(*datasets_of.values()) - {""}
+    of_donors, of_datasets = [], []
+    for origin in _origins(obs).itertuples():
+        # a donor is the same one only within a data set, where both name one
+        same_name = datasets_of.get(origin.donor, set()) if origin.donor else set()
+        if same_name and (not origin.dataset or same_name & {"", origin.dataset}):
+            of_donors.append(origin)
+        elif origin.dataset in datasets:
+            of_datasets.append(origin)
+    return of_donors, of_datasets
 
 
 def _origins(obs: pd.DataFrame) -> pd.DataFrame:
